@@ -1,0 +1,143 @@
+"""The frozen encoders on a tiny CLIP directory of the published layout, and a tiny ViCLIP."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from data import (
+    ViCLIP,
+    ViCLIPConfig,
+    encode_actions,
+    encode_images,
+    encode_texts,
+    load_clip,
+    prepare_frames,
+    uniform_frames,
+)
+
+WORDS = "a red blue circle square moves left right".split()
+
+
+def save_tiny_clip(path: Path) -> None:
+    # The end token has the largest id: both text towers read their feature where the ids are largest.
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<bos>", *WORDS, "<eos>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [("<bos>", vocabulary["<bos>"]), ("<eos>", vocabulary["<eos>"])]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"
+    ).save_pretrained(path)
+    model_cfg = {
+        "embed_dim": 64,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 64, "patch_size": 8, "layers": 2, "width": 64, "head_width": 32},
+        "text_cfg": {
+            "context_length": 12,
+            "vocab_size": len(vocabulary),
+            "hf_tokenizer_name": "tokenizer.json",
+            "width": 64,
+            "heads": 2,
+            "layers": 2,
+        },
+    }
+    preprocess_cfg = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    (path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    state = open_clip.CLIP(**model_cfg).state_dict()
+    save_file({name: value.half() for name, value in state.items()}, path / "open_clip_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip")
+    save_tiny_clip(path)
+    return load_clip(f"local-dir:{path}")
+
+
+@pytest.fixture
+def frames():
+    return np.random.default_rng(0).integers(0, 256, (5, 3, 72, 96, 3), dtype=np.uint8)
+
+
+def test_load_clip(clip):
+    model, stats, tokenizer = clip
+    assert stats == {"size": 64, "mean": list(open_clip.OPENAI_DATASET_MEAN), "std": list(open_clip.OPENAI_DATASET_STD)}
+    assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, False)} and not model.training
+    tokens = tokenizer(["A red circle", "zebra moves"])
+    assert tokens.tolist() == [[2, 3, 4, 6, 11] + [0] * 7, [2, 1, 8, 11] + [0] * 8]
+
+
+def test_missing_directory_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere/open_clip_config.json not found, wanted with"):
+        load_clip(f"local-dir:{tmp_path}/nowhere")
+
+
+def test_encode_images(clip, frames):
+    e_img = encode_images(clip[0], frames)
+    assert e_img.shape == (5, 3, 64) and e_img.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(e_img, axis=-1), 1, atol=1e-5)
+    np.testing.assert_allclose(encode_images(clip[0], frames, batch=2), e_img, atol=1e-5)
+    np.testing.assert_allclose(encode_images(clip[0], frames[3:4, 1:2])[0, 0], e_img[3, 1], atol=1e-5)
+    assert np.array_equal(encode_images(clip[0], frames), e_img)
+
+
+def test_encode_texts(clip):
+    model, _, tokenizer = clip
+    captions = ["a red circle moves left", "a blue square", "A  RED circle moves left"]
+    e_txt = encode_texts(model, tokenizer, captions)
+    assert e_txt.shape == (3, 64) and e_txt.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(e_txt, axis=-1), 1, atol=1e-5)
+    np.testing.assert_allclose(encode_texts(model, tokenizer, captions, batch=1), e_txt, atol=1e-5)
+    np.testing.assert_allclose(e_txt[2], e_txt[0], atol=1e-5)
+    assert e_txt[0] @ e_txt[1] < 0.999
+
+
+def test_encode_actions(frames):
+    torch.manual_seed(0)
+    viclip = ViCLIP(
+        ViCLIPConfig(
+            image_size=64, patch_size=16, num_frames=3, vision_width=64, vision_layers=1, vision_heads=2,
+            text_width=64, text_layers=1, text_heads=2, vocab_size=12, context_length=12, embed_dim=32,
+        )
+    ).eval()  # fmt: skip
+    e_act = encode_actions(viclip, frames)
+    assert e_act.shape == (5, 32) and e_act.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(e_act, axis=-1), 1, atol=1e-5)
+    np.testing.assert_allclose(encode_actions(viclip, frames, batch=2), e_act, atol=1e-5)
+
+
+@pytest.mark.parametrize("height, width", [(72, 96), (97, 72), (50, 64), (64, 64), (33, 40)])
+def test_prepare_frames_is_close_to_pil(height, width):
+    y, x = np.mgrid[:height, :width]
+    picture = np.stack([128 + 120 * np.sin(x / 5), 128 + 120 * np.cos(y / 4), 20 + x + y], -1).astype(np.uint8)
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    ours = prepare_frames(torch.from_numpy(picture), 64, mean, std)
+    theirs = open_clip.image_transform(64, is_train=False, mean=mean, std=std)(Image.fromarray(picture))
+    assert ours.shape == theirs.shape == (3, 64, 64)
+    assert (ours - theirs).abs().max() < 1.6 / 255 / min(std)  # PIL rounds to grey levels after each axis
+
+
+def test_prepare_frames_wants_uint8():
+    with pytest.raises(ValueError, match="float32 .*wanted uint8"):
+        prepare_frames(torch.zeros(1, 8, 8, 3), 8, (0, 0, 0), (1, 1, 1))
+
+
+def test_uniform_frames():
+    assert uniform_frames(17, 8).tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert uniform_frames(8, 8).tolist() == list(range(8))
+    assert uniform_frames(60, 8).tolist() == [3, 11, 18, 26, 33, 41, 48, 56]
+    assert uniform_frames(6, 8).tolist() == [0, 1, 1, 2, 3, 4, 4, 5]
+    assert uniform_frames(1, 8).tolist() == [0] * 8
+    with pytest.raises(ValueError, match="0 frames"):
+        uniform_frames(0, 8)

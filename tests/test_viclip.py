@@ -1,0 +1,122 @@
+"""ViCLIP equals the published implementation (as shipped in vbench) on one random state dict, and loads strictly."""
+
+import json
+import sys
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import packaging.version
+import pytest
+import torch
+from torch import nn
+
+import data
+from data import ViCLIP, ViCLIPConfig
+
+TINY = ViCLIPConfig(
+    image_size=28, patch_size=14, num_frames=3, vision_width=64, vision_layers=2, vision_heads=4,
+    text_width=32, text_layers=2, text_heads=2, vocab_size=50, context_length=7, embed_dim=24,
+)  # fmt: skip
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Every parameter, those that start at 0 or 1 too, so that a swapped or unused one shows."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """Both towers of the public code at TINY's sizes, under the public names. Not needed for them, so replaced: its
+    tokenizer, which downloads a vocabulary when imported, and pkg_resources, which setuptools no longer ships."""
+    monkeypatch.setitem(sys.modules, "pkg_resources", SimpleNamespace(packaging=packaging))
+    tokenizer = SimpleNamespace(SimpleTokenizer=lambda: None)
+    monkeypatch.setitem(sys.modules, "vbench.third_party.ViCLIP.simple_tokenizer", tokenizer)
+    vision = pytest.importorskip("vbench.third_party.ViCLIP.viclip_vision", exc_type=ImportError)
+    text = pytest.importorskip("vbench.third_party.ViCLIP.viclip_text", exc_type=ImportError)
+    model = nn.Module()
+    model.vision_encoder = vision.VisionTransformer(
+        TINY.image_size, TINY.patch_size, TINY.vision_width, TINY.vision_layers, TINY.vision_heads,
+        output_dim=TINY.embed_dim, num_frames=TINY.num_frames, drop_path=0.1,
+    )  # fmt: skip
+    model.text_encoder = text.CLIP_TEXT(
+        TINY.embed_dim, TINY.context_length, TINY.vocab_size, TINY.text_width, TINY.text_heads, TINY.text_layers, 0
+    )
+    for empty in (
+        model.vision_encoder.proj,
+        model.text_encoder.positional_embedding,
+        model.text_encoder.text_projection,
+    ):
+        nn.init.zeros_(empty)
+    model.temp = nn.Parameter(torch.tensor(0.01))
+    return randomise(model)
+
+
+def test_both_towers_equal_the_published_ones(published, tmp_path):
+    torch.save({"model": published.state_dict(), "epoch": 3}, tmp_path / "viclip.pth")
+    ours = ViCLIP.from_pretrained(tmp_path / "viclip.pth", TINY)
+    frames = torch.randn(2, 3, 3, 28, 28)
+    tokens = torch.tensor([[48, 5, 9, 49, 0, 0, 0], [48, 7, 7, 7, 2, 3, 49]])
+    with torch.no_grad():
+        e_act, e_txt = published.vision_encoder(frames.transpose(1, 2)), published.text_encoder(tokens)
+    assert (ours.encode_video(frames) - e_act).abs().max() < 1e-5
+    assert (ours.encode_text(tokens) - e_txt).abs().max() < 1e-5
+    assert e_act.std() > 0.1 and e_txt.std() > 0.1  # the comparison is of something
+
+
+def test_names_and_shapes_of_the_published_checkpoint():
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in ViCLIP().state_dict().items()}
+    assert len(shapes) == (9 + 24 * 12) + (5 + 12 * 12) + 1  # video tower, text tower, temp
+    assert shapes["vision_encoder.conv1.weight"] == (1024, 3, 1, 14, 14)
+    assert shapes["vision_encoder.temporal_positional_embedding"] == (1, 8, 1024)
+    assert shapes["vision_encoder.positional_embedding"] == (257, 1024)
+    assert shapes["vision_encoder.transformer.resblocks.23.mlp.c_fc.weight"] == (4096, 1024)
+    assert shapes["vision_encoder.proj"] == (1024, 768)
+    assert shapes["text_encoder.positional_embedding"] == (32, 768)
+    assert shapes["text_encoder.transformer.resblocks.11.attn.in_proj_weight"] == (2304, 768)
+    assert shapes["text_encoder.text_projection"] == (768, 768)
+    assert shapes["temp"] == ()
+
+
+def test_order_of_frames_matters():
+    model, frames = randomise(ViCLIP(TINY)), torch.randn(1, 3, 3, 28, 28)
+    with torch.no_grad():
+        assert not torch.allclose(model.encode_video(frames), model.encode_video(frames.flip(1)), atol=1e-3)
+        with pytest.raises(ValueError, match="got 2 frames a clip, wanted 3"):
+            model.encode_video(frames[:, :2])
+
+
+def test_save_and_load(tmp_path):
+    model, frames = randomise(ViCLIP(TINY)), torch.randn(2, 3, 3, 28, 28)
+    model.save_pretrained(tmp_path)
+    loaded = ViCLIP.from_pretrained(tmp_path)
+    assert asdict(loaded.config) == json.loads(json.dumps(asdict(TINY))) and not loaded.training
+    assert {(p.dtype, p.requires_grad) for p in loaded.parameters()} == {(torch.float32, False)}
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value.half().float()), name
+    assert torch.cosine_similarity(loaded.encode_video(frames), model.encode_video(frames)).min() > 0.999
+
+
+@pytest.mark.parametrize("change", ["missing", "left over"])
+def test_loading_is_strict(change, tmp_path):
+    state = ViCLIP(TINY).state_dict()
+    if change == "missing":
+        state.pop("temp")
+    else:
+        state["vision_encoder.extra"] = torch.zeros(1)
+    torch.save(state, tmp_path / "viclip.pth")
+    with pytest.raises(RuntimeError, match="temp" if change == "missing" else "extra"):
+        ViCLIP.from_pretrained(tmp_path / "viclip.pth", TINY)
+
+
+def test_absent_weights_say_what_to_download(tmp_path, monkeypatch):
+    def offline(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(data, "hf_hub_download", offline)
+    for path in ("OpenGVLab/ViCLIP", tmp_path, tmp_path / "ViClip-InternVid-10M-FLT.pth"):
+        with pytest.raises(FileNotFoundError, match="hf download OpenGVLab/ViCLIP ViClip-InternVid-10M-FLT.pth"):
+            ViCLIP.from_pretrained(path)
