@@ -21,6 +21,7 @@ import json
 import os
 import pickle
 import re
+import sys
 import warnings
 import xml.parsers.expat
 import zipfile
@@ -789,7 +790,11 @@ def prepare_fmri(source, folder: Path, recipe: dict, window: int = 1) -> None:
         if not selection.kept:
             raise ValueError(f"{folder}: {note}; the two showings of a segment do not correlate: are the runs in the right folders?")
     tqdm.write(note)
+    with written_whole(folder / "voxels.npz") as part:
+        np.savez_compressed(part, index=index[mask], roi=roi[mask])
     for split, segments in source.splits.items():
+        if finished(folder / split / "fmri.npy", recipe):
+            continue
         lengths = [source.window(split, segment)[1] for segment in segments]
         shape = (sum(lengths), source.repeats(split), window, int(mask.sum()))
         with writing(
@@ -806,22 +811,21 @@ def prepare_fmri(source, folder: Path, recipe: dict, window: int = 1) -> None:
                     response = load_response(source, split, segment, repeat, mask)  # (clips, N)
                     fmri[start : start + length, repeat] = np.nan if response is None else response[later]
                 start += length
-    with written_whole(folder / "voxels.npz") as part:
-        np.savez_compressed(part, index=index[mask], roi=roi[mask])
 
 
-def read_captions(path: Path, split: str) -> list[dict]:
+def read_captions(path: Path, segments: list[str]) -> list[dict]:
     """The clips of a split in order, each with `caption` and, where the file has them, `tags` or `categories`.
 
-    .jsonl a line a clip with its split; .json a list of captions or of {"caption", "tags"} (NEURONS); .h5 a dataset `Captions`
-    (Mind-Animator); .pt a list or array of strings (NeuroClips). But for .jsonl one file a split.
+    .jsonl a line a clip with its segment, the clips of a segment in order; or one file a split: .json a list of captions or of
+    {"caption", "tags"} (NEURONS), .h5 a dataset `Captions` (Mind-Animator), .pt a list or array of strings (NeuroClips).
     """
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file; --captions takes captions.jsonl, or the training and the test list (.json, .h5 or .pt)"
         )
     if path.suffix == ".jsonl":
-        return [row for row in map(json.loads, path.read_text().splitlines()) if row["split"] == split]
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return sorted((row for row in rows if row["segment"] in segments), key=lambda row: segments.index(row["segment"]))
     if path.suffix == ".json":
         rows = json.loads(path.read_text())
     elif path.suffix in (".h5", ".hdf5"):
@@ -840,7 +844,7 @@ def prepare_stimuli(source, folder: Path, captions: dict[str, Path], clip_name: 
     rows: dict[str, list[dict]] = {}
     for split, segments in source.splits.items():
         lengths = {segment: source.window(split, segment)[1] for segment in segments}
-        told = read_captions(captions[split], split)
+        told = read_captions(captions[split], segments)
         if len(told) != sum(lengths.values()):
             raise ValueError(
                 f"{captions[split]} has {len(told)} captions for the {sum(lengths.values())} {split} clips of {len(segments)} segments"
@@ -866,14 +870,14 @@ def prepare_stimuli(source, folder: Path, captions: dict[str, Path], clip_name: 
         labels = category_matrix([row["categories"] for row in rows[split]], classes)
         with writing(here / "categories.npy", labels.shape, "uint8", {"classes": classes}) as array:
             array[:] = labels
-        recipe = {"clip": clip_name, "viclip": viclip_name, "frames": frames}
+        recipe = {"clip": clip_name, "viclip": viclip_name, "frames": frames, "captions": hashes([captions[split]])}
         if all(finished(here / name, recipe) for name in ("e_txt.npy", "e_img.npy", "e_act.npy")):
             continue
         if clip is None:
-            clip, tokenizer = load_clip(clip_name)
+            clip, _, tokenizer = load_clip(clip_name)
             viclip = ViCLIP.from_pretrained(viclip_name).to(device)
             clip = clip.to(device)
-        inputs = hashes([captions[split], *map(source.stimulus, segments)])
+        inputs = hashes(map(source.stimulus, segments))
         e_txt = encode_texts(clip, tokenizer, [row["caption"] for row in rows[split]])
         D = e_txt.shape[1]
         with ExitStack() as stack:
@@ -986,7 +990,7 @@ class ClipDataset:
         }
 
     def batch(self, clips: np.ndarray, seed: int, step: int) -> dict[str, torch.Tensor]:
-        """x (B, T, N) of one showing a clip and its `targets`. The showing is drawn from (seed, step, clip): no matter which process asks."""
+        """x (B, T, N) of one showing a clip and its `targets`. The showing is drawn from (seed, step, clip), whichever process asks."""
         showing = [np.random.default_rng([seed, step, clip]).choice(np.flatnonzero(self.recorded[clip])) for clip in clips]
         x = self.fmri[clips, showing][..., self.voxels]  # (B, T, N)
         self.check(x, clips)
@@ -1076,10 +1080,11 @@ def main() -> None:
     add("--test-segments", type=int, default=5)
     add("--clip", default="ViT-L-14-quickgelu/openai", help="open_clip MODEL/PRETRAINED or local-dir:PATH")
     add("--viclip", default="OpenGVLab/ViCLIP", help="a directory, the published .pth, or the name on the hub")
-    add("--root", type=Path, default=Path("data"), help="where prepared data go")
-    args = parser.parse_args()
+    args, root = parser.parse_args(), Path("data")
     if args.name == "toy":
-        return prepare_toy(Path("data"))
+        return prepare_toy(root)
+    if args.captions and len(args.captions) > 2:
+        parser.error(f"--captions takes captions.jsonl, or the training and the test list; {len(args.captions)} files are given")
     if (args.raw is None) == (args.fmri_release is None):
         parser.error(
             "give one of --raw (Purdue release) and --fmri-release (NeuroClips release)\n\n"
@@ -1094,16 +1099,16 @@ def main() -> None:
         delay, source = None, NeuroClipsRelease(args.fmri_release, args.subject, args.delay, **segments)
         captions = args.captions or [args.fmri_release / f"GT_{split}_caption.pt" for split in ("train", "test")]
     recipe = {"release": type(source).__name__, "subject": args.subject, "delay": delay, "window": args.window}
-    folder = args.root / "cc2017"
-    prepare_fmri(source, folder / f"sub{args.subject}", recipe, args.window)
-    prepare_stimuli(
-        source, folder / "stimuli", dict(zip(("train", "test"), captions * (3 - len(captions)), strict=True)), args.clip, args.viclip
-    )
-    for file in sorted(folder.rglob("*.npy")):
+    prepare_fmri(source, root / "cc2017" / f"sub{args.subject}", recipe, args.window)
+    prepare_stimuli(source, root / "cc2017" / "stimuli", {"train": captions[0], "test": captions[-1]}, args.clip, args.viclip)
+    for file in sorted((root / "cc2017").rglob("*.npy")):
         array = np.load(file, mmap_mode="r")
         print(f"{file}  {array.dtype} {array.shape}  {file.stat().st_size / 1e6:,.1f} MB")
     print(f"next: python train_stage1.py --data cc2017 --subject {args.subject}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")

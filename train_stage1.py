@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from brain_model import BrainModel
-from data import ClipDataset, clips_of_step, far_apart, mean_frames, near_copy_threshold
+from data import ClipDataset, clips_of_step, far_apart, mean_frames, near_copy_threshold, written_whole
 from heads import Stage1Heads, stage1_loss
 
 
@@ -96,16 +96,20 @@ def retrieval(f: Tensor, e: Tensor, other: np.ndarray, n: int = 50) -> tuple[flo
     """Shares of clips whose own e (clips, D) is the most similar to f (clips, D), is among the five most similar, and is the most
     similar among itself and n-1 clips drawn from those of other scenes (`other` (clips, clips) bool).
 
-    The last is exact: with C candidates, k of them less similar than the own clip, the probability is C(k, n-1) / C(C, n-1).
+    Among equals (clips of one caption) the first two take one at random: their expectation. The last is exact: with C candidates,
+    k of them less similar than the own clip, the probability is C(k, n-1) / C(C, n-1). ValueError where f is not finite.
     """
     f, e = torch.nn.functional.normalize(f, dim=-1), torch.nn.functional.normalize(e, dim=-1)
-    S = (f @ e.T).double().numpy()
+    S = (f @ e.T).double().numpy().round(6)  # equal embeddings, up to rounding, are equally similar
+    if not np.isfinite(S).all():
+        raise ValueError("the Brain Model's output is not finite: training diverged (log.jsonl); train anew with a lower --lr")
     own = S.diagonal()[:, None]
-    better = (S > own).sum(1)
+    better, equal = (S > own).sum(1), (S == own).sum(1)  # equal counts the own clip
     C, k = other.sum(1), (other & (S < own)).sum(1)
     n = min(n, int(C.min()) + 1)
     log_p = gammaln(k + 1) - gammaln(np.maximum(k - n + 2, 1)) - gammaln(C + 1) + gammaln(C - n + 2)
-    return float((better < 1).mean()), float((better < 5).mean()), float(np.where(k >= n - 1, np.exp(log_p), 0).mean())
+    top_1, top_5 = (np.clip((m - better) / equal, 0, 1) for m in (1, 5))
+    return float(top_1.mean()), float(top_5.mean()), float(np.where(k >= n - 1, np.exp(log_p), 0).mean())
 
 
 def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -159,7 +163,7 @@ def loss_curves(log: Path, picture: Path) -> None:
 
 
 def save_whole(folder: Path, write) -> None:
-    """write(temporary folder), which then takes the place of `folder`: a kill at any moment leaves a whole one."""
+    """write(temporary folder), which then takes the place of `folder`: nothing half-written ever stands there."""
     part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
     for left in (part, old):
         shutil.rmtree(left, ignore_errors=True)
@@ -243,15 +247,16 @@ def main(config: Config) -> dict[str, float]:
         states = {"model": plain_model, "heads": plain_heads, "optimiser": optimiser, "schedule": schedule}
         state = {name: part.state_dict() for name, part in states.items()}
         state |= {"step": step, "config": asdict(config), "sizes": size}
-        save_whole(state_file.parent, lambda part: torch.save(state, part / state_file.name))
         save_whole(out / "brain_model", plain_model.save_pretrained)
         save_whole(out / "heads", plain_heads.save_pretrained)
+        with written_whole(state_file) as part:  # last: --resume from it writes the others anew
+            torch.save(state, part)
 
     if chief:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         log_file = out / "log.jsonl"
-        kept = [line for line in open(log_file) if json.loads(line)["step"] <= first_step] if config.resume and log_file.is_file() else []
+        kept = [line for line in open(log_file) if json.loads(line)["step"] < first_step] if config.resume and log_file.is_file() else []
         log_file.write_text("".join(kept))
         board = SummaryWriter(str(out))
 
@@ -313,8 +318,9 @@ def main(config: Config) -> dict[str, float]:
         scores = report(*parts, x, target, where)
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
         shuffled = report(*parts, x[order], target, where)
-        chance = {k: {"top-1": 1, "top-5": 5, "50-way": len(x) / 50}.get(k.split()[-1], 0) / len(x) for k in scores}
-        chance["category mAP"] = float(target["categories"].float().mean(0)[target["categories"].any(0)].mean())
+        ways = min(50, int(far_apart(where).sum(1).min()) + 1)  # fewer where the test set is small
+        chance = {k: {"top-1": 1, "top-5": 5, "50-way": len(x) / ways}.get(k.split()[-1], 0) / len(x) for k in scores}
+        chance["category mAP"] = float(target["categories"].float().mean(0)[target["categories"].bool().any(0)].mean())
         (out / "test.json").write_text(json.dumps({"fmri": scores, "shuffled": shuffled, "chance": chance}, indent=2) + "\n")
         text = table(scores, shuffled, chance, f"{len(x)} held-out clips, {config.data}")
         (out / "test.txt").write_text(text + "\n")

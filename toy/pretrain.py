@@ -110,7 +110,7 @@ def pretrain_clip(steps: int = 1500, batch: int = 192) -> None:
     save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
 
 
-def pretrain_viclip(steps: int = 2000, batch: int = 192) -> None:
+def pretrain_viclip(steps: int = 1500, batch: int = 96) -> None:
     torch.manual_seed(0)
     model = ViCLIP(ViCLIPConfig(**VICLIP, **VICLIP_TEXT))
     seen, unseen = combinations()
@@ -131,7 +131,7 @@ def pretrain_viclip(steps: int = 2000, batch: int = 192) -> None:
 def gates() -> None:
     """What the shipped encoders recognise of the held-out combinations."""
     clips, frames = shown(combinations()[1], 4, seed=3)
-    clip, tokenizer = load_clip(f"local-dir:{HERE / 'clip'}")
+    clip, _, tokenizer = load_clip(f"local-dir:{HERE / 'clip'}")
     captions = [c.caption for c in clips[: len(clips) // 4]]
     looks = [(c.shape, c.colour, c.background) for c in clips]
     e_txt = encode_texts(clip, tokenizer, captions)

@@ -1,0 +1,188 @@
+"""Speed and memory, each as a ratio measured in one run; by hand, not part of the tests.
+
+python tests/benchmark.py             the quick ones, a minute or two on a laptop
+python tests/benchmark.py --stream    also a whole subject of cc2017 at its true size: 86 runs of 245 x 91,282 (1 GB of disk)
+python tests/benchmark.py --plan      parameters, operations and memory of a step at the paper's size: counted, not measured
+python tests/benchmark.py --gpu       a step of stage 1 at the paper's size, measured on a CUDA GPU
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+from brain_model import BrainModel  # noqa: E402
+from heads import Stage1Heads, stage1_loss  # noqa: E402
+
+N, L, WIDTH, BATCH, LAYERS = 13_447, 512, 2048, 144, 24  # subject 1 of cc2017 as NeuroClips selects voxels, and the paper's sizes (§4.1)
+
+
+def fastest(function, repeats: int = 5) -> float:
+    """Seconds of the fastest of some calls, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+@torch.inference_mode()
+def voxel_regression(B: int = 1) -> None:
+    """Contract N voxels to L tokens, then lift to D' (here, r = 1), against the parent's order: lift each voxel, then contract."""
+    contract, lift = torch.randn(L, N) / N**0.5, torch.randn(WIDTH)  # r = 1: a token keeps one number of each volume
+    x = torch.randn(B, N)
+
+    def ours() -> torch.Tensor:
+        return (x @ contract.T)[..., None] * lift  # (B, L, D')
+
+    def parents() -> torch.Tensor:
+        return contract @ (x[..., None] * lift)  # (B, L, D') by way of (B, N, D')
+
+    error = float((ours() - parents()).abs().max())
+    speed = fastest(parents, 2) / fastest(ours)
+    work = (N * WIDTH + N * L * WIDTH) / (N * L + L * WIDTH)
+    print(f"voxel regression, N = {N:,}: {work:,.0f} times fewer multiply-adds, {speed:,.0f} times faster, same output to {error:.0e}")
+
+
+def preprocessing(polyfit_voxels: int = 1500) -> None:
+    """One run of cc2017 against np.polyfit voxel by voxel (some voxels, the time extrapolated)."""
+    from data import CORTEX, preprocess_run
+
+    rng = np.random.default_rng(0)
+    run = np.asfortranarray(10_000 + 100 * rng.standard_normal((245, CORTEX)), np.float32)  # the order in which CIFTI files are read
+    ours, t = preprocess_run(run, 3, 240), np.arange(240)
+
+    def loop() -> np.ndarray:
+        out = np.empty((240, polyfit_voxels))
+        for n in range(polyfit_voxels):
+            y = run[3:243, n].astype(np.float64)
+            y -= np.polyval(np.polyfit(t, y, 4), t)
+            out[:, n] = (y - y.mean()) / y.std()
+        return out
+
+    start = time.perf_counter()
+    error = np.abs(loop() - ours[:, :polyfit_voxels]).max()
+    slow = (time.perf_counter() - start) * CORTEX / polyfit_voxels
+    fast = fastest(lambda: preprocess_run(run, 3, 240), 3)
+    print(
+        f"preprocessing of a run, 245 x {CORTEX:,}: {slow / fast:,.0f} times faster than a polyfit loop ({fast:.2f} s), same to {error:.0e}"
+    )
+
+
+def stream() -> None:
+    """86 true-size runs through prepare_fmri in a process of its own: time and highest memory."""
+    from mini_releases import write_purdue
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_purdue(folder / "raw", train_segments=4, test_segments=1, test_repeats=2)
+        fmri = folder / "raw" / "subject1" / "fmri"
+        for split, segments, repeats in (("seg", 18, 2), ("test", 5, 10)):  # the runs that a miniature lacks are links to those it has
+            for s in range(1, segments + 1):
+                for r in range(1, repeats + 1):
+                    run = fmri / f"{split}{s}" / "cifti" / f"{split}{s}_{r}_Atlas.dtseries.nii"
+                    run.parent.mkdir(parents=True, exist_ok=True)
+                    source = f"seg{(s - 1) % 4 + 1}" if split == "seg" else "test1"
+                    if not run.exists():
+                        os.link(fmri / source / "cifti" / f"{source}_{(r - 1) % 2 + 1}_Atlas.dtseries.nii", run)
+                if not (video := folder / "raw" / "stimuli" / f"{split}{s}.mp4").exists():
+                    os.link(folder / "raw" / "stimuli" / "seg1.mp4", video)
+        code = (
+            "import sys; from pathlib import Path; from data import *\n"
+            "class Release(PurdueRelease):\n"
+            "    def window(self, split, segment): return 1 + self.delay, SEGMENT_VOLUMES  # the links are runs of 245 volumes\n"
+            "prepare_fmri(Release(Path(sys.argv[1]), 1), Path(sys.argv[2]), {})"
+        )
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-c", code, folder / "raw", folder / "out"], check=True, env=os.environ | {"PYTHONPATH": sys.path[0]}
+        )
+        seconds, memory = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        size = np.load(folder / "out" / "train" / "fmri.npy", mmap_mode="r").shape
+    print(f"a subject of cc2017, 86 runs of 245 x 91,282: {seconds:.0f} s, {memory:.2f} GB at most, training fMRI {size}")
+
+
+def step_operations() -> float:
+    """Multiply-adds x 2 of a step of stage 1 at the paper's size, forward and backward (recomputation not counted)."""
+    S = L + 1
+    forward = N * L * 4 + L * 4 * WIDTH + LAYERS * (12 * S * WIDTH**2 + 2 * S**2 * WIDTH) + WIDTH * 768
+    return 3 * 2 * BATCH * forward
+
+
+def plan() -> None:
+    with torch.device("meta"):
+        model = BrainModel(N)
+    P = sum(p.numel() for p in model.parameters())
+    tokens = BATCH * (L + 1)
+    kept = tokens * WIDTH * LAYERS * (16 * 2 + 2 * 4) / 2**30  # per token and layer about 16 widths in bf16 and 2 in float32
+    print(
+        f"Brain Model at the paper's size: {P / 1e9:.3f} billion parameters; a step on {BATCH} clips: {step_operations() / 1e12:,.0f} TFLOP"
+    )
+    print(
+        f"memory: weights, gradients, AdamW in float32 {16 * P / 2**30:.0f} GiB; activations about {kept:.0f} GiB, with --checkpointing about 15"
+    )
+    print(
+        "counted, not measured: 45 % of 790 TFLOP/s (a bf16 matrix rate seen on an H200) would be "
+        f"{step_operations() / 0.45 / 790e12:.2f} s a step"
+    )
+
+
+def gpu() -> None:
+    """A step of stage 1 on a CUDA GPU, without and with checkpointing: seconds, memory, share of the measured matrix rate."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+    def product() -> None:
+        a @ b
+        torch.cuda.synchronize()
+
+    rate = 2 * 8192**3 / fastest(product, 20)
+    print(f"{torch.cuda.get_device_name()}: measured bf16 matrix rate {rate / 1e12:,.0f} TFLOP/s")
+    for checkpointing in (False, True):
+        torch.cuda.reset_peak_memory_stats()
+        model, heads = BrainModel(N).cuda(), Stage1Heads().cuda()
+        model.gradient_checkpointing = checkpointing
+        parameters = [*model.parameters(), *heads.parameters()]
+        optimiser = torch.optim.AdamW(parameters, 1e-4)
+        x, e_img = torch.randn(BATCH, 1, N, device="cuda"), F.normalize(torch.randn(BATCH, 8, 768, device="cuda"), dim=-1)
+
+        def step() -> None:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = stage1_loss(heads, model(x)[0], e_img, e_img[:, 0], e_img[:, 1], torch.ones(BATCH, 12, device="cuda")).loss  # noqa: B023
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # noqa: B023
+            optimiser.step()  # noqa: B023
+            optimiser.zero_grad()  # noqa: B023
+            torch.cuda.synchronize()
+
+        seconds = fastest(step, 5)
+        share, memory = step_operations() / seconds / rate, torch.cuda.max_memory_allocated() / 2**30
+        print(f"checkpointing {checkpointing}: {seconds:.2f} s a step, {memory:.0f} GiB, {share:.0%} of the matrix rate")
+        del model, heads, optimiser, parameters, step
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("stream", "plan", "gpu"):
+        parser.add_argument(f"--{name}", action="store_true")
+    args = parser.parse_args()
+    if args.plan or args.gpu:
+        plan()
+        if args.gpu:
+            gpu()
+    else:
+        voxel_regression()
+        preprocessing()
+        if args.stream:
+            stream()

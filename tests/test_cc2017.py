@@ -1,0 +1,119 @@
+"""The main job on real formats: a miniature cc2017, in both releases, through the README's two commands."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import REPO, environment, run_script
+from mini_releases import CLIPS, write_neuroclips, write_purdue
+
+ENCODERS = ("--clip", f"local-dir:{REPO / 'toy' / 'clip'}", "--viclip", REPO / "toy" / "viclip")
+SMALL = ("--steps", 150, "--batch_size", 96, "--lr", 1e-3, "--tokens", 8, "--width", 64, "--layers", 2, "--heads", 4)
+PURDUE = ("cc2017", "--subject", 1, "--train-segments", 4, "--test-segments", 1, *ENCODERS)
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("purdue")
+    return write_purdue(folder / "raw", train_segments=4, test_segments=1, test_repeats=2)
+
+
+@pytest.fixture(scope="module")
+def prepared(release, tmp_path_factory):
+    """The preparation killed with SIGKILL once the fMRI is there, then run again: what it prints, and where."""
+    folder = tmp_path_factory.mktemp("cc2017")
+    command = [sys.executable, str(REPO / "data.py"), *map(str, PURDUE), "--raw", str(release.folder)]
+    with open(folder / "first.log", "w") as log:
+        first = subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log)
+    fmri = folder / "data" / "cc2017" / "sub1" / "test" / "fmri.npy"
+    deadline = time.monotonic() + 240
+    while not (folder / "data" / "cc2017" / "stimuli" / "train" / "clips.jsonl").is_file():
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    made = fmri.stat().st_mtime_ns
+    done = run_script("data.py", *PURDUE, "--raw", release.folder, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert fmri.stat().st_mtime_ns == made  # what was whole is kept
+    return folder, (folder / "first.log").read_text() + done.stdout + done.stderr
+
+
+def test_the_prepared_files_are_those_of_the_contract(prepared, release):
+    folder, said = prepared
+    data = folder / "data" / "cc2017"
+    voxels = np.load(data / "sub1" / "voxels.npz")
+    assert set(voxels["index"]) <= set(release.planted) and len(voxels["index"]) > 0.9 * len(release.planted)
+    N = len(voxels["index"])
+    shapes = {
+        "sub1/train/fmri.npy": (4 * CLIPS, 2, 1, N),
+        "sub1/test/fmri.npy": (CLIPS, 10, 1, N),
+        "stimuli/train/e_img.npy": (4 * CLIPS, 8, 64),
+        "stimuli/test/e_txt.npy": (CLIPS, 64),
+        "stimuli/train/e_act.npy": (4 * CLIPS, 64),
+    }
+    for name, shape in shapes.items():
+        file = data / name
+        assert np.load(file, mmap_mode="r").shape == shape and name in said
+        entry = json.loads(file.with_name("manifest.json").read_text())[file.name]
+        assert tuple(entry["shape"]) == shape and all(len(digest) == 64 for digest in entry["inputs"].values()) and entry["inputs"]
+    fmri = np.load(data / "sub1" / "test" / "fmri.npy")
+    assert np.isfinite(fmri[:, :2]).all() and np.isnan(fmri[:, 2:]).all()  # eight of the ten showings are not in the miniature
+    assert "is not there; this showing of test1 is masked" in said and "7 constant or not finite" in said
+    clips = [json.loads(line) for line in open(data / "stimuli" / "train" / "clips.jsonl")]
+    assert [clip["start_s"] for clip in clips[:3]] == [0, 2, 4] and clips[CLIPS]["id"] == "seg2-000"
+    classes = json.loads((data / "stimuli" / "train" / "manifest.json").read_text())["categories.npy"]["recipe"]["classes"]
+    labels = np.load(data / "stimuli" / "train" / "categories.npy")
+    assert labels.shape == (len(clips), len(classes)) and set(np.unique(labels)) == {0, 1} and "person" in classes and "person" in said
+    assert not list(data.rglob("*.part*"))
+
+
+def test_stage_1_trains_on_it(prepared):
+    folder, _ = prepared
+    done = run_script("train_stage1.py", "--data", "cc2017", "--subject", 1, *SMALL, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((folder / "runs" / "cc2017" / "sub1" / "full-s0" / "stage1" / "test.json").read_text())
+    assert scores["fmri"]["category mAP"] > 0.9 > scores["shuffled"]["category mAP"]  # 12 contents, which the test film shows, too
+    assert scores["fmri"]["image 50-way"] > 5 * scores["shuffled"]["image 50-way"]
+
+
+def test_other_settings_are_an_error_that_names_both_values(prepared, release):
+    folder, _ = prepared
+    done = run_script("data.py", *PURDUE, "--raw", release.folder, "--delay", 3, cwd=folder)
+    assert done.returncode == 1 and "was made with delay = 2, but delay = 3 is asked for" in done.stderr
+
+
+def test_captions_that_differ_in_number_from_the_clips(release, tmp_path):
+    lists = [tmp_path / "train.json", tmp_path / "test.json"]
+    for file, n in zip(lists, (4 * CLIPS - 1, CLIPS), strict=True):
+        file.write_text(json.dumps(["a dog"] * n))
+    write = write_neuroclips(tmp_path / "release", train_segments=4)
+    options = ("--fmri-release", write.folder, "--captions", *lists)
+    done = run_script("data.py", *PURDUE, *options, cwd=tmp_path)
+    assert done.returncode == 1 and "train.json has 959 captions for the 960 train clips of 4 segments" in done.stderr
+    assert not list((tmp_path / "data").rglob("e_*.npy"))
+
+
+def test_the_neuroclips_release_through_both_commands(tmp_path):
+    write_neuroclips(tmp_path / "release")
+    options = ("cc2017", "--fmri-release", tmp_path / "release", "--train-segments", 2, "--test-segments", 1, *ENCODERS)
+    done = run_script("data.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "data" / "cc2017" / "sub1" / "test" / "fmri.npy", mmap_mode="r").shape == (CLIPS, 10, 1, 96)
+    done = run_script("train_stage1.py", "--data", "cc2017", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run_script("data.py", *options, "--delay", 2, cwd=tmp_path)
+    assert done.returncode == 1 and "already delayed" in done.stderr
+
+
+def test_a_release_that_is_not_there_says_what_to_do(tmp_path):
+    done = run_script("data.py", "cc2017", "--raw", tmp_path / "nowhere", cwd=tmp_path)
+    assert done.returncode == 1 and "has no recording of seg1: wanted seg1_1_Atlas.dtseries.nii" in done.stderr
+    done = run_script("data.py", "cc2017", cwd=tmp_path)
+    assert done.returncode == 2 and "give one of --raw" in done.stderr and "python data.py cc2017 --raw RAW --subject 1" in done.stderr
+    assert not list(tmp_path.rglob("*.npy"))
