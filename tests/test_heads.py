@@ -104,9 +104,7 @@ def test_phi_v_is_a_weighted_mean_over_the_frames():
 def test_stage1_loss_is_eq_1_and_eq_3():
     made, heads = example(), random_heads()
     e_img, f_a, logits = heads(made["f_c"], made["e_img"])
-    image, text, action = (
-        by_hand(f, e, 0.1) for f, e in ((made["f_c"], e_img), (made["f_c"], made["e_txt"]), (f_a, made["e_act"]))
-    )
+    image, text, action = (by_hand(f, e, 0.1) for f, e in ((made["f_c"], e_img), (made["f_c"], made["e_txt"]), (f_a, made["e_act"])))
     category = focal_bce(logits, made["categories"]).item()
     losses = stage1_loss(heads, **made, tau=0.1, lambda_1=0.5, lambda_2=2.0)
     assert [v.item() for v in losses[1:]] == pytest.approx([image, text, action, category], rel=1e-4)
