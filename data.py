@@ -314,8 +314,8 @@ def load_pt(path: Path) -> torch.Tensor | np.ndarray | list:
             f"{path} needs pickle to load, which can run any code, or is no .pt file: download it again, or if you "
             "trust it rewrite it: torch.save(torch.as_tensor(torch.load(FILE, weights_only=False)), FILE)"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is truncated: download it again") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is truncated or unreadable: download it again") from error
 
 
 # ---------------------------------------------------------------- stimuli: mp4 -> frames

@@ -177,7 +177,7 @@ def save_whole(folder: Path, write) -> None:
 
 def main(config: Config) -> dict[str, float]:
     # ---- set up
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no")
     chief = accelerator.is_main_process
     out = Path("runs") / config.data / f"sub{config.subject}" / f"{config.run}-s{config.seed}" / "stage1"
     state_file = out / "state" / "state.pt"

@@ -130,7 +130,8 @@ def plan() -> None:
         f"Brain Model at the paper's size: {P / 1e9:.3f} billion parameters; a step on {BATCH} clips: {step_operations() / 1e12:,.0f} TFLOP"
     )
     print(
-        f"memory: weights, gradients, AdamW in float32 {16 * P / 2**30:.0f} GiB; activations about {kept:.0f} GiB, with --checkpointing about 15"
+        f"memory: weights, gradients, AdamW in float32 {16 * P / 2**30:.0f} GiB; activations about {kept:.0f} GiB, "
+        "with --checkpointing about 15"
     )
     print(
         "counted, not measured: 45 % of 790 TFLOP/s (a bf16 matrix rate seen on an H200) would be "
@@ -149,27 +150,31 @@ def gpu() -> None:
     rate = 2 * 8192**3 / fastest(product, 20)
     print(f"{torch.cuda.get_device_name()}: measured bf16 matrix rate {rate / 1e12:,.0f} TFLOP/s")
     for checkpointing in (False, True):
-        torch.cuda.reset_peak_memory_stats()
-        model, heads = BrainModel(N).cuda(), Stage1Heads().cuda()
-        model.gradient_checkpointing = checkpointing
-        parameters = [*model.parameters(), *heads.parameters()]
-        optimiser = torch.optim.AdamW(parameters, 1e-4)
-        x, e_img = torch.randn(BATCH, 1, N, device="cuda"), F.normalize(torch.randn(BATCH, 8, 768, device="cuda"), dim=-1)
-
-        def step() -> None:
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = stage1_loss(heads, model(x)[0], e_img, e_img[:, 0], e_img[:, 1], torch.ones(BATCH, 12, device="cuda")).loss  # noqa: B023
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # noqa: B023
-            optimiser.step()  # noqa: B023
-            optimiser.zero_grad()  # noqa: B023
-            torch.cuda.synchronize()
-
-        seconds = fastest(step, 5)
-        share, memory = step_operations() / seconds / rate, torch.cuda.max_memory_allocated() / 2**30
+        seconds, memory = stage1_step(checkpointing)
+        share = step_operations() / seconds / rate
         print(f"checkpointing {checkpointing}: {seconds:.2f} s a step, {memory:.0f} GiB, {share:.0%} of the matrix rate")
-        del model, heads, optimiser, parameters, step
-        torch.cuda.empty_cache()
+
+
+def stage1_step(checkpointing: bool) -> tuple[float, float]:
+    """Seconds and GiB of a step of stage 1 at the paper's size on a CUDA GPU."""
+    torch.cuda.reset_peak_memory_stats()
+    model, heads = BrainModel(N).cuda(), Stage1Heads().cuda()
+    model.gradient_checkpointing = checkpointing
+    parameters = [*model.parameters(), *heads.parameters()]
+    optimiser = torch.optim.AdamW(parameters, 1e-4)
+    x, e_img = torch.randn(BATCH, 1, N, device="cuda"), F.normalize(torch.randn(BATCH, 8, 768, device="cuda"), dim=-1)
+    categories = torch.ones(BATCH, 12, device="cuda")
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = stage1_loss(heads, model(x)[0], e_img, e_img[:, 0], e_img[:, 1], categories).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        torch.cuda.synchronize()
+
+    return fastest(step, 5), torch.cuda.max_memory_allocated() / 2**30
 
 
 if __name__ == "__main__":

@@ -237,7 +237,8 @@ def test_neuroclips_release(tmp_path):
     assert source.window("train", "seg2") == (0, 240)
     assert set(source.voxels[1]) == {"unknown"} and len(source.voxels[0]) == fmri.shape[2]
     contents = mini_releases.contents(32)
-    assert source.captions("test") == [contents[k][1] for k in mini_releases.shown(2)]
+    told = data.read_captions(tmp_path / "GT_test_caption.pt", ["test1"])
+    assert [row["caption"] for row in told] == [contents[k][1] for k in mini_releases.shown(2)]
     clips = list(source.read_clips("test", "test1"))
     assert len(clips) == 240 and all(np.array_equal(c, contents[k][0]) for c, k in zip(clips, mini_releases.shown(2), strict=True))
 

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -144,20 +143,25 @@ def test_a_write_that_fails_leaves_the_earlier_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+TWO = """
+import sys, train_stage1
+try:
+    train_stage1.main(train_stage1.parse([*sys.argv[1:], "--batch_size", "15"]))
+except ValueError as error:  # so they are two, and each knows it
+    print(error)
+train_stage1.main(train_stage1.parse(sys.argv[1:]))
+"""
+
+
 def test_two_processes_log_what_one_does(prepared, tmp_path):
     options = command("--steps", 6, "--lr", 1e-3)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", port]
-    done = subprocess.run(
-        [*launch, str(REPO / "train_stage1.py"), *options, "--run", "two"],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    (tmp_path / "two.py").write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "two.py"]
+    done = subprocess.run([*launch, *options], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--batch_size 15 does not divide among 2 processes") == 2
     here("--steps", 6, "--lr", 1e-3, "--run", "one")
-    one, two = (log(STAGE1.parents[1] / f"{name}-s0" / "stage1") for name in ("one", "two"))
+    one, two = (log(STAGE1.parents[1] / f"{name}-s0" / "stage1") for name in ("one", "full"))
     assert len(one) == len(two) == 6
     for a, b in zip(one, two, strict=True):
         assert b == pytest.approx(a, rel=1e-5, abs=1e-5)
