@@ -1,9 +1,9 @@
 """Stage-1 heads and losses (§3.1, Eq. 1-3): what the Brain Model's global token is taught.
 
-    L_stage1 = L_clip + lambda_1 L_action + lambda_2 L_cls                                                     Eq. 3
-    L_clip   = L_info(f_c, phi_v(e_img)) + L_info(f_c, e_txt)            image and text of CLIP                 Eq. 1, 2
-    L_action = L_info(phi_a(f_c), e_act)                                 action of ViCLIP
-    L_cls    = BCE + focal on phi_c(f_c)                                 object categories
+L_stage1 = L_clip + lambda_1 L_action + lambda_2 L_cls                                                     Eq. 3
+L_clip   = L_info(f_c, phi_v(e_img)) + L_info(f_c, e_txt)            image and text of CLIP                 Eq. 1, 2
+L_action = L_info(phi_a(f_c), e_act)                                 action of ViCLIP
+L_cls    = BCE + focal on phi_c(f_c)                                 object categories
 """
 
 from typing import NamedTuple

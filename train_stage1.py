@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -34,18 +35,22 @@ def option(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
+class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """--help: the text above as it stands, and each option's default."""
+
+
 @dataclass
 class Config:
     """The defaults are the paper's (§4.1); PRESETS holds what differs on a dataset."""
 
     data: str = option("toy", "toy, cc2017 or cinebrain")
     subject: int = option(1, "K")
-    run: str | None = option(None, "name of the run (default: full, or what an ablation switch implies)")
+    run: str | None = option(None, "name of the run; none: full, or what an ablation switch implies")
     seed: int = option(0, "of the initial weights, the order of the clips and the showings drawn")
     resume: bool = option(False, "go on from the last checkpoint of this run")
     cls: bool = option(True, "category learning, L_cls (Table 4)")
     action: bool = option(True, "action alignment, L_action (Table 4)")
-    rois: str | None = option(None, "regions to use, such as visual,hippocampus (default: every voxel prepared)")
+    rois: str | None = option(None, "regions to use, such as visual,hippocampus; none: every voxel prepared")
     val_segments: str | None = option(None, "training segments to hold out and to report on every checkpoint, such as seg17,seg18")
 
     steps: int = option(8000, "optimiser steps")
@@ -78,7 +83,7 @@ PRESETS = {
 
 def parse(argv: list[str]) -> Config:
     """The command line over the dataset's preset over the paper's values. An unknown option or dataset ends the program."""
-    parser = HfArgumentParser(Config, description=__doc__, prog="train_stage1.py")
+    parser = HfArgumentParser(Config, description=__doc__, prog="train_stage1.py", formatter_class=Help)
     known, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     if known.data not in PRESETS:
         parser.error(f"--data {known.data}: there are {', '.join(PRESETS)}")
