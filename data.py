@@ -1061,6 +1061,161 @@ def mean_frames(e_img: np.ndarray) -> np.ndarray:
     return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 
 
+# ---------------------------------------------------------------- for the video decoder: latents and text tokens (§4.1)
+
+VIDEO = {"toy": (17, 64, 64), "cc2017": (57, 624, 624), "cinebrain": (33, 480, 720)}  # frames, height, width (§4.1)
+
+
+def decoder_recipes(decoder: str, size: Sequence[int]) -> tuple[dict, dict]:
+    """What makes the latents of videos of size (frames, height, width), and the text tokens, of a decoder: its name and, where it is a
+    local folder, a digest of VAE and text encoder: sha256 of config.json and of the first 64 MB of each file of weights."""
+
+    def digest(part: str) -> str | None:
+        sha = hashlib.sha256()
+        for file in sorted(f for f in Path(decoder, part).glob("*") if f.name == "config.json" or f.suffix == ".safetensors"):
+            with open(file, "rb") as opened:
+                sha.update(opened.read(1 << 26))
+        return sha.hexdigest()[:16] if Path(decoder).is_dir() else None
+
+    name = Path(decoder).resolve().name if Path(decoder).is_dir() else decoder
+    latents = {"decoder": name, "vae": digest("vae"), **dict(zip(("frames", "height", "width"), size, strict=True))}
+    return latents, {"decoder": name, "text_encoder": digest("text_encoder")}
+
+
+def video_frames(clip: np.ndarray, frames: int, height: int, width: int) -> np.ndarray:
+    """uint8 (n, H, W, 3) -> (frames, height, width, 3): the middle frames at an even stride (57 of 60: all but 3), the largest centred
+    rectangle of the wanted shape, resized (bicubic, antialiased). Raises ValueError where the clip has too few frames."""
+    n, H, W, _ = clip.shape
+    if n < frames:
+        raise ValueError(
+            f"a clip of {n} frames, wanted {frames}: the video decoder needs the mp4 stimuli (python data.py cc2017 --raw DIR "
+            "--subject K --decoder ID); the frames of the NeuroClips release serve stage 1 only"
+        )
+    stride = n // frames
+    h, w = (H, H * width // height) if H * width <= W * height else (W * height // width, W)
+    top, left = (H - h) // 2, (W - w) // 2
+    clip = clip[(n - stride * (frames - 1) - 1) // 2 :: stride][:frames, top : top + h, left : left + w]
+    if (h, w) == (height, width):
+        return clip
+    x = torch.from_numpy(np.ascontiguousarray(clip)).permute(0, 3, 1, 2).float()
+    x = nn.functional.interpolate(x, (height, width), mode="bicubic", antialias=True)
+    return x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def prepare_decoder(name: str, source, root: Path, decoder: str, frames: int, height: int, width: int) -> None:
+    """Text tokens, empty prompt and latents of all clips in root/name/stimuli/, for a decoder: a folder or a name on the Hub.
+
+    Text first, then the VAE: both are not in memory at once, the DiT never. Clips are streamed, a few at a time.
+    """
+    from video_decoder import VideoDecoder  # a component: only preparation needs it here
+
+    stimuli, folder = root / name / "stimuli", Path(decoder).name
+    latent_recipe, text_recipe = decoder_recipes(decoder, (frames, height, width))
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    load = {"load_transformer": False, "dtype": dtype, "tiling": frames * height * width > 2e7}
+    captions = {split: [json.loads(line)["caption"] for line in open(stimuli / split / "clips.jsonl")] for split in source.splits}
+    here = {split: stimuli / split / folder for split in source.splits}
+
+    empty = stimuli / folder / "empty_prompt.npy"  # written last
+    if not finished(empty, text_recipe):
+        encoder = VideoDecoder.from_pretrained(decoder, load_text_encoder=True, **load).to(device)
+        L, D_txt = encoder.text_length, encoder.text_width
+        tqdm.write(f"{decoder}: text tokens of {sum(map(len, captions.values())):,} captions, at most {L} x {D_txt} float16 each")
+        for split, texts in captions.items():
+            different, tokens = list(dict.fromkeys(texts)), {}
+            for i in tqdm(range(0, len(different), 32), desc=f"text tokens, {split}", unit="batch"):
+                with torch.inference_mode():
+                    encoded = encoder.encode_text(different[i : i + 32])
+                tokens |= {text: e.numpy().astype(np.float16) for text, e in zip(different[i : i + 32], encoded, strict=True)}
+            if not all(np.isfinite(e).all() for e in tokens.values()):
+                raise ValueError(f"{decoder}/text_encoder gives NaN or values beyond float16: download it again, or another --decoder")
+            offsets = np.cumsum([0] + [len(tokens[text]) for text in texts])  # (clips + 1,)
+            with writing(here[split] / "text_tokens.npy", (int(offsets[-1]), D_txt), "float16", text_recipe) as array:
+                for text, start, end in zip(texts, offsets, offsets[1:], strict=False):
+                    array[start:end] = tokens[text]
+            with writing(here[split] / "text_offsets.npy", offsets.shape, "int64", text_recipe) as array:
+                array[:] = offsets
+        with torch.inference_mode(), writing(empty, (L, D_txt), "float32", text_recipe) as array:
+            (e,) = encoder.encode_text([""])  # (n, D_txt)
+            array[: len(e)] = e
+        del encoder
+
+    left = [split for split in source.splits if not finished(here[split] / "latents.npy", latent_recipe)]
+    if not left:
+        return
+    encoder = VideoDecoder.from_pretrained(decoder, load_vae=True, **load).to(device)
+    shape, total = encoder.latent_shape(frames, height, width), sum(len(captions[split]) for split in left)
+    size = f"{frames}x{height}x{width} -> {shape} float16, {2 * np.prod(shape) * total / 1e9:,.2f} GB"
+    tqdm.write(f"{decoder}: latents of {total:,} clips, {size}")
+    at_once, estimate = min(16, max(1, 2_000_000 // (frames * height * width))), ""
+    for split in left:
+        n, inputs = len(captions[split]), hashes(map(source.stimulus, source.splits[split]))
+        shown = (clip for segment in source.splits[split] for clip in source.read_clips(split, segment))
+        progress = tqdm(total=n, desc=f"latents, {split}", unit="clip")
+        with writing(here[split] / "latents.npy", (n, *shape), "float16", latent_recipe, inputs) as array:
+            while progress.n < n:
+                clips = [video_frames(clip, frames, height, width) for clip in islice(shown, at_once if estimate else 1)]
+                array[progress.n : progress.n + len(clips)] = encoder.encode_latents(torch.from_numpy(np.stack(clips))).cpu().numpy()
+                progress.update(len(clips))
+                if not estimate:
+                    seconds = progress.format_dict["elapsed"]
+                    estimate = f"the first clip took {seconds:.2f} s; at that rate all take {seconds * total / 60:,.0f} minutes"
+                    tqdm.write(estimate)
+        progress.close()
+
+
+class DecoderData:
+    """What the video decoder needs of the clips of a split, as `prepare_decoder` made it; arrays are memory-mapped.
+
+    latents (clips, C, f, h, w) float16 of videos of `size` = frames, height, width; text_tokens (rows, D_txt) and text_offsets
+    (clips + 1,), ragged; empty (L, D_txt). The toy world is prepared where it is not. Raises FileNotFoundError where another
+    dataset is not, ValueError where its files were made by another decoder, VAE, text encoder or size.
+    """
+
+    def __init__(self, name: str, decoder: str, split: str, root: Path = Path("data"), size: tuple[int, int, int] | None = None):
+        self.size, stimuli, folder = size or VIDEO[name], root / name / "stimuli", Path(decoder).name
+        here = stimuli / split / folder
+        latents, *texts = here / "latents.npy", here / "text_tokens.npy", here / "text_offsets.npy", stimuli / folder / "empty_prompt.npy"
+        latent_recipe, text_recipe = decoder_recipes(decoder, self.size)
+        command = f"python data.py {name} --raw DIR --decoder {decoder}"
+        try:
+            there = all([finished(latents, latent_recipe), *(finished(file, text_recipe) for file in texts)])
+        except ValueError as error:
+            raise ValueError(f"{error} ({command})") from error
+        if not there and name != "toy":
+            raise FileNotFoundError(f"{here}: latents and text tokens for {decoder} are not there; make them: {command}")
+        if not there:
+            prepare_decoder(name, ToyRelease(root / name / "raw"), root, decoder, *self.size)
+        self.latents, self.text_tokens, self.text_offsets, self.empty = (np.load(file, mmap_mode="r") for file in (latents, *texts))
+        clips = sum(1 for _ in open(stimuli / split / "clips.jsonl"))
+        if not len(self.latents) == len(self.text_offsets) - 1 == clips:
+            raise ValueError(
+                f"{here} has latents of {len(self.latents)} and text of {len(self.text_offsets) - 1} clips, clips.jsonl {clips}: "
+                f"delete the folder and make it anew ({command})"
+            )
+
+
+def memories(train: ClipDataset, decoder: DecoderData, phi_v: nn.Module, clips: np.ndarray) -> dict[str, Tensor]:
+    """The arguments of `MemoryPool`: the memories of these training clips (indices, rising), φ_v the frozen one of stage 1 (§3.2)."""
+    e_img = np.array(train.e_img[clips], np.float32)  # (N, F, D)
+    with torch.no_grad():
+        image = phi_v(torch.from_numpy(e_img).to(next(phi_v.parameters()).device)).cpu()  # (N, D)
+    text, action = (torch.from_numpy(np.array(e[clips], np.float32)) for e in (train.e_txt, train.e_act))  # (N, D) each
+    segments = [clip["segment"] for clip in train.clips]
+    names, segment = np.unique(segments, return_inverse=True)
+    first = np.array([segments.index(name) for name in names])  # its first clip
+    starts, ends = (decoder.text_offsets[i] for i in (clips, clips + 1))
+    rows = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
+    return {
+        "e": nn.functional.normalize(torch.stack([text, image, action], 1), dim=-1),  # (N, 3, D)
+        "text_tokens": torch.from_numpy(decoder.text_tokens[rows]),  # (rows, D_txt)
+        "text_offsets": torch.from_numpy(np.cumsum([0, *(ends - starts)])),  # (N + 1,)
+        "segment": torch.from_numpy(segment[clips]),
+        "position": torch.from_numpy((np.arange(len(segments)) - first[segment])[clips]),
+        "mean_frame": torch.from_numpy(mean_frames(e_img)),  # (N, D)
+    }
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -1079,6 +1234,7 @@ def main() -> None:
     add("--train-segments", type=int, default=18)
     add("--test-segments", type=int, default=5)
     add("--clip", default="ViT-L-14-quickgelu/openai", help="open_clip MODEL/PRETRAINED or local-dir:PATH")
+    add("--decoder", help="also latents and text tokens for this text-to-video model (Wan-AI/Wan2.1-T2V-1.3B-Diffusers), for stage 2")
     add("--viclip", default="OpenGVLab/ViCLIP", help="a directory, the published .pth, or the name on the hub")
     args, root = parser.parse_args(), Path("data")
     if args.name == "toy":
@@ -1101,6 +1257,8 @@ def main() -> None:
     recipe = {"release": type(source).__name__, "subject": args.subject, "delay": delay, "window": args.window}
     prepare_fmri(source, root / "cc2017" / f"sub{args.subject}", recipe, args.window)
     prepare_stimuli(source, root / "cc2017" / "stimuli", {"train": captions[0], "test": captions[-1]}, args.clip, args.viclip)
+    if args.decoder:
+        prepare_decoder("cc2017", source, root, args.decoder, *VIDEO["cc2017"])
     for file in sorted((root / "cc2017").rglob("*.npy")):
         array = np.load(file, mmap_mode="r")
         print(f"{file}  {array.dtype} {array.shape}  {file.stat().st_size / 1e6:,.1f} MB")

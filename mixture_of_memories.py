@@ -36,7 +36,7 @@ class MemoryPool:
     segment: Tensor  # (N,) int64
     position: Tensor  # (N,) int64, a clip's number within its segment
     mean_frame: Tensor  # (N,D) float, unit rows: mean over frames of the CLIP frame embeddings
-    near_copy: float = ALL_ALLOWED  # cosine of two mean frames above which one clip copies the other
+    near_copy: float = ALL_ALLOWED  # cosine of two mean frames above which one clip copies the other: data.near_copy_threshold
 
     def __post_init__(self):
         N, steps, rows = len(self.e), self.text_offsets.diff(), len(self.text_tokens)
@@ -78,26 +78,6 @@ class MemoryPool:
     def excluded(self, clip: Tensor) -> Tensor:
         """Training clips (B,) -> (B,N) bool, the memories they may not retrieve, as no held-out clip can (a choice)."""
         return self.neighbours(clip) | self.near_copies(self.mean_frame[clip])
-
-
-def near_copy_threshold(pool: MemoryPool, held_out: Tensor) -> tuple[float, dict[str, list[float]]]:
-    """`near_copy` for a pool, from held-out clips' unit mean frames (M,D), and the distributions behind it (a choice).
-
-    A clip's best match is its highest mean-frame cosine to the pool: a held-out clip's to all of it, a training clip's to what is left
-    without neighbours and matches above the threshold. Of the held-out best matches that one becomes the threshold which makes both
-    distributions most alike (least Wasserstein-1 distance); ALL_ALLOWED where none need go. Held out is the test set: only its stimuli
-    enter, no recording, no metric; training segments cannot stand in, as film recurs among them (word-identical captions for 60 % of
-    cc2017's training clips, for 7 % of its test clips). Distributions as quantiles at 0, 5, 25, 50, 75, 95, 100 %.
-    """
-    cos = pool.mean_frame.float() @ pool.mean_frame.float().T  # (N,N)
-    cos.masked_fill_(pool.neighbours(torch.arange(len(cos), device=cos.device)), -1)
-    best_held_out = (held_out.float() @ pool.mean_frame.float().T).amax(1)  # (M,)
-    best_left = lambda threshold: cos.masked_fill(cos > threshold, -1).amax(1)  # noqa: E731  () -> (N,)
-    levels = torch.linspace(0, 1, 41, device=cos.device)  # every 2.5 %
-    distance = lambda t: (best_left(t).quantile(levels) - best_held_out.quantile(levels)).abs().mean()  # noqa: E731
-    threshold = min([ALL_ALLOWED, *best_held_out.quantile(levels).flip(0).tolist()], key=distance)  # of equals the highest
-    best = {"held_out": best_held_out, "train_all": best_left(ALL_ALLOWED), "train_left": best_left(threshold)}
-    return threshold, {name: x.quantile(levels[[0, 2, 10, 20, 30, 38, 40]]).tolist() for name, x in best.items()}
 
 
 class Router(nn.Module):

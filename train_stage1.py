@@ -75,7 +75,19 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(steps=900, batch_size=128, lr=2e-3, weight_decay=0.1, tokens=16, width=128, layers=2, heads=4, dropout=0.5, save_every=300),
+    "toy": dict(
+        steps=700,
+        batch_size=128,
+        lr=2e-3,
+        weight_decay=0.1,
+        tokens=16,
+        width=128,
+        layers=2,
+        heads=4,
+        rank=16,
+        dropout=0.6,
+        save_every=200,
+    ),
     "cc2017": {},
     "cinebrain": dict(rois="visual,hippocampus"),
 }

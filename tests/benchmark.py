@@ -120,23 +120,46 @@ def step_operations() -> float:
     return 3 * 2 * BATCH * forward
 
 
+def search(D: int = 768, K: int = 5) -> None:
+    """Eq. 5 and the choice of the top K for one clip and for a batch, against the number of memories."""
+    from mixture_of_memories import mixture_scores
+
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    sizes = [n for n in (10**3, 10**4, 10**5, 10**6) if 3 * D * 4 * n < 0.7 * free]  # one pool, made once and sliced
+    e = torch.empty(max(sizes), 3, D)
+    for part in e.split(20_000):
+        part.normal_().div_(part.norm(dim=-1, keepdim=True))
+    for n in sizes:
+        times = []
+        for B in (1, 32):
+            W_r, q = torch.rand(B, 3).softmax(-1), torch.randn(B, 3, D)
+            times.append(1e3 * fastest(lambda W_r=W_r, q=q, n=n: mixture_scores(W_r, q, e[:n]).topk(K), 3))
+        print(f"search among {n:>9,} memories: {times[0]:8.2f} ms for a clip, {times[1]:8.2f} ms for 32")
+
+
 def plan() -> None:
     with torch.device("meta"):
         model = BrainModel(N)
-    P = sum(p.numel() for p in model.parameters())
+    P, GiB = sum(p.numel() for p in model.parameters()), 2**30
     tokens = BATCH * (L + 1)
-    kept = tokens * WIDTH * LAYERS * (16 * 2 + 2 * 4) / 2**30  # per token and layer about 16 widths in bf16 and 2 in float32
+    kept = tokens * WIDTH * LAYERS * (14 * 2 + 2 * 4) / GiB  # a token and layer keep about 14 widths in bf16 and 2 in float32
+    print(f"stage 1: Brain Model of {P / 1e9:.3f} billion parameters; a step on {BATCH} clips is {step_operations() / 1e12:,.0f} TFLOP")
     print(
-        f"Brain Model at the paper's size: {P / 1e9:.3f} billion parameters; a step on {BATCH} clips: {step_operations() / 1e12:,.0f} TFLOP"
+        f"   memory: weights, gradients, AdamW in float32 {16 * P / GiB:.0f} GiB; activations about {kept:.0f} GiB, with --checkpointing 15"
     )
-    print(
-        f"memory: weights, gradients, AdamW in float32 {16 * P / 2**30:.0f} GiB; activations about {kept:.0f} GiB, "
-        "with --checkpointing about 15"
-    )
-    print(
-        "counted, not measured: 45 % of 790 TFLOP/s (a bf16 matrix rate seen on an H200) would be "
-        f"{step_operations() / 0.45 / 790e12:.2f} s a step"
-    )
+    print(f"   45 % of 790 TFLOP/s (a bf16 matrix rate seen on an H200) would be {step_operations() / 0.45 / 790e12:.2f} s a step")
+
+    d, ffn, layers, text = 1536, 8960, 30, 512  # Wan2.1-T2V-1.3B
+    S = 15 * 39 * 39  # tokens of 57 x 624 x 624: latents 15 x 78 x 78, patches of 1 x 2 x 2
+    linear = 2 * layers * (S * (6 * d**2 + 2 * d * ffn) + text * 2 * d**2)
+    attention = 4 * layers * (S**2 * d + S * text * d)
+    step = 2 * linear + 3 * attention  # frozen weights need no gradient of their own: the backward pass of a matrix costs one product
+    lora = layers * 8 * 2 * 16 * d  # rank 16 on to_q, to_k, to_v, to_out of both attentions (text keys and values are d wide by then)
+    blocks = (layers * S * d * 2 + S * (20 * d + 4 * ffn) * 2) / GiB
+    print(f"stage 2: Wan2.1-1.3B at 57 x 624 x 624: {S:,} tokens, {step / 1e12:,.0f} TFLOP a clip, both ways, {lora / 1e6:.1f} M in LoRA")
+    print(f"   memory: Brain Model, AdamW {16 * P / GiB:.0f} GiB, DiT 2.6 GiB in bf16, its activations with checkpointing {blocks:.0f} GiB")
+    print(f"   40 % of 790 TFLOP/s would be {step / 0.4 / 790e12:.2f} s a clip, {32 * step / 0.4 / 790e12:.0f} s a step of 32 on one GPU")
+    print("all counted, not measured")
 
 
 def gpu() -> None:
@@ -179,13 +202,15 @@ def stage1_step(checkpointing: bool) -> tuple[float, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("stream", "plan", "gpu"):
+    for name in ("stream", "search", "plan", "gpu"):
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()
     if args.plan or args.gpu:
         plan()
         if args.gpu:
             gpu()
+    elif args.search:
+        search()
     else:
         voxel_regression()
         preprocessing()

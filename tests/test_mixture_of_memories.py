@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from scipy.stats import wasserstein_distance
 
+from data import near_copy_threshold
 from mixture_of_memories import (
     ALL_ALLOWED,
     NEIGHBOURS,
@@ -18,7 +19,6 @@ from mixture_of_memories import (
     Router,
     TopTextMemory,
     mixture_scores,
-    near_copy_threshold,
     retrieve,
 )
 
@@ -282,6 +282,10 @@ def test_position_and_not_the_index_counts():
     assert pool.neighbours(torch.tensor([3])).tolist() == [[False, False, True, True, True, False, False, False]]
 
 
+def threshold_of(pool: MemoryPool, held_out: torch.Tensor) -> tuple[float, dict[str, list[float]]]:
+    return near_copy_threshold(pool.mean_frame.numpy(), pool.segment.tolist(), held_out.numpy())
+
+
 def film_with_copies(copied: float) -> tuple[MemoryPool, torch.Tensor]:
     """Clips of 20 kinds, a share of the first half copied in the second; held-out clips of the same kinds."""
     D, kinds = 32, unit(20, 32)
@@ -298,7 +302,7 @@ def film_with_copies(copied: float) -> tuple[MemoryPool, torch.Tensor]:
 
 def test_the_threshold_removes_planted_copies_and_keeps_what_held_out_clips_have():
     pool, held_out = film_with_copies(copied=0.9)
-    threshold, distributions = near_copy_threshold(pool, held_out)
+    threshold, distributions = threshold_of(pool, held_out)
     cos = pool.mean_frame @ pool.mean_frame.T
     cos[pool.neighbours(torch.arange(600))] = -1
     assert cos.amax(1).median() > 0.999  # before: most clips have a copy elsewhere
@@ -311,7 +315,7 @@ def test_the_threshold_removes_planted_copies_and_keeps_what_held_out_clips_have
         other_left = cos.masked_fill(cos > other, -1).amax(1)
         assert wasserstein_distance(left, by_hand) <= wasserstein_distance(other_left, by_hand) + 1e-3
     assert wasserstein_distance(left, by_hand) < 0.1 * wasserstein_distance(cos.amax(1), by_hand)
-    for name, values in (("held_out", by_hand), ("train_left", left), ("train_all", cos.amax(1))):
+    for name, values in (("held out", by_hand), ("training, left", left), ("training, all", cos.amax(1))):
         levels = torch.tensor([0, 0.05, 0.25, 0.5, 0.75, 0.95, 1])
         assert distributions[name] == pytest.approx(values.quantile(levels).tolist(), abs=1e-5)
     json.dumps(distributions)
@@ -321,7 +325,7 @@ def test_without_recurring_material_no_clip_is_called_a_copy():
     pool, held_out = film_with_copies(copied=0.0)
     cos = pool.mean_frame @ pool.mean_frame.T
     cos[pool.neighbours(torch.arange(600))] = -1
-    threshold = near_copy_threshold(pool, F.normalize(held_out + pool.mean_frame[:200], dim=-1))[0]  # closer still
+    threshold = threshold_of(pool, F.normalize(held_out + pool.mean_frame[:200], dim=-1))[0]  # closer still
     assert threshold == pytest.approx(ALL_ALLOWED, abs=1e-4)
     pool = replace(pool, near_copy=threshold)
     assert torch.equal(pool.excluded(torch.arange(600)), pool.neighbours(torch.arange(600)))

@@ -265,7 +265,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float, keyframe_every: int 
         stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv444p"
-        stream.options = {"crf": str(quality), "preset": "veryfast", "g": str(keyframe_every)}
+        stream.options = {"crf": str(quality), "preset": "veryfast", "g": str(keyframe_every), "mbtree": "0"}  # with it bytes vary
         for frame in frames:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         out.mux(stream.encode())
