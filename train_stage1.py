@@ -273,8 +273,8 @@ def main(config: Config) -> dict[str, float]:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         log_file = out / "log.jsonl"
-        kept = [line for line in open(log_file) if json.loads(line)["step"] < first_step] if config.resume and log_file.is_file() else []
-        log_file.write_text("".join(kept))
+        lines = list(open(log_file)) if config.resume and log_file.is_file() else []  # a killed process may leave half a line
+        log_file.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step))
         board = SummaryWriter(str(out))
 
     # ---- loop
