@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import chain, islice, takewhile
+from itertools import chain, islice, pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1131,7 +1131,7 @@ def prepare_decoder(name: str, source, root: Path, decoder: str, frames: int, he
                 raise ValueError(f"{decoder}/text_encoder gives NaN or values beyond float16: download it again, or another --decoder")
             offsets = np.cumsum([0] + [len(tokens[text]) for text in texts])  # (clips + 1,)
             with writing(here[split] / "text_tokens.npy", (int(offsets[-1]), D_txt), "float16", text_recipe) as array:
-                for text, start, end in zip(texts, offsets, offsets[1:], strict=False):
+                for text, (start, end) in zip(texts, pairwise(offsets), strict=True):
                     array[start:end] = tokens[text]
             with writing(here[split] / "text_offsets.npy", offsets.shape, "int64", text_recipe) as array:
                 array[:] = offsets
