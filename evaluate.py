@@ -12,7 +12,7 @@ In:  a run of stage 2, and the test fMRI: averaged over the showings, z-scored o
 Out: runs/<data>/sub<K>/<run>-s<seed>/eval/ (eval-shuffled/ of the control; DIR/metrics/METHOD/ of pairs)
      gt/NNNN.mp4, recon/NNNN.mp4     stimulus and reconstruction of clip NNNN of the test set; what is there is not made again
      retrieved.jsonl                 a line a clip: the memories i_1 ... i_K and the router's weights W_r
-     metrics.json, metrics.csv       the metrics of README's glossary: of the set, and (json) of each clip; null with a reason where there is none
+     metrics.json, metrics.csv       README's glossary; of the set and (json) of each clip; null with a reason where there is none
      values/*.jsonl                  of each clip and metric the value and what made it: what is there is not computed again
      sheet.png, grid.gif             stimulus | top-1 memory | reconstruction, of clips spread over the test set
      ranked.png                      the best, median and worst clips by video_50way
@@ -245,7 +245,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
 
 
 def read_video(path: Path) -> np.ndarray:
-    """All frames, uint8 (F, H, W, 3), of a video or of an .npy array of that shape. Raises ValueError, naming the file, where it has none."""
+    """All frames, uint8 (F, H, W, 3), of a video or an .npy array of that shape. Raises ValueError, naming the file."""
     import av
 
     try:
@@ -517,7 +517,7 @@ class Classifier:
 
 def dino_features(model: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], frames: np.ndarray) -> np.ndarray:
     """Unit vectors (F, D) of frames uint8 (F, H, W, 3), prepared as VBench does: short side to `size`, bilinear, not antialiased."""
-    x = resize(torch.from_numpy(frames).permute(0, 3, 1, 2), size, antialias=False).float() / 255
+    x = resize(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), size, antialias=False) / 255
     x = (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
     e = [model(part.to(model.device), interpolate_pos_encoding=True).last_hidden_state[:, 0] for part in x.split(32)]
     return nn.functional.normalize(torch.cat(e), dim=-1).cpu().numpy()
@@ -629,14 +629,13 @@ def find_pairs(folder: Path, split: bool, skip_bad: bool) -> dict[str, list[Pair
     gt = {} if split else sets.pop("gt")
     names = sorted(gt or {n for files in sets.values() for n in files}, key=lambda n: (int(n) if n.isdecimal() else math.inf, n))
     for method, files in sets.items():
-        listed = [", ".join(sorted(side)[:8]) + (" ..." if len(side) > 8 else "") for side in (names, files)]
         if not files.keys() & set(names):
+            listed = [", ".join(sorted(side)[:8]) + (" ..." if len(side) > 8 else "") for side in (names, files)]
             raise ValueError(f"no pair matches by name: {folder / 'gt'} has {listed[0]}; {folder / method} has {listed[1]}")
         if (alone := files.keys() ^ set(names)) and not skip_bad:
-            raise ValueError(
-                f"{folder}: {len(names)} stimuli, {len(files)} videos in {method}; without a partner: {', '.join(sorted(alone)[:8])}; "
-                "--skip-bad leaves them out, as missing values"
-            )
+            alone = ", ".join(sorted(alone)[:8]) + (" ..." if len(alone) > 8 else "")
+            counted = f"{folder}: {len(names)} stimuli, {len(files)} videos in {method}"
+            raise ValueError(f"{counted}; without a partner: {alone}; --skip-bad leaves them out, as missing values")
 
     def pair(files: dict[str, Path], i: int) -> Pair:
         def source(k: int, side: str) -> Source | None:
@@ -660,35 +659,35 @@ def digest(path: Path) -> str:
 
 
 def weights_of(metric: Metric, config: Config) -> str:
-    """What metrics.json says of a metric's weights; local files also by their sha256."""
+    """What metrics.json says of a metric's weights; of local files with their sha256."""
     weights = getattr(config, metric.judge) if metric.judge else "none"
     weights = {"raft": "torchvision raft_large C_T_V1", "tv-l1": "none: TV-L1 flow (scikit-image)"}.get(weights, weights)
     path = Path(weights.removeprefix("local-dir:")).expanduser()
     return weights + (f" (sha256 {digest(path)[:12]})" if path.exists() else "") + metric.note
 
 
+def keys_of(pair: Pair, config: Config) -> dict[str, str]:
+    """Of each metric to be computed the key of its value: all that makes it (videos, weights, options, versions, this file)."""
+    if not (pair.pred and pair.gt):
+        return {}
+    asked, keys = config.metrics.split(","), {}
+    asked += ["dynamic_degree", "dynamic_degree_gt"] if "delta_dynamic_degree" in asked else []
+    how = [config.size, config.trials, config.seconds, versions(), digest(Path(__file__))]
+    videos = [source and (digest(source.path), source.half) for source in (pair.pred, pair.gt, pair.other)]
+    for name in (name for name in METRICS if name in asked):
+        made_of = [name, weights_of(METRICS[name], config), how, videos if METRICS[name].of_gt else videos[:1]]
+        keys[name] = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:20]
+    return keys
+
+
 def versions() -> dict[str, str]:
     return {name: version(name) for name in ("numpy", "scipy", "scikit-image", "torch", "torchvision", "transformers", "open_clip_torch")}
 
 
-def keys_of(pair: Pair, config: Config) -> dict[str, str]:
-    """Of each metric to be computed the key of its value: all that makes it (videos, weights, options, versions, this file)."""
-    asked = config.metrics.split(",")
-    asked += ["dynamic_degree", "dynamic_degree_gt"] if "delta_dynamic_degree" in asked else []
-    how = [config.size, config.trials, config.seconds, versions(), digest(Path(__file__))]
-    made = [source and (digest(source.path), source.half) for source in (pair.pred, pair.gt, pair.other)]
-    keys = {}
-    for name, metric in METRICS.items():
-        if name in asked:
-            made_of = json.dumps([name, weights_of(metric, config), how, made if metric.of_gt else made[:1]])
-            keys[name] = hashlib.sha256(made_of.encode()).hexdigest()[:20]
-    return keys
-
-
-def known_values(folder: Path) -> dict[str, list]:
-    """key -> [value, value against another stimulus] from all processes' files; a last line that a kill cut short is passed over."""
+def known_values(out: Path) -> dict[str, list]:
+    """key -> [value, value against another stimulus], from out/values/*.jsonl; a line cut short by a kill is passed over."""
     known = {}
-    for file in sorted(folder.glob("*.jsonl")):
+    for file in sorted(out.glob("values/*.jsonl")):
         for line in file.read_text().splitlines():
             try:
                 known |= json.loads(line)
@@ -701,127 +700,111 @@ def known_values(folder: Path) -> dict[str, list]:
 def score(
     sets: dict[str, list[Pair]], config: Config, out: Path, device: torch.device | str = "cpu", rank: int = 0, world: int = 1
 ) -> dict:
-    """Compute what out/values/ does not hold, this process's share; one clip of all methods at a time. Returns why judges are missing."""
-    known, judges, absent = known_values(out / "values"), {"": None}, {}
-    load = lru_cache(2)(partial(Video, seconds=config.seconds))  # stimuli: a clip's, and the next one's, its control
-    pairs, order, i = next(iter(sets.values())), [], 0
-    where = {pair.gt: k for k, pair in enumerate(pairs) if pair.gt}
-    left = dict.fromkeys(range(len(pairs)))
-    while left:  # each clip is followed by the one whose stimulus is its control
-        order.append(i)
-        del left[i]
-        i = where.get(pairs[i].other, -1)
-        i = i if i in left else next(iter(left), 0)
+    """Compute what out/values/ does not hold, this process's share, clip by clip. Returns {judge: why it could not be had}."""
+    known, judges, absent, n = known_values(out), {"": None}, {}, len(next(iter(sets.values())))
+    order = [*np.arange(n // 2 * 2).reshape(2, -1).T.ravel(), *range(n // 2 * 2, n)]  # a control's clip comes next: read and judged once
+    load = partial(Video, seconds=config.seconds)
+    load_gt = lru_cache(2)(load)
 
     def read(source: Source | None, load: Callable) -> Video | None:
         try:
-            return load(source) if source else None
+            return source and load(source)
         except ValueError as error:
             if not config.skip_bad:
                 raise ValueError(f"{error}; --skip-bad goes on without it, as a missing value") from error
-            tqdm.write(f"{error}: a missing value")
+            return tqdm.write(f"{error}: a missing value")
+
+    def judge(name: str) -> Callable | None:
+        if name not in judges and name not in absent:
+            try:
+                judges[name] = load_judge(name, config, device)
+            except (OSError, ImportError, RuntimeError, ValueError) as error:
+                absent[name] = f"{getattr(config, name)} cannot be had: {str(error).strip().splitlines()[0]}"
+        return judges.get(name)
+
+    def value(metric: Metric, key: str, pred: Video, stimulus: Video | None, control: bool) -> float | None:
+        if metric.of_gt and not stimulus or min(len(pred), len(stimulus) if metric.of_gt else math.inf) < metric.frames:
             return None
+        value = metric.measure(pred, stimulus, judges[metric.judge], config.size)
+        if metric.chance and config.trials:  # a trial succeeds with exactly this probability
+            value = np.random.default_rng([control, int(key, 16)]).binomial(config.trials, value) / config.trials
+        return float(np.mean(value))
 
     (out / "values").mkdir(parents=True, exist_ok=True)
     with open(out / "values" / f"{rank}.jsonl", "a") as file:
         for i in tqdm(np.array_split(order, world)[rank], desc="scoring", unit="clip", disable=rank > 0):
             for pair in (pairs[i] for pairs in sets.values()):
-                missing = {name: key for name, key in keys_of(pair, config).items() if key not in known} if pair.pred and pair.gt else {}
-                if not missing or not (pred := read(pair.pred, partial(Video, seconds=config.seconds))) or not (gt := read(pair.gt, load)):
+                missing = {name: key for name, key in keys_of(pair, config).items() if key not in known}
+                if not missing or not (pred := read(pair.pred, load)) or not (gt := read(pair.gt, load_gt)):
                     continue
-                other, values = read(pair.other, load), {}
-                for name, key in missing.items():
-                    metric = METRICS[name]
-                    if metric.judge not in judges and metric.judge not in absent:
-                        try:
-                            judges[metric.judge] = load_judge(metric.judge, config, device)
-                        except (OSError, ImportError, RuntimeError, ValueError) as error:
-                            absent[metric.judge] = f"{getattr(config, metric.judge)} cannot be had: {str(error).strip().splitlines()[0]}"
-                    if metric.judge not in absent:
-                        values[key] = [None, None]
-                        for k, stimulus in enumerate((gt, other if metric.of_gt else None)):
-                            if k and not stimulus or min(len(pred), len(stimulus) if metric.of_gt else math.inf) < metric.frames:
-                                continue
-                            value = metric.measure(pred, stimulus, judges[metric.judge], config.size)
-                            if metric.chance and config.trials:  # each trial succeeds with exactly this probability
-                                value = np.random.default_rng([k, int(key, 16)]).binomial(config.trials, value) / config.trials
-                            values[key][k] = float(np.mean(value))
+                other, values = read(pair.other, load_gt), {}
+                for metric, key in ((METRICS[name], key) for name, key in missing.items()):
+                    if judge(metric.judge) or not metric.judge:
+                        control = value(metric, key, pred, other, True) if metric.of_gt else None
+                        values[key] = [value(metric, key, pred, gt, False), control]
                 file.write(f"\n{json.dumps(values)}")
                 file.flush()
-                known |= values
     return absent
 
 
 # ---------------------------------------------------------------------------------------------- from values to tables
 
 
-def block_interval(columns: np.ndarray, blocks: np.ndarray, statistic: Callable, draws: int = 2000) -> list[float] | None:
-    """95 % interval of a statistic of the columns' means over clips; blocks of clips are drawn, since neighbours are not independent.
+def estimate(name: str, a: np.ndarray, blocks: np.ndarray, b: np.ndarray | float = 0.0) -> tuple[float | None, list[float] | None]:
+    """A metric of the set from its clips' values a (clips,), NaN where there is none, less that of b; and its 95 % interval.
 
-    columns (clips, C), blocks (clips,); statistic takes (..., C). None where there are fewer than two blocks.
+    Blocks of clips are drawn (2,000 times, the same for all), since neighbours are not independent; None for fewer than two blocks.
     """
-    _, of = np.unique(blocks, return_inverse=True)
-    n = of.max(initial=0) + 1
-    if n < 2:
-        return None
-    sums = np.zeros((n, columns.shape[1] + 1))
-    np.add.at(sums, of, np.column_stack([columns, np.ones(len(columns))]))
-    drawn = sums[np.random.default_rng(0).integers(n, size=(draws, n))].sum(1)  # (draws, C + 1)
-    return np.quantile(statistic(drawn[:, :-1] / drawn[:, -1:]), [0.025, 0.975]).tolist()
+    of_set, there = np.abs if name.startswith("delta") else np.positive, np.isfinite(a + b)
+    if not there.any():
+        return None, None
+    rows = np.column_stack([a, np.broadcast_to(b, a.shape), np.ones(len(a))])[there]
+    of = np.unique(blocks[there], return_inverse=True)[1]
+    n = of.max() + 1
+    sums = np.zeros((n, 3))
+    np.add.at(sums, of, rows)
+    drawn = sums[np.random.default_rng(0).integers(n, size=(2000, n))].sum(1)  # (draws, 3)
+    found = [of_set(x[..., 0] / x[..., 2]) - of_set(x[..., 1] / x[..., 2]) for x in (rows.sum(0), drawn)]
+    return float(found[0]), np.quantile(found[1], [0.025, 0.975]).tolist() if n > 1 else None
 
 
-def first(means: np.ndarray) -> np.ndarray:
-    return means[..., 0]
+def values_of(name: str, rows: Sequence[dict]) -> np.ndarray:
+    """(clips,) with NaN where there is no value. The Δ of a clip has a sign; that of the set is the absolute value of their mean."""
+    if name == "delta_dynamic_degree":
+        return values_of("dynamic_degree", rows) - values_of("dynamic_degree_gt", rows)
+    return np.array([row.get(name) for row in rows], float)
 
 
-def gap(means: np.ndarray) -> np.ndarray:
-    return abs(means[..., 0] - means[..., 1])
-
-
-def columns_of(name: str, rows: list[dict]) -> tuple[np.ndarray, Callable]:
-    """What a metric of the set is computed from, (clips, C) with NaN where there is no value, and how."""
-    delta = name == "delta_dynamic_degree"
-    needed = ["dynamic_degree", "dynamic_degree_gt"] if delta else [name]
-    return np.array([[row.get(n) for n in needed] for row in rows], float).reshape(-1, len(needed)), gap if delta else first
-
-
-def block_of(clip: str, position: int) -> int:
-    """20 consecutive clips are a block: by a clip's number where its name is one."""
-    return (int(clip) if clip.isdecimal() else position) // 20
+def blocks_of(clips: Sequence[str]) -> np.ndarray:
+    """20 consecutive clips are a block: by their numbers where the names are numbers."""
+    return np.array([int(clip) if clip.isdecimal() else i for i, clip in enumerate(clips)]) // 20
 
 
 def summarise(pairs: list[Pair], config: Config, known: dict[str, list], absent: dict[str, str], what: dict) -> dict:
     """The contents of metrics.json: all of NAMES, of the set and of each clip; what made them."""
-    found = [{name: known.get(key) for name, key in keys_of(pair, config).items()} if pair.pred and pair.gt else {} for pair in pairs]
+    found = [{name: known.get(key) for name, key in keys_of(pair, config).items()} for pair in pairs]
     own, shuffled = ([{name: v and v[k] for name, v in row.items()} for row in found] for k in (0, 1))
-    blocks, metrics = np.array([block_of(pair.name, i) for i, pair in enumerate(pairs)]), {}
+    blocks, metrics = blocks_of([pair.name for pair in pairs]), {}
     for name in NAMES:
-        metric = METRICS[name.removeprefix("delta_")]
-        columns, statistic = columns_of(name, own)
-        there = np.isfinite(columns).all(1)
-        entry = dict.fromkeys(("mean", "std", "ci95", "chance", "shuffled")) | {
-            "n": int(there.sum()),
-            "weights": weights_of(metric, config),
-        }
-        short = sum(row.get(name) == [None, None] for row in found)
-        if name not in config.metrics.split(","):
-            entry["reason"] = "not asked for (--metrics)"
-        elif metric.judge in absent:
-            entry["reason"] = absent[metric.judge]
-        elif not there.all():
-            lacking = f"{short} videos of fewer than {metric.frames} frames" if short else "videos that are missing or cannot be read"
-            entry["reason"] = f"{len(there) - there.sum()} of {len(there)} clips have none: {lacking}"
-        if there.any() and name in config.metrics.split(","):
-            values, control = columns[there], columns_of(name, shuffled)[0]
-            spread = np.sqrt(values * (1 - values) / (config.trials or 100)).mean() if metric.chance else values.std()
-            entry |= {"mean": float(statistic(values.mean(0))), "std": None if statistic is gap else float(spread), "chance": metric.chance}
-            entry["ci95"] = block_interval(values, blocks[there], statistic)
-            if metric.of_gt and np.isfinite(control).any():
-                entry["shuffled"] = float(np.nanmean(control))
+        metric, asked, values = METRICS[name.removeprefix("delta_")], name in config.metrics.split(","), values_of(name, own)
+        there = np.isfinite(values) & asked
+        entry = dict.fromkeys(("mean", "std", "ci95")) | {"chance": metric.chance, "shuffled": None, "n": int(there.sum())}
+        entry["weights"] = weights_of(metric, config)
+        if there.any():
+            v, control = values[there], values_of(name, shuffled)
+            entry["mean"], entry["ci95"] = estimate(name, values, blocks)
+            spread = np.sqrt(v * (1 - v) / (config.trials or 100)).mean() if metric.chance else v.std()  # as the papers' ±
+            entry["std"] = None if name.startswith("delta") else float(spread)
+            entry["shuffled"] = float(np.nanmean(control)) if np.isfinite(control).any() else None
+        if not there.all():
+            short = sum(row.get(name) == [None, None] for row in found)
+            why = f"{short} videos of fewer than {metric.frames} frames" if short else "videos that are missing or cannot be read"
+            why = absent.get(metric.judge, f"{(~there).sum()} of {len(there)} clips have no value: {why}")
+            entry["reason"] = why if asked else "not asked for (--metrics)"
         metrics[name] = entry
     rows = [{"clip": pair.name} | row for pair, row in zip(pairs, own, strict=True)]
-    made = {"size": config.size, "trials": config.trials or "exact", "versions": versions()}
-    return {"metrics": metrics, "clips": rows, "provenance": what | made}
+    what = what | {"size": config.size, "trials": config.trials or "exact", "versions": versions()}
+    return {"metrics": metrics, "clips": rows, "provenance": what}
 
 
 QUOTED = """
@@ -838,111 +821,84 @@ cinebrain | CineNeuron    | 0.937±0.02 | 0.393±0.03 | 0.988±0.01 | 0.975±0.0
 QUOTED_NAMES = "video_2way video_50way clip_pcc dtc ms ssim psnr epe delta_dynamic_degree".split()
 
 
-def number(x: float | None) -> str:
-    return "n/a" if x is None else f"{x:.3f}" if abs(x) < 10 else f"{x:.2f}"
+def table(rows: list[tuple[str, dict]], data: str) -> str:
+    """Rows (label, {metric: mean, (mean, ±) or interval}), and those that the paper prints of this dataset, in three blocks of metrics."""
 
+    def cell(x: str | float | tuple | list | None) -> str:
+        if isinstance(x, tuple):
+            return cell(x[0]) + ("" if x[1] is None else f"±{x[1]:.2f}")
+        if isinstance(x, list):
+            return f"[{cell(x[0])}, {cell(x[1])}]"
+        return f"{x:.{3 if abs(x) < 10 else 2}f}" if isinstance(x, float) else x or "-"
 
-def table(rows: list[tuple[str, dict[str, str]]], data: str) -> str:
-    """Rows of cells by metric, and those that the paper prints of the same dataset, in three blocks of metrics."""
-    for line in QUOTED.splitlines():
-        dataset, method, *cells = (cell.strip() for cell in line.split("|"))
-        if dataset == data:
-            rows = [*rows, (f"{method}, quoted from the paper", dict(zip(QUOTED_NAMES, cells, strict=True)))]
+    quoted = [[part.strip().strip("-") or None for part in line.split("|")] for line in QUOTED.splitlines()]
+    quoted = [(f"{q[1]}, quoted from the paper", dict(zip(QUOTED_NAMES, q[2:], strict=True))) for q in quoted if q[0] == data]
     lines = []
     for names in (NAMES[:4], NAMES[4:10], NAMES[10:]):
-        titles = [f"{METRICS[n].title} {METRICS[n].better}" if n in METRICS else "Δ Dyn. Degree ↓" for n in names]
-        lines += ["", f"{'':<40}" + "".join(f"{title:>17}" for title in titles)]
-        for label, cells in rows:
-            if any(cells.get(n, "-") != "-" for n in names):
-                lines.append(f"{label:<40}" + "".join(f"{cells.get(n) or '-':>17}" for n in names))
+        measured, printed = ([row for row in of if any(row[1].get(n) is not None for n in names)] for of in (rows, quoted))
+        if measured:
+            titles = [f"{METRICS[n].title} {METRICS[n].better}" if n in METRICS else "Δ Dyn. Degree ↓" for n in names]
+            lines += ["", f"{'':<40}" + "".join(f"{title:>17}" for title in titles)]
+            lines += [f"{label:<40}" + "".join(f"{cell(cells.get(n)):>17}" for n in names) for label, cells in measured + printed]
     return "\n".join(lines)
 
 
-def spread_of(mean: float | None, std: float | None) -> str:
-    return number(mean) + ("" if mean is None or std is None else f"±{std:.2f}")
-
-
-def interval_of(ci95: list[float] | None) -> str:
-    return f"[{number(ci95[0])}, {number(ci95[1])}]" if ci95 else "-"
-
-
-def report(results: dict[str, dict], out: Path, data: str, size: str) -> None:
-    """The table in the terminal, with its reasons, and out/metrics.csv."""
-    rows, reasons = [], {}
-    for method, result in results.items():
-        m = {name: entry for name, entry in result["metrics"].items() if entry.get("reason") != "not asked for (--metrics)"}
-        rows.append((f"{method}, {len(result['clips'])} clips: mean ±", {n: spread_of(e["mean"], e["std"]) for n, e in m.items()}))
-        rows.append(("   95 % interval", {n: interval_of(e["ci95"]) for n, e in m.items()}))
-        rows.append(("   shuffled", {n: number(e["shuffled"]) for n, e in m.items() if e["shuffled"] is not None}))
-        for name, entry in m.items():
-            if "reason" in entry:
-                reasons.setdefault(f"{method}: {entry['reason']}", []).append(name)
-    rows.append(("chance", {n: number(m.chance) for n, m in METRICS.items() if m.chance}))
-    where = "256 x 256" if size == "256" else "the stimuli's size"
-    print(f"\npixels and flow at {where} and common frame times; intervals by blocks of 20 clips{table(rows, data)}")
-    print("".join(f"\nn/a or in part: {', '.join(names)}: {reason}" for reason, names in reasons.items()))
+def report(sets: dict[str, list[Pair]], folders: dict[str, Path], out: Path, config: Config, absent: dict[str, str], what: dict) -> dict:
+    """metrics.json in each method's folder, out/metrics.csv, and the table in the terminal. Returns each method's metrics.json."""
+    known, rows, reasons, header = known_values(out), [], {}, "method metric mean std ci95 chance shuffled n weights reason".split()
+    results = {method: summarise(pairs, config, known, absent, what | {"method": method}) for method, pairs in sets.items()}
     with written_whole(out / "metrics.csv") as part, open(part, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow("method metric mean std ci95_low ci95_high chance shuffled n weights reason".split())
+        (writer := csv.DictWriter(file, header)).writeheader()
         for method, result in results.items():
-            for name, e in result["metrics"].items():
-                numbers = [e["mean"], e["std"], *(e["ci95"] or (None, None)), e["chance"], e["shuffled"], e["n"]]
-                writer.writerow([method, name, *numbers, e["weights"], e.get("reason")])
+            with written_whole(folders[method] / "metrics.json") as whole:
+                whole.write_text(json.dumps(result, indent=1) + "\n")
+            writer.writerows({"method": method, "metric": name} | entry for name, entry in result["metrics"].items())
+            asked = {name: result["metrics"][name] for name in config.metrics.split(",")}
+            scores = {n: "n/a" if e["mean"] is None else (e["mean"], e["std"]) for n, e in asked.items()}
+            rows.append((f"{method}, {len(result['clips'])} clips: mean ±", scores))
+            rows += [
+                (f"   {label}", {n: e[k] for n, e in asked.items()}) for k, label in (("ci95", "95 % interval"), ("shuffled", "shuffled"))
+            ]
+            for name in (n for n in asked if "reason" in asked[n]):
+                reasons.setdefault(f"{method}: {asked[name]['reason']}", []).append(name)
+    rows.append(("chance", {n: METRICS[n].chance for n in config.metrics.split(",") if n in METRICS}))
+    where = "256 x 256" if config.size == "256" else "the stimuli's size"
+    print(f"\npixels and flow at {where} and common frame times; intervals by blocks of 20 clips{table(rows, config.data)}")
+    print("".join(f"\nn/a or in part, {', '.join(names)}: {reason}" for reason, names in reasons.items()))
+    return results
 
 
 def compare(names: Sequence[str], data: str) -> None:
     """Runs side by side, each the mean over its subjects and seeds; the first less each other, clip by clip. Raises FileNotFoundError."""
-    groups: dict[str, dict[tuple, dict]] = {}
+    groups: dict[str, dict[tuple, list[dict]]] = {}
     rows, sizes = [], set()
     for name in names:
         base, _, kind = name.partition("/")
         files = sorted(Path("runs", data).glob(f"sub*/{base}-s[0-9]*/{kind or 'eval'}/metrics.json"))
         if Path(name).is_dir():
-            files = [f for f in (Path(name, "metrics.json"), Path(name, "eval", "metrics.json")) if f.is_file()]
+            files = [file for file in (Path(name, "metrics.json"), Path(name, "eval", "metrics.json")) if file.is_file()]
         if not files:
             raise FileNotFoundError(f"--compare {name}: no metrics.json there, nor in runs/{data}/sub*/{base}-s*/{kind or 'eval'}/")
-        runs = [json.loads(file.read_text()) for file in files]
-        sizes |= {run["provenance"]["size"] for run in runs}
-        shown: dict[tuple, list[dict]] = {}
+        runs, groups[name] = [json.loads(file.read_text()) for file in files], {}
         for run in runs:
+            sizes.add(run["provenance"]["size"])
             for row in run["clips"]:
-                shown.setdefault((run["provenance"].get("subject"), row["clip"]), []).append(row)
-        seeds = {len(rows) for rows in shown.values()}
-        if len(seeds) > 1:
-            raise ValueError(f"--compare {name}: {min(seeds)} to {max(seeds)} runs have a clip, wanted the same clips in each: {files}")
-        means = {key: {n: mean_of([row.get(n) for row in of]) for n in of[0] if n != "clip"} for key, of in shown.items()}
-        groups[name] = means
-        each = {n: [run["metrics"][n]["mean"] for run in runs if run["metrics"][n]["mean"] is not None] for n in NAMES}
-        each = {n: values for n, values in each.items() if values}
-        cells = {n: spread_of(float(np.mean(v)), float(np.std(v)) if len(v) > 1 else None) for n, v in each.items()}
+                groups[name].setdefault((run["provenance"].get("subject"), row["clip"]), []).append(row)
+        means = {n: [run["metrics"][n]["mean"] for run in runs if run["metrics"][n]["mean"] is not None] for n in NAMES}
+        cells = {n: (float(np.mean(v)), float(np.std(v)) if len(v) > 1 else None) for n, v in means.items() if v}
         rows.append((f"{name}: mean ± over {len(runs)} runs", cells))
-        rows.append(("   95 % interval", {n: interval_of(difference(n, means)[1]) for n in each}))
     if len(sizes) > 1:
         raise ValueError(f"--compare: pixels and flow were measured at {', '.join(sorted(sizes))}, wanted one size")
-    for name in names[1:]:
-        found = {n: difference(n, groups[names[0]], groups[name]) for n in NAMES}
-        found = {n: pair for n, pair in found.items() if pair[0] is not None}
-        rows.append((f"{names[0]} less {name}", {n: number(mean) for n, (mean, _) in found.items()}))
-        rows.append(("   95 % interval, paired", {n: interval_of(ci95) for n, (_, ci95) in found.items()}))
+    for name, group in groups.items():
+        keys = [key for key in group if key in groups[names[0]]]
+        blocks, less = blocks_of([clip for _, clip in keys]), {}
+        for n in NAMES:
+            a, b = (np.array([values_of(n, rows).mean() for rows in map(of.get, keys)]) for of in (groups[names[0]], group))
+            less[n] = estimate(n, a, blocks, 0.0 if name == names[0] else b)
+        label = f"   {len(keys)} clips" if name == names[0] else f"{names[0]} less {name}, {len(keys)} clips"
+        rows.append((label, {n: mean for n, (mean, _) in less.items()}))
+        rows.append(("   95 % interval" + (", paired" if name != names[0] else ""), {n: ci95 for n, (_, ci95) in less.items()}))
     print(table(rows, data))
-
-
-def mean_of(values: list[float | None]) -> float | None:
-    return None if None in values else float(np.mean(values))
-
-
-def difference(name: str, a: dict[tuple, dict], b: dict[tuple, dict] | None = None) -> tuple[float | None, list[float] | None]:
-    """A metric of the clips of a, less that of b where given, over the clips of both; and its interval."""
-    keys = [key for key in a if b is None or key in b]
-    columns, statistic = columns_of(name, [a[key] for key in keys])
-    less, C = statistic, columns.shape[1]
-    if b is not None:
-        columns = np.concatenate([columns, columns_of(name, [b[key] for key in keys])[0]], 1)
-        less = lambda means: statistic(means[..., :C]) - statistic(means[..., C:])  # noqa: E731
-    blocks, there = np.array([block_of(clip, i) for i, (_, clip) in enumerate(keys)]), np.isfinite(columns).all(1)
-    if not there.any():
-        return None, None
-    return float(less(columns[there].mean(0))), block_interval(columns[there], blocks[there], less)
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -971,41 +927,50 @@ def page(cells: list[list[np.ndarray]], labels: list[list[str]], titles: list[st
 
 def strip(video: np.ndarray) -> np.ndarray:
     """First, middle and last frame beside each other, a white column either side of each."""
-    edge = ((0, 0), (0, 0), (1, 1), (0, 0))
-    return np.concatenate(list(np.pad(video[[0, len(video) // 2, -1]], edge, constant_values=255)), 1)
+    return np.concatenate([np.pad(video[t], ((0, 0), (1, 1), (0, 0)), constant_values=255) for t in (0, len(video) // 2, -1)], 1)
 
 
-def pictures(out: Path, rows: list[list[np.ndarray]], labels: list[list[str]], titles: list[str], fps: float) -> None:
-    """rows[clip][column], videos uint8 (F, H, W, 3) -> out/sheet.png (three moments, as Figures 3 and 4) and out/grid.gif (all frames)."""
-    sheet = page([[strip(video) for video in row] for row in rows], labels, titles, 112)
-    frames = [page([[video[t] for video in row] for row in rows], labels, titles, 144) for t in range(len(rows[0][0]))]
+def pictures(
+    out: Path, sets: dict[str, list[Pair]], results: dict[str, dict], said: Callable, config: Config, memories: Callable | None = None
+) -> None:
+    """out/sheet.png (three moments, as Figures 3 and 4) and grid.gif of clips spread over the set; ranked.png of the first method's two
+    best, median and worst by 50-way accuracy, or else SSIM. said(clip, column) is what stands below; memories(clip) a second column."""
+    pairs = list(zip(*sets.values(), strict=True))
+    scored = zip(*([set(row.values()) - {None, row["clip"]} for row in result["clips"]] for result in results.values()), strict=True)
+    whole = [i for i, of in enumerate(scored) if all(of)]
+    if not whole:
+        return
+    titles = ["stimulus", *(["top-1 memory"] if memories else []), *sets]
+
+    def videos(i: int) -> list[np.ndarray]:  # of one number of frames and one size
+        loaded = [Video(source, config.seconds) for source in (pairs[i][0].gt, *(pair.pred for pair in pairs[i]))]
+        n, (H, W) = min(60, max(map(len, loaded))), loaded[0].frames.shape[1:3]
+        size = (256, round(W * 256 / H)) if H > 256 else (H, W)
+        shown = [video.at(video.uniform(n), size) for video in loaded]
+        return [shown[0], *([memories(i)] if memories else []), *shown[1:]]
+
+    def labels(i: int) -> list[str]:
+        return [said(i, column) for column in range(len(titles))]
+
+    spread = [whole[k] for k in np.unique(np.linspace(0, len(whole) - 1, 6).round().astype(int))]
+    rows = [videos(i) for i in spread]
+    n = max(len(row[0]) for row in rows)
+    rows = [[video[uniform_frames(len(video), n)] for video in row] for row in rows]
+    below = [labels(i) for i in spread]
+    frames = [page([[video[t] for video in row] for row in rows], below, titles, 144) for t in range(n)]
     with written_whole(out / "sheet.png") as part:
-        sheet.save(part)
+        page([list(map(strip, row)) for row in rows], below, titles, 112).save(part)
     with written_whole(out / "grid.gif") as part:
-        frames[0].save(part, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
-
-
-def alike(pairs: Sequence[Pair], config: Config) -> list[np.ndarray]:
-    """The stimulus of some pairs and all their predictions, of one number of frames (16 at most) and of one size (256 at most)."""
-    videos = [Video(source, config.seconds) for source in (pairs[0].gt, *(pair.pred for pair in pairs))]
-    n, (H, W) = min(16, max(map(len, videos))), videos[0].frames.shape[1:3]
-    size = (round(H * min(1, 256 / H)), round(W * min(1, 256 / H)))
-    return [video.at(video.uniform(n), size) for video in videos]
-
-
-def ranked(out: Path, sets: dict[str, list[Pair]], result: dict, config: Config, said: Sequence[str]) -> None:
-    """out/ranked.png: the two best, median and worst clips of the first method by video_50way, or else by the first metric that there is."""
-    by = next((n for n in ("video_50way", *NAMES) if n in METRICS and METRICS[n].of_gt and result["metrics"][n]["mean"] is not None), None)
-    worth = [(row[by], i) for i, row in enumerate(result["clips"]) if by and row.get(by) is not None]
-    worth = sorted(worth, reverse=METRICS[by].better == "↑") if by else []
-    worth = [(v, i) for v, i in worth if all(pairs[i].pred and pairs[i].gt for pairs in sets.values())]
-    n = len(worth)
-    chosen = dict.fromkeys(k for k in (0, 1, n // 2 - 1, n // 2, n - 2, n - 1) if 0 <= k < n)
+        frames[0].save(part, save_all=True, append_images=frames[1:], duration=round(1000 * config.seconds / n), loop=0)
+    result = next(iter(results.values()))
+    by = "video_50way" if result["metrics"]["video_50way"]["n"] else "ssim"
+    worth = {i: v for i, v in enumerate(values_of(by, result["clips"])) if np.isfinite(v) and i in whole}
+    best, n = sorted(worth, key=worth.get, reverse=True), len(worth)
+    chosen = [k for k in dict.fromkeys((0, 1, n // 2 - 1, n // 2, n - 2, n - 1)) if 0 <= k < n]
     if chosen:
-        rows = [[strip(video) for video in alike([pairs[worth[k][1]] for pairs in sets.values()], config)] for k in chosen]
-        labels = [[f"{k + 1} of {n}: {by} {worth[k][0]:.3f}", said[worth[k][1]], *[""] * (len(sets) - 1)] for k in chosen]
+        below = [[f"{k + 1} of {n}, {METRICS[by].title} {worth[best[k]]:.3f}: {labels(best[k])[0]}", *labels(best[k])[1:]] for k in chosen]
         with written_whole(out / "ranked.png") as part:
-            page(rows, labels, ["stimulus", *sets], 112).save(part)
+            page([list(map(strip, videos(best[k]))) for k in chosen], below, titles, 112).save(part)
 
 
 # ---------------------------------------------------------------------------------------------- toy world: what is recognised
@@ -1066,49 +1031,24 @@ def agreement(config: Config, out: Path, shown: list[dict], train: list[dict], f
 # ---------------------------------------------------------------------------------------------- the command
 
 
-def finish(
-    sets: dict[str, list[Pair]], config: Config, out: dict[str, Path], values: Path, absent: dict[str, str], what: dict
-) -> dict[str, dict]:
-    """metrics.json of each method; returns what they hold."""
-    known, results = known_values(values / "values"), {}
-    for method, pairs in sets.items():
-        results[method] = summarise(pairs, config, known, absent, what | {"method": method})
-        with written_whole(out[method] / "metrics.json") as part:
-            part.write_text(json.dumps(results[method], indent=1) + "\n")
-    return results
+def evaluate_pairs(config: Config, accelerator: Accelerator) -> int:
+    """Score anyone's videos. Returns the exit status."""
+    folder = Path(config.pairs)
+    sets, out = find_pairs(folder, config.split, config.skip_bad), Path(config.out or folder / "metrics")
+    absent = score(sets, config, out, accelerator.device, accelerator.process_index, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        what = {"pairs": folder.resolve().name, "data": config.data}
+        results = report(sets, {method: out / method for method in sets}, out, config, absent, what)
+        names = [pair.name for pair in next(iter(sets.values()))]
+        pictures(out, sets, results, lambda i, column: "" if column else names[i], config)
+        print(f"\nwritten: {out}/ (METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png)")
+    return 3 if absent else 0
 
 
-@torch.inference_mode()
-def main(config: Config) -> int:
-    if config.compare:
-        compare(config.compare, config.data)
-        return 0
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=30))  # after an interruption one process may have far more left to do
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
+def evaluate_run(config: Config, accelerator: Accelerator) -> int:
+    """Reconstruct one recording, or the held-out clips and score them. Returns the exit status."""
     chief, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
-
-    # ---- anyone's videos
-    if config.pairs:
-        folder = Path(config.pairs)
-        sets, out = find_pairs(folder, config.split, config.skip_bad), Path(config.out or folder / "metrics")
-        absent = score(sets, config, out, accelerator.device, rank, world)
-        accelerator.wait_for_everyone()
-        if chief:
-            what = {"pairs": folder.resolve().name, "data": config.data}
-            results = finish(sets, config, {method: out / method for method in sets}, out, absent, what)
-            report(results, out, config.data, config.size)
-            whole = [i for i, row in enumerate(zip(*sets.values(), strict=True)) if all(pair.pred and pair.gt for pair in row)]
-            spread = [whole[k] for k in np.unique(np.linspace(0, len(whole) - 1, 6).round().astype(int))]
-            rows = [alike([pairs[i] for pairs in sets.values()], config) for i in spread]
-            names = [pair.name for pair in next(iter(sets.values()))]
-            n = max(len(row[0]) for row in rows)
-            rows = [[video[uniform_frames(len(video), n)] for video in row] for row in rows]
-            pictures(out, rows, [[names[i], *[""] * len(sets)] for i in spread], ["stimulus", *sets], n / config.seconds)
-            ranked(out, sets, next(iter(results.values())), config, names)
-            print(f"\nwritten: {out}/ (METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png)")
-        accelerator.end_training()
-        return 3 if absent else 0
-
     folder = Path("runs") / config.data / f"sub{config.subject}" / f"{config.run}-s{config.seed}"
     run = load_run(folder, accelerator.device)
     config.steps = run.settings["sampling_steps"] if config.steps is None else config.steps
@@ -1132,6 +1072,7 @@ def main(config: Config) -> int:
     if config.shuffle:
         x = x[other_scenes([clip["segment"] for clip in test.clips])]
     clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))
+    shown, files, top_1 = [test.clips[i] for i in clips], [f"{i:04d}.mp4" for i in clips], None
     claim(out, folder / "stage2", {name: getattr(config, name) for name in ("steps", "guidance", "fps")}, write=chief)
     for i in tqdm(clips[rank::world], desc="stimuli", unit="clip", disable=not chief):
         if not (file := out / "gt" / f"{i:04d}.mp4").is_file():
@@ -1139,11 +1080,23 @@ def main(config: Config) -> int:
     reconstruct(run, x, clips, out / "recon", config, rank, world)
     accelerator.wait_for_everyone()
 
+    # ---- numbers
+    gt, recon = ([Source(out / kind / file) for file in files] for kind in ("gt", "recon"))
+    try:
+        others = [gt[k] for k in other_scenes([clip["segment"] for clip in shown])]
+    except ValueError:  # too few clips for a control
+        others = [None] * len(clips)
+    title = "from shuffled fMRI" if config.shuffle else "reconstruction"
+    sets = {title: [Pair(f"{i:04d}", *sources) for i, *sources in zip(clips, recon, gt, others, strict=True)]}
+    absent = score(sets, config, out, accelerator.device, rank, world)
+    accelerator.wait_for_everyone()
+    if not chief:
+        return 3 if absent else 0
+
     # ---- what was remembered
-    shown, files, top_1 = [test.clips[i] for i in clips], [f"{i:04d}.mp4" for i in clips], None
-    parts = (remember(run, x[part]) for part in np.array_split(clips, -(-len(clips) // 16)) if chief)
+    parts = (remember(run, x[part]) for part in np.array_split(clips, -(-len(clips) // 16)))
     found = [(part.indices, part.W_r) for part in parts]
-    if chief and found[0][0] is not None:  # without integration nothing is sought
+    if found[0][0] is not None:  # without integration nothing is sought
         retrieved, W_r = (torch.cat(rows).cpu().numpy() for rows in zip(*found, strict=True))
         top_1 = retrieved[:, 0]
         with written_whole(out / "retrieved.jsonl") as part:
@@ -1151,33 +1104,32 @@ def main(config: Config) -> int:
             lines = [{"clip": i, "id": test.clips[i]["id"], "retrieved": indices, "W_r": w} for i, indices, w in rows]
             part.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    # ---- numbers and pictures
-    title = "from shuffled fMRI" if config.shuffle else "reconstruction"
-    gt, recon = ([Source(out / kind / file) for file in files] for kind in ("gt", "recon"))
-    try:
-        others = [gt[k] for k in other_scenes([clip["segment"] for clip in shown])]
-    except ValueError:  # too few clips for a control
-        others = [None] * len(clips)
-    sets = {title: [Pair(f"{i:04d}", *sources) for i, *sources in zip(clips, recon, gt, others, strict=True)]}
-    absent = score(sets, config, out, accelerator.device, rank, world)
-    accelerator.wait_for_everyone()
-    if chief:
-        seen, rows, labels = agreement(config, out, shown, run.train.clips, files, top_1), [], []
-        what = {"data": config.data, "subject": config.subject, "run": config.run, "seed": config.seed, "shuffle": config.shuffle}
-        results = finish(sets, config, {title: out}, out, absent, what)
-        report(results, out, config.data, config.size)
-        for k in np.unique(np.linspace(0, len(clips) - 1, 6).round().astype(int)):
-            videos = [read_video(source.path) for source in (gt[k], recon[k])]
-            memory = None if top_1 is None else run.train.clips[top_1[k]]
-            recalled = np.full_like(videos[0], 255) if memory is None else stimulus(memory, films, config, run.settings)
-            rows.append([videos[0], recalled, videos[1]])
-            said = "seen as " + " ".join(values[k] for values in seen.values()) if seen else ""
-            labels.append([shown[k]["caption"], memory["caption"] if memory else "", said])
-        pictures(out, rows, labels, ["stimulus", "top-1 memory", title], config.fps)
-        ranked(out, sets, results[title], config, [clip["caption"] for clip in shown])
-        print(f"\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png)")
-    accelerator.end_training()
+    # ---- tables and pictures
+    seen = agreement(config, out, shown, run.train.clips, files, top_1)
+    what = {"data": config.data, "subject": config.subject, "run": config.run, "seed": config.seed, "shuffle": config.shuffle}
+    results = report(sets, {title: out}, out, config, absent, what)
+
+    def said(i: int, column: int) -> str:
+        if column == 1 and top_1 is not None:
+            return run.train.clips[top_1[i]]["caption"]
+        return shown[i]["caption"] if column == 0 else "seen as " + " ".join(values[i] for values in seen.values()) if seen else ""
+
+    recalled = None if top_1 is None else lambda i: stimulus(run.train.clips[top_1[i]], films, config, run.settings)
+    pictures(out, sets, results, said, config, recalled)
+    print(f"\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png)")
     return 3 if absent else 0
+
+
+@torch.inference_mode()
+def main(config: Config) -> int:
+    if config.compare:
+        compare(config.compare, config.data)
+        return 0
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=30))  # after an interruption one process may have far more left to do
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
+    status = evaluate_pairs(config, accelerator) if config.pairs else evaluate_run(config, accelerator)
+    accelerator.end_training()
+    return status
 
 
 if __name__ == "__main__":
