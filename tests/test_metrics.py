@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, run_script, unit
+from conftest import REPO, unit
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from skimage.color import rgb2gray
@@ -282,13 +282,13 @@ def test_flow_of_a_moving_texture(tmp_path):
 
 @pytest.fixture(scope="module")
 def toy_set(tmp_path_factory) -> Path:
-    """32 clips of the toy world; `same` are the stimuli themselves."""
+    """20 clips of the toy world; `same` are the stimuli themselves."""
     from toy.world import combinations as kinds
     from toy.world import random_clip, render
 
     rng = np.random.default_rng(3)
     seen, _ = kinds()
-    clips = [render(random_clip(seen[i], rng))[:9] for i in rng.permutation(len(seen))[:32]]
+    clips = [render(random_clip(seen[i], rng))[:7] for i in rng.permutation(len(seen))[:20]]
     return write_pairs(tmp_path_factory.mktemp("toy") / "set", clips, same=clips)
 
 
@@ -306,7 +306,7 @@ def toy_config(monkeypatch, tmp_path) -> dict:
 def test_identity_is_best_and_shuffled_is_chance(toy_set, toy_config, capsys):
     assert main(Config(**toy_config | {"pairs": str(toy_set)})) == 0
     found = results_of(toy_set, "same")
-    assert list(found["metrics"]) == NAMES and len(found["clips"]) == 32
+    assert list(found["metrics"]) == NAMES and len(found["clips"]) == 20
     m = found["metrics"]
     best = dict.fromkeys(NAMES[:4], 1.0) | {"epe": 0.0, "ssim": 1.0, "ssim_gray": 1.0, "delta_dynamic_degree": 0.0}
     best["psnr"] = 10 * np.log10(255**2 * 64 * 64 * 3)
@@ -376,7 +376,7 @@ def test_trials_as_the_peers_and_the_same_again(toy_set, toy_config):
     assert (abs(p - q) <= 5 * np.sqrt(p * (1 - p) / 100) + 1e-12).all() and (p != q).any()
 
 
-def test_formats_names_and_several_methods(tmp_path):
+def test_formats_names_and_several_methods(tmp_path, capsys):
     for i, suffix in enumerate(("mp4", "gif", "webm", "npy")):
         for folder, frames in (("gt", moving(6, speed=1, seed=i)), ("a", moving(8, 32, 32, 1, i)), ("b", moving(6, speed=1, seed=i))):
             (tmp_path / folder).mkdir(exist_ok=True)
@@ -396,12 +396,11 @@ def test_formats_names_and_several_methods(tmp_path):
                         out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
                     out.mux(stream.encode())
             assert read_video(file).shape == frames.shape
-    done = run_script("evaluate.py", "--pairs", tmp_path, "--metrics", "ssim,psnr", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert main(parse(["--pairs", str(tmp_path), "--metrics", "ssim,psnr", "--size", "native"])) == 0
     assert [row["clip"] for row in results_of(tmp_path, "a")["clips"]] == ["9", "10", "11", "12"]
     same, small = (results_of(tmp_path, method)["metrics"]["ssim"]["mean"] for method in ("b", "a"))
     assert same == 1 and small < 0.9
-    text = done.stdout
+    text = capsys.readouterr().out
     assert "a, 4 clips" in text and "b, 4 clips" in text and "NeuroClips, quoted from the paper" in text and "9.211±1.46" in text
     header = (tmp_path / "metrics" / "metrics.csv").read_text().splitlines()
     assert header[0].startswith("method,metric,mean") and len(header) == 1 + 2 * len(NAMES)
