@@ -66,7 +66,6 @@ from data import (
     read_clip,
     uniform_frames,
     video_frames,
-    video_info,
     written_whole,
 )
 from heads import Stage1Heads
@@ -244,22 +243,30 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
         out.mux(stream.encode())
 
 
-def read_video(path: Path) -> np.ndarray:
-    """All frames, uint8 (F, H, W, 3), of a video or an .npy array of that shape. Raises ValueError, naming the file."""
+def read_frames(path: Path) -> tuple[np.ndarray, float | None]:
+    """All frames, uint8 (F, H, W, 3), of a video or an .npy array of that shape, and their rate where the file says it.
+
+    Raises ValueError, naming the file, where it is no whole video.
+    """
     import av
 
     try:
         if path.suffix == ".npy":
-            frames, wanted = np.load(path, allow_pickle=False), 1
+            frames, wanted, rate = np.load(path, allow_pickle=False), 1, None
         else:
             with av.open(str(path)) as container:
-                wanted = container.streams.video[0].frames  # 0 where the header does not say
-                frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+                stream = container.streams.video[0]
+                wanted, rate = stream.frames, stream.average_rate and float(stream.average_rate)  # 0, None where the header does not say
+                frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
     except (av.FFmpegError, IndexError, ValueError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a video ({error}): one that this program wrote is made again when deleted") from error
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or len(frames) < max(wanted, 1):
         raise ValueError(f"{path} holds {frames.dtype} {frames.shape}, wanted uint8 ({wanted or 'frames'}, height, width, 3)")
-    return frames
+    return frames, rate
+
+
+def read_video(path: Path) -> np.ndarray:
+    return read_frames(path)[0]
 
 
 def other_scenes(segments: Sequence[str]) -> np.ndarray:
@@ -395,11 +402,11 @@ class Video:
     """A video's frames, and what was made of them: it is read once, and shown to each judge once."""
 
     def __init__(self, source: Source, seconds: float):
-        self.frames, self.made = read_video(source.path), {}  # uint8 (F, H, W, 3)
+        (self.frames, rate), self.made = read_frames(source.path), {}  # uint8 (F, H, W, 3)
+        self.fps = rate or len(self.frames) / seconds
         if source.half:
             W = self.frames.shape[2] // 2
             self.frames = self.frames[:, :, :W] if source.half == "left" else self.frames[:, :, -W:]
-        self.fps = len(self.frames) / seconds if source.path.suffix == ".npy" else video_info(source.path).fps
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -476,9 +483,8 @@ def warped_half_way(flow: Callable, frames: np.ndarray) -> np.ndarray:
     here = torch.stack(torch.meshgrid(torch.arange(W), torch.arange(H), indexing="xy"))  # (2, H, W)
     scale = torch.tensor([max(W - 1, 1), max(H - 1, 1)]) / 2
     there = [(here + sign * half).permute(0, 2, 3, 1) / scale - 1 for sign in (-1, 1)]  # (K - 1, H, W, 2) in -1 ... 1
-    moved = [
-        nn.functional.grid_sample(y, t, padding_mode="border", align_corners=True) for y, t in zip((x[:-1], x[1:]), there, strict=True)
-    ]
+    sample = partial(nn.functional.grid_sample, padding_mode="border", align_corners=True)
+    moved = [sample(y, t) for y, t in zip((x[:-1], x[1:]), there, strict=True)]
     return (sum(moved) / 2).round().byte().permute(0, 2, 3, 1).numpy()
 
 
@@ -534,7 +540,7 @@ def raft_flow(model: nn.Module, frames: np.ndarray) -> np.ndarray:
     """Flow (F - 1, 2, H, W), in pixels to the right and down, from each frame uint8 (F, H, W, 3) to the next; 20 iterations, as VBench."""
     device = next(model.parameters()).device
     x, inside = padded(torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1, 8)
-    pairs = zip(x[:-1].split(4), x[1:].split(4), strict=True)
+    pairs = zip(x[:-1].split(16), x[1:].split(16), strict=True)
     return torch.cat([model(a.to(device), b.to(device), num_flow_updates=20)[-1][inside].cpu() for a, b in pairs]).numpy()
 
 
@@ -680,6 +686,7 @@ def keys_of(pair: Pair, config: Config) -> dict[str, str]:
     return keys
 
 
+@cache
 def versions() -> dict[str, str]:
     return {name: version(name) for name in ("numpy", "scipy", "scikit-image", "torch", "torchvision", "transformers", "open_clip_torch")}
 
@@ -737,7 +744,7 @@ def score(
                 missing = {name: key for name, key in keys_of(pair, config).items() if key not in known}
                 if not missing or not (pred := read(pair.pred, load)) or not (gt := read(pair.gt, load_gt)):
                     continue
-                other, values = read(pair.other, load_gt), {}
+                other, values = read(pair.other, load_gt) if any(METRICS[name].of_gt for name in missing) else None, {}
                 for metric, key in ((METRICS[name], key) for name, key in missing.items()):
                     if judge(metric.judge) or not metric.judge:
                         control = value(metric, key, pred, other, True) if metric.of_gt else None
@@ -1043,7 +1050,7 @@ def evaluate_pairs(config: Config, accelerator: Accelerator) -> int:
         names = [pair.name for pair in next(iter(sets.values()))]
         pictures(out, sets, results, lambda i, column: "" if column else names[i], config)
         print(f"\nwritten: {out}/ (METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png)")
-    return 3 if absent else 0
+    return 3 if absent and accelerator.is_main_process else 0  # a launcher ends all processes when one fails
 
 
 def evaluate_run(config: Config, accelerator: Accelerator) -> int:
@@ -1091,7 +1098,7 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
     absent = score(sets, config, out, accelerator.device, rank, world)
     accelerator.wait_for_everyone()
     if not chief:
-        return 3 if absent else 0
+        return 0
 
     # ---- what was remembered
     parts = (remember(run, x[part]) for part in np.array_split(clips, -(-len(clips) // 16)))
