@@ -256,7 +256,10 @@ def read_frames(path: Path) -> tuple[np.ndarray, float | None]:
         else:
             with av.open(str(path)) as container:
                 stream = container.streams.video[0]
-                wanted, rate = stream.frames, stream.average_rate and float(stream.average_rate)  # 0, None where the header does not say
+                rate = stream.average_rate and float(stream.average_rate)  # None where the header does not say
+                wanted = stream.frames or int(0.95 * (rate or 0) * (container.duration or 0) / av.time_base)
+                if path.suffix == ".gif" and not path.read_bytes().endswith(b";"):
+                    raise ValueError("it ends in the middle")
                 frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
     except (av.FFmpegError, IndexError, ValueError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a video ({error}): one that this program wrote is made again when deleted") from error

@@ -57,6 +57,23 @@ def write_pairs(root: Path, gt: list[np.ndarray], **methods: list[np.ndarray]) -
     return root
 
 
+def write_as(file: Path, frames: np.ndarray) -> None:
+    if file.suffix == ".npy":
+        np.save(file, frames)
+    elif file.suffix == ".mp4":
+        evaluate.write_video(file, frames, 8)
+    elif file.suffix == ".gif":
+        first, *others = map(Image.fromarray, frames)
+        first.save(file, save_all=True, append_images=others, duration=125)
+    else:
+        with av.open(str(file), "w") as out:
+            stream = out.add_stream("libvpx-vp9", rate=8, options={"lossless": "1"})
+            stream.height, stream.width = frames.shape[1:3]
+            for frame in frames:
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            out.mux(stream.encode())
+
+
 def results_of(root: Path, method: str = "ours") -> dict:
     return json.loads((root / "metrics" / method / "metrics.json").read_text())
 
@@ -381,20 +398,7 @@ def test_formats_names_and_several_methods(tmp_path, capsys):
         for folder, frames in (("gt", moving(6, speed=1, seed=i)), ("a", moving(8, 32, 32, 1, i)), ("b", moving(6, speed=1, seed=i))):
             (tmp_path / folder).mkdir(exist_ok=True)
             file = tmp_path / folder / f"{i + 9}.{suffix}"
-            if suffix == "npy":
-                np.save(file, frames)
-            elif suffix == "mp4":
-                evaluate.write_video(file, frames, 8)
-            elif suffix == "gif":
-                first, *others = map(Image.fromarray, frames)
-                first.save(file, save_all=True, append_images=others, duration=125)
-            else:
-                with av.open(str(file), "w") as out:
-                    stream = out.add_stream("libvpx-vp9", rate=8, options={"lossless": "1"})
-                    stream.height, stream.width = frames.shape[1:3]
-                    for frame in frames:
-                        out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-                    out.mux(stream.encode())
+            write_as(file, frames)
             assert read_video(file).shape == frames.shape
     assert main(parse(["--pairs", str(tmp_path), "--metrics", "ssim,psnr", "--size", "native"])) == 0
     assert [row["clip"] for row in results_of(tmp_path, "a")["clips"]] == ["9", "10", "11", "12"]
@@ -444,16 +448,20 @@ def test_different_numbers_of_videos(three):
     assert found["metrics"]["ssim"]["n"] == 2 and found["metrics"]["ssim"]["reason"].startswith("1 of 3 clips have no value")
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "gif", "npy"])
-def test_corrupt_file_is_named_and_missing_only_when_told(three, suffix):
-    (three / "ours" / "0001.npy").unlink()
-    bad = three / "ours" / f"0001.{suffix}"
-    if suffix == "mp4":
-        evaluate.write_video(bad, moving(12), 8)
-        bad.write_bytes(bad.read_bytes()[: bad.stat().st_size // 2])
-    else:
-        bad.write_bytes(b"no video")
-    with pytest.raises(ValueError, match=rf"ours/0001.{suffix} cannot be read as a video.*--skip-bad"):
+@pytest.mark.parametrize("suffix", ["mp4", "gif", "webm", "npy"])
+def test_truncated_video_is_named(tmp_path, suffix):
+    write_as(file := tmp_path / f"v.{suffix}", np.random.default_rng(0).integers(0, 256, (12, 40, 48, 3), np.uint8))
+    assert read_video(file).shape == (12, 40, 48, 3)
+    whole = file.read_bytes()
+    for share in (0.01, 0.5, 0.9):
+        file.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(ValueError, match=rf"v.{suffix} "):
+            read_video(file)
+
+
+def test_bad_file_is_missing_only_when_told(three):
+    (three / "ours" / "0001.npy").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="ours/0001.npy cannot be read as a video.*--skip-bad"):
         main(Config(**PIXELS, pairs=str(three)))
     assert not (three / "metrics" / "ours").exists()
     assert main(Config(**PIXELS, pairs=str(three), skip_bad=True)) == 0
@@ -467,8 +475,10 @@ def test_array_that_is_no_video(tmp_path):
         read_video(tmp_path / "x.npy")
 
 
-def test_one_frame_has_no_motion(three, capsys):
-    np.save(three / "ours" / "0002.npy", moving(1))
+@pytest.mark.parametrize("suffix", ["npy", "gif", "mp4"])
+def test_one_frame_has_no_motion(three, capsys, suffix):
+    (three / "ours" / "0002.npy").unlink()
+    write_as(three / "ours" / f"0002.{suffix}", moving(1))
     asked = {"metrics": "ssim,epe,ms_flow,dynamic_degree,delta_dynamic_degree", "flow": "tv-l1", "size": "native"}
     assert main(Config(data="cc2017", pairs=str(three), **asked)) == 0
     m, rows = results_of(three)["metrics"], results_of(three)["clips"]
