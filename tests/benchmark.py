@@ -208,8 +208,8 @@ def metrics(clips: int = 1200, frames: int = 16, distinct: int = 24) -> None:
         slow, ours = (before + peers()) / 2 + trials * clips / 1200, float(done.stdout)
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(
-        f"SSIM, PSNR, n-way of {clips:,} pairs of {frames} x 256 x 256: {slow / ours:.1f} times faster ({ours:.0f} s of a core with reading, "
-        f"against {slow:.0f} s, of 4 pairs extrapolated), {memory:.2f} GB at most"
+        f"SSIM, PSNR, n-way of {clips:,} pairs of {frames} x 256 x 256: {slow / ours:.1f} times faster ({ours:.0f} s of a core, "
+        f"reading too, against {slow:.0f} s, of 4 pairs extrapolated), {memory:.2f} GB at most"
     )
 
 
