@@ -580,8 +580,11 @@ def load_judge(name: str, config: Config, device: torch.device | str) -> Callabl
         if weights == "tv-l1":
             return tv_l1_flow
         return partial(raft_flow, raft_large(weights=Raft_Large_Weights.C_T_V1).eval().to(device))
-    model = importlib.import_module("vbench.third_party.amt.networks.AMT-S").Model()
-    model.load_state_dict(torch.load(Path(weights).expanduser(), "cpu", weights_only=True)["state_dict"])
+    file = Path(weights).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"hf download lalala125/AMT amt-s.pth --local-dir {Path(weights).parent}")
+    model = importlib.import_module("vbench.third_party.amt.networks.AMT-S").Model()  # README says how to install vbench
+    model.load_state_dict(torch.load(file, "cpu", weights_only=True)["state_dict"])
     return partial(amt_between, model.eval().to(device))
 
 
@@ -729,7 +732,7 @@ def score(
             try:
                 judges[name] = load_judge(name, config, device)
             except (OSError, ImportError, RuntimeError, ValueError) as error:
-                absent[name] = f"{getattr(config, name)} cannot be had: {str(error).strip().splitlines()[0]}"
+                absent[name] = f"{getattr(config, name)} cannot be had: {str(error).strip().splitlines()[0][:200]}"
         return judges.get(name)
 
     def value(metric: Metric, key: str, pred: Video, stimulus: Video | None, control: bool) -> float | None:
