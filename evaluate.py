@@ -892,11 +892,14 @@ def compare(names: Sequence[str], data: str) -> None:
             files = [file for file in (Path(name, "metrics.json"), Path(name, "eval", "metrics.json")) if file.is_file()]
         if not files:
             raise FileNotFoundError(f"--compare {name}: no metrics.json there, nor in runs/{data}/sub*/{base}-s*/{kind or 'eval'}/")
-        runs, groups[name] = [json.loads(file.read_text()) for file in files], {}
+        runs, groups[name], clips = [json.loads(file.read_text()) for file in files], {}, {}
         for run in runs:
             sizes.add(run["provenance"]["size"])
+            subject, scored = run["provenance"].get("subject"), [row["clip"] for row in run["clips"]]
+            if clips.setdefault(subject, scored) != scored:
+                raise ValueError(f"--compare {name}: its runs scored {len(clips[subject])} and {len(scored)} clips, wanted the same ones")
             for row in run["clips"]:
-                groups[name].setdefault((run["provenance"].get("subject"), row["clip"]), []).append(row)
+                groups[name].setdefault((subject, row["clip"]), []).append(row)
         means = {n: [run["metrics"][n]["mean"] for run in runs if run["metrics"][n]["mean"] is not None] for n in NAMES}
         cells = {n: (float(np.mean(v)), float(np.std(v)) if len(v) > 1 else None) for n, v in means.items() if v}
         rows.append((f"{name}: mean ± over {len(runs)} runs", cells))
@@ -906,7 +909,7 @@ def compare(names: Sequence[str], data: str) -> None:
         keys = [key for key in group if key in groups[names[0]]]
         blocks, less = blocks_of([clip for _, clip in keys]), {}
         for n in NAMES:
-            a, b = (np.array([values_of(n, rows).mean() for rows in map(of.get, keys)]) for of in (groups[names[0]], group))
+            a, b = (np.array([values_of(n, seeds).mean() for seeds in map(of.get, keys)]) for of in (groups[names[0]], group))
             less[n] = estimate(n, a, blocks, 0.0 if name == names[0] else b)
         label = f"   {len(keys)} clips" if name == names[0] else f"{names[0]} less {name}, {len(keys)} clips"
         rows.append((label, {n: mean for n, (mean, _) in less.items()}))

@@ -584,6 +584,10 @@ def test_runs_side_by_side(tmp_path, monkeypatch, capsys):
     assert any("CineNeuron, quoted" in line for line in lines)
     main(parse("--data cc2017 --compare runs/cc2017/sub1/full-s0 runs/cc2017/sub1/no-mom-s0/eval".split()))
     assert "80 clips" in capsys.readouterr().out
+    write_metrics(Path("runs") / "cc2017" / "sub1" / "uneven-s0" / "eval", base, base, 1)
+    write_metrics(Path("runs") / "cc2017" / "sub1" / "uneven-s1" / "eval", base[:40], base[:40], 1)
+    with pytest.raises(ValueError, match="uneven: its runs scored 80 and 40 clips"):
+        main(parse("--data cc2017 --compare full uneven".split()))
     with pytest.raises(FileNotFoundError, match="--compare other: no metrics.json there, nor in runs/cc2017/sub"):
         main(parse("--data cc2017 --compare full other".split()))
     write_metrics(tmp_path / "native", base, base, 1, "native")
