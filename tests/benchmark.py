@@ -2,6 +2,7 @@
 
 python tests/benchmark.py             the quick ones, a minute or two on a laptop
 python tests/benchmark.py --stream    also a whole subject of cc2017 at its true size: 86 runs of 245 x 91,282 (1 GB of disk)
+python tests/benchmark.py --metrics   SSIM, PSNR and n-way of 1,200 pairs of 16 x 256 x 256 against the peers' loops: some minutes
 python tests/benchmark.py --plan      parameters, operations and memory of a step at the paper's size: counted, not measured
 python tests/benchmark.py --gpu       a step of stage 1 at the paper's size, measured on a CUDA GPU
 """
@@ -137,6 +138,81 @@ def search(D: int = 768, K: int = 5) -> None:
         print(f"search among {n:>9,} memories: {times[0]:8.2f} ms for a clip, {times[1]:8.2f} ms for 32")
 
 
+def peers_n_way(p: torch.Tensor, gt: list[int], n: int, trials: int = 100) -> float:
+    """n-way top-1 by random trials, step by step as the public code of MinD-Video, NeuroClips and NEURONS takes it."""
+    others, hits = [c for c in range(len(p)) if c not in gt], 0
+    for _ in range(trials):
+        drawn = p[np.random.choice(others, n - 1, replace=False)]
+        hits += any(int(torch.cat([p[c][None], drawn]).argsort()[-1]) == 0 for c in gt)
+    return hits / trials
+
+
+def n_way(clips: int = 1200, classes: int = 400) -> float:
+    """Exact accuracies against those of trials on the same logits. Returns the seconds that the trials take, for 2-way and 50-way."""
+    from evaluate import n_way_top_k
+
+    rng, total = np.random.default_rng(0), 0.0
+    np.random.seed(0)
+    logits = rng.normal(size=(clips, classes)).astype(np.float32)
+    p = torch.from_numpy(logits + rng.normal(size=logits.shape).astype(np.float32)).softmax(-1)  # predictions resemble the stimuli
+    gt = logits.argsort(1)[:, -3:]
+    for n in (2, 50):
+        start = time.process_time()
+        drawn = np.array([peers_n_way(row, classes, n) for row, classes in zip(p, gt.tolist(), strict=True)])
+        slow = time.process_time() - start
+        exact, fast = n_way_top_k(p, gt, n), fastest(lambda n=n: n_way_top_k(p, gt, n))
+        error = np.sqrt((exact * (1 - exact)).mean() / 100 / clips)
+        print(
+            f"{n}-way, {clips:,} clips: {slow / fast:,.0f} times faster ({slow:.1f} s, {1e3 * fast:.1f} ms); {exact.mean():.4f} exactly, "
+            f"{drawn.mean():.4f} by 100 trials, whose error is {error:.4f}"
+        )
+        total += slow
+    return total
+
+
+def metrics(clips: int = 1200, frames: int = 16, distinct: int = 24) -> None:
+    """SSIM, PSNR and n-way of pairs streamed from the disk (few are distinct, to spare it) against a loop of scikit-image over frames."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    trials = n_way()
+    with tempfile.TemporaryDirectory() as folder:
+        rng, folder, pairs = np.random.default_rng(0), Path(folder), []
+        for kind in ("gt", "noisy"):
+            (folder / kind).mkdir()
+        for i in range(distinct):
+            gt = np.kron(rng.integers(0, 256, (frames, 32, 32, 3), dtype=np.uint8), np.ones((1, 8, 8, 1), np.uint8))
+            pairs.append((gt, np.clip(gt + rng.normal(0, 30, gt.shape), 0, 255).astype(np.uint8)))
+            for kind, video in zip(("gt", "noisy"), pairs[-1], strict=True):
+                np.save(folder / kind / f"{i:04d}.npy", video)
+                for k in range(i + distinct, clips, distinct):
+                    os.link(folder / kind / f"{i:04d}.npy", folder / kind / f"{k:04d}.npy")
+
+        def peers() -> float:
+            start = time.process_time()
+            for gt, noisy in pairs[:4]:
+                for x, y in zip(gt, noisy, strict=True):
+                    structural_similarity(x, y, data_range=255, channel_axis=-1)
+                    peak_signal_noise_ratio(x, y, data_range=255)
+            return (time.process_time() - start) * clips / 4
+
+        code = (
+            "import sys, time; from pathlib import Path; from evaluate import *; torch.set_num_threads(1)\n"
+            "sets = {m: [p._replace(other=None) for p in ps] for m, ps in find_pairs(Path(sys.argv[1]), False, False).items()}\n"
+            "start = time.process_time()\n"
+            "score(sets, Config(data='cc2017', metrics='ssim,psnr'), Path(sys.argv[1]) / 'metrics')\n"
+            "print(time.process_time() - start)"
+        )
+        before = peers()
+        environment = os.environ | {"PYTHONPATH": sys.path[0]}
+        done = subprocess.run([sys.executable, "-c", code, folder], check=True, env=environment, stdout=subprocess.PIPE, text=True)
+        slow, ours = (before + peers()) / 2 + trials * clips / 1200, float(done.stdout)
+        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(
+        f"SSIM, PSNR, n-way of {clips:,} pairs of {frames} x 256 x 256: {slow / ours:.1f} times faster ({ours:.0f} s of a core, "
+        f"reading too, against {slow:.0f} s, of 4 pairs extrapolated), {memory:.2f} GB at most"
+    )
+
+
 def plan() -> None:
     with torch.device("meta"):
         model = BrainModel(N)
@@ -202,7 +278,7 @@ def stage1_step(checkpointing: bool) -> tuple[float, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("stream", "search", "plan", "gpu"):
+    for name in ("stream", "search", "metrics", "plan", "gpu"):
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()
     if args.plan or args.gpu:
@@ -211,6 +287,8 @@ if __name__ == "__main__":
             gpu()
     elif args.search:
         search()
+    elif args.metrics:
+        metrics()
     else:
         voxel_regression()
         preprocessing()

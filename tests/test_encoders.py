@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, AutoModel, PreTrainedTokenizerFast
 
 from data import (
     ViCLIP,
@@ -22,6 +22,7 @@ from data import (
     prepare_frames,
     uniform_frames,
 )
+from toy.world import combinations, random_clip, render
 
 WORDS = "a red blue circle square moves left right".split()
 
@@ -141,3 +142,22 @@ def test_uniform_frames():
     assert uniform_frames(1, 8).tolist() == [0] * 8
     with pytest.raises(ValueError, match="0 frames"):
         uniform_frames(0, 8)
+
+
+@torch.inference_mode()
+def test_toy_dino():
+    """It loads as facebook/dino-vitb16 does, and knows clips that it has not been trained on."""
+    folder = Path(__file__).parent.parent / "toy" / "dino"
+    model, loaded = AutoModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True)
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
+    processor, rng = AutoImageProcessor.from_pretrained(folder), np.random.default_rng(9)
+    clips = [random_clip(c, rng) for c in combinations()[1][::2]]
+    frames = [frame for clip in clips for frame in render(clip)[[0, 5, 11, 16]]]
+    f = model.eval()(**processor(frames, return_tensors="pt")).last_hidden_state[:, 0]
+    f = (f / f.norm(dim=-1, keepdim=True)).unflatten(0, (-1, 4)).numpy()  # (80, 4, D)
+    alike = np.einsum("aid,bjd->abij", f, f).mean((2, 3))  # (80, 80) mean cosine of the frames of two clips
+    same = np.eye(len(clips), dtype=bool)
+    assert alike[same].mean() > alike[~same].mean() + 0.5
+    nearest = np.where(same, -2, alike).argmax(1)
+    for attribute in ("colour", "background"):  # chance 0.17, 0.25
+        assert np.mean([getattr(c, attribute) == getattr(clips[i], attribute) for c, i in zip(clips, nearest, strict=True)]) > 0.9
