@@ -165,7 +165,7 @@ def weights(runs: list[Path]):
         row[0].legend(loc="lower left", markerscale=5, fontsize=8, frameon=False)
         there = [group for group, mask in inside.items() if mask.any()]
         row[2].barh(there, [means[g] for g in there], xerr=[value[inside[g]].std() for g in there], color="#8a93a0", ecolor="#444444")
-        row[2].set(xlabel="weight, mean and deviation over voxels", xlim=(0, 1))
+        row[2].set(xlabel="weight, mean ± deviation", xlim=(0, 1))
         row[2].invert_yaxis()
         row[2].spines[["top", "right"]].set_visible(False)
     return figure
