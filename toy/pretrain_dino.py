@@ -6,7 +6,7 @@ A `ViTModel` without pooler, as facebook/dino-vitb16 is, trained without labels 
 sees global and local crops of a frame, a teacher, its moving average, only the global ones; the student predicts the teacher's soft
 assignment to prototypes in every other crop. The assignments are sharpened, and centred so that all prototypes are used alike (by
 Sinkhorn's iterations, as in DINOv2). It learns from the 752 combinations alone; the gate asks its frozen features about the 160 held out:
-they tell colours and backgrounds apart, shapes hardly, so that DTC on the toy world sees a change of colour, and one of shape hardly.
+they tell colours and backgrounds apart, shapes hardly, so DTC on the toy world sees a change of colour, not one of shape.
 """
 
 import argparse
