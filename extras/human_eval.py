@@ -6,8 +6,8 @@
 
 In:  of each clip the stimulus and a video of each method.
 Out: study/page/     for the participants, as a folder or on any web server: index.html and videos/ID.mp4. It opens by a double click, loads
-                     nothing else and sends nothing; a participant saves a file of votes and sends it back. A folder and not one file: a
-                     study of the paper's size, 360 groups of five videos, would be 100 MB of HTML to read before the first is shown
+                     nothing else and sends nothing; a participant saves a file of votes and sends it back. A folder and not one file:
+                     360 groups of five videos, as in the paper, take 370 MB, to be read whole before the first is shown if they were in it
      study/key.json  which video is whose; keep it back. The page has opaque names only, the videos neither names nor dates; all are of
                      one size and play as long as the stimulus does: only what they show tells them apart
      study/tally.json
@@ -64,7 +64,7 @@ def write_video(path: Path, frames: np.ndarray, seconds: float, width: int, heig
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as out:
         stream = out.add_stream("libx264", rate=Fraction(F / seconds).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": "14", "preset": "veryfast", "mbtree": "0"}  # with mbtree the same frames give other bytes now and then
+        stream.options = {"crf": "18", "preset": "veryfast", "mbtree": "0"}  # with mbtree the same frames give other bytes now and then
         for frame in frames:
             image = ImageOps.pad(Image.fromarray(frame.repeat(k, 0).repeat(k, 1)), (width, height), Image.Resampling.BICUBIC)
             out.mux(stream.encode(av.VideoFrame.from_image(image)))

@@ -3,11 +3,10 @@
     python -m toy.pretrain_dino          about six minutes on one core; then prints the gate
 
 A `ViTModel` without pooler, as facebook/dino-vitb16 is, trained without labels by self-distillation (Caron et al. 2021, DINO): a student
-sees global and local crops of a frame, a teacher only the global ones; the student predicts the teacher's soft assignment to prototypes
-in every other crop. The teacher is the moving average of the student; its outputs are sharpened, and centred so that all prototypes are
-used alike (by Sinkhorn's iterations, as in DINOv2: with DINO's running mean the prototypes told colours and backgrounds apart and hardly
-shapes). Unlike the paper's there is no jitter of the colours, since here a colour tells one object from another. It learns from the
-752 combinations alone; the gate asks its frozen features about the 160 held out.
+sees global and local crops of a frame, a teacher, its moving average, only the global ones; the student predicts the teacher's soft
+assignment to prototypes in every other crop. The assignments are sharpened, and centred so that all prototypes are used alike (by
+Sinkhorn's iterations, as in DINOv2). It learns from the 752 combinations alone; the gate asks its frozen features about the 160 held out:
+they tell colours and backgrounds apart, shapes hardly, so DTC on the toy world sees a change of colour, not one of shape.
 """
 
 import argparse
