@@ -47,13 +47,12 @@ class Prepared:
                     self.arrays[file] = np.load(file, mmap_mode="r")
             except (ValueError, OSError, EOFError, data.zipfile.BadZipFile):
                 self.unreadable.append(file)
-        for split in SIZES[name]:
+        for file in [*self.folder.rglob("manifest.json"), *self.stimuli.rglob("manifest.json"), *self.stimuli.rglob("clips.jsonl")]:
             try:
-                self.clips[split] = [json.loads(line) for line in open(self.stimuli / split / "clips.jsonl")]
+                rows = [json.loads(line) for line in (open(file) if file.suffix == ".jsonl" else [file.read_text()])]
+                self.clips |= {file.parent.name: rows} if file.suffix == ".jsonl" else {}
             except json.JSONDecodeError:
-                self.unreadable.append(self.stimuli / split / "clips.jsonl")
-            except FileNotFoundError:
-                pass
+                self.unreadable.append(file)
 
     def of(self, split: str, name: str) -> Path:
         return (self.folder if name == "fmri.npy" else self.stimuli) / split / name
@@ -246,7 +245,7 @@ def check(name: str, subject: int, root: Path = Path("data")) -> list[Line]:
         else:
             lines += one(p)
     failed = {line.what for line in lines if line.level == FAIL}
-    mend = f"; to mend it, delete that file and run {p.command}"
+    mend = f"; to mend it, delete what is named and run {p.command}"
     kept = [line for line in lines if line.level != OK or line.what not in failed]
     return [line._replace(found=line.found + mend) if line.level == FAIL else line for line in kept]
 
