@@ -47,7 +47,8 @@ class Prepared:
                     self.arrays[file] = np.load(file, mmap_mode="r")
             except (ValueError, OSError, EOFError, data.zipfile.BadZipFile):
                 self.unreadable.append(file)
-        for file in [*self.folder.rglob("manifest.json"), *self.stimuli.rglob("manifest.json"), *self.stimuli.rglob("clips.jsonl")]:
+        lists = [file for split in SIZES[name] if (file := self.stimuli / split / "clips.jsonl").is_file()]
+        for file in [*self.folder.rglob("manifest.json"), *self.stimuli.rglob("manifest.json"), *lists]:
             try:
                 rows = [json.loads(line) for line in (open(file) if file.suffix == ".jsonl" else [file.read_text()])]
                 self.clips |= {file.parent.name: rows} if file.suffix == ".jsonl" else {}

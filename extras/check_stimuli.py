@@ -57,7 +57,7 @@ def embeddings(p: "Prepared") -> Iterator[Line]:
                     before = frames.setdefault(digest(row), (split, p.clips[split][first + i]["id"]))
                     equal += [f"{before[1]} = {p.clips[split][first + i]['id']}"] if before[0] != split else []
             alike.append(np.linalg.norm(mean) / len(p.clips[split]))
-        yield Line(FAIL if min(alike) > 0.999 else OK, "embeddings", f"{name}: unit vectors, |mean| {max(alike):.2f} (1: all alike)")
+        yield Line(FAIL if max(alike) > 0.999 else OK, "embeddings", f"{name}: unit vectors, |mean| {max(alike):.2f} (1: all alike)")
     n = len(p.clips["test"])
     level = OK if not equal else WARNING if len(equal) < 0.01 * n else FAIL
     found = f"; {equal[0]}; is a segment there under two names, or in both splits?" if equal else ""
