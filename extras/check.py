@@ -206,8 +206,8 @@ def fmri(p: Prepared) -> Iterator[Line]:
         yield Line(WARNING, "z-scores", f"{len(still):,} voxels are constant in some run, the first voxel {min(still)}: they carry nothing")
     for (a, b), pairs in equal.items():
         what = f"{len(pairs):,} recordings of a clip are bit-equal to another's: {pairs[0]}; is a run there under two names?"
-        yield Line(FAIL, "leakage" if a != b else "repeated runs", f"{a} and {b}: {what}")
-    yield Line(OK, "leakage", f"fMRI: of {len(seen):,} recordings of a clip no two are equal")
+        yield Line(FAIL, "leakage, fMRI" if a != b else "repeated runs", f"{a} and {b}: {what}")
+    yield Line(OK, "leakage, fMRI", f"of {len(seen):,} recordings of a clip no two are equal")
 
 
 def duplicates(p: Prepared) -> Iterator[Line]:

@@ -61,7 +61,7 @@ def embeddings(p: "Prepared") -> Iterator[Line]:
     n = len(p.clips["test"])
     level = OK if not equal else WARNING if len(equal) < 0.01 * n else FAIL
     found = f"; {equal[0]}; is a segment there under two names, or in both splits?" if equal else ""
-    yield Line(level, "leakage", f"frames: {len(equal)} of {n:,} test clips have bit-equal frames in training (e_img){found}")
+    yield Line(level, "leakage, frames", f"{len(equal)} of {n:,} test clips have bit-equal frames in training (e_img){found}")
 
 
 def categories(p: "Prepared") -> Iterator[Line]:

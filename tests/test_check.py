@@ -244,12 +244,12 @@ def test_standardised_over_the_subject_is_sound_too(toy):
 def test_recordings_and_frames_in_both_splits(toy):
     train = np.load(toy / "sub1" / "train" / "fmri.npy")
     edit(toy / "sub1" / "test" / "fmri.npy", put((slice(0, 80), 1), train[200:280, 0]))
-    lines = [line for line in found(toy, check.fmri) if line.what == "leakage" and line.level == FAIL]
+    lines = [line for line in found(toy, check.fmri) if line.what == "leakage, fMRI" and line.level == FAIL]
     assert len(lines) == 1 and "80 recordings" in lines[0].found and "seg3-000, showing 1 = test1-000, showing 2" in lines[0].found
     e_img = np.load(toy / "stimuli" / "train" / "e_img.npy")
     for k, level in ((1, WARNING), (2, FAIL)):  # of 160: under one per cent, over it
         edit(toy / "stimuli" / "test" / "e_img.npy", put(slice(10, 10 + k), e_img[500 : 500 + k]))
-        (line,) = [line for line in found(toy, check_stimuli.embeddings) if line.what == "leakage"]
+        (line,) = [line for line in found(toy, check_stimuli.embeddings) if line.what == "leakage, frames"]
         assert line.level == level and f"{k} of 160 test clips" in line.found and "seg6-000 = test1-010" in line.found
 
 
