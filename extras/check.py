@@ -11,6 +11,7 @@ writes nothing but the picture.
 import argparse
 import json
 import sys
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import groupby
@@ -42,10 +43,10 @@ class Prepared:
         for file in (file for file in files if file not in self.left_over):
             try:
                 if file.suffix == ".npz":
-                    self.voxels = dict(np.load(file))
+                    self.voxels = {key: np.load(file)[key] for key in ("index", "roi")}
                 else:
                     self.arrays[file] = np.load(file, mmap_mode="r")
-            except (ValueError, OSError, EOFError, data.zipfile.BadZipFile):
+            except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
                 self.unreadable.append(file)
         lists = [file for split in SIZES[name] if (file := self.stimuli / split / "clips.jsonl").is_file()]
         for file in [*self.folder.rglob("manifest.json"), *self.stimuli.rglob("manifest.json"), *lists]:
@@ -137,9 +138,8 @@ def shapes(p: Prepared) -> Iterator[Line]:
         yield Line(FAIL, "shapes", f"of a clip: {rows}; wanted {wanted}")
         return
     (T, N), (F, D) = rows["train"]["fmri.npy"], rows["train"]["e_img.npy"]
-    yield Line(
-        OK, "shapes", f"a clip has T = {T} volumes of N = {N:,} voxels, F = {F} frames of D = {D}, {rows['train'][PER_CLIP[0]][0]} classes"
-    )
+    K = rows["train"]["categories.npy"][0]
+    yield Line(OK, "shapes", f"a clip has T = {T} volumes of N = {N:,} voxels, F = {F} frames of D = {D}, {K} classes")
 
 
 # ---------------------------------------------------------------- recordings
@@ -160,9 +160,8 @@ def voxels(p: Prepared) -> Iterator[Line]:
     if len(wrong := np.flatnonzero(roi != atlas)):
         first = f"voxel {wrong[0]}, grayordinate {index[wrong[0]]}, is {roi[wrong[0]]} here and {atlas[wrong[0]]} there"
         yield Line(FAIL, "voxels", f"{p.folder / 'voxels.npz'}: {len(wrong):,} areas are not those of the HCP MMP atlas: {first}")
-    yield Line(
-        OK, "voxels", f"{len(roi):,} in {len(set(roi))} areas of the HCP MMP atlas, {(index >= data.CORTEX).sum():,} below the cortex"
-    )
+    below = (index >= data.CORTEX).sum()
+    yield Line(OK, "voxels", f"{len(roi):,} in {len(set(roi))} areas of the HCP MMP atlas, {below:,} below the cortex")
 
 
 def fmri(p: Prepared) -> Iterator[Line]:
@@ -222,7 +221,9 @@ def duplicates(p: Prepared) -> Iterator[Line]:
                 found |= {digest(np.sort(row, axis=None)): digest(row)} if np.isfinite(row).all() else {}
         return found
 
-    mine, others = prints(p.folder), sorted(set(p.folder.parent.glob("sub*[0-9]")) - {p.folder})
+    others = sorted(set(p.folder.parent.glob("sub*[0-9]")) - {p.folder})
+    others = [folder for folder in others if all((folder / split / "fmri.npy").is_file() for split in SIZES[p.name])]
+    mine = prints(p.folder)
     for other in others:
         theirs = prints(other)
         if same := mine.keys() & theirs.keys():
@@ -278,10 +279,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.show:
         from extras import show
 
-        out = args.out or args.root / args.data / f"sub{args.subject}" / f"{args.show}.png"
-        show.picture(
-            Prepared(args.data, args.subject, args.root), args.show, args.stimuli or args.root / args.data / "raw" / "stimuli", out
-        )
+        prepared = Prepared(args.data, args.subject, args.root)
+        out = args.out or prepared.folder / f"{args.show}.png"
+        show.picture(prepared, args.show, args.stimuli or prepared.stimuli.with_name("raw") / "stimuli", out)
         print(out)
         return 0
     lines = check(args.data, args.subject, args.root)

@@ -266,6 +266,7 @@ def test_a_subject_that_is_another(toy, tmp_path):
     for split in ("train", "test"):
         edit(other / split / "fmri.npy", lambda x: np.ascontiguousarray(x[..., order]))
     assert "64 of 64 recordings compared are equal, the voxels in another order" in found(toy, check.duplicates)[0].found
+    (toy / "sub9").mkdir()  # not prepared yet
     edit(other / "train" / "fmri.npy", lambda x: x + 1e-3)
     edit(other / "test" / "fmri.npy", lambda x: x + 1e-3)
     assert [line.level for line in found(toy, check.duplicates)] == [OK]
@@ -351,6 +352,15 @@ def test_caption_copies_by_hand():
     train, segments = ["A dog.", "a dog", "a cat", "a dog", "a cow"], ["seg1", "seg1", "seg1", "seg2", "seg2"]
     said = check_stimuli.caption_copies(train, segments, ["a cat", "a bird", "a fox", "A cow"])
     assert said.startswith("60.0% of training clips") and "50.0% of test clips" in said
+
+
+def test_caption_copies_of_captions_jsonl(tmp_path, capsys):
+    rows = [("seg1", "a cat"), ("seg1", "a dog"), ("seg2", "a cat"), ("seg2", "a cow"), ("test1", "a fox"), ("test1", "A dog.")]
+    file = tmp_path / "captions.jsonl"
+    file.write_text("".join(json.dumps({"segment": segment, "caption": caption}) + "\n" for segment, caption in rows))
+    assert check.main(["--captions", str(file), str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "4 training and 2 test clips of 2 training segments" in said and "caption: 50.0%" in said and "50.0% of test" in said
 
 
 # ---------------------------------------------------------------- the picture
