@@ -1,14 +1,14 @@
 """Captions, and the MSCOCO objects they name, for a dataset whose release has none (§3.1): what L_cls learns from.
 
     python extras/caption.py --data cc2017 --raw RAW                     RAW/stimuli/seg1.mp4 ... -> RAW/captions.jsonl
-    python extras/caption.py --videos 'clips/*.mp4' --out captions.jsonl     a clip a file; with --seconds 2 each file is cut
+    python extras/caption.py --videos 'RAW/videos/*.mp4' --out RAW/captions.json     a clip a file; with --seconds 2 each file is cut
     python extras/caption.py --rules captions.jsonl --out new.jsonl      no model: nouns of captions that there are
 
 Qwen2.5-VL is asked twice: for a sentence on frames of a clip, then, as in the paper, which objects of MSCOCO's list that sentence names.
-What comes out is what `data.read_captions` reads, a line a clip in order: segment, clip, caption, tags (the names as answered), categories
-(the supercategories that data.py's nouns map them to), by (the model, or "rules"). An answer that is no list of names is kept as `answer`,
-and the categories of that clip are the rules', as `categories_by` says. Greedy decoding in the same batches, so a run that was killed goes
-on where it was and ends with the same file.
+What comes out is what `data.read_captions` reads, a line a clip in order (--out X.json: one list): segment, clip, video, caption, tags (the
+names as answered), categories (the supercategories that data.py's nouns map them to), by (the model, or "rules"). An answer that is no
+list of names is kept as `answer`, and the categories of that clip are the rules', as `categories_by` says. Greedy decoding in the same
+batches, so a run that was killed goes on where it was and ends with the same file.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def parse_objects(answer: str) -> list[str] | None:
 def row_of(film: Film, clip: int, caption: str, answer: str, model: str) -> dict:
     """The line of captions.jsonl of a clip."""
     caption, names = " ".join(caption.split()).strip('"'), parse_objects(answer)
-    row = {"segment": film.segment, "clip": clip} | ({"split": film.split} if film.split else {})
+    row = {"segment": film.segment, "clip": clip, "video": film.file.name} | ({"split": film.split} if film.split else {})
     row |= {"caption": caption, "tags": names or [], "categories": data.clip_categories(caption, names), "by": model}
     return row | ({"categories_by": "rules", "answer": answer} if names is None else {})
 
@@ -196,7 +196,13 @@ def caption(args: argparse.Namespace) -> Path:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             progress.update(len(rows))
-    part.rename(out)
+    if out.suffix == ".json":
+        rows = [json.loads(line) for line in open(part)]
+        with data.written_whole(out) as file:
+            file.write_text(json.dumps(rows, indent=0))
+        part.unlink()
+    else:
+        part.rename(out)
     return out
 
 
@@ -227,7 +233,7 @@ def rules(args: argparse.Namespace) -> Path:
 
 def summary(path: Path) -> str:
     """What is in a captions.jsonl: clips, answers that were no list, names that map to nothing, and the table of categories."""
-    rows = [json.loads(line) for line in open(path)]
+    rows = json.loads(path.read_text()) if path.suffix == ".json" else [json.loads(line) for line in open(path)]
     labels = [row["categories"] for row in rows]
     unknown = Counter(name for row in rows for name in row["tags"] if not data.clip_categories("", [name]))
     malformed, empty = sum("answer" in row for row in rows), sum(not row["caption"] for row in rows)
@@ -249,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--videos", metavar="GLOB", help="a folder of videos or a pattern in quotes, in place of --data; the segment is the file's name")
     add("--seconds", type=float, help="cut the --videos into clips of so many seconds (default: a video is one clip)")
     add("--rules", type=Path, nargs="+", metavar="FILE", help="captions.jsonl, or cc2017's training and test list; no model is run")
-    add("--out", type=Path, help="default: RAW/captions.jsonl")
+    add("--out", type=Path, help="a .jsonl, or for --videos a .json list (default: RAW/captions.jsonl)")
     add("--model", default=MODEL, help=f"name on the Hub or folder of a Qwen2.5-VL (default: {MODEL})")
     add("--frames", type=int, default=8, help="frames of a clip that are shown (default: 8)")
     add("--pixels", type=int, default=448 * 448, help="of a frame, at most (default: 448 * 448)")
@@ -266,6 +272,8 @@ def main(argv: list[str] | None = None) -> None:
     if not args.data and not args.out:
         parser.error("--out says where the captions go")
     args.out = args.out or args.raw / "captions.jsonl"
+    if args.out.suffix not in (".jsonl", ".json") or (args.out.suffix == ".json" and not args.videos):
+        parser.error(f"--out {args.out}: wanted a name that ends in .jsonl, or in .json for a list of --videos")
     if min(args.frames, args.batch) < 1 or args.pixels < 56 * 56:
         parser.error(f"--frames {args.frames} --batch {args.batch} --pixels {args.pixels}: wanted at least 1, 1 and {56 * 56}")
     print(summary(rules(args) if args.rules else caption(args)))

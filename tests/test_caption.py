@@ -161,6 +161,24 @@ def test_recorded_answers_become_the_lines_that_data_reads(release, tmp_path, mo
     assert "2 answers were no list of names" in said and "animal           3" in said
 
 
+def test_videos_of_a_clip_each_become_a_list_by_name(release, tmp_path, monkeypatch):
+    """As CineBrain's captions are found: by the video's name, in one list."""
+
+    class Recorded:
+        def __init__(self, name: str, pixels: int):
+            pass
+
+        def ask(self, questions, clips=None, fps=None):
+            return ["two cats"] if clips else ['["cat"]']
+
+    monkeypatch.setattr(caption, "Captioner", Recorded)
+    out = tmp_path / "captions.json"
+    caption.main(["--videos", str(release / "stimuli" / "*.mp4"), "--out", str(out), "--batch", "1"])
+    rows = data.read_captions(out, [])
+    assert [(row["video"], row["caption"], row["tags"]) for row in rows] == [(f"{n}.mp4", "two cats", ["cat"]) for n in ("seg1", "test1")]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["captions.json", "captions.recipe.json"]
+
+
 @pytest.mark.parametrize(
     ("answer", "names"),
     [
@@ -233,7 +251,8 @@ def test_cc2017s_films(tmp_path):
         ([], "give one of --data, --videos and --rules"),
         (["--data", "cc2017"], "wants --raw"),
         (["--videos", "x"], "--out says where"),
-        (["--videos", "x", "--out", "y", "--batch", "0"], "wanted at least 1"),
+        (["--videos", "x", "--out", "y.json", "--batch", "0"], "wanted at least 1"),
+        (["--data", "cc2017", "--raw", "x", "--out", "y.json"], "wanted a name that ends in .jsonl"),
     ],
 )
 def test_wrong_options(options, said, capsys):
