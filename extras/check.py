@@ -200,7 +200,7 @@ def fmri(p: Prepared) -> Iterator[Line]:
     whole = max(abs(mean).max(), abs(deviation[deviation > 1e-6] - 1).max(initial=0))
     said = f"of mean 0 and deviation 1, a voxel is off by at most {by_run:.2g} in a run, {whole:.2g} in all runs together"
     level = OK if by_run < 0.01 or whole < 0.05 else FAIL if whole > 1 else WARNING
-    yield Line(level, "z-scores", said + ("" if level == OK else ": these are not z-scores, by run or by subject"))
+    yield Line(level, "z-scores", said + ("" if level == OK else f": {p.folder} has no z-scores, by run or by subject"))
     if still:
         yield Line(WARNING, "z-scores", f"{len(still):,} voxels are constant in some run, the first voxel {min(still)}: they carry nothing")
     for (a, b), pairs in equal.items():

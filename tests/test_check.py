@@ -211,7 +211,7 @@ def test_voxels(toy):
             (WARNING, "fMRI values"),
             "test: showings that were not recorded are masked: test2 has 2",
         ),
-        ("train", lambda x: 100 * x + 10_000, (FAIL, "z-scores"), "not z-scores"),
+        ("train", lambda x: 100 * x + 10_000, (FAIL, "z-scores"), "sub1 has no z-scores, by run or by subject"),
         ("train", lambda x: 1.3 * x, (WARNING, "z-scores"), "off by at most 0.3 in a run"),
         ("train", put((slice(None, 100), 0, 0, 9), 0), (WARNING, "z-scores"), "1 voxels are constant in some run, the first voxel 9"),
         (
