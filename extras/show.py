@@ -56,7 +56,11 @@ def plot_areas(ax: "Axes", response: np.ndarray, showings: list[int], roi: np.nd
     deep = np.array(["_" in name for name in area])  # hippocampus_left: below the cortex
     names, counts = np.unique(area, return_counts=True)
     visual = data.ROIS["visual"]
-    rank = {a: (deep[area == a].all(), visual.index(a) if a in visual else len(visual), -n) for a, n in zip(names, counts, strict=True)}
+    below = {name: bool(deep[area == name].all()) for name in names}  # last, by name
+    rank = {
+        name: (below[name], visual.index(name) if name in visual else len(visual), 0 if below[name] else -n)
+        for name, n in zip(names, counts, strict=True)
+    }
     largest = set(names[np.argsort(-counts, kind="stable")][:AREAS])
     rows = sorted(sorted(largest), key=rank.get)
     colours = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(response)))
