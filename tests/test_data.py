@@ -73,7 +73,7 @@ def test_finished_names_both_values_where_the_recipe_differs(tmp_path):
 # ---------------------------------------------------------------- recordings -> fmri.npy
 
 
-class Source:
+class Source(data.Release):
     """Two training segments and one test segment of 6 clips x 4 voxels; response = 100 segment + 10 repeat + clip + voxel / 10."""
 
     preprocessed = True
