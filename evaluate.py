@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, AutoModelForVideoClassification, HfArgumentParser
 
 from brain_model import BrainModel
-from data import ClipDataset, DecoderData, far_apart, memories, read_clip, uniform_frames, video_frames, written_whole
+from data import SECONDS, ClipDataset, DecoderData, far_apart, memories, read_clip, uniform_frames, video_frames, written_whole
 from heads import Stage1Heads
 from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories, Remembered, TopTextMemory
 from video_decoder import LORA_FILE, VideoDecoder, clip_generator
@@ -69,7 +69,7 @@ class Config:
 PRESETS = {
     "toy": dict(batch_size=16, fps=8.5, classifiers="toy/videomae,toy/vit"),
     "cc2017": {},
-    "cinebrain": dict(seconds=4.0, fps=8.0),
+    "cinebrain": dict(seconds=SECONDS["cinebrain"], fps=8.0),  # 33 frames
 }
 
 
@@ -108,7 +108,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> Run:
     settings = json.loads((stage2 / "config.json").read_text())
     train = ClipDataset(settings["data"], settings["subject"], "train", settings["stage1_config"]["rois"])
     size = settings["frames"], settings["height"], settings["width"]
-    text = DecoderData(settings["data"], settings["decoder"], "train", size=size)
+    text = DecoderData(settings["data"], settings["decoder"], "train", size=size, subject=settings["subject"])
     brain_model, heads = BrainModel.from_pretrained(stage2 / "brain_model"), Stage1Heads.from_pretrained(stage2 / "heads")
     kind = MixtureOfMemories if settings["mom"] and settings["integration"] else DirectProjection if settings["mom"] else TopTextMemory
     mom = kind.from_pretrained(stage2 / "mixture_of_memories")
