@@ -7,6 +7,7 @@ python tests/benchmark.py --gpu       a step of stage 1 at the paper's size, mea
 """
 
 import argparse
+import json
 import os
 import resource
 import subprocess
@@ -78,6 +79,52 @@ def preprocessing(polyfit_voxels: int = 1500) -> None:
     print(
         f"preprocessing of a run, 245 x {CORTEX:,}: {slow / fast:,.0f} times faster than a polyfit loop ({fast:.2f} s), same to {error:.0e}"
     )
+
+
+def reading(batch: int = 144, steps: int = 60) -> None:
+    """Batches of training clips from memory-mapped files of cc2017's size, and the first batch of a dataset ten times as large."""
+    import data
+    from data import ClipDataset
+
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for name, clips, part in (("cc2017", 4_320, 4_320), ("cinebrain", 43_200, 4)):  # the large one is a sparse file
+            here, stimuli = root / name / "sub3", root / name / "stimuli" / "train"
+            shapes = {
+                here / "train" / "fmri.npy": (clips, 2, 1, N),
+                stimuli / "e_img.npy": (clips, 8, 768),
+                stimuli / "e_txt.npy": (clips, 768),
+            }
+            shapes |= {stimuli / "e_act.npy": (clips, 768), stimuli / "categories.npy": (clips, 12)}
+            for path, shape in shapes.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                array = np.lib.format.open_memmap(path, "w+", dtype="float32", shape=shape)
+                for i in range(part):
+                    array[i] = rng.standard_normal(1)
+                data.describe(path, array, {"classes": ["a"] * 12}, None)
+            np.savez(here / "voxels.npz", index=np.arange(N), roi=np.array(["L_V1", "R_FFC", "L_4"])[np.arange(N) % 3])
+            clip = {
+                "id": "seg1-000",
+                "segment": "seg1",
+                "video": "seg1.mp4",
+                "start_s": 0.0,
+                "caption": "a dog",
+                "tags": [],
+                "categories": [],
+            }
+            (stimuli / "clips.jsonl").write_text((json.dumps(clip) + "\n") * clips)
+            for rois in (None, "visual"):
+                start = time.perf_counter()
+                train = ClipDataset(name, 3, "train", rois, root)
+                train.batch(np.arange(batch), 0, 0)
+                first = time.perf_counter() - start
+                order, start = rng.permutation(clips), time.perf_counter()
+                for step in range(steps if name == "cc2017" else 0):
+                    train.batch(order[np.arange(step * batch, (step + 1) * batch) % clips], 0, step)
+                rate = steps * batch / (time.perf_counter() - start)
+                speed = f", then {rate:,.0f} clips/s in batches of {batch}" if name == "cc2017" else ""
+                print(f"reading {clips:,} clips x {N:,} voxels, rois {rois}: first batch {first:.2f} s{speed}")
 
 
 def stream() -> None:
@@ -214,5 +261,6 @@ if __name__ == "__main__":
     else:
         voxel_regression()
         preprocessing()
+        reading()
         if args.stream:
             stream()

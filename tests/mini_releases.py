@@ -185,23 +185,32 @@ def write_purdue(
 
 
 def write_neuroclips(
-    folder: Path, subject: int = 1, train_segments: int = 2, test_segments: int = 1, voxels: int = 96, size: int = 32
+    folder: Path,
+    subject: int = 1,
+    train_segments: int = 2,
+    test_segments: int = 1,
+    voxels: int = 96,
+    size: int = 32,
+    like: Mini | None = None,
 ) -> Mini:
-    """A miniature of the NeuroClips release, its captions in a NumPy array as published; `captions` is not written."""
+    """A miniature of the NeuroClips release, its captions in a NumPy array as published; `captions` is not written.
+
+    like: another release, whose planted voxels it has, with the same response.
+    """
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
     rng, clips = np.random.default_rng(0), contents(size)
-    pattern = rng.standard_normal((12, 1, voxels))
+    pattern = like.pattern[:, None] if like else rng.standard_normal((12, 1, voxels))
     numbers = {"train": range(train_segments), "test": range(train_segments, train_segments + test_segments)}
     for split, repeats in {"train": 2, "test": 10}.items():
         order = np.concatenate([shown(number) for number in numbers[split]])
-        fmri = pattern[order] + 0.5 * rng.standard_normal((len(order), repeats, voxels))
+        fmri = pattern[order] + 0.5 * rng.standard_normal((len(order), repeats, pattern.shape[2]))
         frames = np.stack([clips[k][0] for k in order]).transpose(0, 1, 4, 2, 3)  # (clips, 6, 3, size, size)
         torch.save(torch.from_numpy(fmri).float(), folder / f"subj{subject:02d}_{split}_fmri.pt")
         torch.save(torch.from_numpy(frames).half() / 255, folder / f"GT_{split}_3fps.pt")
         torch.save(np.array([clips[k][1] for k in order]), folder / f"GT_{split}_caption.pt")
-    return Mini(folder, folder / "captions.jsonl", np.arange(voxels), pattern[:, 0], np.arange(0))
+    return Mini(folder, folder / "captions.jsonl", np.arange(pattern.shape[2]), pattern[:, 0], np.arange(0))
 
 
 EPISODE_CLIPS, CLIP_VOLUMES = 270, 5  # of CineBrain: 18 minutes, clips of 4 s, a volume every 0.8 s
