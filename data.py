@@ -360,7 +360,7 @@ def load_pt(path: Path) -> torch.Tensor | np.ndarray | list:
         raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is truncated or unreadable: download it again") from error
 
 
-TR, EPISODE_CLIPS, CLIP_VOLUMES = 0.8, 270, 5  # CineBrain: 18 minutes an episode, clips of 4 s
+TR, EPISODE_CLIPS, EPISODE_VOLUMES, CLIP_VOLUMES = 0.8, 270, 1350, 5  # CineBrain: 18 minutes an episode, clips of 4 s
 # The published preprocessed volumes hold the visual areas, or these beside them (numbers of the authors' dtseries2npy.py, by name)
 AUDITORY_AND_LANGUAGE = "4 IPS1 A1 7Pm 7m 7AL 7Am 7PL 7PC 8BM p32 47m 8Av 8Ad 9p 10d 8C 44 45 46 9a 10v STGa STSda STSdp STSvp TPOJ1 TPOJ2 TPOJ3 PGp R_s32 R_STSva"  # noqa: E501
 
@@ -389,54 +389,48 @@ class CineBrainRelease(Release):
         episodes = [f"episode{n:02d}" for n in (*range(1, 11), *range(second, second + 10))]
         self.splits = {"train": episodes[:18][:train_segments], "test": episodes[18:][:test_segments]}
         self.run_of = {episode: run for run, episode in enumerate(episodes, 1)}
-        self.cifti = bool(self._find(subject, "dtseries/*_run-*_*.dtseries.nii"))
-        if delay is not None and not self.cifti:
-            raise ValueError(f"--delay {delay}: the preprocessed volumes of {self.raw} are already delayed; leave --delay out")
-        for split, segments in self.splits.items():
-            for segment in segments:
-                self.files(split, segment), self.stimulus(segment)  # raise where one is missing
+        self.cifti = bool(self._find(subject, "dtseries/*.dtseries.nii"))
         if not self.cifti:
+            if delay is not None:
+                raise ValueError(f"--delay {delay}: the preprocessed volumes of {self.raw} are already delayed; leave --delay out")
             warnings.warn(f"{self.raw} has no CIFTI runs of subject {subject}: visual areas only, no hippocampus, no mPFC", stacklevel=2)
+        places = [self.raw / place for place in ("videos", "clips", "videos/clips", "video_annos/clips")]
+        self.films = next((place for place in places if (place / "000000.mp4").is_file()), places[0])
+        for episode in chain(*self.splits.values()):
+            run, missing = self.run_of[episode], [file for file in self.stimulus(episode) if not file.is_file()]
+            if missing:
+                raise FileNotFoundError(f"{missing[0]} is not there ({len(missing)} clips of {episode}): unpack videos.tar of the release")
+            if not self._run(subject, run):
+                volumes = f"visual_audio/{(run - 1) * EPISODE_VOLUMES}.npy to {run * EPISODE_VOLUMES - 1}.npy"
+                wanted = f"dtseries/*_run-{run}_*.dtseries.nii and beh_data/*_{run}.csv" if self.cifti else volumes
+                raise FileNotFoundError(
+                    f"{episode} is not there whole: wanted {self.raw}/sub_{subject:04d}/{wanted}; download it (or --train-segments FEWER)"
+                )
 
-    def _find(self, subject: int, pattern: str) -> list[Path]:
+    def _find(self, subject: int, *patterns: str) -> list[Path]:
         folders = [self.raw / f"sub{dash}{subject:0{digits}d}" for digits in (4, 3) for dash in "_-"]
-        return [file for folder in folders for file in folder.glob(pattern)]
+        return [file for pattern in patterns for folder in folders for file in folder.glob(pattern)]
 
     def _run(self, subject: int, run: int) -> list[Path | list[Path]]:
-        """CIFTI file and CSV of a run, or the list of its volumes; empty where one is missing."""
+        """CIFTI and CSV file of a run, or the list of its volumes; nothing where one is missing."""
         if self.cifti:
             found = self._find(subject, f"dtseries/*_run-{run}_*.dtseries.nii")[:1] + self._find(subject, f"beh_data/*_{run}.csv")[:1]
             return found if len(found) == 2 else []
-        first = (self._find(subject, "visual_audio/0.npy") + self._find(subject, "0.npy") or [self.raw / "0.npy"])[0]
-        n = EPISODE_CLIPS * CLIP_VOLUMES
-        files = [first.with_name(f"{volume}.npy") for volume in range((run - 1) * n, run * n)]
-        return [files] if all(file.is_file() for file in files) else []
+        first = [*self._find(subject, "visual_audio/0.npy", "0.npy"), self.raw / "0.npy"][0]
+        volumes = [first.with_name(f"{n}.npy") for n in range((run - 1) * EPISODE_VOLUMES, run * EPISODE_VOLUMES)]
+        return [volumes] if all(file.is_file() for file in volumes) else []
 
     def files(self, split: str, segment: str) -> list[Path | list[Path]]:
-        run = self.run_of[segment]
-        if not (found := self._run(self.subject, run)):
-            what = "dtseries/*_run-{0}_*.dtseries.nii and beh_data/*_{0}.csv" if self.cifti else "visual_audio/{1}.npy to {2}.npy"
-            n = EPISODE_CLIPS * CLIP_VOLUMES
-            wanted = f"{self.raw}/sub_{self.subject:04d}/" + what.format(run, (run - 1) * n, run * n - 1)
-            raise FileNotFoundError(f"{segment} is not there whole: wanted {wanted}; download it, or use fewer (--train-segments)")
-        return found
+        return self._run(self.subject, self.run_of[segment])
 
     def recording(self, subject: int) -> Path | list[Path] | None:
         return next(iter(self._run(subject, 1)), None)
-
-    @cached_property
-    def films(self) -> Path:
-        places = [self.raw / place for place in ("videos", "clips", "videos/clips", "video_annos/clips")]
-        return next((place for place in places if (place / "000000.mp4").is_file()), places[0])
 
     def video(self, segment: str, clip: int) -> tuple[Path, float]:
         return self.films / f"{(int(segment[-2:]) - 1) * EPISODE_CLIPS + clip:06d}.mp4", 0.0
 
     def stimulus(self, segment: str) -> list[Path]:
-        files = [self.video(segment, clip)[0] for clip in range(EPISODE_CLIPS)]
-        if missing := [file for file in files if not file.is_file()]:
-            raise FileNotFoundError(f"{missing[0]} is not there ({len(missing)} clips of {segment}): unpack videos.tar of the release")
-        return files
+        return [self.video(segment, clip)[0] for clip in range(EPISODE_CLIPS)]
 
     def repeats(self, split: str) -> int:
         return 1
@@ -448,83 +442,79 @@ class CineBrainRelease(Release):
         index = np.flatnonzero(in_areas(areas, sum(ROIS.values(), []) if self.cifti else ROIS["visual"]))
         return index, areas[index]
 
+    @cached_property
+    def columns(self) -> dict[tuple[int], slice | np.ndarray]:
+        """Where the visual areas are in a published volume, by its shape."""
+        areas = mmp_areas()
+        held = areas[in_areas(areas, ROIS["visual"] + AUDITORY_AND_LANGUAGE.split())]  # (18946,)
+        return {(8405,): slice(None), held.shape: in_areas(held, ROIS["visual"])}
+
     def window(self, split: str, segment: str) -> tuple[int, int]:
         """As dtseries2npy.py cuts a run, but always 18 minutes long. Raises ValueError where the CSV says other than that."""
-        n = EPISODE_CLIPS * CLIP_VOLUMES
         if not self.cifti:
-            return (self.run_of[segment] - 1) * n, n
-        _, file = self.files(split, segment)
+            return 0, EPISODE_VOLUMES
+        file = self.files(split, segment)[1]
         try:
             with open(file, newline="", encoding="utf-8-sig") as opened:
                 row = next(csv.DictReader(opened))
             start, stop = float(row["videoStartTime"]), float(row["videoStopTime"])
         except (KeyError, ValueError, TypeError, StopIteration) as error:
             raise ValueError(f"{file} has no line of numbers videoStartTime and videoStopTime: download it again") from error
-        if abs(stop - start - n * TR) > 2 * TR:
-            raise ValueError(f"{file}: the video lasts {stop - start:.1f} s, wanted {n * TR:.1f} s: is it the CSV of this run?")
-        return int((start + self.delay * TR) / TR) + 1, n
+        if abs(stop - start - EPISODE_VOLUMES * TR) > 2 * TR:
+            raise ValueError(f"{file}: the video lasts {stop - start:.1f} s, wanted {EPISODE_VOLUMES * TR}: is it the CSV of this run?")
+        return int((start + self.delay * TR) / TR) + 1, EPISODE_VOLUMES
 
     def _volumes(self, split: str, segment: str) -> np.ndarray:
-        """The volumes of an episode (1350, N) float32, as they are in the release."""
-        start, length = self.window(split, segment)
+        """The volumes of an episode, (1350, N) float32, as they are in the release."""
+        files, (start, length) = self.files(split, segment), self.window(split, segment)
         if self.cifti:
-            run = read_cifti(path := self.files(split, segment)[0], self.voxels[0])
+            run = read_cifti(files[0], self.voxels[0])
             if len(run) < start + length:
-                raise ValueError(f"{path} has {len(run)} volumes, wanted {start + length} (start, delay and 18 minutes): download it again")
+                raise ValueError(f"{files[0]} has {len(run)} volumes, wanted {start + length}: start, delay and 18 minutes of video")
             return run[start : start + length]
         rows = []
-        for file in self.files(split, segment)[0]:
-            volume = read_volume(file)
-            rows.append(volume[self._visual if len(volume) != len(self.voxels[0]) else slice(None)])
+        for file in files[0]:
+            try:
+                volume = np.load(file, allow_pickle=False)
+            except (ValueError, EOFError, OSError) as error:
+                raise ValueError(
+                    f"{file} ({file.stat().st_size:,} bytes) is truncated or no .npy file: unpack the archive again"
+                ) from error
+            if volume.shape not in self.columns or not np.isfinite(volume).all():
+                raise ValueError(f"{file} has the shape {volume.shape}, wanted 8,405 or 18,946 finite numbers: unpack the archive again")
+            rows.append(volume[self.columns[volume.shape]])
         return np.array(rows, np.float32)
-
-    @cached_property
-    def _visual(self) -> np.ndarray:
-        """Where the visual areas are in a volume of visual, auditory and language areas, (18946,) bool."""
-        areas = mmp_areas()
-        held = in_areas(areas, ROIS["visual"] + AUDITORY_AND_LANGUAGE.split())
-        return in_areas(areas[held], ROIS["visual"])
 
     @cached_property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of each voxel over all volumes of all episodes, (N,) float64 each; one run in memory."""
-        n, mean, squares = 0, 0.0, 0.0
-        for split, segment in tqdm([(s, e) for s in self.splits for e in self.splits[s]], desc="mean and deviation", unit="episode"):
+        episodes, level, n, total, squares = [(s, e) for s in self.splits for e in self.splits[s]], None, 0, 0.0, 0.0
+        for split, segment in tqdm(episodes, desc="mean and deviation", unit="episode"):
             x = self._volumes(split, segment).astype(np.float64)  # (1350, N)
-            m, far = len(x), x.mean(0) - mean
-            squares = squares + ((x - x.mean(0)) ** 2).sum(0) + far**2 * n * m / (n + m)  # Chan's update
-            n, mean = n + m, mean + far * m / (n + m)
-        return mean, np.sqrt(squares / (n - 1))
+            level = x[0] if level is None else level  # first, since BOLD is 1e4 +- 1e2
+            x -= level
+            n, total, squares = n + len(x), total + x.sum(0), squares + np.einsum("tn,tn->n", x, x)
+        return level + total / n, np.sqrt((squares - total**2 / n) / (n - 1))
 
     def load_run(self, split: str, segment: str, repeat: int) -> np.ndarray:
         """(1350, N) z-scores; 0 for a voxel that is constant or not finite somewhere, as published."""
         if not self.cifti:
             return self._volumes(split, segment)
         mean, deviation = self.moments
-        with np.errstate(invalid="ignore", divide="ignore"):
-            z = (self._volumes(split, segment) - mean) / deviation
-        return np.nan_to_num(np.where(deviation > 1e-6 * np.abs(mean), z, 0), posinf=0, neginf=0).astype(np.float32)
+        varies = deviation > 1e-6 * np.abs(mean)  # false for NaN, too
+        z = (self._volumes(split, segment)[:, varies] - mean[varies]) / deviation[varies]
+        response = np.zeros((len(z), len(varies)), np.float32)
+        response[:, varies] = z
+        return response
 
     def read_clips(self, split: str, segment: str) -> Iterator[np.ndarray]:
-        frames, seconds = VIDEO["cinebrain"][0], SECONDS["cinebrain"]
         for file in self.stimulus(segment):
-            check_film(file, fps=frames / seconds, seconds=seconds, over=1)
-            yield read_clip(file, 0.0, seconds)
+            check_film(file, fps=8, seconds=SECONDS["cinebrain"], over=1)
+            yield read_clip(file, 0.0, SECONDS["cinebrain"])
 
     def check(self) -> None:
         for segment in chain(*self.splits.values()):
             check_film(self.stimulus(segment)[0], fps=8, seconds=SECONDS["cinebrain"], over=1)
-
-
-def read_volume(file: Path) -> np.ndarray:
-    """A published preprocessed volume, (8405,) or (18946,). Raises ValueError, naming the file, for anything else."""
-    try:
-        volume = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{file} ({file.stat().st_size:,} bytes) is truncated or no .npy file: unpack the archive again") from error
-    if volume.shape not in ((8405,), (18946,)) or not np.isfinite(volume).all():
-        raise ValueError(f"{file} has the shape {volume.shape}, wanted 8,405 or 18,946 finite numbers: unpack the archive again")
-    return volume
 
 
 # ---------------------------------------------------------------- stimuli: mp4 -> frames
@@ -614,32 +604,17 @@ def _damaged(video: Path, found: float, wanted: float | None) -> str:
 # ---------------------------------------------------------------- categories: nouns -> supercategories of COCO (§3.1)
 
 
-def _noun_tables(text: str) -> list[dict[str, tuple[str, ...]]]:
-    """coco_nouns.txt -> {supercategory: its 80 objects in all}, {supercategory or "none": other nouns}."""
+def _noun_tables(text: str) -> list[dict[str, str]]:
+    """The sections of coco_nouns.txt, {key: what stands after the colon}."""
     sections = [re.sub(r"\n +", " ", section) for section in re.split(r"^\[\w+\]\n", text, flags=re.M)[1:]]
-    return [{k: tuple(v.split(", ")) for k, v in re.findall(r"^(\w+): (.+)$", section, re.M)} for section in sections]
+    return [dict(re.findall(r"^(\w+): (.+)$", section, re.M)) for section in sections]
 
 
-COCO, _NOUNS = _noun_tables(Path(__file__).with_name("coco_nouns.txt").read_text())
-SYNONYMS = {noun: k for k, nouns in _NOUNS.items() for noun in nouns}
+_OBJECT_NAMES, _NOUNS, _MEANINGS = _noun_tables(Path(__file__).with_name("coco_nouns.txt").read_text())
+COCO = {k: tuple(names.split(", ")) for k, names in _OBJECT_NAMES.items()}
+SYNONYMS = {noun: k for k, nouns in _NOUNS.items() for noun in nouns.split(", ")}
 _NAMES = SYNONYMS | {name: k for k, names in COCO.items() for name in names}
-
-# Words of two meanings: where the caption matches the pattern, the word means this instead.
-_FOOD = (r"roast|grill|fried|bak(ed|ing)|cook|carved", "food")
-_PANE = r"\bglasses\b|glass (window|wall|door|floor|corridor|struct|panel|roof)|(through|behind|against)( an?)? glass\b"
-_TABLE = r"^(?!.*(wear|adjust|(man|woman|person|girl|boy) with )).*(dining|drinking|serve|pour|plate|bottle|glasses o[fn])"
-_SENSES = {
-    "bat": (r"baseball|cricket|\bball\b|player|swing", "sports"),
-    "cart": (r"shopping|luggage|airport|coaster", "none"),
-    "club": (r"^(?!.*golf)", "none"),
-    "crane": (r"\bbird|wading|feather|beak|wings|marsh|pond", "animal"),
-    "glass": (_PANE, "none"),
-    "glasses": (_TABLE, "kitchen"),
-    "mat": (r"^(?!.*(yoga|exercis|push-up|martial|gym|stretch))", "none"),
-    "mouse": (r"grass|field|\bcat|fur\b|tail|cheese|forest", "animal"),
-    "tablet": (r"statue|stone|clay", "none"),
-    "tank": (r"fish|aquarium|(water|gas|fuel) tank|diver", "none"),
-} | dict.fromkeys(["chicken", "duck", "fish", "goose", "lamb", "lobster", "pig", "shrimp", "turkey"], _FOOD)
+_SENSES = {word: meaning.split(" where ", 1) for words, meaning in _MEANINGS.items() for word in words.split("_")}  # category, pattern
 # Verbs spelled like an object, after a subject or before an object of their own: "others watch", "watch a game".
 _VERBS = "bat bear book dish duck fish fly seal ship sink skate ski train watch".split()
 _SUBJECTS, _OBJECTS = "to who that other others they he she".split(), "a an the his her their him them tv".split()
@@ -666,7 +641,7 @@ def _read(text: str, caption: str) -> Iterator[tuple[list[str], str]]:
     while i < len(words):
         spans = ((n, name) for n in (3, 2, 1) for name in _singulars(" ".join(words[i : i + n])) if name in _NAMES)
         n, name = next(spans, (1, ""))
-        pattern, other = _SENSES.get(name, ("(?!)", "none"))
+        other, pattern = _SENSES.get(name, ("none", "(?!)"))
         category = other if re.search(pattern, caption) else _NAMES.get(name, "none")
         after = words[i + n] if i + n < len(words) else ""
         if name in _VERBS and (last == "person" or i and words[i - 1] in _SUBJECTS or after in _OBJECTS):
