@@ -26,7 +26,6 @@ import json
 import os
 import pickle
 import re
-import resource
 import shutil
 import sys
 import warnings
@@ -991,9 +990,7 @@ def filling(
             for part, shape in zip(parts, shapes.values(), strict=True)
         ]
 
-        def filled(clips: int) -> None:
-            for array in arrays:
-                array.flush()
+        def filled(clips: int) -> None:  # the arrays are not flushed: a kill takes nothing from what is mapped, and a busy disk is slow
             with written_whole(state) as part:
                 part.write_text(json.dumps({"asked": asked, "done": clips}))
 
@@ -1123,8 +1120,8 @@ def describe_clips(source: Release, split: str, captions: Path) -> list[dict]:
     told = read_captions(captions, segments)
     clips = [(name, k) for name in segments for k in range(source.window(split, name)[1] // source.volumes)]
     videos = [source.video(*clip) for clip in clips]
-    if len(set(videos)) == len({path for path, _ in videos}):  # a file a clip
-        by_video = {Path(row.get("video", "")).name: row for row in told}
+    if told and "video" in told[0] and len(videos) == len({path for path, _ in videos}):  # a file a clip
+        by_video = {Path(row["video"]).name: row for row in told}
         if missing := [path.name for path, _ in videos if path.name not in by_video]:
             raise ValueError(f"{captions} has no caption of {missing[0]} and {len(missing) - 1} other {split} clips: download it again")
         told = [by_video[path.name] for path, _ in videos]
@@ -1181,9 +1178,11 @@ def plan(what: str, encode: Callable[[], object], clips: int, on_cpu: int) -> in
         at_once = int(np.clip(torch.cuda.mem_get_info()[0] / 2 / memory, 1, 64))
         room = f"{memory / 1e9:.2f} GB of GPU memory a clip, beside {before / 1e9:.1f} GB of weights"
     else:
+        import resource  # not on Windows
+
         at_once, room = on_cpu, f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory in all"
     minutes = (perf_counter() - start) * clips / 60
-    tqdm.write(f"{what}: {room}; {clips:,} clips take about {minutes:,.0f} minutes; {at_once} at once")
+    tqdm.write(f"{what}: {room}; {clips:,} clips take about {minutes:,.1f} minutes; {at_once} at once")
     return at_once
 
 
@@ -1222,8 +1221,9 @@ def prepare_stimuli(source: Release, folder: Path, captions: dict[str, Path], cl
             clip, viclip = clip.to(device), ViCLIP.from_pretrained(viclip_name).to(device)
         inputs = hashes(map(source.stimulus, segments))
         e_txt = encode_texts(clip, tokenizer, [row["caption"] for row in rows[split]])
-        D = e_txt.shape[1]
-        shapes = {here / "e_img.npy": (n, frames, D), here / "e_act.npy": (n, D)}
+        with writing(here / "e_txt.npy", e_txt.shape, "float32", recipe, inputs) as text:
+            text[:] = e_txt
+        shapes = {here / "e_img.npy": (n, frames, e_txt.shape[1]), here / "e_act.npy": e_txt.shape}
         with filling(shapes, "float32", recipe, inputs) as ((image, action), done, filled):
             shown = (c[uniform_frames(len(c), frames)] for c in clips_from(source, split, rows[split], done))  # (F, H, W, 3) uint8
             if (one := next(shown, None)) is not None:
@@ -1239,8 +1239,6 @@ def prepare_stimuli(source: Release, folder: Path, captions: dict[str, Path], cl
                 progress.update(len(batch))
             progress.close()
             said, doubtful = captions_that_fit(image, e_txt, [row["segment"] for row in rows[split]])
-        with writing(here / "e_txt.npy", e_txt.shape, "float32", recipe, inputs) as text:
-            text[:] = e_txt
         tqdm.write(f"{split}: {said}")
         if doubtful:
             where = ", ".join(doubtful)

@@ -1,7 +1,7 @@
 """Speed and memory, each as a ratio measured in one run; by hand, not part of the tests.
 
 python tests/benchmark.py             the quick ones, a minute or two on a laptop
-python tests/benchmark.py --stream    also a whole subject of cc2017 at its true size: 86 runs of 245 x 91,282 (1 GB of disk)
+python tests/benchmark.py --stream    also a whole subject of cc2017 and of CineBrain at their true size (4 GB of disk)
 python tests/benchmark.py --plan      parameters, operations and memory of a step at the paper's size: counted, not measured
 python tests/benchmark.py --gpu       a step of stage 1 at the paper's size, measured on a CUDA GPU
 """
@@ -9,7 +9,6 @@ python tests/benchmark.py --gpu       a step of stage 1 at the paper's size, mea
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -151,13 +150,40 @@ def stream() -> None:
             "    def window(self, split, segment): return 1 + self.delay, SEGMENT_VOLUMES  # the links are runs of 245 volumes\n"
             "prepare_fmri(Release(Path(sys.argv[1]), 1), Path(sys.argv[2]), {})"
         )
-        start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-c", code, folder / "raw", folder / "out"], check=True, env=os.environ | {"PYTHONPATH": sys.path[0]}
+        timed("cc2017, 86 runs of 245 x 91,282", code, folder)
+
+
+def stream_cinebrain() -> None:
+    """20 runs of CineBrain's true size likewise, links to one (sparse: most of its grayordinates are zero)."""
+    from mini_releases import write_cinebrain
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        here = write_cinebrain(folder / "raw", train=1, test=0).folder / "sub_0003"
+        (run,), (csv,) = here.glob("dtseries/*"), here.glob("beh_data/*")
+        for r in range(2, 21):
+            os.link(run, run.with_name(run.name.replace("run-1_", f"run-{r}_")))
+            os.link(csv, csv.with_name(f"sub_0003_{r}.csv"))
+        for clip in [*range(270, 2_700), *range(5_400, 8_100)]:
+            os.link(folder / "raw" / "content0.mp4", folder / "raw" / "videos" / f"{clip:06d}.mp4")
+        code = (
+            "import sys; from pathlib import Path; from data import *\n"
+            "prepare_fmri(CineBrainRelease(Path(sys.argv[1]), 3), Path(sys.argv[2]), {}, 5)"
         )
-        seconds, memory = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-        size = np.load(folder / "out" / "train" / "fmri.npy", mmap_mode="r").shape
-    print(f"a subject of cc2017, 86 runs of 245 x 91,282: {seconds:.0f} s, {memory:.2f} GB at most, training fMRI {size}")
+        timed("CineBrain, 20 runs of 1,363 x 91,282", code, folder)
+
+
+def timed(what: str, code: str, folder: Path) -> None:
+    """Run code on folder/raw, folder/out in a process of its own; print its time and highest memory."""
+    start = time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": sys.path[0]}
+    child = subprocess.Popen([sys.executable, "-c", code, folder / "raw", folder / "out"], env=environment)
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{what}: the preparation failed")
+    size = np.load(folder / "out" / "train" / "fmri.npy", mmap_mode="r").shape
+    seconds, memory = time.perf_counter() - start, usage.ru_maxrss / 2**20
+    print(f"a subject of {what}: {seconds:.0f} s, {memory:.2f} GB at most, training fMRI {size}")
 
 
 def step_operations() -> float:
@@ -264,3 +290,4 @@ if __name__ == "__main__":
         reading()
         if args.stream:
             stream()
+            stream_cinebrain()

@@ -277,5 +277,4 @@ def write_cinebrain(
         run_of_all = np.memmap(path, "<f4", "r+", len(header), (volumes, GRAYORDINATES), "F")  # time fastest
         run_of_all[:, planted] = 9_000
         run_of_all[first : first + len(response), planted] += 100 * response
-        run_of_all.flush()
     return Mini(folder, folder / "captions-qwen-2.5-vl-7b.json", planted, pattern, np.arange(0))
