@@ -490,7 +490,7 @@ class CineBrainRelease(Release):
         episodes, level, n, total, squares = [(s, e) for s in self.splits for e in self.splits[s]], None, 0, 0.0, 0.0
         for split, segment in tqdm(episodes, desc="mean and deviation", unit="episode"):
             x = self._volumes(split, segment).astype(np.float64)  # (1350, N)
-            level = x[0] if level is None else level  # first, since BOLD is 1e4 +- 1e2
+            level = x[0].copy() if level is None else level  # first, since BOLD is 1e4 +- 1e2
             x -= level
             n, total, squares = n + len(x), total + x.sum(0), squares + np.einsum("tn,tn->n", x, x)
         return level + total / n, np.sqrt((squares - total**2 / n) / (n - 1))

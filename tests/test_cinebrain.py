@@ -85,7 +85,7 @@ def test_the_prepared_files_are_those_of_the_contract(here, release):
     index, roi = voxels["index"], voxels["roi"]
     assert len(index) == 8_405 + 1_559 + 3_240 and set(release.planted) <= set(index)
     assert {"L_V1", "R_FFC", "hippocampus_left", "hippocampus_right", "L_10r", "R_25"} <= set(roi)
-    where = np.searchsorted(index, release.planted)
+    where, told = np.searchsorted(index, release.planted), [caption for _, caption, _ in contents(48)]
     for split, first, number in (("train", 0, 1), ("test", 7560, 29)):
         fmri = np.load(folder / "sub3" / split / "fmri.npy", mmap_mode="r")
         assert fmri.shape == (EPISODE_CLIPS, 1, 5, len(index)) and np.isfinite(fmri).all()
@@ -95,7 +95,7 @@ def test_the_prepared_files_are_those_of_the_contract(here, release):
         assert np.argmax(match) == 3 and match[3] > 0.9  # clip t is its own five volumes
         clips = [json.loads(line) for line in open(folder / "stimuli" / split / "clips.jsonl")]
         assert [clip["video"] for clip in clips] == [f"{first + k:06d}.mp4" for k in range(EPISODE_CLIPS)]
-        assert [clip["caption"] for clip in clips] == [contents(48)[k][1] for k in order]
+        assert [clip["caption"] for clip in clips] == [told[k] for k in order]
         assert clips[3]["id"] == f"episode{number:02d}-003" and clips[3]["start_s"] == 0
         assert np.load(folder / "stimuli" / split / "e_img.npy").shape == (EPISODE_CLIPS, 8, 64)
     both = np.concatenate([np.load(folder / "sub3" / split / "fmri.npy")[:, 0] for split in ("train", "test")]).reshape(-1, len(index))
