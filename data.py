@@ -460,7 +460,9 @@ class CineBrainRelease(Release):
         except (KeyError, ValueError, TypeError, StopIteration) as error:
             raise ValueError(f"{file} has no line of numbers videoStartTime and videoStopTime: download it again") from error
         if abs(stop - start - EPISODE_VOLUMES * TR) > 2 * TR:
-            raise ValueError(f"{file}: the video lasts {stop - start:.1f} s, wanted {EPISODE_VOLUMES * TR}: is it the CSV of this run?")
+            raise ValueError(
+                f"{file}: the video lasts {stop - start:.1f} s, wanted {EPISODE_VOLUMES * TR:.1f} s: is it the CSV of this run?"
+            )
         return int((start + self.delay * TR) / TR) + 1, EPISODE_VOLUMES
 
     def _volumes(self, split: str, segment: str) -> np.ndarray:
