@@ -123,6 +123,7 @@ def test_a_copy_of_another_subject_is_refused_and_subjects_share_their_stimuli(p
     assert (folder / "data" / "cc2017" / "stimuli" / "train" / "e_img.npy").stat().st_mtime_ns == made
     assert len(ClipDataset("cc2017", 2, "test")) == CLIPS
     shutil.rmtree(copy)
+    shutil.rmtree(folder / "data" / "cc2017" / "sub2")  # else subject 1 would be refused next
 
 
 def test_other_settings_are_an_error_that_names_both_values(prepared, release):
