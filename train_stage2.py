@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from brain_model import BrainModel
-from data import ClipDataset, DecoderData, clips_of_step, mean_frames, memories, near_copy_threshold, written_whole
+from data import SECONDS, ClipDataset, DecoderData, clips_of_step, mean_frames, memories, near_copy_threshold, written_whole
 from heads import Stage1Heads, stage1_loss
 from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories, TopTextMemory
 from video_decoder import WAN, VideoDecoder, clip_generator, condition_dropout, draw
@@ -293,7 +293,9 @@ def main(config: Config) -> dict[str, float]:
         train, test = (ClipDataset(config.data, config.subject, split, before["rois"]) for split in ("train", "test"))
         sizes = check_fit(stage1, train.sizes, VideoDecoder.from_pretrained(config.decoder, load_transformer=False))
         size = (config.frames, config.height, config.width)
-        videos, test_videos = (DecoderData(config.data, config.decoder, split, size=size) for split in ("train", "test"))
+        videos, test_videos = (
+            DecoderData(config.data, config.decoder, split, size=size, subject=config.subject) for split in ("train", "test")
+        )
     segments = np.array([clip["segment"] for clip in train.clips])
     held_out = np.isin(segments, (before["val_segments"] or "").split(","))
     frames, clips = mean_frames(train.e_img), np.flatnonzero(~held_out)
@@ -377,7 +379,7 @@ def main(config: Config) -> dict[str, float]:
         # To look at, not to choose by: the segments held out where there are some, else test clips
         data, y, where = (train, videos, np.flatnonzero(held_out)) if held_out.any() else (test, test_videos, np.arange(len(test)))
         some = np.linspace(0, len(where) - 1, min(config.samples, len(where))).round().astype(int)
-        shown = data.averaged(where)[some], np.array(y.latents[where[some]]), train.clips[1]["start_s"] - train.clips[0]["start_s"]
+        shown = data.averaged(where)[some], np.array(y.latents[where[some]]), SECONDS[config.data]
 
     # ---- loop
     share = slice(rank * config.batch_size // world, (rank + 1) * config.batch_size // world)  # of a process

@@ -1,15 +1,15 @@
 """Speed and memory, each as a ratio measured in one run; by hand, not part of the tests.
 
 python tests/benchmark.py             the quick ones, a minute or two on a laptop
-python tests/benchmark.py --stream    also a whole subject of cc2017 at its true size: 86 runs of 245 x 91,282 (1 GB of disk)
+python tests/benchmark.py --stream    also a whole subject of cc2017 and of CineBrain at their true size (4 GB of disk)
 python tests/benchmark.py --metrics   SSIM, PSNR and n-way of 1,200 pairs of 16 x 256 x 256 against the peers' loops: some minutes
 python tests/benchmark.py --plan      parameters, operations and memory of a step at the paper's size: counted, not measured
 python tests/benchmark.py --gpu       a step of stage 1 at the paper's size, measured on a CUDA GPU
 """
 
 import argparse
+import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -81,6 +81,52 @@ def preprocessing(polyfit_voxels: int = 1500) -> None:
     )
 
 
+def reading(batch: int = 144, steps: int = 60) -> None:
+    """Batches of training clips from memory-mapped files of cc2017's size, and the first batch of a dataset ten times as large."""
+    import data
+    from data import ClipDataset
+
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for name, clips, part in (("cc2017", 4_320, 4_320), ("cinebrain", 43_200, 4)):  # the large one is a sparse file
+            here, stimuli = root / name / "sub3", root / name / "stimuli" / "train"
+            shapes = {
+                here / "train" / "fmri.npy": (clips, 2, 1, N),
+                stimuli / "e_img.npy": (clips, 8, 768),
+                stimuli / "e_txt.npy": (clips, 768),
+            }
+            shapes |= {stimuli / "e_act.npy": (clips, 768), stimuli / "categories.npy": (clips, 12)}
+            for path, shape in shapes.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                array = np.lib.format.open_memmap(path, "w+", dtype="float32", shape=shape)
+                for i in range(part):
+                    array[i] = rng.standard_normal(1)
+                data.describe(path, array, {"classes": ["a"] * 12}, None)
+            np.savez(here / "voxels.npz", index=np.arange(N), roi=np.array(["L_V1", "R_FFC", "L_4"])[np.arange(N) % 3])
+            clip = {
+                "id": "seg1-000",
+                "segment": "seg1",
+                "video": "seg1.mp4",
+                "start_s": 0.0,
+                "caption": "a dog",
+                "tags": [],
+                "categories": [],
+            }
+            (stimuli / "clips.jsonl").write_text((json.dumps(clip) + "\n") * clips)
+            for rois in (None, "visual"):
+                start = time.perf_counter()
+                train = ClipDataset(name, 3, "train", rois, root)
+                train.batch(np.arange(batch), 0, 0)
+                first = time.perf_counter() - start
+                order, start = rng.permutation(clips), time.perf_counter()
+                for step in range(steps if name == "cc2017" else 0):
+                    train.batch(order[np.arange(step * batch, (step + 1) * batch) % clips], 0, step)
+                rate = steps * batch / (time.perf_counter() - start)
+                speed = f", then {rate:,.0f} clips/s in batches of {batch}" if name == "cc2017" else ""
+                print(f"reading {clips:,} clips x {N:,} voxels, rois {rois}: first batch {first:.2f} s{speed}")
+
+
 def stream() -> None:
     """86 true-size runs through prepare_fmri in a process of its own: time and highest memory."""
     from mini_releases import write_purdue
@@ -105,13 +151,40 @@ def stream() -> None:
             "    def window(self, split, segment): return 1 + self.delay, SEGMENT_VOLUMES  # the links are runs of 245 volumes\n"
             "prepare_fmri(Release(Path(sys.argv[1]), 1), Path(sys.argv[2]), {})"
         )
-        start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-c", code, folder / "raw", folder / "out"], check=True, env=os.environ | {"PYTHONPATH": sys.path[0]}
+        timed("cc2017, 86 runs of 245 x 91,282", code, folder)
+
+
+def stream_cinebrain() -> None:
+    """20 runs of CineBrain's true size likewise, links to one (sparse: most of its grayordinates are zero)."""
+    from mini_releases import write_cinebrain
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        here = write_cinebrain(folder / "raw", train=1, test=0).folder / "sub_0003"
+        (run,), (csv,) = here.glob("dtseries/*"), here.glob("beh_data/*")
+        for r in range(2, 21):
+            os.link(run, run.with_name(run.name.replace("run-1_", f"run-{r}_")))
+            os.link(csv, csv.with_name(f"sub_0003_{r}.csv"))
+        for clip in [*range(270, 2_700), *range(5_400, 8_100)]:
+            os.link(folder / "raw" / "content0.mp4", folder / "raw" / "videos" / f"{clip:06d}.mp4")
+        code = (
+            "import sys; from pathlib import Path; from data import *\n"
+            "prepare_fmri(CineBrainRelease(Path(sys.argv[1]), 3), Path(sys.argv[2]), {}, 5)"
         )
-        seconds, memory = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-        size = np.load(folder / "out" / "train" / "fmri.npy", mmap_mode="r").shape
-    print(f"a subject of cc2017, 86 runs of 245 x 91,282: {seconds:.0f} s, {memory:.2f} GB at most, training fMRI {size}")
+        timed("CineBrain, 20 runs of 1,363 x 91,282", code, folder)
+
+
+def timed(what: str, code: str, folder: Path) -> None:
+    """Run code on folder/raw, folder/out in a process of its own; print its time and highest memory."""
+    start = time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": sys.path[0]}
+    child = subprocess.Popen([sys.executable, "-c", code, folder / "raw", folder / "out"], env=environment)
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{what}: the preparation failed")
+    size = np.load(folder / "out" / "train" / "fmri.npy", mmap_mode="r").shape
+    seconds, memory = time.perf_counter() - start, usage.ru_maxrss / 2**20
+    print(f"a subject of {what}: {seconds:.0f} s, {memory:.2f} GB at most, training fMRI {size}")
 
 
 def step_operations() -> float:
@@ -292,5 +365,7 @@ if __name__ == "__main__":
     else:
         voxel_regression()
         preprocessing()
+        reading()
         if args.stream:
             stream()
+            stream_cinebrain()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import COCO, SYNONYMS, category_matrix, category_table, clip_categories, merge_rare
+from data import COCO, SYNONYMS, caption_copies, category_matrix, category_table, clip_categories, merge_rare
 
 CC2017 = Path(__file__).parents[2] / "shared" / "data" / "cc2017"
 HAND_LABELS = Path(__file__).parent / "hand_labels.json"
@@ -163,3 +163,12 @@ def test_tags_and_caption_agree_on_cc2017():
     rows = cc2017("train") + cc2017("test")
     same = [clip_categories("", row["tags"]) == clip_categories(row["caption"], None) for row in rows]
     assert np.mean(same) > 0.91
+
+
+def test_film_recurs_in_cc2017():
+    """Word-identical captions: of training clips in another segment, of test clips in training; by hand, then measured."""
+    train = [{"caption": caption, "segment": segment} for caption, segment in ("aX", "bX", "bY", "cY", "cY")]
+    assert caption_copies(train, [{"caption": "c"}, {"caption": "d"}]) == (0.4, 0.5)
+    for key, measured in (("caption_blip", (0.576, 0.061)), ("caption", (0.371, 0.0575))):
+        rows = [[{"caption": row[key], "segment": row["clip"] // 240} for row in cc2017(split)] for split in ("train", "test")]
+        assert caption_copies(*rows) == pytest.approx(measured, abs=5e-4)

@@ -2,15 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 
 import numpy as np
 import pytest
 from conftest import REPO, environment, run_script
 from mini_releases import CLIPS, write_neuroclips, write_purdue
+
+import data
+from data import ClipDataset, NeuroClipsRelease, PurdueRelease, describe_clips, load_response
 
 ENCODERS = ("--clip", f"local-dir:{REPO / 'toy' / 'clip'}", "--viclip", REPO / "toy" / "viclip")
 SMALL = ("--steps", 150, "--batch_size", 96, "--lr", 1e-3, "--tokens", 8, "--width", 64, "--layers", 2, "--heads", 4)
@@ -25,22 +30,24 @@ def release(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(release, tmp_path_factory):
-    """The preparation killed with SIGKILL once the fMRI is there, then run again: what it prints, and where."""
+    """The preparation killed with SIGKILL in the middle of the encoding, then run again: where, and what it prints."""
     folder = tmp_path_factory.mktemp("cc2017")
     command = [sys.executable, str(REPO / "data.py"), *map(str, PURDUE), "--raw", str(release.folder)]
     with open(folder / "first.log", "w") as log:
         first = subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log)
     fmri = folder / "data" / "cc2017" / "sub1" / "test" / "fmri.npy"
     deadline = time.monotonic() + 240
-    while not (folder / "data" / "cc2017" / "stimuli" / "train" / "clips.jsonl").is_file():
+    train = folder / "data" / "cc2017" / "stimuli" / "train"
+    while not (state := train / ".e_img.part.json").is_file() or json.loads(state.read_text())["done"] < 64:
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    made = fmri.stat().st_mtime_ns
+    made, begun, encoded = fmri.stat().st_mtime_ns, (train / ".e_img.part.npy").stat().st_ino, json.loads(state.read_text())["done"]
     done = run_script("data.py", *PURDUE, "--raw", release.folder, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert fmri.stat().st_mtime_ns == made  # what was whole is kept
+    assert (train / "e_img.npy").stat().st_ino == begun and f"| {encoded}/960 [" in done.stderr  # what was begun is gone on with
     return folder, (folder / "first.log").read_text() + done.stdout + done.stderr
 
 
@@ -80,6 +87,43 @@ def test_stage_1_trains_on_it(prepared):
     scores = json.loads((folder / "runs" / "cc2017" / "sub1" / "full-s0" / "stage1" / "test.json").read_text())
     assert scores["fmri"]["category mAP"] > 0.9 > scores["shuffled"]["category mAP"]  # 12 contents, which the test film shows, too
     assert scores["fmri"]["image 50-way"] > 5 * scores["shuffled"]["image 50-way"]
+
+
+def test_both_releases_give_the_same_clips_in_the_same_order(release, tmp_path):
+    neuroclips = write_neuroclips(tmp_path, train_segments=4, size=64, like=release)
+    sizes = {"train_segments": 4, "test_segments": 1}
+    purdue, pt = PurdueRelease(release.folder, 1, **sizes), NeuroClipsRelease(neuroclips.folder, 1, **sizes)
+    for split, segment in (("train", "seg3"), ("test", "test1")):
+        ours = describe_clips(purdue, split, release.captions)
+        theirs = describe_clips(pt, split, neuroclips.folder / f"GT_{split}_caption.pt")
+        for key in ("id", "segment", "start_s", "caption"):
+            assert [row[key] for row in ours] == [row[key] for row in theirs], key
+        frames = [[c.astype(float).mean(0) for c in islice(source.read_clips(split, segment), 40)] for source in (purdue, pt)]
+        distance = np.abs(np.array(frames[0])[:, None] - np.array(frames[1])).mean((2, 3, 4))  # (40, 40)
+        shows = (distance == distance.min(1, keepdims=True)).argmax(1) % 12  # each content comes back after 12 clips
+        assert np.array_equal(shows, np.arange(40) % 12)
+        a = load_response(purdue, split, segment, 0, release.planted)
+        b = load_response(pt, split, segment, 0)
+        match = [np.corrcoef(np.roll(a, lag, 0).ravel(), b.ravel())[0, 1] for lag in range(-3, 4)]
+        assert np.argmax(match) == 3 and match[3] > 0.8
+
+
+def test_a_copy_of_another_subject_is_refused_and_subjects_share_their_stimuli(prepared, release, tmp_path, monkeypatch):
+    folder, _ = prepared
+    copy = release.folder / "subject2"
+    shutil.copytree(release.folder / "subject1", copy, copy_function=os.link)
+    monkeypatch.chdir(folder)
+    command = [*map(str, PURDUE), "--raw", str(release.folder), "--subject", "2"]
+    with pytest.raises(ValueError, match="subjects 2 and 1 have identical recordings, .*subject2.*seg1_1.* and .*subject1.*seg1_1"):
+        data.main(command)
+    assert not (folder / "data" / "cc2017" / "sub2").exists()
+    made = (folder / "data" / "cc2017" / "stimuli" / "train" / "e_img.npy").stat().st_mtime_ns
+    with pytest.warns(UserWarning, match="is not there; this showing of test1 is masked"):
+        data.main([*command, "--allow-duplicate-subject"])
+    assert (folder / "data" / "cc2017" / "stimuli" / "train" / "e_img.npy").stat().st_mtime_ns == made
+    assert len(ClipDataset("cc2017", 2, "test")) == CLIPS
+    shutil.rmtree(copy)
+    shutil.rmtree(folder / "data" / "cc2017" / "sub2")  # else subject 1 would be refused next
 
 
 def test_other_settings_are_an_error_that_names_both_values(prepared, release):

@@ -1,7 +1,10 @@
 """Prepared files, the dataset and its batches, scenes and near-copies, and what the held-out clips are scored by."""
 
+import errno
 import json
+import os
 from itertools import combinations
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -73,7 +76,7 @@ def test_finished_names_both_values_where_the_recipe_differs(tmp_path):
 # ---------------------------------------------------------------- recordings -> fmri.npy
 
 
-class Source:
+class Source(data.Release):
     """Two training segments and one test segment of 6 clips x 4 voxels; response = 100 segment + 10 repeat + clip + voxel / 10."""
 
     preprocessed = True
@@ -123,6 +126,154 @@ def test_an_interrupted_preparation_is_completed_by_the_next(tmp_path, fails_at)
     assert (tmp_path / "test" / "fmri.npy").stat().st_mtime_ns == made
     with pytest.raises(ValueError, match="window = 1, but window = 2"):
         data.prepare_fmri(Source(), tmp_path, {"window": 2}, window=2)
+
+
+@pytest.mark.parametrize(("file", "function", "call"), [
+    ("voxels.npz", (np, "savez_compressed"), 1),
+    ("train/fmri.npy", (os, "posix_fallocate"), 1),
+    ("test/fmri.npy", (os, "posix_fallocate"), 2),
+    ("train/manifest.json", (Path, "write_text"), 1),
+])  # fmt: skip
+def test_a_full_disk_names_the_file_and_the_next_run_completes(tmp_path, monkeypatch, file, function, call):
+    with monkeypatch.context() as patch:
+        patch.setattr(*function, full_at(call, getattr(*function)))
+        with pytest.raises(OSError, match=rf"{file} takes 0.00\d GB, but the disk is full, with [\d.,]+ GB free: make room"):
+            data.prepare_fmri(Source(), tmp_path, {"window": 1})
+    assert not list(tmp_path.rglob(".*")) and not data.finished(tmp_path / file, {})
+    data.prepare_fmri(Source(), tmp_path, {"window": 1})
+    assert np.load(tmp_path / "test" / "fmri.npy").shape == (6, 3, 1, 4) and data.finished(tmp_path / "train" / "fmri.npy", {"window": 1})
+
+
+def full_at(call: int, function):
+    """The function, but at that call the disk is full."""
+    calls = []
+
+    def called(*args, **options):
+        calls.append(args)
+        if len(calls) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return function(*args, **options)
+
+    return called
+
+
+# ---------------------------------------------------------------- encodings
+
+
+class Films(Source):
+    """The clips of `Source`, 24 a segment; clip k of a segment shows one colour, and its caption says which."""
+
+    def window(self, split, segment):
+        return 0, 24
+
+    def stimulus(self, segment):
+        return self.folder / f"{segment}.mp4"
+
+    def read_clips(self, split, segment):
+        for k in range(24):
+            yield np.full((9, 4, 4, 3), colour_of(segment, k), np.uint8)
+
+
+def colour_of(segment: str, k: int) -> int:
+    return 10 * k + int(segment[-1]) + 3 * segment.startswith("test")
+
+
+def embedded(colour) -> np.ndarray:
+    """(..., 16) unit vectors, another for each colour."""
+    return unit(np.random.default_rng(0).normal(size=(256, 16)))[np.asarray(colour, int)]
+
+
+@pytest.fixture
+def films(tmp_path, monkeypatch):
+    """prepare_stimuli(captions' order) into tmp_path/stimuli with encoders that read colours; `films.batches` is what they have encoded."""
+    source, batches = Films(), []
+    source.folder = tmp_path
+    for segments in source.splits.values():
+        for segment in segments:
+            source.stimulus(segment).write_text(segment)
+
+    def prepare(order=lambda rows: rows) -> Path:
+        rows = [
+            {"segment": segment, "caption": f"{colour_of(segment, k)} dogs"}
+            for s in source.splits.values()
+            for segment in s
+            for k in range(24)
+        ]
+        told = [row["caption"] for row in rows]
+        rows = [row | {"caption": caption} for row, caption in zip(rows, order(told), strict=True)]
+        (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data.prepare_stimuli(source, tmp_path / "stimuli", dict.fromkeys(source.splits, tmp_path / "captions.jsonl"), "clip", "viclip")
+        return tmp_path / "stimuli"
+
+    def encode_images(model, frames, batch):
+        batches.append(len(frames))
+        return embedded(frames[..., 0, 0, 0])
+
+    prepare.batches = batches
+    monkeypatch.setattr(data, "load_clip", lambda name: (torch.nn.Identity(), {}, None))
+    monkeypatch.setattr(data.ViCLIP, "from_pretrained", lambda name: torch.nn.Identity())
+    monkeypatch.setattr(data, "encode_images", encode_images)
+    monkeypatch.setattr(data, "encode_actions", lambda model, frames, batch=0: embedded(frames[:, 0, 0, 0, 0]))
+    monkeypatch.setattr(data, "encode_texts", lambda model, tokenizer, captions: embedded([c.split()[0] for c in captions]))
+    monkeypatch.setattr(data, "plan", lambda what, encode, clips, on_cpu: on_cpu)
+    return prepare
+
+
+@pytest.mark.filterwarnings("error")
+def test_encodings_are_in_the_order_of_the_clips(films):
+    folder = films()
+    for split, segments in Source.splits.items():
+        colours = [colour_of(segment, k) for segment in segments for k in range(24)]
+        assert np.array_equal(np.load(folder / split / "e_img.npy"), np.repeat(embedded(colours)[:, None], 8, 1))
+        assert np.array_equal(np.load(folder / split / "e_act.npy"), embedded(colours))
+    assert films.batches == [16, 16, 16, 16, 8]
+
+
+@pytest.mark.parametrize("kind", ["kill", "full disk"])
+def test_an_encoding_that_stopped_goes_on_where_it_was(films, monkeypatch, kind):
+    def stop(*args):
+        raise KeyboardInterrupt if kind == "kill" else OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        encode = data.encode_images
+        patch.setattr(data, "encode_images", lambda *args, **options: encode(*args, **options) if len(films.batches) < 2 else stop())
+        with pytest.raises(KeyboardInterrupt if kind == "kill" else OSError, match=None if kind == "kill" else "the disk is full"):
+            films()
+    assert films.batches == [16, 16]
+    folder = films()
+    assert films.batches == [16, 16, 16, 16, 8]  # 32 of the 48 training clips were not encoded again
+    colours = [colour_of(segment, k) for segment in ("seg1", "seg2") for k in range(24)]
+    assert np.array_equal(np.load(folder / "train" / "e_act.npy"), embedded(colours))
+    assert np.array_equal(np.load(folder / "train" / "e_img.npy")[:, 3], embedded(colours))
+    assert not list(folder.rglob(".*"))
+
+
+def test_what_was_begun_with_other_captions_is_begun_anew(films, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "encode_actions", full_at(2, data.encode_actions))
+        with pytest.raises(OSError, match="e_img.npy takes|e_act.npy takes"):
+            films()
+    with pytest.warns(UserWarning, match="may be in another order"):
+        films(lambda told: told[::-1])
+    assert films.batches == [16, 16, 16, 16, 16, 16, 8]
+
+
+def test_captions_in_another_order_are_a_warning_with_the_numbers(films):
+    def swapped(told):
+        return told[24:48] + told[:24] + told[48:]
+
+    with pytest.warns(UserWarning, match=r"captions of seg1, seg2 may be in another order .* own caption .*\d, .* in \d+% of the clips"):
+        films(swapped)
+
+
+def test_captions_one_clip_late_are_noticed():
+    rng = np.random.default_rng(0)
+    scenes = np.repeat(rng.normal(size=(30, 16)), 8, 0)  # a scene lasts 8 clips
+    e_img, e_txt = (unit(scenes + 0.3 * rng.normal(size=(240, 16)) + 0.3 * own) for own in 2 * [rng.normal(size=(240, 16))])
+    segments = ["a"] * 120 + ["b"] * 120
+    assert data.captions_that_fit(e_img[:, None], e_txt, segments)[1] == []
+    assert data.captions_that_fit(e_img[:, None], np.roll(e_txt, 1, 0), segments)[1] == ["a", "b"]
+    assert data.captions_that_fit(e_img[:, None], np.concatenate([e_txt[120:180], e_txt[60:120], e_txt[:60], e_txt[180:]]), segments)[1]
 
 
 # ---------------------------------------------------------------- captions

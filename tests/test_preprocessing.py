@@ -337,6 +337,16 @@ def test_a_video_that_is_too_short_or_damaged_is_an_error_that_names_it(tmp_path
         next(data.read_clips(video, 5))
 
 
+def test_a_film_of_another_rate_or_length_is_an_error(tmp_path):
+    film = tmp_path / "seg1.mp4"
+    write_ramp(film, 250, 25, faststart=True)
+    data.check_film(film, fps=25, seconds=10, over=1)
+    data.check_film(film, fps=25, seconds=9.5, over=1)
+    for fps, seconds in ((30, 10), (25, 11), (25, 8)):
+        with pytest.raises(ValueError, match=f"seg1.mp4 lasts 10.0 s at 25.00 frames a second, wanted {seconds}.0 s at {fps}.00"):
+            data.check_film(film, fps, seconds, over=1)
+
+
 def test_the_stimuli_can_be_rendered_without_the_real_clips(tmp_path, monkeypatch):
     monkeypatch.setattr(mini_releases, "SHARED", tmp_path)
     clips = mini_releases.contents(48)
