@@ -35,7 +35,8 @@ class Prepared:
     """The files of a subject: `arrays` (memory-mapped, by path) and `clips` (lines of clips.jsonl, by split) that can be read."""
 
     def __init__(self, name: str, subject: int, root: Path):
-        self.name, self.subject, self.folder, self.stimuli = name, subject, root / name / f"sub{subject}", root / name / "stimuli"
+        self.name, self.subject, self.folder = name, subject, root / name / f"sub{subject}"
+        self.stimuli = data.stimuli_folder(name, subject, root)
         self.command = "python data.py " + (name if name == "toy" else f"{name} --raw RAW --subject {subject}")
         self.arrays, self.clips, self.unreadable, self.voxels = {}, {}, [], {}
         files = sorted(file for folder in (self.folder, self.stimuli) for file in folder.rglob("*.np[yz]"))

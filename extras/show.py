@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from extras.check import Prepared
 
-SECONDS = {"toy": 2.0, "cc2017": 2.0, "cinebrain": 4.0}  # of a clip
 AREAS = 32  # at most in the plot
 NAMED = (
     "V1 V2 V3 V4 MT MST FFC VVC LO1 PIT PHA2 PH VMV1 V3CD V6 IPS1 A1 4 3b 44 PFm PGi 8Ad 10d STSda".split()
@@ -44,7 +43,7 @@ def clip_frames(p: "Prepared", clip: dict, stimuli: Path, n: int = 8) -> np.ndar
     file = stimuli / clip["video"]
     if not file.is_file() or file.suffix != ".mp4":
         return None
-    shown = data.read_clip(file, clip["start_s"], SECONDS[p.name])
+    shown = data.read_clip(file, clip["start_s"], data.SECONDS[p.name])
     return shown[data.uniform_frames(len(shown), n)]
 
 
@@ -166,7 +165,7 @@ def picture(p: "Prepared", clip_id: str, stimuli: Path, out: Path) -> None:
             ax.text(0.5, 0.5, f"no frames: {stimuli / clip['video']} is not there (--stimuli DIR)", ha="center", va="center", color="0.4")
         else:
             ax.imshow(frames[k])
-            ax.set_title(f"{SECONDS[p.name] * (k + 0.5) / 8:.2f} s", fontsize=8, color="0.35")
+            ax.set_title(f"{data.SECONDS[p.name] * (k + 0.5) / 8:.2f} s", fontsize=8, color="0.35")
     plot_areas(fig.add_subplot(grid[1:, 0]), response, showings, roi)
     upper, lower, note = (fig.add_subplot(grid[k, 1]) for k in (1, 2, 3))
     note.axis("off")
