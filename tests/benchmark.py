@@ -10,6 +10,7 @@ python tests/benchmark.py --gpu       a step of stage 1 at the paper's size, mea
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
