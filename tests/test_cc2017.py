@@ -11,14 +11,17 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPO, environment, run_script
 from mini_releases import CLIPS, write_neuroclips, write_purdue
+from test_train_stage2 import L
+from test_video_decoder import cogvideox_pipeline, wan_pipeline
 
 import data
 from data import ClipDataset, NeuroClipsRelease, PurdueRelease, describe_clips, load_response
 
 ENCODERS = ("--clip", f"local-dir:{REPO / 'toy' / 'clip'}", "--viclip", REPO / "toy" / "viclip")
-SMALL = ("--steps", 150, "--batch_size", 96, "--lr", 1e-3, "--tokens", 8, "--width", 64, "--layers", 2, "--heads", 4)
+SMALL = ("--steps", 150, "--batch_size", 96, "--lr", 1e-3, "--tokens", L, "--width", 64, "--layers", 2, "--heads", 4)
 PURDUE = ("cc2017", "--subject", 1, "--train-segments", 4, "--test-segments", 1, *ENCODERS)
 
 
@@ -80,13 +83,41 @@ def test_the_prepared_files_are_those_of_the_contract(prepared, release):
     assert not list(data.rglob("*.part*"))
 
 
-def test_stage_1_trains_on_it(prepared):
+@pytest.fixture(scope="module")
+def trained(prepared):
+    """The folder with a stage 1."""
     folder, _ = prepared
     done = run_script("train_stage1.py", "--data", "cc2017", "--subject", 1, *SMALL, cwd=folder)
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_stage_1_trains_on_it(trained):
+    folder = trained
     scores = json.loads((folder / "runs" / "cc2017" / "sub1" / "full-s0" / "stage1" / "test.json").read_text())
     assert scores["fmri"]["category mAP"] > 0.9 > scores["shuffled"]["category mAP"]  # 12 contents, which the test film shows, too
     assert scores["fmri"]["image 50-way"] > 5 * scores["shuffled"]["image 50-way"]
+
+
+@pytest.mark.parametrize("model", [wan_pipeline, cogvideox_pipeline])
+def test_stage_2_and_evaluation_run_on_it(trained, release, monkeypatch, model):
+    """Both families of decoders through the same scripts: latents and text, training, reconstruction, metrics."""
+    monkeypatch.chdir(trained)
+    torch.manual_seed(0)
+    name, size = model.__name__, ("--frames", 9, "--height", 32, "--width", 32)
+    model().save_pretrained(name)
+    data.prepare_decoder("cc2017", PurdueRelease(release.folder, 1, 2, 4, 1), trained / "data", name, *size[1::2])
+    options = ("--decoder", name, "--run", name, "--stage1", "full", *size, "--epochs", 1, "--batch_size", 240, "--micro_batch", 60)
+    options += ("--heads", 4, "--lora_rank", 4, "--sample_every", 0, "--sampling_steps", 2)
+    done = run_script("train_stage2.py", "--data", "cc2017", *options, cwd=trained)
+    assert done.returncode == 0, done.stderr
+    metrics = ("--clips", 4, "--metrics", "ssim,psnr", "--stimuli", release.folder / "stimuli")
+    done = run_script("evaluate.py", "--data", "cc2017", "--run", name, *metrics, cwd=trained)
+    assert done.returncode == 0, done.stderr
+    out = trained / "runs" / "cc2017" / "sub1" / f"{name}-s0" / "eval"
+    scores = json.loads((out / "metrics.json").read_text())["metrics"]
+    assert len([*(out / "recon").glob("*.mp4")]) == 4 and 0 < scores["psnr"]["mean"] < 40 and scores["ssim"]["n"] == 4
+    assert (out / "sheet.png").is_file() and (out / "grid.gif").is_file()
 
 
 def test_both_releases_give_the_same_clips_in_the_same_order(release, tmp_path):
