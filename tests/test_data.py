@@ -248,11 +248,14 @@ def test_an_encoding_that_stopped_goes_on_where_it_was(films, monkeypatch, kind)
     assert not list(folder.rglob(".*"))
 
 
-def test_what_was_begun_with_other_captions_is_begun_anew(films, monkeypatch):
+def test_what_was_begun_with_other_captions_is_begun_anew(films, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(data, "encode_actions", full_at(2, data.encode_actions))
         with pytest.raises(OSError, match="e_img.npy takes|e_act.npy takes"):
             films()
+    with pytest.raises(ValueError, match="e_txt.npy was made with captions = .* is asked for; delete the file"):
+        films(lambda told: told[::-1])
+    (tmp_path / "stimuli" / "train" / "e_txt.npy").unlink()
     with pytest.warns(UserWarning, match="may be in another order"):
         films(lambda told: told[::-1])
     assert films.batches == [16, 16, 16, 16, 16, 16, 8]
