@@ -1270,7 +1270,7 @@ def prepare_toy(root: Path) -> None:
     raw = root / "toy" / "raw"
     if not raw.is_dir():
         part = raw.with_name(f".raw-{os.getpid()}.part")
-        for _ in tqdm(world.write_release(part), total=40, desc="toy world: films and recordings", unit="run"):
+        for _ in tqdm(world.write_release(part), total=60, desc="toy world: films and recordings", unit="run"):
             pass
         part.rename(raw)
     source, toy = ToyRelease(raw), Path(world.__file__).parent

@@ -82,7 +82,7 @@ class Config:
 
 PRESETS = {
     "toy": dict(
-        decoder="toy/wan", frames=17, height=64, width=64, heads=4, micro_batch=32, checkpointing=False,
+        decoder="toy/wan", epochs=10, frames=17, height=64, width=64, heads=4, micro_batch=32, checkpointing=False,
         lr=1e-4, lr_fusion=1e-3, lr_lora=1e-4, guidance=3.0, sampling_steps=16, samples=6, sample_every=200,
     ),
     "cc2017": {},

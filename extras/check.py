@@ -25,7 +25,7 @@ from extras import check_stimuli  # noqa: E402
 from extras.check_stimuli import FAIL, OK, PER_CLIP, WARNING, Line, digest  # noqa: E402
 
 SIZES = {  # segments, and clips of each, as published
-    "toy": {"train": (10, 100), "test": (2, 80)},
+    "toy": {"train": (20, 100), "test": (2, 80)},
     "cc2017": {"train": (18, 240), "test": (5, 240)},
     "cinebrain": {"train": (18, 270), "test": (2, 270)},
 }

@@ -25,7 +25,7 @@ def save(file: Path, array: np.ndarray, **recipe: object) -> None:
 
 def make_sound(root: Path, subject: int = 1, seed: int = 0) -> Path:
     """The toy world's segments and clips with 40 voxels, standardised by run, and files of a decoder. Returns root/toy."""
-    folder = write_prepared(root, "toy", clips=(1000, 160), segments=(10, 2), N=40, subject=subject, seed=seed)
+    folder = write_prepared(root, "toy", clips=(2000, 160), segments=(20, 2), N=40, subject=subject, seed=seed)
     table = np.load(world.VOXELS)
     chosen = np.linspace(0, len(table["index"]) - 1, 40).astype(int)
     np.savez(folder / f"sub{subject}" / "voxels.npz", index=table["index"][chosen], roi=table["roi"][chosen])
@@ -35,7 +35,7 @@ def make_sound(root: Path, subject: int = 1, seed: int = 0) -> Path:
         runs = fmri.reshape(-1, length, *fmri.shape[1:])  # (segments, clips, showings, T, N)
         np.save(file, ((runs - runs.mean(1, keepdims=True)) / runs.std(1, keepdims=True)).reshape(fmri.shape))
     rng = np.random.default_rng(0)
-    for split, n in (("train", 1000), ("test", 160)):
+    for split, n in (("train", 2000), ("test", 160)):
         here, lengths = folder / "stimuli" / split / DECODER, rng.integers(1, 4, n)
         save(here / "latents.npy", rng.normal(size=(n, 4, 2, 3, 3)).astype(np.float16), decoder=DECODER)
         save(here / "text_tokens.npy", rng.normal(size=(lengths.sum(), 5)).astype(np.float16), decoder=DECODER)
@@ -98,7 +98,7 @@ def test_a_sound_dataset_passes(sound, capsys):
         "0 of 160 test clips have bit-equal frames",
         "100.0% of test clips in training",  # all are captioned "clip 0" and so on
         "0.0% of training clips have a word-identical one",
-        f"{DECODER}, train: latents (1000, 4, 2, 3, 3)",
+        f"{DECODER}, train: latents (2000, 4, 2, 3, 3)",
         "person ",
     ):
         assert said in page, said
@@ -139,13 +139,13 @@ def test_files(toy):
 
 
 def test_manifests(toy):
-    edit_manifest(toy / "stimuli" / "train", lambda m: m["e_txt.npy"].update(shape=[999, 16]))
+    edit_manifest(toy / "stimuli" / "train", lambda m: m["e_txt.npy"].update(shape=[1999, 16]))
     edit_manifest(toy / "stimuli" / "test", lambda m: m["e_act.npy"]["recipe"].update(viclip="another"))
     edit_manifest(toy / "stimuli" / "train" / DECODER, lambda m: m.pop("latents.npy"))
     edit_manifest(toy / "stimuli" / "test" / DECODER, lambda m: m.update(gone=m["latents.npy"]))
     edit_manifest(toy / "sub1" / "train", lambda m: m["fmri.npy"]["recipe"].update(subject=2))
     wanted = [
-        "e_txt.npy has the shape [1000, 16], its manifest says [999, 16]",
+        "e_txt.npy has the shape [2000, 16], its manifest says [1999, 16]",
         "latents.npy has no entry in manifest.json",
         "manifest.json tells of gone, which is not there",
         "train/fmri.npy is of subject 2, but lies in sub1: folders were swapped",
@@ -255,7 +255,7 @@ def test_recordings_and_frames_in_both_splits(toy):
 
 def test_a_subject_that_is_another(toy, tmp_path):
     assert found(toy, check.duplicates)[0].level == OK
-    write_prepared(tmp_path, "toy", clips=(1000, 160), segments=(10, 2), N=40, subject=3, seed=1)
+    write_prepared(tmp_path, "toy", clips=(2000, 160), segments=(20, 2), N=40, subject=3, seed=1)
     assert [line.level for line in found(toy, check.duplicates)] == [OK] and "sub3" in found(toy, check.duplicates)[0].found
     other = Path(shutil.copytree(toy / "sub1", toy / "sub2"))
     first, _ = found(toy, check.duplicates)
@@ -279,7 +279,7 @@ def test_embeddings(toy):
     here = toy / "stimuli"
     edit(here / "test" / "e_txt.npy", put(90, 0))  # left empty by a stopped run
     edit(here / "train" / "e_img.npy", put((300, 1, 4), np.nan))
-    edit(here / "train" / "e_act.npy", lambda e: np.repeat(e[:1], 1000, 0))
+    edit(here / "train" / "e_act.npy", lambda e: np.repeat(e[:1], 2000, 0))
     lines = [line.found for line in found(toy, check_stimuli.embeddings) if line.level == FAIL]
     assert len(lines) == 3
     for said in (

@@ -39,7 +39,7 @@ BACKGROUNDS = {  # name: colour at the top, colour at the bottom
     "on sand": ((172, 142, 102), (138, 108, 74)),
     "in the sea": ((8, 56, 76), (10, 96, 106)),
 }
-TRAIN_SEGMENTS, TRAIN_CLIPS, TRAIN_REPEATS = 10, 100, 2
+TRAIN_SEGMENTS, TRAIN_CLIPS, TRAIN_REPEATS = 20, 100, 2
 TEST_SEGMENTS, TEST_CLIPS, TEST_REPEATS = 2, 80, 10
 VOXELS = Path(__file__).with_name("voxels.npz")
 VOLUMES_BEFORE, VOLUMES_AFTER = 1, 4  # recorded around the clips of a run, as in cc2017 (245 volumes for 240 clips)
@@ -272,7 +272,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float, keyframe_every: int 
 
 
 def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
-    """Writes the films and the recordings under `folder`; yields the name of each run as it is done, 40 in all.
+    """Writes the films and the recordings under `folder`; yields the name of each run as it is done, 60 in all.
 
     stimuli/seg1.mp4, fmri/seg1_1.npy float32 (volumes, voxels), captions.jsonl (a line a clip, in order).
     """
