@@ -83,7 +83,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def run_script(script: str, *args: object, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
+def run_script(script: str, *args: object, cwd: Path, timeout: float = 900) -> subprocess.CompletedProcess:
     """A script of the repository in a process of its own; data and runs are below `cwd`."""
     command = [sys.executable, str(REPO / script), *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)

@@ -39,7 +39,7 @@ def prepared(release, tmp_path_factory):
     with open(folder / "first.log", "w") as log:
         first = subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log)
     fmri = folder / "data" / "cc2017" / "sub1" / "test" / "fmri.npy"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     train = folder / "data" / "cc2017" / "stimuli" / "train"
     while not (state := train / ".e_img.part.json").is_file() or json.loads(state.read_text())["done"] < 64:
         assert first.poll() is None and time.monotonic() < deadline

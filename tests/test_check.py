@@ -88,12 +88,12 @@ def levels(lines: list[check.Line]) -> set[tuple[str, str]]:
 def test_a_sound_dataset_passes(sound, capsys):
     assert check.main(["--data", "toy", "--root", str(sound.parent)]) == 0
     page = capsys.readouterr().out
-    assert "0 failed, 1 warnings" in page and "seg10 has 1 of 2" in page  # the showing that write_prepared leaves out
+    assert "0 failed, 1 warnings" in page and "seg20 has 1 of 2" in page  # the showing that write_prepared leaves out
     for said in (
-        "ok      clip counts        1,000 train clips, 100 of each of 10 segments",
+        "ok      clip counts        2,000 train clips, 100 of each of 20 segments",
         "T = 1 volumes of N = 40 voxels, F = 3 frames of D = 16, 4 classes",
         "40 in 2",  # areas
-        "of 2,380 recordings of a clip no two are equal",  # 900 x 2 + 100 + 160 x 3
+        "of 4,380 recordings of a clip no two are equal",  # 1,900 x 2 + 100 + 160 x 3
         "this is the only one prepared",
         "0 of 160 test clips have bit-equal frames",
         "100.0% of test clips in training",  # all are captioned "clip 0" and so on
@@ -162,14 +162,14 @@ def test_counts_and_shapes(toy):
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-1]))
     assert {(FAIL, "clip counts"), (FAIL, "shapes")} <= levels(page := found(toy))
-    assert any("{'seg10': 99}" in line.found for line in page) and any("clips.jsonl has 999 clips" in line.found for line in page)
+    assert any("{'seg20': 99}" in line.found for line in page) and any("clips.jsonl has 1999 clips" in line.found for line in page)
     assert (WARNING, "fmri") in levels(page)  # not looked at
     file.write_text("".join([*lines[1:], lines[0]]))
     assert any("mixes segments" in line.found for line in found(toy, check.shapes))
-    file.write_text("".join(lines[:900]))
+    file.write_text("".join(lines[:1900]))
     for name in (file.with_name(name) for name in check_stimuli.PER_CLIP):
-        edit(name, lambda array: array[:900])
-    edit(toy / "sub1" / "train" / "fmri.npy", lambda array: array[:900])
+        edit(name, lambda array: array[:1900])
+    edit(toy / "sub1" / "train" / "fmri.npy", lambda array: array[:1900])
     assert levels(found(toy, check.shapes)) == {(WARNING, "clip counts")}  # whole segments fewer: --train-segments
     edit(toy / "stimuli" / "test" / "e_img.npy", lambda array: array[:, :2])
     assert (FAIL, "shapes") in levels(found(toy, check.shapes))
@@ -302,7 +302,7 @@ def test_categories_and_captions(toy):
     (toy / "stimuli" / "train" / "clips.jsonl").write_text(clips.replace('"clip 5"', '" "').replace('"clip 105"', '"Clip 3."'))
     lines = found(toy, check_stimuli.near_copies)
     assert (WARNING, "near-copies") in levels(lines) and any("1 captions are empty" in line.found for line in lines)
-    assert "0.2% of training clips" in lines[0].found and "98.8% of test clips" in lines[0].found  # clips 3 and 105; all but clip 5 and 105
+    assert "0.1% of training clips" in lines[0].found and "98.8% of test clips" in lines[0].found  # clips 3 and 105; all but clip 5 and 105
 
 
 @pytest.mark.parametrize(
@@ -369,8 +369,8 @@ def test_caption_copies_of_captions_jsonl(tmp_path, capsys):
 def test_the_correlation_is_pearsons_over_segments_shown_twice(sound):
     p = check.Prepared("toy", 1, sound.parent)
     r, n = show.showing_correlation(p)
-    fmri = p.array("train", "fmri.npy")[:900, :, 0]  # the last segment was shown once
-    assert n == 900 and r.shape == (40,)
+    fmri = p.array("train", "fmri.npy")[:1900, :, 0]  # the last segment was shown once
+    assert n == 1900 and r.shape == (40,)
     assert np.allclose(r, [np.corrcoef(fmri[:, 0, v], fmri[:, 1, v])[0, 1] for v in range(40)], atol=1e-6) and r.max() > 0.5
 
 
@@ -406,7 +406,7 @@ def test_the_picture(toy, tmp_path, capsys):
     assert out == tmp_path / "toy" / "sub1" / "seg1-001.png"
     image = matplotlib.image.imread(out)
     assert image.shape[0] > 1000 and image.shape[1] > 1000 and image[..., :3].std() > 0.1
-    with pytest.raises(ValueError, match=r"no clip has this id; there are seg1-000 ... seg10-099 \(train\), test1-000"):
+    with pytest.raises(ValueError, match=r"no clip has this id; there are seg1-000 ... seg20-099 \(train\), test1-000"):
         check.main(["--data", "toy", "--root", str(tmp_path), "--show", "seg1-1"])
 
 
