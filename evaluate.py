@@ -28,7 +28,8 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from fractions import Fraction
@@ -43,7 +44,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
-from torchvision.transforms.functional import resize
+from torchvision.transforms.functional import InterpolationMode, resize
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -308,13 +309,18 @@ def stimulus(clip: dict, films: Path, config: Config, settings: dict) -> np.ndar
     return video_frames(frames, settings["frames"], settings["height"], settings["width"])
 
 
+def sha256(files: Iterable[Path]) -> str:
+    sha = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as opened:
+            sha.update(hashlib.file_digest(opened, "sha256").digest())
+    return sha.hexdigest()
+
+
 def claim(out: Path, stage2: Path, how: dict, write: bool) -> None:
     """out/config.json: what the videos there were made by. Raises ValueError where others, of other weights too, would join them."""
-    file, weights = out / "config.json", hashlib.sha256()
-    for path in sorted(stage2.glob("*/*.safetensors")):
-        with open(path, "rb") as opened:
-            weights.update(hashlib.file_digest(opened, "sha256").digest())
-    how = how | {"weights": weights.hexdigest()[:16]}
+    file = out / "config.json"
+    how = how | {"weights": sha256(sorted(stage2.glob("*/*.safetensors")))[:16]}
     found = json.loads(file.read_text()) if file.is_file() else how
     if differ := {key: (found.get(key), value) for key, value in how.items() if found.get(key) != value}:
         raise ValueError(f"{out} has videos made otherwise (there, here): {differ}; to make them anew delete the folder: rm -r {out}")
@@ -369,7 +375,8 @@ def structural_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def structural_similarity_gray(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """SSIM (F,) as in the public code of MindEye and NEURONS: gray in 0 ... 1, Gaussian windows of sigma 1.5, and channel_axis=-1, by which
-    scikit-image takes the columns of a gray picture for channels: the windows are columns of 11 pixels."""
+    scikit-image takes the columns of a gray picture for channels: the windows are columns of 11 pixels. Its loop over them takes 7 to 25
+    times as long as this."""
     from scipy.ndimage import gaussian_filter1d
     from skimage.color import rgb2gray
 
@@ -390,11 +397,9 @@ def peak_signal_to_noise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 (F, H, W, 3) -> (F, *size, 3), bicubic, antialiased; some frames at a time, since it is done in float32."""
-    parts = []
-    for part in np.array_split(frames, -(-len(frames) // 16)):
-        x = torch.from_numpy(part).permute(0, 3, 1, 2).float()
-        parts.append(nn.functional.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255).byte())
-    return torch.cat(parts).permute(0, 2, 3, 1).contiguous().numpy()
+    parts = torch.from_numpy(frames).permute(0, 3, 1, 2).split(16)
+    x = torch.cat([resize(part, list(size), InterpolationMode.BICUBIC, antialias=True) for part in parts])
+    return x.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 class Source(NamedTuple):
@@ -418,63 +423,63 @@ class Video:
     def uniform(self, n: int) -> tuple[int, ...]:
         return tuple(uniform_frames(len(self), n).tolist())
 
-    def at(self, picks: tuple[int, ...], size: tuple[int, int] | None = None) -> np.ndarray:
-        if size in (None, self.frames.shape[1:3]):
+    def seen(self, picks: tuple[int, ...] | None = None, size: tuple[int, int] | None = None, judge: Callable | None = None) -> np.ndarray:
+        """The frames picked (all) at a size (their own), or what a judge makes of them."""
+        picks, size = picks or self.uniform(len(self)), size or self.frames.shape[1:3]
+        if not judge and size == self.frames.shape[1:3]:
             return self.frames[list(picks)]
-        if (picks, size) not in self.made:
-            self.made[picks, size] = resized(self.frames[list(picks)], size)
-        return self.made[picks, size]
-
-    def shown(self, judge: Callable, picks: tuple[int, ...], size: tuple[int, int] | None = None) -> np.ndarray:
-        if (judge, picks, size) not in self.made:
-            self.made[judge, picks, size] = judge(self.at(picks, size))
-        return self.made[judge, picks, size]
+        if (key := (picks, size, judge)) not in self.made:
+            self.made[key] = judge(self.seen(picks, size)) if judge else resized(self.seen(picks), size)
+        return self.made[key]
 
 
 # A measure takes (pred, gt, judge, size), where size is 256 or native, and gives a number or one a frame.
+SIZES = {"256": (256, 256), "native": None}
 
 
-def common(pred: Video, gt: Video, size: str) -> list[tuple]:
-    """(picks, size) of both videos: the smaller number of frames, uniform in time, of one size."""
-    n = min(len(pred), len(gt))
-    return [(video.uniform(n), (256, 256) if size == "256" else gt.frames.shape[1:3]) for video in (pred, gt)]
+def of_both(formula: Callable, pred: Video, gt: Video, judge: Callable | None, size: str) -> np.ndarray | float:
+    """Of both videos, or what the judge makes of them: the smaller number of frames, uniform in time, at one size."""
+    n, size = min(len(pred), len(gt)), SIZES[size] or gt.frames.shape[1:3]
+    return formula(*(video.seen(video.uniform(n), size, judge) for video in (pred, gt)))
 
 
-def of_pixels(score: Callable, pred: Video, gt: Video, judge: None, size: str) -> np.ndarray:
-    return score(*(video.at(*how) for video, how in zip((pred, gt), common(pred, gt, size), strict=True)))
+def of_frames(formula: Callable, pred: Video, gt: Video | None, judge: Callable, size: str) -> float:
+    """Of what the judge, which has a size of its own, makes of all frames of the prediction."""
+    return formula(pred.seen(judge=judge))
 
 
 def accuracy(n: int, pred: Video, gt: Video, judge: "Classifier", size: str) -> np.ndarray:
     """n-way top-1: a video's 16 uniform frames are judged together, or frames at common times one by one."""
-    seen = 16 if judge.of_video else min(len(pred), len(gt))
-    p, q = (video.shown(judge, video.uniform(seen)) for video in (pred, gt))  # (1 or frames, classes)
+    frames = 16 if judge.of_video else min(len(pred), len(gt))
+    p, q = (video.seen(video.uniform(frames), judge=judge) for video in (pred, gt))  # (1 or frames, classes)
     return n_way_top_k(p, q.argsort(1)[:, -3:], n)
 
 
-def clip_pcc(pred: Video, gt: Video | None, judge: Callable, size: str) -> float:
-    e = pred.shown(judge, pred.uniform(len(pred)))  # (F, D)
+def clip_pcc(e: np.ndarray) -> float:  # (F, D), unit vectors
     return (e[1:] * e[:-1]).sum(1).mean()
 
 
-def clip_pcc_all_pairs(pred: Video, gt: Video | None, judge: Callable, size: str) -> float:
-    e = pred.shown(judge, pred.uniform(len(pred)))
+def clip_pcc_all_pairs(e: np.ndarray) -> float:
     return ((e @ e.T).sum() - (e * e).sum()) / (len(e) * (len(e) - 1))
 
 
 def clip_pcc_gated(pred: Video, gt: Video, judge: Callable, size: str) -> float:
-    alike = np.prod([mean_frames(video.shown(judge, video.uniform(len(video)))[None])[0] for video in (pred, gt)], 0).sum()
-    return clip_pcc(pred, gt, judge, size) if alike > 0.6 else 0.0
+    alike = np.prod([mean_frames(video.seen(judge=judge)[None])[0] for video in (pred, gt)], 0).sum()
+    return clip_pcc(pred.seen(judge=judge)) if alike > 0.6 else 0.0
 
 
-def dino_consistency(pred: Video, gt: Video | None, judge: Callable, size: str) -> float:
-    """VBench's subject consistency."""
-    e = pred.shown(judge, pred.uniform(len(pred)))  # (F, D)
+def dino_consistency(e: np.ndarray) -> float:
+    """VBench's subject consistency: cosines to the frame before and to the first."""
     return np.mean([(e[1:] * e[:-1]).sum(1).clip(0), (e[1:] @ e[0]).clip(0)])
+
+
+def end_point_error(w: np.ndarray, w_gt: np.ndarray) -> float:  # (F - 1, 2, H, W)
+    return np.hypot(*np.moveaxis(w - w_gt, 1, 0)).mean()
 
 
 def smoothness(between: Callable, pred: Video, gt: Video | None, judge: Callable, size: str) -> float:
     """VBench's motion smoothness: how well the odd frames are told from the even ones by between(judge, even frames)."""
-    frames = pred.at(pred.uniform(len(pred)), (256, 256) if size == "256" else None)
+    frames = pred.seen(size=SIZES[size])
     made = between(judge, frames[::2])
     return 1 - np.mean([np.abs(np.subtract(x, y, dtype=np.int16)).mean() for x, y in zip(made, frames[1::2], strict=False)]) / 255
 
@@ -497,15 +502,10 @@ def dynamic_degree(pred: Video, gt: Video | None, judge: Callable, size: str) ->
     picks = tuple(range(0, len(pred), max(1, round(pred.fps / 8))))
     if len(picks) < 2:
         return 0.0
-    w = pred.shown(judge, picks, (256, 256) if size == "256" else pred.frames.shape[1:3])  # (pairs, 2, H, W)
+    w = pred.seen(picks, SIZES[size], judge)  # (pairs, 2, H, W)
     *_, H, W = w.shape
     fastest = np.sort(np.hypot(w[:, 0], w[:, 1]).reshape(len(w), -1), 1)[:, -int(0.05 * H * W) :].mean(1)  # (pairs,)
     return float((fastest > 6 * min(H, W) / 256).sum() >= round(4 * len(picks) / 16))
-
-
-def end_point_error(pred: Video, gt: Video, judge: Callable, size: str) -> float:
-    w, w_gt = (video.shown(judge, *how) for video, how in zip((pred, gt), common(pred, gt, size), strict=True))
-    return np.hypot(*np.moveaxis(w - w_gt, 1, 0)).mean()
 
 
 # ---------------------------------------------------------------------------------------------- the judges: frozen networks
@@ -605,18 +605,18 @@ METRICS = {
     "video_50way": Metric("50-way video", "↑", "video_classifier", partial(accuracy, 50), chance=3 / 52),
     "frame_2way": Metric("2-way frame", "↑", "image_classifier", partial(accuracy, 2), chance=3 / 4),
     "frame_50way": Metric("50-way frame", "↑", "image_classifier", partial(accuracy, 50), chance=3 / 52),
-    "clip_pcc": Metric("CLIP-pcc", "↑", "clip", clip_pcc, False, 2),
-    "clip_pcc_all_pairs": Metric("... all pairs", "↑", "clip_large", clip_pcc_all_pairs, False, 2),
+    "clip_pcc": Metric("CLIP-pcc", "↑", "clip", partial(of_frames, clip_pcc), False, 2),
+    "clip_pcc_all_pairs": Metric("... all pairs", "↑", "clip_large", partial(of_frames, clip_pcc_all_pairs), False, 2),
     "clip_pcc_gated": Metric("... gated", "↑", "clip", clip_pcc_gated, True, 2, note="; mean-pooled in the gate, in ViFi-CLIP's place"),
-    "dtc": Metric("DTC", "↑", "dino", dino_consistency, False, 2),
+    "dtc": Metric("DTC", "↑", "dino", partial(of_frames, dino_consistency), False, 2),
     "ms": Metric("MS", "↑", "amt", partial(smoothness, lambda judge, frames: judge(frames)), False, 3),
     "ms_flow": Metric("MS-flow", "↑", "flow", partial(smoothness, warped_half_way), False, 3, note="; warped half way"),
     "dynamic_degree": Metric("Dyn. Degree", "", "flow", dynamic_degree, False, 2),
     "dynamic_degree_gt": Metric("", "", "flow", lambda pred, gt, judge, size: dynamic_degree(gt, None, judge, size), True, 2),
-    "epe": Metric("EPE", "↓", "flow", end_point_error, True, 2),
-    "ssim": Metric("SSIM", "↑", "", partial(of_pixels, structural_similarity)),
-    "ssim_gray": Metric("SSIM gray", "↑", "", partial(of_pixels, structural_similarity_gray)),
-    "psnr": Metric("PSNR", "↑", "", partial(of_pixels, peak_signal_to_noise)),
+    "epe": Metric("EPE", "↓", "flow", partial(of_both, end_point_error), True, 2),
+    "ssim": Metric("SSIM", "↑", "", partial(of_both, structural_similarity)),
+    "ssim_gray": Metric("SSIM gray", "↑", "", partial(of_both, structural_similarity_gray)),
+    "psnr": Metric("PSNR", "↑", "", partial(of_both, peak_signal_to_noise)),
 }  # fmt: skip
 
 
@@ -641,34 +641,33 @@ def find_pairs(folder: Path, split: bool, skip_bad: bool) -> dict[str, list[Pair
         raise FileNotFoundError(f"{folder} has videos in {', '.join(sets) or 'no folder'}; wanted {wanted}, mp4, gif, webm or npy")
     gt = {} if split else sets.pop("gt")
     names = sorted(gt or {n for files in sets.values() for n in files}, key=lambda n: (int(n) if n.isdecimal() else math.inf, n))
+
+    def some(of: Collection[str]) -> str:
+        return ", ".join(sorted(of)[:8]) + (" ..." if len(of) > 8 else "")
+
+    def sources(of: dict[str, Path], half: str) -> list[Source | None]:
+        return [Source(of[name], half if split else "") if name in of else None for name in names]
+
+    pairs = {}
     for method, files in sets.items():
         if not files.keys() & set(names):
-            listed = [", ".join(sorted(side)[:8]) + (" ..." if len(side) > 8 else "") for side in (names, files)]
-            raise ValueError(f"no pair matches by name: {folder / 'gt'} has {listed[0]}; {folder / method} has {listed[1]}")
+            raise ValueError(f"no pair matches by name: {folder / 'gt'} has {some(names)}; {folder / method} has {some(files)}")
         if (alone := files.keys() ^ set(names)) and not skip_bad:
-            alone = ", ".join(sorted(alone)[:8]) + (" ..." if len(alone) > 8 else "")
             counted = f"{folder}: {len(names)} stimuli, {len(files)} videos in {method}"
-            raise ValueError(f"{counted}; without a partner: {alone}; --skip-bad leaves them out, as missing values")
+            raise ValueError(f"{counted}; without a partner: {some(alone)}; --skip-bad leaves them out, as missing values")
+        stimuli, half = sources(files if split else gt, "left"), len(names) // 2
+        others = stimuli[half:] + stimuli[:half] if half else [None]  # each stimulus with another name, each once
+        pairs[method] = [Pair(*of) for of in zip(names, sources(files, "right"), stimuli, others, strict=True)]
+    return pairs
 
-    def pair(files: dict[str, Path], i: int) -> Pair:
-        def source(k: int, side: str) -> Source | None:
-            path = (files if split or side == "right" else gt).get(names[k])
-            return path and Source(path, side if split else "")
 
-        turned = (i + len(names) // 2) % len(names)  # each name with another, each once
-        return Pair(names[i], source(i, "right"), source(i, "left"), source(turned, "left") if turned != i else None)
-
-    return {method: [pair(files, i) for i in range(len(names))] for method, files in sets.items()}
+VERSIONS = {name: version(name) for name in ("numpy", "scipy", "scikit-image", "torch", "torchvision", "transformers", "open_clip_torch")}
 
 
 @cache
 def digest(path: Path) -> str:
     """sha256 of a file, or of the weights and settings in a folder."""
-    sha = hashlib.sha256()
-    for file in sorted(f for f in path.iterdir() if f.suffix in (".json", ".safetensors")) if path.is_dir() else [path]:
-        with open(file, "rb") as opened:
-            sha.update(hashlib.file_digest(opened, "sha256").digest())
-    return sha.hexdigest()
+    return sha256(sorted(f for f in path.iterdir() if f.suffix in (".json", ".safetensors")) if path.is_dir() else [path])
 
 
 def weights_of(metric: Metric, config: Config) -> str:
@@ -685,7 +684,7 @@ def keys_of(pair: Pair, config: Config) -> dict[str, str]:
         return {}
     asked, keys = config.metrics.split(","), {}
     asked += ["dynamic_degree", "dynamic_degree_gt"] if "delta_dynamic_degree" in asked else []
-    how = [config.size, config.trials, config.seconds, versions(), digest(Path(__file__))]
+    how = [config.size, config.trials, config.seconds, VERSIONS, digest(Path(__file__))]
     videos = [source and (digest(source.path), source.half) for source in (pair.pred, pair.gt, pair.other)]
     for name in (name for name in METRICS if name in asked):
         made_of = [name, weights_of(METRICS[name], config), how, videos if METRICS[name].of_gt else videos[:1]]
@@ -693,20 +692,13 @@ def keys_of(pair: Pair, config: Config) -> dict[str, str]:
     return keys
 
 
-@cache
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("numpy", "scipy", "scikit-image", "torch", "torchvision", "transformers", "open_clip_torch")}
-
-
 def known_values(out: Path) -> dict[str, list]:
     """key -> [value, value against another stimulus], from out/values/*.jsonl; a line cut short by a kill is passed over."""
     known = {}
     for file in sorted(out.glob("values/*.jsonl")):
         for line in file.read_text().splitlines():
-            try:
+            with suppress(json.JSONDecodeError):
                 known |= json.loads(line)
-            except json.JSONDecodeError:
-                continue
     return known
 
 
@@ -715,31 +707,29 @@ def score(
     sets: dict[str, list[Pair]], config: Config, out: Path, device: torch.device | str = "cpu", rank: int = 0, world: int = 1
 ) -> dict:
     """Compute what out/values/ does not hold, this process's share, clip by clip. Returns {judge: why it could not be had}."""
-    known, judges, absent, n = known_values(out), {"": None}, {}, len(next(iter(sets.values())))
-    order = [*np.arange(n // 2 * 2).reshape(2, -1).T.ravel(), *range(n // 2 * 2, n)]  # a control's clip comes next: read and judged once
-    load = partial(Video, seconds=config.seconds)
-    load_gt = lru_cache(2)(load)
+    known, absent, n = known_values(out), {}, len(next(iter(sets.values())))
+    order = sorted(range(n), key=lambda i: i % max(1, n // 2))  # a control's clip comes next: read and judged once
 
-    def read(source: Source | None, load: Callable) -> Video | None:
+    @lru_cache(3)  # a prediction, its stimulus and the control's
+    def read(source: Source) -> Video | None:
         try:
-            return source and load(source)
+            return Video(source, config.seconds)
         except ValueError as error:
             if not config.skip_bad:
                 raise ValueError(f"{error}; --skip-bad goes on without it, as a missing value") from error
-            return tqdm.write(f"{error}: a missing value")
+            tqdm.write(f"{error}: a missing value")
 
+    @cache
     def judge(name: str) -> Callable | None:
-        if name not in judges and name not in absent:
-            try:
-                judges[name] = load_judge(name, config, device)
-            except (OSError, ImportError, RuntimeError, ValueError) as error:
-                absent[name] = f"{getattr(config, name)} cannot be had: {str(error).strip().splitlines()[0][:200]}"
-        return judges.get(name)
+        try:
+            return load_judge(name, config, device) if name else None
+        except (OSError, ImportError, RuntimeError, ValueError) as error:
+            absent[name] = f"{getattr(config, name)} cannot be had: {str(error).strip().splitlines()[0][:200]}"
 
     def value(metric: Metric, key: str, pred: Video, stimulus: Video | None, control: bool) -> float | None:
-        if metric.of_gt and not stimulus or min(len(pred), len(stimulus) if metric.of_gt else math.inf) < metric.frames:
+        if not all(video and len(video) >= metric.frames for video in ([pred, stimulus] if metric.of_gt else [pred])):
             return None
-        value = metric.measure(pred, stimulus, judges[metric.judge], config.size)
+        value = metric.measure(pred, stimulus, judge(metric.judge), config.size)
         if metric.chance and config.trials:  # a trial succeeds with exactly this probability
             value = np.random.default_rng([control, int(key, 16)]).binomial(config.trials, value) / config.trials
         return float(np.mean(value))
@@ -749,9 +739,10 @@ def score(
         for i in tqdm(np.array_split(order, world)[rank], desc="scoring", unit="clip", disable=rank > 0):
             for pair in (pairs[i] for pairs in sets.values()):
                 missing = {name: key for name, key in keys_of(pair, config).items() if key not in known}
-                if not missing or not (pred := read(pair.pred, load)) or not (gt := read(pair.gt, load_gt)):
+                if not missing or not (pred := read(pair.pred)) or not (gt := read(pair.gt)):
                     continue
-                other, values = read(pair.other, load_gt) if any(METRICS[name].of_gt for name in missing) else None, {}
+                other = read(pair.other) if pair.other and any(METRICS[name].of_gt for name in missing) else None
+                values = {}
                 for metric, key in ((METRICS[name], key) for name, key in missing.items()):
                     if judge(metric.judge) or not metric.judge:
                         control = value(metric, key, pred, other, True) if metric.of_gt else None
@@ -817,7 +808,7 @@ def summarise(pairs: list[Pair], config: Config, known: dict[str, list], absent:
             entry["reason"] = why if asked else "not asked for (--metrics)"
         metrics[name] = entry
     rows = [{"clip": pair.name} | row for pair, row in zip(pairs, own, strict=True)]
-    what = what | {"size": config.size, "trials": config.trials or "exact", "versions": versions()}
+    what = what | {"size": config.size, "trials": config.trials or "exact", "versions": VERSIONS}
     return {"metrics": metrics, "clips": rows, "provenance": what}
 
 
@@ -840,7 +831,7 @@ def table(rows: list[tuple[str, dict]], data: str) -> str:
 
     def cell(x: str | float | tuple | list | None) -> str:
         if isinstance(x, tuple):
-            return cell(x[0]) + ("" if x[1] is None else f"±{x[1]:.2f}")
+            return "n/a" if x[0] is None else cell(x[0]) + ("" if x[1] is None else f"±{x[1]:.2f}")
         if isinstance(x, list):
             return f"[{cell(x[0])}, {cell(x[1])}]"
         return f"{x:.{3 if abs(x) < 10 else 2}f}" if isinstance(x, float) else x or "-"
@@ -859,23 +850,26 @@ def table(rows: list[tuple[str, dict]], data: str) -> str:
 
 def report(sets: dict[str, list[Pair]], folders: dict[str, Path], out: Path, config: Config, absent: dict[str, str], what: dict) -> dict:
     """metrics.json in each method's folder, out/metrics.csv, and the table in the terminal. Returns each method's metrics.json."""
-    known, rows, reasons, header = known_values(out), [], {}, "method metric mean std ci95 chance shuffled n weights reason".split()
+    known, names, rows, reasons = known_values(out), config.metrics.split(","), [], {}
     results = {method: summarise(pairs, config, known, absent, what | {"method": method}) for method, pairs in sets.items()}
+    for method, result in results.items():
+        with written_whole(folders[method] / "metrics.json") as part:
+            part.write_text(json.dumps(result, indent=1) + "\n")
+        asked = {name: result["metrics"][name] for name in names}
+        rows += [
+            (f"{method}, {len(result['clips'])} clips: mean ±", {name: (entry["mean"], entry["std"]) for name, entry in asked.items()}),
+            ("   95 % interval", {name: entry["ci95"] for name, entry in asked.items()}),
+            ("   shuffled", {name: entry["shuffled"] for name, entry in asked.items()}),
+        ]
+        for name, entry in asked.items():
+            if "reason" in entry:
+                reasons.setdefault(f"{method}: {entry['reason']}", []).append(name)
+    rows.append(("chance", {name: METRICS[name].chance for name in names if name in METRICS}))
     with written_whole(out / "metrics.csv") as part, open(part, "w", newline="") as file:
-        (writer := csv.DictWriter(file, header)).writeheader()
+        writer = csv.DictWriter(file, "method metric mean std ci95 chance shuffled n weights reason".split())
+        writer.writeheader()
         for method, result in results.items():
-            with written_whole(folders[method] / "metrics.json") as whole:
-                whole.write_text(json.dumps(result, indent=1) + "\n")
             writer.writerows({"method": method, "metric": name} | entry for name, entry in result["metrics"].items())
-            asked = {name: result["metrics"][name] for name in config.metrics.split(",")}
-            scores = {n: "n/a" if e["mean"] is None else (e["mean"], e["std"]) for n, e in asked.items()}
-            rows.append((f"{method}, {len(result['clips'])} clips: mean ±", scores))
-            rows += [
-                (f"   {label}", {n: e[k] for n, e in asked.items()}) for k, label in (("ci95", "95 % interval"), ("shuffled", "shuffled"))
-            ]
-            for name in (n for n in asked if "reason" in asked[n]):
-                reasons.setdefault(f"{method}: {asked[name]['reason']}", []).append(name)
-    rows.append(("chance", {n: METRICS[n].chance for n in config.metrics.split(",") if n in METRICS}))
     where = "256 x 256" if config.size == "256" else "the stimuli's size"
     print(f"\npixels and flow at {where} and common frame times; intervals by blocks of 20 clips{table(rows, config.data)}")
     print("".join(f"\nn/a or in part, {', '.join(names)}: {reason}" for reason, names in reasons.items()))
@@ -948,46 +942,47 @@ def strip(video: np.ndarray) -> np.ndarray:
 
 
 def pictures(
-    out: Path, sets: dict[str, list[Pair]], results: dict[str, dict], said: Callable, config: Config, memories: Callable | None = None
+    out: Path, sets: dict[str, list[Pair]], results: dict[str, dict], texts: Callable, config: Config, memories: Callable | None = None
 ) -> None:
     """out/sheet.png (three moments, as Figures 3 and 4) and grid.gif of clips spread over the set; ranked.png of the first method's two
-    best, median and worst by 50-way accuracy, or else SSIM. said(clip, column) is what stands below; memories(clip) a second column."""
-    pairs = list(zip(*sets.values(), strict=True))
-    scored = zip(*([set(row.values()) - {None, row["clip"]} for row in result["clips"]] for result in results.values()), strict=True)
-    whole = [i for i, of in enumerate(scored) if all(of)]
+    best, median and worst by 50-way accuracy, or else SSIM. texts(clip) stand below the columns; memories(clip) is a second column."""
+    pairs, titles = list(zip(*sets.values(), strict=True)), ["stimulus", *(["top-1 memory"] if memories else []), *sets]
+    measured = zip(*(result["clips"] for result in results.values()), strict=True)  # of each clip a row a method
+    whole = [i for i, rows in enumerate(measured) if all(set(row.values()) - {None, row["clip"]} for row in rows)]
     if not whole:
         return
-    titles = ["stimulus", *(["top-1 memory"] if memories else []), *sets]
 
-    def videos(i: int) -> list[np.ndarray]:  # of one number of frames and one size
+    def videos(i: int) -> list[np.ndarray]:  # of the stimulus's size
         loaded = [Video(source, config.seconds) for source in (pairs[i][0].gt, *(pair.pred for pair in pairs[i]))]
-        n, (H, W) = min(60, max(map(len, loaded))), loaded[0].frames.shape[1:3]
+        H, W = loaded[0].frames.shape[1:3]
         size = (256, round(W * 256 / H)) if H > 256 else (H, W)
-        shown = [video.at(video.uniform(n), size) for video in loaded]
+        shown = [video.seen(video.uniform(min(60, len(video))), size) for video in loaded]
         return [shown[0], *([memories(i)] if memories else []), *shown[1:]]
 
-    def labels(i: int) -> list[str]:
-        return [said(i, column) for column in range(len(titles))]
+    def sheet(name: str, rows: list[list[np.ndarray]], below: list[list[str]]) -> None:
+        with written_whole(out / name) as part:
+            page([list(map(strip, row)) for row in rows], below, titles, 112).save(part)
 
     spread = [whole[k] for k in np.unique(np.linspace(0, len(whole) - 1, 6).round().astype(int))]
-    rows = [videos(i) for i in spread]
-    n = max(len(row[0]) for row in rows)
+    rows, below = [videos(i) for i in spread], [texts(i) for i in spread]
+    sheet("sheet.png", rows, below)
+    n = max(len(video) for row in rows for video in row)
     rows = [[video[uniform_frames(len(video), n)] for video in row] for row in rows]
-    below = [labels(i) for i in spread]
-    frames = [page([[video[t] for video in row] for row in rows], below, titles, 144) for t in range(n)]
-    with written_whole(out / "sheet.png") as part:
-        page([list(map(strip, row)) for row in rows], below, titles, 112).save(part)
+    first, *frames = (page([[video[t] for video in row] for row in rows], below, titles, 144) for t in range(n))
     with written_whole(out / "grid.gif") as part:
-        frames[0].save(part, save_all=True, append_images=frames[1:], duration=round(1000 * config.seconds / n), loop=0)
+        first.save(part, save_all=True, append_images=frames, duration=round(1000 * config.seconds / n), loop=0)
+
     result = next(iter(results.values()))
     by = "video_50way" if result["metrics"]["video_50way"]["n"] else "ssim"
-    worth = {i: v for i, v in enumerate(values_of(by, result["clips"])) if np.isfinite(v) and i in whole}
-    best, n = sorted(worth, key=worth.get, reverse=True), len(worth)
-    chosen = [k for k in dict.fromkeys((0, 1, n // 2 - 1, n // 2, n - 2, n - 1)) if 0 <= k < n]
-    if chosen:
-        below = [[f"{k + 1} of {n}, {METRICS[by].title} {worth[best[k]]:.3f}: {labels(best[k])[0]}", *labels(best[k])[1:]] for k in chosen]
-        with written_whole(out / "ranked.png") as part:
-            page([list(map(strip, videos(best[k]))) for k in chosen], below, titles, 112).save(part)
+    values = values_of(by, result["clips"])
+    best = sorted((i for i in whole if np.isfinite(values[i])), key=lambda i: values[i], reverse=True)
+    N, below = len(best), []
+    ranks = sorted({k for k in (0, 1, N // 2 - 1, N // 2, N - 2, N - 1) if 0 <= k < N})
+    for k in ranks:
+        first, *others = texts(best[k])
+        below.append([f"{k + 1} of {N}, {METRICS[by].title} {values[best[k]]:.3f}: {first}", *others])
+    if ranks:
+        sheet("ranked.png", [videos(best[k]) for k in ranks], below)
 
 
 # ---------------------------------------------------------------------------------------------- toy world: what is recognised
@@ -1058,7 +1053,7 @@ def evaluate_pairs(config: Config, accelerator: Accelerator) -> int:
         what = {"pairs": folder.resolve().name, "data": config.data}
         results = report(sets, {method: out / method for method in sets}, out, config, absent, what)
         names = [pair.name for pair in next(iter(sets.values()))]
-        pictures(out, sets, results, lambda i, column: "" if column else names[i], config)
+        pictures(out, sets, results, lambda i: [names[i], *[""] * len(sets)], config)
         print(f"\nwritten: {out}/ (METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png)")
     return 3 if absent and accelerator.is_main_process else 0  # a launcher ends all processes when one fails
 
@@ -1126,13 +1121,12 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
     what = {"data": config.data, "subject": config.subject, "run": config.run, "seed": config.seed, "shuffle": config.shuffle}
     results = report(sets, {title: out}, out, config, absent, what)
 
-    def said(i: int, column: int) -> str:
-        if column == 1 and top_1 is not None:
-            return run.train.clips[top_1[i]]["caption"]
-        return shown[i]["caption"] if column == 0 else "seen as " + " ".join(values[i] for values in seen.values()) if seen else ""
+    def texts(i: int) -> list[str]:
+        memory = [] if top_1 is None else [run.train.clips[top_1[i]]["caption"]]
+        return [shown[i]["caption"], *memory, "seen as " + " ".join(values[i] for values in seen.values()) if seen else ""]
 
     recalled = None if top_1 is None else lambda i: stimulus(run.train.clips[top_1[i]], films, config, run.settings)
-    pictures(out, sets, results, said, config, recalled)
+    pictures(out, sets, results, texts, config, recalled)
     print(f"\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png)")
     return 3 if absent else 0
 
