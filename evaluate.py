@@ -5,7 +5,7 @@
     accelerate launch evaluate.py --data cc2017            on several
     python evaluate.py --shuffle                           the control: each clip from the fMRI of another scene
     python evaluate.py --pairs DIR                         DIR/gt/NAME.* against every other folder DIR/METHOD/NAME.*: mp4, gif, webm, npy
-    python evaluate.py --compare full no-mom               runs side by side, over subjects and seeds, with paired differences
+    python evaluate.py --compare full full-no-mom          runs side by side, over subjects and seeds, with paired differences
     python evaluate.py --fmri x.npy --run full --out out.mp4      one recording (T, N) or (N,), in z-scores as prepared -> one video
 
 In:  a run of stage 2, and the test fMRI: averaged over the showings, z-scored over the clips; or pairs of videos.

@@ -265,6 +265,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (args.data is not None) + (args.videos is not None) + (args.rules is not None) != 1:
         parser.error("give one of --data, --videos and --rules")
+    if args.rules and len(args.rules) > 2:
+        parser.error(f"--rules takes captions.jsonl, or the training and the test list; {len(args.rules)} files are given")
     if args.data == "toy":
         args.raw = args.raw or Path("data/toy/raw")
     if args.data and not args.raw:

@@ -154,7 +154,7 @@ def weights(runs: list[Path]):
     print(f"{'mean weight, scaled to [0, 1]':<32}" + "".join(f"{group:>24}" for group in (*GROUPS, "elsewhere")))
     for name, (norm, index, area), row in zip(names_of(runs), found, axes, strict=True):
         value = (norm - low) / (high - low)
-        for ax, hemisphere in zip(row, ("left", "right"), strict=False):
+        for ax, hemisphere in zip(row[:2], ("left", "right"), strict=True):
             colours = draw_cortex(ax, index, value, hemisphere)
             ax.set_title(f"{name}, {hemisphere}")
         figure.colorbar(colours, ax=row[1], shrink=0.6, extend="both", label="weight")

@@ -249,6 +249,7 @@ def test_cc2017s_films(tmp_path):
     ("options", "said"),
     [
         ([], "give one of --data, --videos and --rules"),
+        (["--rules", "a.json", "b.json", "c.json", "--out", "d.jsonl"], "the training and the test list; 3 files are given"),
         (["--data", "cc2017"], "wants --raw"),
         (["--videos", "x"], "--out says where"),
         (["--videos", "x", "--out", "y.json", "--batch", "0"], "wanted at least 1"),
