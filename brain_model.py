@@ -1,24 +1,26 @@
 """Brain Model (§3.1): fMRI of a clip -> global token f_c and fMRI embedding f_e.
 
-    x (B, T, N) --voxel regression--> L tokens of width D' --Transformer--> f_c (B, D)      summary, aligned with CLIP and ViCLIP (heads.py)
-                                      + one global token                --> f_e (B, L, D')  finer context, for the Mixture-of-Memories
+    x (B, T, N) ──► voxel regression ──► L tokens of width D' ──► Transformer ──► f_c (B, D)
+                                         and one global token                └──► f_e (B, L, D')
 
-At the paper's size (L = 512 tokens and the global one, 24 layers of width 2048) it has 1.24 billion parameters.
+f_c is the summary, aligned with CLIP and ViCLIP (heads.py); f_e is the finer context, for the
+Mixture-of-Memories. At the paper's size (L = 512 tokens and the global one, 24 layers of width 2048) it has
+1.24 billion parameters.
 """
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 
 class VoxelRegression(nn.Module):
     """N voxels -> L tokens of width D'. The voxel axis is contracted first, then each token is lifted to D'.
 
-    Lifting every voxel to D' before contracting, as the parent encoder does, costs N*D' + N*L*D' multiply-adds a volume;
-    this order costs N*L*r + L*r*D'.
-    With r = 1 both are the same function (tests/benchmark.py). `contract.weight` is what Fig. 5 shows on the cortex.
+    The parent encoder lifts every voxel to D' before it contracts, which costs N*D' + N*L*D' multiply-adds a
+    volume; this order costs N*L*r + L*r*D'. With r = 1 both are the same function (tests/benchmark.py).
+    `contract.weight` is what Fig. 5 shows on the cortex.
     """
 
     def __init__(self, voxels: int, volumes: int, tokens: int, width: int, rank: int):
@@ -38,34 +40,39 @@ class VoxelRegression(nn.Module):
 class Block(nn.Module):
     """Pre-norm Transformer block: h + attention(h), then h + MLP(h)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, attention_heads: int):
         super().__init__()
-        self.heads = heads
+        self.attention_heads = attention_heads
         self.norm_attention = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
 
     def forward(self, h: Tensor) -> Tensor:
-        B, S, W = h.shape  # clips, L + 1 tokens, D'
-        qkv = self.qkv(self.norm_attention(h)).view(B, S, 3, self.heads, W // self.heads)  # (B, S, 3, heads, W/heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, S, W/heads) each
-        a = F.scaled_dot_product_attention(q, k, v)  # (B, heads, S, W/heads)
-        h = h + self.out(a.transpose(1, 2).flatten(2))  # (B, S, D')
-        return h + self.mlp(self.norm_mlp(h))  # (B, S, D')
+        qkv = self.qkv(self.norm_attention(h))  # (B, L+1, 3*D')
+        qkv = qkv.unflatten(2, (3, self.attention_heads, -1))  # (B, L+1, 3, heads, D'/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L+1, D'/heads) each
+        a = scaled_dot_product_attention(q, k, v)  # (B, heads, L+1, D'/heads)
+        h = h + self.out(a.transpose(1, 2).flatten(2))  # (B, L+1, D')
+        return h + self.mlp(self.norm_mlp(h))  # (B, L+1, D')
 
 
 class BrainModel(nn.Module, PyTorchModelHubMixin):
     """f of §3.1; the defaults are the paper's sizes (§4.1) where it gives them.
 
-    voxels      N of the subject
-    volumes     T, fMRI frames a clip (cc2017: 1, CineBrain: 5)
-    tokens      L, as many as the video decoder has text tokens
-    width       D'
-    embed_dim   D of CLIP and ViCLIP
-    rank        r, the numbers a token keeps of each volume
-    dropout     share of the voxels hidden while training
+    voxels            N of the subject
+    volumes           T, fMRI frames a clip (cc2017: 1, CineBrain: 5)
+    tokens            L, as many as the video decoder has text tokens
+    width             D'
+    layers            Transformer blocks
+    attention_heads   of a block
+    embed_dim         D of CLIP and ViCLIP
+    rank              r, the numbers a token keeps of each volume
+    dropout           share of the voxels that training hides. The model only keeps it, for stage 2 to know;
+                      data.hide_voxels hides them, the same whichever process has the clip
 
     `save_pretrained(dir)` and `BrainModel.from_pretrained(dir)` keep and restore it with these sizes.
     """
@@ -77,33 +84,34 @@ class BrainModel(nn.Module, PyTorchModelHubMixin):
         tokens: int = 512,
         width: int = 2048,
         layers: int = 24,
-        heads: int = 16,
+        attention_heads: int = 16,
         embed_dim: int = 768,
         rank: int = 4,
         dropout: float = 0.0,
     ):
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} is not a multiple of heads {heads}")
-        self.voxels, self.volumes = voxels, volumes
-        self.gradient_checkpointing = False  # recompute the blocks in the backward pass, where memory is short
+        if width % attention_heads:
+            raise ValueError(f"width {width} is not a multiple of attention_heads {attention_heads}")
+        self.voxels, self.volumes, self.dropout = voxels, volumes, dropout
+        self.gradient_checkpointing = False  # recompute the blocks in the backward pass: it takes less memory
         self.regression = VoxelRegression(voxels, volumes, tokens, width, rank)
-        self.dropout = nn.Dropout(dropout)
         self.global_token = nn.Parameter(torch.empty(1, 1, width))
         self.position = nn.Parameter(torch.empty(1, tokens + 1, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, attention_heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.to_f_c = nn.Linear(width, embed_dim)
         self.initialise_weights()
 
     @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs):  # the mixin's own default lets weights be missing
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs):  # the mixin lets weights be missing
         return super()._from_pretrained(strict=strict, **kwargs)
 
     def initialise_weights(self) -> None:
-        """Matrices N(0, 0.02), biases 0; what writes into the residual stream is scaled down by sqrt(2 * layers), as in GPT-2.
+        """Matrices N(0, 0.02), biases 0; what writes into the residual stream is scaled down by
+        sqrt(2 * layers), as in GPT-2.
 
-        The voxel regression keeps unit variance instead: z-scored voxels must not vanish into N(0, 0.02) noise whatever their number.
+        The voxel regression keeps unit variance instead: z-scored voxels must not vanish into N(0, 0.02)
+        noise, however many they are.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -118,18 +126,21 @@ class BrainModel(nn.Module, PyTorchModelHubMixin):
         nn.init.normal_(self.to_f_c.weight, std=self.to_f_c.in_features**-0.5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, N) z-scored fMRI -> f_c (B, D), f_e (B, L, D'). Raises ValueError if T or N is not the model's."""
+        """x (B, T, N) z-scored fMRI -> f_c (B, D), f_e (B, L, D'). Raises ValueError if T or N is not the
+        model's."""
         B, T, N = x.shape  # clips, fMRI frames, voxels
         if (T, N) != (self.volumes, self.voxels):
             raise ValueError(
-                f"fMRI of {T} volumes x {N} voxels a clip; this Brain Model was made for {self.volumes} x {self.voxels}"
-                " (another subject, other --rois or another --window?)"
+                f"fMRI of {T} volumes x {N} voxels a clip; this Brain Model was made for {self.volumes} x "
+                f"{self.voxels} (another subject, other --rois or another --window?)"
             )
-        h = self.regression(self.dropout(x))  # (B, L, D')
+        recompute = self.gradient_checkpointing and self.training
+        h = self.regression(x)  # (B, L, D')
         h = torch.cat([self.global_token.expand(B, -1, -1), h], dim=1)  # (B, L+1, D')
         h = h + self.position  # (B, L+1, D')
         for block in self.blocks:
-            h = checkpoint(block, h, use_reentrant=False) if self.gradient_checkpointing and self.training else block(h)
+            h = checkpoint(block, h, use_reentrant=False) if recompute else block(h)  # (B, L+1, D')
         h = self.norm(h)  # (B, L+1, D')
-        f_c, f_e = self.to_f_c(h[:, 0]), h[:, 1:]  # (B, D), (B, L, D')
+        f_c = self.to_f_c(h[:, 0])  # (B, D)
+        f_e = h[:, 1:]  # (B, L, D')
         return f_c, f_e

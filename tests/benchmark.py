@@ -26,7 +26,13 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from brain_model import BrainModel  # noqa: E402
 from heads import Stage1Heads, stage1_loss  # noqa: E402
 
-N, L, WIDTH, BATCH, LAYERS = 13_447, 512, 2048, 144, 24  # subject 1 of cc2017 as NeuroClips selects voxels, and the paper's sizes (§4.1)
+N, L, WIDTH, BATCH, LAYERS = (
+    13_447,
+    512,
+    2048,
+    144,
+    24,
+)  # subject 1 of cc2017 as NeuroClips selects voxels, and the paper's sizes (§4.1)
 
 
 def fastest(function, repeats: int = 5) -> float:
@@ -41,8 +47,12 @@ def fastest(function, repeats: int = 5) -> float:
 
 @torch.inference_mode()
 def voxel_regression(B: int = 1) -> None:
-    """Contract N voxels to L tokens, then lift to D' (here, r = 1), against the parent's order: lift each voxel, then contract."""
-    contract, lift = torch.randn(L, N) / N**0.5, torch.randn(WIDTH)  # r = 1: a token keeps one number of each volume
+    """Contract N voxels to L tokens, then lift to D' (here, r = 1), against the parent's order: lift each
+    voxel, then contract."""
+    contract, lift = (
+        torch.randn(L, N) / N**0.5,
+        torch.randn(WIDTH),
+    )  # r = 1: a token keeps one number of each volume
     x = torch.randn(B, N)
 
     def ours() -> torch.Tensor:
@@ -54,15 +64,20 @@ def voxel_regression(B: int = 1) -> None:
     error = float((ours() - parents()).abs().max())
     speed = fastest(parents, 2) / fastest(ours)
     work = (N * WIDTH + N * L * WIDTH) / (N * L + L * WIDTH)
-    print(f"voxel regression, N = {N:,}: {work:,.0f} times fewer multiply-adds, {speed:,.0f} times faster, same output to {error:.0e}")
+    print(
+        f"voxel regression, N = {N:,}: {work:,.0f} times fewer multiply-adds, {speed:,.0f} times faster, same output to {error:.0e}"
+    )
 
 
 def preprocessing(polyfit_voxels: int = 1500) -> None:
     """One run of cc2017 against np.polyfit voxel by voxel (some voxels, the time extrapolated)."""
-    from data import CORTEX, preprocess_run
+    from prepare.facts import CORTEX
+    from prepare.fmri import preprocess_run
 
     rng = np.random.default_rng(0)
-    run = np.asfortranarray(10_000 + 100 * rng.standard_normal((245, CORTEX)), np.float32)  # the order in which CIFTI files are read
+    run = np.asfortranarray(
+        10_000 + 100 * rng.standard_normal((245, CORTEX)), np.float32
+    )  # the order in which CIFTI files are read
     ours, t = preprocess_run(run, 3, 240), np.arange(240)
 
     def loop() -> np.ndarray:
@@ -83,14 +98,18 @@ def preprocessing(polyfit_voxels: int = 1500) -> None:
 
 
 def reading(batch: int = 144, steps: int = 60) -> None:
-    """Batches of training clips from memory-mapped files of cc2017's size, and the first batch of a dataset ten times as large."""
-    import data
+    """Batches of training clips from memory-mapped files of cc2017's size, and the first batch of a dataset
+    ten times as large."""
     from data import ClipDataset
+    from support.files import add_to_manifest
 
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for name, clips, part in (("cc2017", 4_320, 4_320), ("cinebrain", 43_200, 4)):  # the large one is a sparse file
+        for name, clips, part in (
+            ("cc2017", 4_320, 4_320),
+            ("cinebrain", 43_200, 4),
+        ):  # the large one is a sparse file
             here, stimuli = root / name / "sub3", root / name / "stimuli" / "train"
             shapes = {
                 here / "train" / "fmri.npy": (clips, 2, 1, N),
@@ -100,11 +119,16 @@ def reading(batch: int = 144, steps: int = 60) -> None:
             shapes |= {stimuli / "e_act.npy": (clips, 768), stimuli / "categories.npy": (clips, 12)}
             for path, shape in shapes.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                array = np.lib.format.open_memmap(path, "w+", dtype="float32", shape=shape)
+                dtype = "uint8" if path.stem == "categories" else "float32"
+                array = np.lib.format.open_memmap(path, "w+", dtype=dtype, shape=shape)
                 for i in range(part):
-                    array[i] = rng.standard_normal(1)
-                data.describe(path, array, {"classes": ["a"] * 12}, None)
-            np.savez(here / "voxels.npz", index=np.arange(N), roi=np.array(["L_V1", "R_FFC", "L_4"])[np.arange(N) % 3])
+                    array[i] = 1 if path.stem == "categories" else rng.standard_normal(1)
+                add_to_manifest(path, array, {"classes": ["a"] * 12}, None)
+            np.savez(
+                here / "voxels.npz",
+                index=np.arange(N),
+                roi=np.array(["L_V1", "R_FFC", "L_4"])[np.arange(N) % 3],
+            )
             clip = {
                 "id": "seg1-000",
                 "segment": "seg1",
@@ -125,7 +149,9 @@ def reading(batch: int = 144, steps: int = 60) -> None:
                     train.batch(order[np.arange(step * batch, (step + 1) * batch) % clips], 0, step)
                 rate = steps * batch / (time.perf_counter() - start)
                 speed = f", then {rate:,.0f} clips/s in batches of {batch}" if name == "cc2017" else ""
-                print(f"reading {clips:,} clips x {N:,} voxels, rois {rois}: first batch {first:.2f} s{speed}")
+                print(
+                    f"reading {clips:,} clips x {N:,} voxels, rois {rois}: first batch {first:.2f} s{speed}"
+                )
 
 
 def stream() -> None:
@@ -136,27 +162,34 @@ def stream() -> None:
         folder = Path(folder)
         write_purdue(folder / "raw", train_segments=4, test_segments=1, test_repeats=2)
         fmri = folder / "raw" / "subject1" / "fmri"
-        for split, segments, repeats in (("seg", 18, 2), ("test", 5, 10)):  # the runs that a miniature lacks are links to those it has
+        for split, segments, repeats in (
+            ("seg", 18, 2),
+            ("test", 5, 10),
+        ):  # the runs that a miniature lacks are links to those it has
             for s in range(1, segments + 1):
                 for r in range(1, repeats + 1):
                     run = fmri / f"{split}{s}" / "cifti" / f"{split}{s}_{r}_Atlas.dtseries.nii"
                     run.parent.mkdir(parents=True, exist_ok=True)
                     source = f"seg{(s - 1) % 4 + 1}" if split == "seg" else "test1"
                     if not run.exists():
-                        os.link(fmri / source / "cifti" / f"{source}_{(r - 1) % 2 + 1}_Atlas.dtseries.nii", run)
+                        os.link(
+                            fmri / source / "cifti" / f"{source}_{(r - 1) % 2 + 1}_Atlas.dtseries.nii", run
+                        )
                 if not (video := folder / "raw" / "stimuli" / f"{split}{s}.mp4").exists():
                     os.link(folder / "raw" / "stimuli" / "seg1.mp4", video)
         code = (
-            "import sys; from pathlib import Path; from data import *\n"
-            "class Release(PurdueRelease):\n"
-            "    def window(self, split, segment): return 1 + self.delay, SEGMENT_VOLUMES  # the links are runs of 245 volumes\n"
-            "prepare_fmri(Release(Path(sys.argv[1]), 1), Path(sys.argv[2]), {})"
+            "import sys; from pathlib import Path; from prepare.cc2017 import PurdueRelease\n"
+            "from prepare.facts import SEGMENT_VOLUMES; from prepare.fmri import prepare_fmri\n"
+            "class Links(PurdueRelease):  # to runs of 245 volumes\n"
+            "    def window(self, segment): return 1 + self.delay, SEGMENT_VOLUMES\n"
+            "prepare_fmri(Links(Path(sys.argv[1]), 1), Path(sys.argv[2]), {})"
         )
         timed("cc2017, 86 runs of 245 x 91,282", code, folder)
 
 
 def stream_cinebrain() -> None:
-    """20 runs of CineBrain's true size likewise, links to one (sparse: most of its grayordinates are zero)."""
+    """20 runs of CineBrain's true size likewise, links to one (sparse: most of its grayordinates are
+    zero)."""
     from mini_releases import write_cinebrain
 
     with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +202,8 @@ def stream_cinebrain() -> None:
         for clip in [*range(270, 2_700), *range(5_400, 8_100)]:
             os.link(folder / "raw" / "content0.mp4", folder / "raw" / "videos" / f"{clip:06d}.mp4")
         code = (
-            "import sys; from pathlib import Path; from data import *\n"
+            "import sys; from pathlib import Path; from prepare.cinebrain import CineBrainRelease\n"
+            "from prepare.fmri import prepare_fmri\n"
             "prepare_fmri(CineBrainRelease(Path(sys.argv[1]), 3), Path(sys.argv[2]), {}, 5)"
         )
         timed("CineBrain, 20 runs of 1,363 x 91,282", code, folder)
@@ -189,7 +223,8 @@ def timed(what: str, code: str, folder: Path) -> None:
 
 
 def step_operations() -> float:
-    """Multiply-adds x 2 of a step of stage 1 at the paper's size, forward and backward (recomputation not counted)."""
+    """Multiply-adds x 2 of a step of stage 1 at the paper's size, forward and backward (recomputation not
+    counted)."""
     S = L + 1
     forward = N * L * 4 + L * 4 * WIDTH + LAYERS * (12 * S * WIDTH**2 + 2 * S**2 * WIDTH) + WIDTH * 768
     return 3 * 2 * BATCH * forward
@@ -200,7 +235,9 @@ def search(D: int = 768, K: int = 5) -> None:
     from mixture_of_memories import mixture_scores
 
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    sizes = [n for n in (10**3, 10**4, 10**5, 10**6) if 3 * D * 4 * n < 0.7 * free]  # one pool, made once and sliced
+    sizes = [
+        n for n in (10**3, 10**4, 10**5, 10**6) if 3 * D * 4 * n < 0.7 * free
+    ]  # one pool, made once and sliced
     e = torch.empty(max(sizes), 3, D)
     for part in e.split(20_000):
         part.normal_().div_(part.norm(dim=-1, keepdim=True))
@@ -213,7 +250,8 @@ def search(D: int = 768, K: int = 5) -> None:
 
 
 def peers_n_way(p: torch.Tensor, gt: list[int], n: int, trials: int = 100) -> float:
-    """n-way top-1 by random trials, step by step as the public code of MinD-Video, NeuroClips and NEURONS takes it."""
+    """n-way top-1 by random trials, step by step as the public code of MinD-Video, NeuroClips and NEURONS
+    takes it."""
     others, hits = [c for c in range(len(p)) if c not in gt], 0
     for _ in range(trials):
         drawn = p[np.random.choice(others, n - 1, replace=False)]
@@ -222,13 +260,16 @@ def peers_n_way(p: torch.Tensor, gt: list[int], n: int, trials: int = 100) -> fl
 
 
 def n_way(clips: int = 1200, classes: int = 400) -> float:
-    """Exact accuracies against those of trials on the same logits. Returns the seconds that the trials take, for 2-way and 50-way."""
-    from evaluate import n_way_top_k
+    """Exact accuracies against those of trials on the same logits. Returns the seconds that the trials take,
+    for 2-way and 50-way."""
+    from metrics.classes import n_way_top_k
 
     rng, total = np.random.default_rng(0), 0.0
     np.random.seed(0)
     logits = rng.normal(size=(clips, classes)).astype(np.float32)
-    p = torch.from_numpy(logits + rng.normal(size=logits.shape).astype(np.float32)).softmax(-1)  # predictions resemble the stimuli
+    p = torch.from_numpy(logits + rng.normal(size=logits.shape).astype(np.float32)).softmax(
+        -1
+    )  # predictions resemble the stimuli
     gt = logits.argsort(1)[:, -3:]
     for n in (2, 50):
         start = time.process_time()
@@ -245,7 +286,8 @@ def n_way(clips: int = 1200, classes: int = 400) -> float:
 
 
 def metrics(clips: int = 1200, frames: int = 16, distinct: int = 24) -> None:
-    """SSIM, PSNR and n-way of pairs streamed from the disk (few are distinct, to spare it) against a loop of scikit-image over frames."""
+    """SSIM, PSNR and n-way of pairs streamed from the disk (few are distinct, to spare it) against a loop of
+    scikit-image over frames."""
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     trials = n_way()
@@ -254,7 +296,9 @@ def metrics(clips: int = 1200, frames: int = 16, distinct: int = 24) -> None:
         for kind in ("gt", "noisy"):
             (folder / kind).mkdir()
         for i in range(distinct):
-            gt = np.kron(rng.integers(0, 256, (frames, 32, 32, 3), dtype=np.uint8), np.ones((1, 8, 8, 1), np.uint8))
+            gt = np.kron(
+                rng.integers(0, 256, (frames, 32, 32, 3), dtype=np.uint8), np.ones((1, 8, 8, 1), np.uint8)
+            )
             pairs.append((gt, np.clip(gt + rng.normal(0, 30, gt.shape), 0, 255).astype(np.uint8)))
             for kind, video in zip(("gt", "noisy"), pairs[-1], strict=True):
                 np.save(folder / kind / f"{i:04d}.npy", video)
@@ -270,15 +314,23 @@ def metrics(clips: int = 1200, frames: int = 16, distinct: int = 24) -> None:
             return (time.process_time() - start) * clips / 4
 
         code = (
-            "import sys, time; from pathlib import Path; from evaluate import *; torch.set_num_threads(1)\n"
-            "sets = {m: [p._replace(other=None) for p in ps] for m, ps in find_pairs(Path(sys.argv[1]), False, False).items()}\n"
+            "import sys, time, torch; from pathlib import Path; from evaluate import Config\n"
+            "from metrics.pairs import find_pairs; from metrics.score import score; torch.set_num_threads(1)\n"
+            "pairs = find_pairs(Path(sys.argv[1])).items()\n"
+            "sets = {m: [p._replace(other=None) for p in ps] for m, ps in pairs}\n"
             "start = time.process_time()\n"
             "score(sets, Config(data='cc2017', metrics='ssim,psnr'), Path(sys.argv[1]) / 'metrics')\n"
             "print(time.process_time() - start)"
         )
         before = peers()
         environment = os.environ | {"PYTHONPATH": sys.path[0]}
-        done = subprocess.run([sys.executable, "-c", code, folder], check=True, env=environment, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, folder],
+            check=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         slow, ours = (before + peers()) / 2 + trials * clips / 1200, float(done.stdout)
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(
@@ -292,28 +344,46 @@ def plan() -> None:
         model = BrainModel(N)
     P, GiB = sum(p.numel() for p in model.parameters()), 2**30
     tokens = BATCH * (L + 1)
-    kept = tokens * WIDTH * LAYERS * (14 * 2 + 2 * 4) / GiB  # a token and layer keep about 14 widths in bf16 and 2 in float32
-    print(f"stage 1: Brain Model of {P / 1e9:.3f} billion parameters; a step on {BATCH} clips is {step_operations() / 1e12:,.0f} TFLOP")
+    kept = (
+        tokens * WIDTH * LAYERS * (14 * 2 + 2 * 4) / GiB
+    )  # a token and layer keep about 14 widths in bf16 and 2 in float32
+    print(
+        f"stage 1: Brain Model of {P / 1e9:.3f} billion parameters; a step on {BATCH} clips is {step_operations() / 1e12:,.0f} TFLOP"
+    )
     print(
         f"   memory: weights, gradients, AdamW in float32 {16 * P / GiB:.0f} GiB; activations about {kept:.0f} GiB, with --checkpointing 15"
     )
-    print(f"   45 % of 790 TFLOP/s (a bf16 matrix rate seen on an H200) would be {step_operations() / 0.45 / 790e12:.2f} s a step")
+    print(
+        f"   45 % of 790 TFLOP/s (a bf16 matrix rate seen on an H200) would be {step_operations() / 0.45 / 790e12:.2f} s a step"
+    )
 
     d, ffn, layers, text = 1536, 8960, 30, 512  # Wan2.1-T2V-1.3B
     S = 15 * 39 * 39  # tokens of 57 x 624 x 624: latents 15 x 78 x 78, patches of 1 x 2 x 2
     linear = 2 * layers * (S * (6 * d**2 + 2 * d * ffn) + text * 2 * d**2)
     attention = 4 * layers * (S**2 * d + S * text * d)
-    step = 2 * linear + 3 * attention  # frozen weights need no gradient of their own: the backward pass of a matrix costs one product
-    lora = layers * 8 * 2 * 16 * d  # rank 16 on to_q, to_k, to_v, to_out of both attentions (text keys and values are d wide by then)
-    blocks = (layers * S * d * 2 + S * (20 * d + 4 * ffn) * 2) / GiB
-    print(f"stage 2: Wan2.1-1.3B at 57 x 624 x 624: {S:,} tokens, {step / 1e12:,.0f} TFLOP a clip, both ways, {lora / 1e6:.1f} M in LoRA")
-    print(f"   memory: Brain Model, AdamW {16 * P / GiB:.0f} GiB, DiT 2.6 GiB in bf16, its activations with checkpointing {blocks:.0f} GiB")
-    print(f"   40 % of 790 TFLOP/s would be {step / 0.4 / 790e12:.2f} s a clip, {32 * step / 0.4 / 790e12:.0f} s a step of 32 on one GPU")
+    # Frozen weights need no gradient of their own: a matrix costs one product backward, and one more where it
+    # is recomputed. Attention is kept; its backward pass costs 2.5 times the forward one.
+    step = 3 * linear + 3.5 * attention
+    lora = (
+        layers * 8 * 2 * 16 * d
+    )  # rank 16 on to_q, to_k, to_v, to_out of both attentions (text keys and values are d wide by then)
+    # kept of a block: its input and two attentions
+    blocks = (3 * layers * S * d * 2 + S * (20 * d + 4 * ffn) * 2) / GiB
+    print(
+        f"stage 2: Wan2.1-1.3B at 57 x 624 x 624: {S:,} tokens, {step / 1e12:,.0f} TFLOP a clip, both ways, {lora / 1e6:.1f} M in LoRA"
+    )
+    print(
+        f"   memory: Brain Model, AdamW {16 * P / GiB:.0f} GiB, DiT 2.6 GiB in bf16, its activations with checkpointing {blocks:.0f} GiB"
+    )
+    print(
+        f"   40 % of 790 TFLOP/s would be {step / 0.4 / 790e12:.2f} s a clip, {32 * step / 0.4 / 790e12:.0f} s a step of 32 on one GPU"
+    )
     print("all counted, not measured")
 
 
 def gpu() -> None:
-    """A step of stage 1 on a CUDA GPU, without and with checkpointing: seconds, memory, share of the measured matrix rate."""
+    """A step of stage 1 on a CUDA GPU, without and with checkpointing: seconds, memory, share of the measured
+    matrix rate."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
     def product() -> None:
@@ -325,7 +395,9 @@ def gpu() -> None:
     for checkpointing in (False, True):
         seconds, memory = stage1_step(checkpointing)
         share = step_operations() / seconds / rate
-        print(f"checkpointing {checkpointing}: {seconds:.2f} s a step, {memory:.0f} GiB, {share:.0%} of the matrix rate")
+        print(
+            f"checkpointing {checkpointing}: {seconds:.2f} s a step, {memory:.0f} GiB, {share:.0%} of the matrix rate"
+        )
 
 
 def stage1_step(checkpointing: bool) -> tuple[float, float]:
@@ -335,7 +407,10 @@ def stage1_step(checkpointing: bool) -> tuple[float, float]:
     model.gradient_checkpointing = checkpointing
     parameters = [*model.parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(parameters, 1e-4)
-    x, e_img = torch.randn(BATCH, 1, N, device="cuda"), F.normalize(torch.randn(BATCH, 8, 768, device="cuda"), dim=-1)
+    x, e_img = (
+        torch.randn(BATCH, 1, N, device="cuda"),
+        F.normalize(torch.randn(BATCH, 8, 768, device="cuda"), dim=-1),
+    )
     categories = torch.ones(BATCH, 12, device="cuda")
 
     def step() -> None:
@@ -351,7 +426,9 @@ def stage1_step(checkpointing: bool) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("stream", "search", "metrics", "plan", "gpu"):
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()

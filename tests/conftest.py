@@ -1,4 +1,5 @@
-"""What several tests use: a tiny prepared dataset with a planted signal, and the scripts run as a reader runs them."""
+"""What several tests use: a tiny prepared dataset with a planted signal, and the scripts run as a reader runs
+them."""
 
 import hashlib
 import json
@@ -33,10 +34,11 @@ def write_prepared(
     subject: int = 1,
     seed: int = 0,
 ) -> Path:
-    """root/name as the contract has it (2 and 3 showings, the last of the last training segment not recorded). Returns root/name.
+    """root/name as the contract has it (2 and 3 showings, the last of the last training segment not
+    recorded). Returns root/name.
 
-    fMRI and embeddings are linear in the same `hidden_numbers` a clip, so that one can be read from the other. The first `copies`
-    clips of the first segment have the frames of the first of the last segment.
+    fMRI and embeddings are linear in the same `hidden_numbers` a clip, so that one can be read from the
+    other. The first `copies` clips of the first segment have the frames of the first of the last segment.
     """
     rng, folder = np.random.default_rng(seed), root / name
     to_fmri, to_text, to_action = (rng.normal(size=(hidden_numbers, k)) for k in (T * N, D, D))
@@ -46,7 +48,13 @@ def write_prepared(
         np.save(path, array)
         manifest = path.with_name("manifest.json")
         entries = json.loads(manifest.read_text()) if manifest.is_file() else {}
-        entries[path.name] = {"shape": array.shape, "dtype": str(array.dtype), "recipe": recipe, "inputs": {}, "versions": {}}
+        entries[path.name] = {
+            "shape": array.shape,
+            "dtype": str(array.dtype),
+            "recipe": recipe,
+            "inputs": {},
+            "versions": {},
+        }
         manifest.write_text(json.dumps(entries))
 
     for split, n, parts, repeats in (("train", clips[0], segments[0], 2), ("test", clips[1], segments[1], 3)):
@@ -54,11 +62,16 @@ def write_prepared(
         hidden = rng.normal(size=(n, hidden_numbers))
         if split == "train" and copies:
             hidden[:copies] = hidden[-length:][:copies]
-        fmri = (hidden @ to_fmri).reshape(n, 1, T, N) + noise * hidden_numbers**0.5 * rng.normal(size=(n, repeats, T, N))
+        fmri = (hidden @ to_fmri).reshape(n, 1, T, N) + noise * hidden_numbers**0.5 * rng.normal(
+            size=(n, repeats, T, N)
+        )
         fmri = (fmri - fmri.mean(0)) / fmri.std(0)
         if split == "train":
             fmri[-length:, -1] = np.nan
-        frames = hidden[:, None] + 0.1 * rng.normal(size=(n, F, hidden_numbers)) * (np.arange(n) >= copies)[:, None, None]
+        frames = (
+            hidden[:, None]
+            + 0.1 * rng.normal(size=(n, F, hidden_numbers)) * (np.arange(n) >= copies)[:, None, None]
+        )
         if split == "train" and copies:
             frames[:copies] = frames[-length:][:copies]
         labels = (hidden[:, :4] > 0.5).astype(np.uint8)
@@ -72,21 +85,35 @@ def write_prepared(
             for i, row in enumerate(labels):
                 segment, k = f"{prefix}{i // length + 1}", i % length
                 named = [name for name, true in zip(CLASSES, row, strict=True) if true]
-                clip = {"id": f"{segment}-{k:03d}", "segment": segment, "video": f"{segment}.mp4", "start_s": 2.0 * k}
-                file.write(json.dumps(clip | {"caption": f"clip {i}", "tags": [], "categories": named}) + "\n")
+                clip = {
+                    "id": f"{segment}-{k:03d}",
+                    "segment": segment,
+                    "video": f"{segment}.mp4",
+                    "start_s": 2.0 * k,
+                }
+                file.write(
+                    json.dumps(clip | {"caption": f"clip {i}", "tags": [], "categories": named}) + "\n"
+                )
     roi = np.array([AREAS[i % len(AREAS)] for i in range(N)])
     np.savez(folder / f"sub{subject}" / "voxels.npz", index=np.arange(N) * 7, roi=roi)
     return folder
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | {
+        "PYTHONPATH": str(REPO),
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "Agg",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 def run_script(script: str, *args: object, cwd: Path, timeout: float = 900) -> subprocess.CompletedProcess:
     """A script of the repository in a process of its own; data and runs are below `cwd`."""
     command = [sys.executable, str(REPO / script), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
 
 
 def sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Categories of data.py: nouns of captions and tags -> COCO supercategories -> classes of the category head (§3.1)."""
+"""Categories: nouns of captions and tags -> COCO supercategories -> classes of the category head (§3.1)."""
 
 import json
 from functools import cache
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import COCO, SYNONYMS, caption_copies, category_matrix, category_table, clip_categories, merge_rare
+from prepare.categories import COCO, SYNONYMS, category_matrix, category_table, clip_categories, merge_rare
 
 CC2017 = Path(__file__).parents[2] / "shared" / "data" / "cc2017"
 HAND_LABELS = Path(__file__).parent / "hand_labels.json"
@@ -127,7 +127,10 @@ def test_nothing_rare_gives_no_other():
     assert classes == ["person", "animal"]
     assert category_matrix(labels, classes).tolist() == [[1, 0], [0, 1], [0, 0]]
     assert category_matrix([["food"]], classes).tolist() == [[0, 0]]
-    assert merge_rare([["person"]] * 99 + [["food"]], minimum=0.01) == ["person", "food"]  # exactly 1 % is kept
+    assert merge_rare([["person"]] * 99 + [["food"]], minimum=0.01) == [
+        "person",
+        "food",
+    ]  # exactly 1 % is kept
     assert category_matrix([], classes).shape == (0, 2)
 
 
@@ -137,7 +140,9 @@ def test_agreement_with_hand_labels():
         pytest.skip(f"{HAND_LABELS} is not there")
     hand = json.loads(HAND_LABELS.read_text())
     wrong = []
-    labelled = [(split, int(clip), wanted) for split in ("train", "test") for clip, wanted in hand[split].items()]
+    labelled = [
+        (split, int(clip), wanted) for split in ("train", "test") for clip, wanted in hand[split].items()
+    ]
     for split, clip, wanted in labelled:
         row = cc2017(split)[clip]
         found = clip_categories(row["caption"], row["tags"])
@@ -153,9 +158,14 @@ def test_classes_of_cc2017():
     assert (len(train), len(test)) == (4320, 1200)
     classes = merge_rare(train)
     share = category_matrix(train, [*COCO]).mean(0)
-    assert all(share[[*COCO].index(k)] >= 0.01 for k in classes if k != "other"), category_table(train, classes)
+    assert all(share[[*COCO].index(k)] >= 0.01 for k in classes if k != "other"), category_table(
+        train, classes
+    )
     assert classes[:3] == ["person", "vehicle", "animal"] and len(classes) >= 10
-    assert category_matrix(train, classes).any(1).mean() > 0.8 and category_matrix(test, classes).any(1).mean() > 0.8
+    assert (
+        category_matrix(train, classes).any(1).mean() > 0.8
+        and category_matrix(test, classes).any(1).mean() > 0.8
+    )
 
 
 def test_tags_and_caption_agree_on_cc2017():
@@ -163,12 +173,3 @@ def test_tags_and_caption_agree_on_cc2017():
     rows = cc2017("train") + cc2017("test")
     same = [clip_categories("", row["tags"]) == clip_categories(row["caption"], None) for row in rows]
     assert np.mean(same) > 0.91
-
-
-def test_film_recurs_in_cc2017():
-    """Word-identical captions: of training clips in another segment, of test clips in training; by hand, then measured."""
-    train = [{"caption": caption, "segment": segment} for caption, segment in ("aX", "bX", "bY", "cY", "cY")]
-    assert caption_copies(train, [{"caption": "c"}, {"caption": "d"}]) == (0.4, 0.5)
-    for key, measured in (("caption_blip", (0.576, 0.061)), ("caption", (0.371, 0.0575))):
-        rows = [[{"caption": row[key], "segment": row["clip"] // 240} for row in cc2017(split)] for split in ("train", "test")]
-        assert caption_copies(*rows) == pytest.approx(measured, abs=5e-4)

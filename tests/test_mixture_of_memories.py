@@ -1,4 +1,5 @@
-"""mixture_of_memories.py: Eq. 4-8 against independent formulas, the exclusion rule, Eq. 9's gradients, bad input."""
+"""mixture_of_memories.py: Eq. 4-8 against independent formulas, the exclusion rule, Eq. 9's gradients, bad
+input."""
 
 import json
 from dataclasses import replace
@@ -9,15 +10,20 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from scipy.stats import wasserstein_distance
 
+import mixture_of_memories
+from brain_model import BrainModel
 from data import near_copy_threshold
+from heads import Stage1Heads
 from mixture_of_memories import (
     ALL_ALLOWED,
-    NEIGHBOURS,
+    MODALITIES,
     DirectProjection,
     MemoryPool,
     MixtureOfMemories,
+    Remembered,
     Router,
     TopTextMemory,
+    condition,
     mixture_scores,
     retrieve,
 )
@@ -29,12 +35,14 @@ def unit(*shape: int) -> torch.Tensor:
     return F.normalize(torch.randn(*shape), dim=-1)
 
 
-def make_pool(N: int = 60, D: int = D, D_txt: int = D_TXT, captions: int = L, per_segment: int = 20) -> MemoryPool:
+def make_pool(
+    N: int = 60, D: int = D, D_txt: int = D_TXT, captions: int = L, per_segment: int = 20, modalities: int = 3
+) -> MemoryPool:
     """Random memories in segments of 20 clips, captions of 1 to `captions` tokens."""
     lengths = torch.randint(1, captions + 1, (N,))
     offsets = F.pad(lengths.cumsum(0), (1, 0))
     return MemoryPool(
-        e=unit(N, 3, D),
+        e=unit(N, modalities, D),
         text_tokens=2 * torch.randn(int(offsets[-1]), D_txt),
         text_offsets=offsets,
         segment=torch.arange(N) // per_segment,
@@ -44,7 +52,7 @@ def make_pool(N: int = 60, D: int = D, D_txt: int = D_TXT, captions: int = L, pe
 
 
 def make_mom(**changes) -> MixtureOfMemories:
-    sizes = {"tokens": L, "width": WIDTH, "embed_dim": D, "text_dim": D_TXT, "K": K, "heads": HEADS}
+    sizes = {"tokens": L, "width": WIDTH, "embed_dim": D, "text_dim": D_TXT, "K": K, "attention_heads": HEADS}
     return MixtureOfMemories(**sizes | changes)
 
 
@@ -154,16 +162,21 @@ def test_integration_against_explicit_attention_loops(pool, inputs):
             Q, attended = p["W_Q.weight"] @ f_e[b, token], torch.zeros(WIDTH)
             for m, name in ((1, "img"), (2, "act")):
                 memories = [pool.e[n, m] * D**0.5 for n in out.indices[b]]
-                keys = [p[f"W_K_{name}.weight"] @ e for e in memories]
-                values = [p[f"W_V_{name}.weight"] @ e for e in memories]
+                keys = [p[f"W_K.{name}.weight"] @ e for e in memories]
+                values = [p[f"W_V.{name}.weight"] @ e for e in memories]
                 for head in (slice(h * d, (h + 1) * d) for h in range(HEADS)):
                     # the retrieval weight of a memory multiplies its attention
-                    a = [w * (Q[head] @ key[head] / d**0.5).exp() for w, key in zip(log_w.exp(), keys, strict=True)]
+                    a = [
+                        w * (Q[head] @ key[head] / d**0.5).exp()
+                        for w, key in zip(log_w.exp(), keys, strict=True)
+                    ]
                     attended[head] += sum(x / sum(a) * v[head] for x, v in zip(a, values, strict=True))
             f_hat[b, token] = p["W_O.weight"] @ attended  # Eq. 6
             norm = f_hat[b, token] / f_hat[b, token].square().mean().sqrt() * 1.7
             z_f = p["Z_fMRI.weight"][..., 0] @ norm + p["Z_fMRI.bias"]  # Eq. 7
-            z_t = p["Z_txt.weight"][..., 0] @ e_mem_txt[b, token] + p["Z_txt.bias"] + e_mem_txt[b, token]  # Eq. 7
+            z_t = (
+                p["Z_txt.weight"][..., 0] @ e_mem_txt[b, token] + p["Z_txt.bias"] + e_mem_txt[b, token]
+            )  # Eq. 7
             f_fuse[b, token] = z_t + 0.7 * z_f  # Eq. 8
     torch.testing.assert_close(kept["f_hat"], f_hat, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(out.f_fuse, f_fuse, atol=1e-5, rtol=1e-4)
@@ -183,13 +196,16 @@ def test_the_norm_brings_f_hat_to_the_scale_of_the_text(pool, inputs):
     mom.integration.norm.register_forward_hook(lambda module, args, out: kept.append(out))
     mom(*inputs, pool)
     torch.testing.assert_close(kept[0].square().mean().sqrt(), pool.text_tokens.square().mean().sqrt())
-    assert pool.text_rms() == pytest.approx(2, rel=0.1)  # of the real tokens; with padding it would be about 1.5
+    assert pool.text_rms() == pytest.approx(
+        2, rel=0.1
+    )  # of the real tokens; with padding it would be about 1.5
 
 
 def test_f_hat_differs_between_tokens_from_the_start():
-    """Unit vectors of D = 768 must not make every logit vanish: then all tokens would read the same from memory."""
+    """Unit vectors of D = 768 must not make every logit vanish: then all tokens would read the same from
+    memory."""
     D = 768
-    mom = MixtureOfMemories(tokens=L, width=64, embed_dim=D, text_dim=32, K=5, heads=4)
+    mom = MixtureOfMemories(tokens=L, width=64, embed_dim=D, text_dim=32, K=5, attention_heads=4)
     kept = []
     mom.integration.W_O.register_forward_hook(lambda module, args, out: kept.append(out))
     mom(torch.randn(8, L, 64), torch.randn(8, 3, D), make_pool(D=D, D_txt=32))
@@ -217,7 +233,8 @@ def test_bfloat16_autocast_runs_forward_and_backward(pool, inputs):
 
 
 def test_router_and_brain_model_learn_from_the_diffusion_loss_after_one_step(pool):
-    """Zero-convs stop every gradient at step 0 but their own; one step later all that is to train is reached."""
+    """Zero-convs stop every gradient at step 0 but their own; one step later all that is to train is
+    reached."""
     mom, denoiser = make_mom(), torch.nn.Linear(D_TXT, D_TXT)
     f_e, q = torch.randn(B, L, WIDTH, requires_grad=True), torch.randn(B, 3, D, requires_grad=True)
     epsilon = torch.randn(B, L, D_TXT)
@@ -240,12 +257,48 @@ def test_router_and_brain_model_learn_from_the_diffusion_loss_after_one_step(poo
 
 
 def test_the_log_weights_reward_the_modality_that_ranks_a_memory_first(pool):
-    """Memory 0 is near by action and far by text and image: to be given more weight, it asks for a higher w_act."""
+    """Memory 0 is near by action and far by text and image: to be given more weight, it asks for a higher
+    w_act."""
     W_r = torch.full((1, 3), 1 / 3, requires_grad=True)
     q = pool.e[:1] * torch.tensor([-1, -1, 1])[:, None]
     log_w = mixture_scores(W_r, q, pool.e[:K]).log_softmax(-1)
     (gradient,) = torch.autograd.grad(log_w[0, 0], W_r)
     assert gradient[0, 2] > 0 > max(gradient[0, 0], gradient[0, 1])
+
+
+def test_condition_is_brain_model_queries_and_mixture(pool):
+    brain_model, heads = BrainModel(7, 2, L, WIDTH, 1, HEADS, D), Stage1Heads(D, 3, 4)
+    torch.nn.init.normal_(heads.phi_a.mlp[3].weight)
+    mom, x, clip = opened(make_mom()), torch.randn(B, 2, 7), torch.arange(B)
+    for who in (None, clip):
+        f_c, remembered = condition(brain_model, heads, mom, pool, x, who)
+        expected, f_e = brain_model(x)
+        q = torch.stack([expected, expected, heads.phi_a(expected)], 1)
+        assert torch.equal(f_c, expected)
+        assert torch.equal(remembered.f_fuse, mom(f_e, q, pool, who).f_fuse)
+        assert remembered.S.isneginf().any() == (who is not None)
+
+
+def test_measures_are_the_mean_weights_the_likeness_and_the_ratio(pool, inputs):
+    clip = torch.arange(B)
+    out = opened(make_mom())(*inputs, pool, clip)
+    measures = out.measures(pool, clip)
+    assert list(measures) == ["w_txt", "w_img", "w_act", "alike", "z_f/z_t"]
+    torch.testing.assert_close(measures["w_act"], out.W_r[:, 2].mean())
+    cosines = [pool.mean_frame[n] @ pool.mean_frame[out.indices[n, 0]] for n in range(B)]
+    torch.testing.assert_close(measures["alike"], sum(cosines) / B)
+    assert Remembered(out.f_fuse).measures(pool, clip) == {}
+
+
+def test_a_modality_more_is_a_name_more(monkeypatch, inputs):
+    monkeypatch.setattr(mixture_of_memories, "MODALITIES", (*MODALITIES, "sound"))
+    monkeypatch.setattr(mixture_of_memories, "FUSED", ("img", "act", "sound"))
+    mom, q = opened(make_mom()), torch.randn(B, 4, D)
+    out = mom(inputs[0], q, make_pool(modalities=4))
+    assert out.W_r.shape == (B, 4)
+    out.f_fuse.square().mean().backward()
+    assert mom.integration.W_K["sound"].weight.grad.abs().max() > 0
+    assert mom.router.R[3].weight.grad[3].abs().max() > 0
 
 
 # The exclusion rule
@@ -267,7 +320,7 @@ def test_excluded_are_the_clip_its_neighbours_and_planted_copies():
                 expected.add(n)
         assert set(row.nonzero().flatten().tolist()) == expected
     assert set(excluded[0].nonzero().flatten().tolist()) == {*range(26), 45, 90}
-    assert excluded[2].sum() == NEIGHBOURS + 1  # clip 50, next in the file but of another segment, stays
+    assert excluded[2].sum() == pool.scene + 1  # clip 50, next in the file but of another segment, stays
 
     q, W_r = pool.e[clip], torch.full((3, 3), 1 / 3)
     S, _, i = retrieve(W_r, q, pool, K, clip)
@@ -279,7 +332,9 @@ def test_excluded_are_the_clip_its_neighbours_and_planted_copies():
 def test_position_and_not_the_index_counts():
     """With some clips dropped (held-out segments' copies), neighbours are still found by their time."""
     pool = replace(make_pool(N=8), segment=torch.zeros(8, dtype=torch.int64), position=torch.arange(8) * 10)
-    assert pool.neighbours(torch.tensor([3])).tolist() == [[False, False, True, True, True, False, False, False]]
+    assert pool.neighbours(torch.tensor([3])).tolist() == [
+        [False, False, True, True, True, False, False, False]
+    ]
 
 
 def threshold_of(pool: MemoryPool, held_out: torch.Tensor) -> tuple[float, dict[str, list[float]]]:
@@ -351,9 +406,17 @@ def test_a_caption_longer_than_the_decoders_text_is_an_error():
         pool.text(pool.text_offsets.diff().argmax()[None], L - 1)
 
 
-def test_to_moves_every_tensor_and_keeps_the_threshold(pool):
-    moved = replace(pool, near_copy=0.9).to("cpu")
-    assert moved.near_copy == 0.9 and torch.equal(moved.e, pool.e)
+def test_to_moves_all_but_the_text_which_stays_on_the_cpu(pool):
+    moved = replace(pool, near_copy=0.9, scene=7).to(torch.float64)  # a dtype shows what a GPU would
+    assert moved.near_copy == 0.9 and moved.scene == 7
+    for name, x in vars(pool).items():
+        if isinstance(x, torch.Tensor):
+            assert (getattr(moved, name).dtype == torch.float64) == (name != "text_tokens"), name
+
+
+def test_a_scene_of_another_length():
+    pool = replace(make_pool(N=20), scene=2)
+    assert pool.neighbours(torch.tensor([10])).nonzero()[:, 1].tolist() == [8, 9, 10, 11, 12]
 
 
 # Bad input
@@ -368,11 +431,11 @@ def test_a_pool_of_k_memories_is_too_small(inputs, clip):
 
 
 def test_a_pool_of_neighbours_leaves_too_few(inputs):
-    pool = make_pool(N=NEIGHBOURS + K, per_segment=100)  # clip 0 has K - 1 others left
+    pool = make_pool(N=15 + K, per_segment=100)  # clip 0 has K - 1 others left
     with pytest.raises(ValueError, match=f"fewer than K = {K}"):
         make_mom()(*inputs, pool, torch.zeros(B, dtype=torch.int64))
-    pool = make_pool(N=NEIGHBOURS + K + 1, per_segment=100)
-    assert make_mom()(*inputs, pool, torch.zeros(B, dtype=torch.int64)).indices.min() > NEIGHBOURS
+    pool = make_pool(N=15 + K + 1, per_segment=100)
+    assert make_mom()(*inputs, pool, torch.zeros(B, dtype=torch.int64)).indices.min() > 15
 
 
 def test_tokens_must_be_the_decoders(pool, inputs):
@@ -381,9 +444,9 @@ def test_tokens_must_be_the_decoders(pool, inputs):
         make_mom()(f_e[:, 1:], q, pool)
 
 
-def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="multiple of heads 5"):
-        make_mom(heads=5)
+def test_attention_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="multiple of attention_heads 5"):
+        make_mom(attention_heads=5)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,16 @@
-"""train_stage1.py as a reader runs it, on a tiny prepared dataset: what it writes, learns, resumes, and refuses."""
+"""train_stage1.py as a reader runs it, on a tiny prepared dataset: what it writes, learns, goes on from, and
+refuses."""
 
+import dataclasses
+import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +19,11 @@ from conftest import REPO, environment, run_script, sha256, write_prepared
 
 import train_stage1
 from brain_model import BrainModel
+from data import far_apart
 from heads import Stage1Heads
+from metrics import retrieval
 
-TINY = "--tokens 4 --width 32 --layers 1 --heads 2 --rank 2 --lr 3e-3 --batch_size 16 --log_every 1".split()
+TINY = "--tokens 4 --width 32 --layers 1 --attention_heads 2 --rank 2 --lr 3e-3 --batch_size 16 --log_every 1".split()
 STAGE1 = Path("runs/cc2017/sub1/full-s0/stage1")
 
 
@@ -24,9 +31,9 @@ def command(*more: object) -> list[str]:
     return ["--data", "cc2017", *TINY, *map(str, more)]
 
 
-def here(*more: object) -> dict[str, float]:
+def here(*more: object) -> None:
     """Train in this process: quicker than another, which takes seconds to import everything."""
-    return train_stage1.main(train_stage1.parse(command(*more)))
+    train_stage1.main(train_stage1.parse(command(*more)))
 
 
 def log(folder: Path) -> list[dict]:
@@ -57,6 +64,8 @@ def test_it_writes_all_that_a_run_has(trained):
     assert done.returncode == 0, done.stderr
     out = folder / STAGE1
     config = json.loads((out / "config.json").read_text())
+    assert config["step"] == config["steps_in_all"] == 150
+    assert config["sizes"] == {"volumes": 1, "voxels": 40, "frames": 3, "embed_dim": 16, "classes": 4}
     assert (config["data"], config["steps"], config["lr"], config["width"]) == ("cc2017", 150, 3e-3, 32)
     assert (config["tau"], config["lambda_1"], config["weight_decay"]) == (0.07, 1.0, 0.01)  # the defaults
     assert BrainModel.from_pretrained(out / "brain_model").voxels == 40
@@ -72,20 +81,25 @@ def test_the_loss_falls_and_the_log_adds_up_to_eq_3(trained):
     rows = log(trained[0] / STAGE1)
     assert np.mean([row["loss"] for row in rows[-10:]]) < 0.4 * rows[0]["loss"]
     for row in rows:
-        assert row["loss"] == pytest.approx(row["image"] + row["text"] + row["action"] + row["category"], rel=1e-5)
+        assert row["loss"] == pytest.approx(
+            row["image"] + row["text"] + row["action"] + row["category"], rel=1e-5
+        )
 
 
 def test_the_table_of_the_held_out_clips_beats_chance_and_shuffled_fmri(trained):
     folder, done = trained
     scores = json.loads((folder / STAGE1 / "test.json").read_text())
-    names = [f"{what} {k}" for what in ("image", "text", "action") for k in ("top-1", "top-5", "50-way")] + ["category mAP"]
+    columns = ("top-1", "top-5", "50-way")
+    names = [f"{what} {k}" for what in ("image", "text", "action") for k in columns] + ["category mAP"]
     assert all(list(scores[column]) == names for column in ("fmri", "shuffled", "chance"))
     for name in ("image top-5", "text top-5", "action top-5", "text 50-way"):
         assert scores["fmri"][name] > 2 * max(scores["chance"][name], scores["shuffled"][name]), name
     assert scores["fmri"]["category mAP"] > scores["chance"]["category mAP"] + 0.1
     labels = np.load(folder / "data/cc2017/stimuli/test/categories.npy")
     assert scores["chance"]["image top-5"] == pytest.approx(5 / 24)
-    assert scores["chance"]["image 50-way"] == pytest.approx(1 / 13)  # 12 clips of the other segment beside its own
+    assert scores["chance"]["image 50-way"] == pytest.approx(
+        1 / 13
+    )  # 12 clips of the other segment beside its own
     assert scores["chance"]["category mAP"] == pytest.approx(labels.mean(0)[labels.any(0)].mean())
     table = (folder / STAGE1 / "test.txt").read_text().strip()
     assert table in done.stdout and "24 held-out clips, cc2017" in table
@@ -94,78 +108,125 @@ def test_the_table_of_the_held_out_clips_beats_chance_and_shuffled_fmri(trained)
 
 def test_one_batch_is_learnt_by_heart(prepared):
     here("--batch_size", 48, "--steps", 300, "--width", 64)
-    last = log(STAGE1)[-1]
-    embeddings = {name: torch.from_numpy(np.load(prepared / "stimuli" / "train" / f"{name}.npy")) for name in ("e_img", "e_txt", "e_act")}
+    last, embeddings = log(STAGE1)[-1], {}
+    for name in ("e_img", "e_txt", "e_act"):
+        embeddings[name] = torch.from_numpy(np.load(prepared / "stimuli" / "train" / f"{name}.npy"))
     embeddings["e_img"] = torch.nn.functional.normalize(embeddings["e_img"].mean(1), dim=-1)
     for part, name in (("image", "e_img"), ("text", "e_txt"), ("action", "e_act")):
         e = embeddings[name]
-        floor = torch.nn.functional.cross_entropy(e @ e.T / 0.07, torch.arange(48)).item()  # of f = e, clips being alike
+        floor = torch.nn.functional.cross_entropy(e @ e.T / 0.07, torch.arange(48)).item()  # of f = e
         assert last[part] < 1.3 * floor + 0.3, (part, last[part], floor)
     assert last["category"] < 0.5
 
 
-# ---------------------------------------------------------------- killed, resumed, on two processes
+# ---------------------------------------------------------------- killed, stopped, on several processes
 
 
-def test_killed_with_sigkill_and_resumed_the_weights_are_bit_equal(trained, tmp_path):
-    uninterrupted, out = trained[0] / STAGE1, tmp_path / STAGE1
-    (tmp_path / "data").symlink_to(trained[0] / "data")
-    script = [sys.executable, str(REPO / "train_stage1.py"), *LONG]
-    with subprocess.Popen(script, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+def stopped(folder: Path, number: int, lines: int, *argv: object) -> subprocess.CompletedProcess:
+    """The script, sent a signal once log.jsonl has so many lines."""
+    out = folder / STAGE1
+    script = [sys.executable, str(REPO / "train_stage1.py"), *map(str, argv)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(script, cwd=folder, env=environment(), **pipes) as process:
         while process.poll() is None:
-            if (out / "log.jsonl").is_file() and (out / "log.jsonl").read_text().count("\n") > 55:  # two checkpoints, and on the way
-                process.send_signal(signal.SIGKILL)
+            if (out / "log.jsonl").is_file() and (out / "log.jsonl").read_text().count("\n") >= lines:
+                process.send_signal(number)
                 break
             time.sleep(0.005)
-    assert process.returncode == -signal.SIGKILL and not (out / "test.json").exists()
-    steps = len(log(out))
-    resumed = run_script("train_stage1.py", *LONG, "--resume", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert 55 < steps < 150
-    for part in ("brain_model", "heads"):
-        assert sha256(out / part / "model.safetensors") == sha256(uninterrupted / part / "model.safetensors")
+        stdout, stderr = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(script, process.returncode, stdout, stderr)
+
+
+def weights(out: Path) -> list[str]:
+    return [sha256(out / part / "model.safetensors") for part in ("brain_model", "heads")]
+
+
+def test_killed_and_started_again_the_weights_are_bit_equal(trained, tmp_path):
+    uninterrupted, out = trained[0] / STAGE1, tmp_path / STAGE1
+    (tmp_path / "data").symlink_to(trained[0] / "data")
+    done = stopped(tmp_path, signal.SIGKILL, 56, *LONG)  # two checkpoints, and on the way to a third
+    assert done.returncode == -signal.SIGKILL and not (out / "test.json").exists()
+    assert 55 < len(log(out)) < 150
+    again = run_script("train_stage1.py", *LONG, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert weights(out) == weights(uninterrupted)
     assert log(out) == log(uninterrupted)  # no step twice, none left out
     assert (out / "test.json").read_text() == (uninterrupted / "test.json").read_text()
 
 
-def test_a_write_that_fails_leaves_the_earlier_checkpoint(tmp_path):
-    train_stage1.save_whole(tmp_path / "model", lambda part: (part / "a").write_text("first"))
-
-    def fails(part: Path) -> None:
-        (part / "a").write_text("sec")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        train_stage1.save_whole(tmp_path / "model", fails)
-    assert (tmp_path / "model" / "a").read_text() == "first"
-    train_stage1.save_whole(tmp_path / "model", lambda part: (part / "a").write_text("third"))
-    assert (tmp_path / "model" / "a").read_text() == "third"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_ctrl_c_and_sigterm_save_the_step_and_the_same_command_goes_on(trained, tmp_path, number, status):
+    (tmp_path / "data").symlink_to(trained[0] / "data")
+    done, out = stopped(tmp_path, number, 30, *LONG), tmp_path / STAGE1
+    step = json.loads((out / "config.json").read_text())["step"]
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == f"saved after step {step} of 150; the same command goes on"
+    assert 30 <= step < 150 and step % 25, "stopped at a checkpoint: nothing is shown"
+    assert run_script("train_stage1.py", *LONG, cwd=tmp_path).returncode == 0
+    assert weights(out) == weights(trained[0] / STAGE1)
 
 
-TWO = """
-import sys, train_stage1
-try:
-    train_stage1.main(train_stage1.parse([*sys.argv[1:], "--batch_size", "15"]))
-except ValueError as error:  # so they are two, and each knows it
-    print(error)
-train_stage1.main(train_stage1.parse(sys.argv[1:]))
+def test_a_finished_run_says_so_and_changes_nothing(trained):
+    folder = trained[0]
+    before = {path: sha256(path) for path in (folder / "runs").rglob("*") if path.is_file()}
+    done = run_script("train_stage1.py", *LONG, cwd=folder)
+    assert done.returncode == 0 and "full-s0/stage1 is finished" in done.stdout
+    assert before == {path: sha256(path) for path in (folder / "runs").rglob("*") if path.is_file()}
+
+
+def test_a_run_that_lacks_its_table_makes_it(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "copy")
+    table = tmp_path / "copy" / STAGE1 / "test.json"
+    expected = table.read_text()
+    table.unlink()
+    assert run_script("train_stage1.py", *LONG, cwd=tmp_path / "copy").returncode == 0
+    assert table.read_text() == expected
+
+
+def test_training_stops_before_nan_reaches_a_checkpoint(prepared):
+    with pytest.raises(ValueError, match=r"step 1: .*nan.*lower --lr.*Clips of the step: seg\d-\d+"):
+        here("--steps", 6, "--lr", 1e30, "--save_every", 1)
+    assert json.loads((STAGE1 / "config.json").read_text())["step"] == 1
+    assert all(p.isfinite().all() for p in BrainModel.from_pretrained(STAGE1 / "brain_model").parameters())
+
+
+SEVERAL = """
+import sys, torch, train_stage1
+step = torch.optim.AdamW.step
+def keep(self, *args, **kwargs):  # the gradients of the last step
+    number = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    torch.save([p.grad for group in self.param_groups for p in group["params"]], f"{sys.argv[1]}-{number}.pt")
+    return step(self, *args, **kwargs)
+torch.optim.AdamW.step = keep
+train_stage1.main(train_stage1.parse(sys.argv[2:]))
 """
 
 
-def test_two_processes_log_what_one_does(prepared, tmp_path):
-    options = command("--steps", 6, "--lr", 1e-3)
-    (tmp_path / "two.py").write_text(TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "two.py"]
-    done = subprocess.run([*launch, *options], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("--batch_size 15 does not divide among 2 processes") == 2
-    here("--steps", 6, "--lr", 1e-3, "--run", "one")
-    one, two = (log(STAGE1.parents[1] / f"{name}-s0" / "stage1") for name in ("one", "full"))
-    assert len(one) == len(two) == 6
-    for a, b in zip(one, two, strict=True):
+@pytest.mark.parametrize(("world", "batch"), [(2, 16), (2, 15), (3, 16)])
+def test_several_processes_train_as_one_does(prepared, tmp_path, world, batch):
+    """Dropout included, and where the clips do not divide among them: each is as one, to 1e-5."""
+    (tmp_path / "several.py").write_text(SEVERAL)
+    options = command("--steps", 6, "--lr", 1e-3, "--dropout", 0.4, "--batch_size", batch)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    how = {"cwd": tmp_path, "env": environment(), "capture_output": True, "text": True, "timeout": 300}
+    alone = subprocess.run([sys.executable, "several.py", "one", *options, "--run", "one"], **how)
+    done = subprocess.run([*launch, "several.py", "many", *options], **how)
+    assert done.returncode == alone.returncode == 0, done.stderr + alone.stderr
+    one, many = (log(STAGE1.parents[1] / f"{name}-s0" / "stage1") for name in ("one", "full"))
+    assert len(one) == len(many) == 6
+    for a, b in zip(one, many, strict=True):
         assert b == pytest.approx(a, rel=1e-5, abs=1e-5)
+    expected = torch.load(tmp_path / "one-0.pt")
+    for number in range(world):
+        for a, b in zip(torch.load(tmp_path / f"many-{number}.pt"), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert done.stdout.count("24 held-out clips") == 1  # one process prints
+
+
+def test_fewer_clips_than_processes_are_an_error(prepared, monkeypatch):
+    monkeypatch.setattr(train_stage1.experiment, "start", lambda: SimpleNamespace(num_processes=3))
+    with pytest.raises(ValueError, match="--batch_size 2: wanted at least a clip for each process"):
+        here("--batch_size", 2)
 
 
 # ---------------------------------------------------------------- options
@@ -175,8 +236,9 @@ def test_ablation_switches_name_the_run_and_leave_their_loss_out(prepared):
     here("--steps", 2, "--no-cls", "--no-action")
     row = log(STAGE1.parents[1] / "full-no-cls-no-action-s0" / "stage1")[0]
     assert row["loss"] == pytest.approx(row["image"] + row["text"], rel=1e-6) and row["action"] > 0
-    for switches, name in ((["--no-cls"], "full-no-cls"), (["--no-action"], "full-no-action"), (["--no-cls", "--run", "x"], "x")):
-        assert train_stage1.parse(switches).run == name
+    names = {"--no-cls": "full-no-cls", "--no-action": "full-no-action", "--no-cls --run x": "x"}
+    for switches, name in names.items():
+        assert train_stage1.parse(switches.split()).run == name
 
 
 def test_seeds_have_runs_of_their_own(prepared):
@@ -188,38 +250,76 @@ def test_seeds_have_runs_of_their_own(prepared):
 
 
 def test_val_segments_are_held_out_with_their_near_copies(tmp_path, monkeypatch, capsys):
+    """The first 20 clips of seg1 show what seg3 shows."""
     monkeypatch.chdir(tmp_path)
-    write_prepared(tmp_path / "data", clips=(120, 48), copies=20, hidden_numbers=8)  # the first 20 clips of seg1 show what seg3 shows
-    used = set()
-    batch = train_stage1.ClipDataset.batch
-    monkeypatch.setattr(train_stage1.ClipDataset, "batch", lambda self, clips, *a: used.update(clips) or batch(self, clips, *a))
+    write_prepared(tmp_path / "data", clips=(120, 48), copies=20, hidden_numbers=8)
+    used, batch = set(), train_stage1.ClipDataset.batch
+    record = lambda self, clips, *how: used.update(clips) or batch(self, clips, *how)  # noqa: E731
+    monkeypatch.setattr(train_stage1.ClipDataset, "batch", record)
     here("--steps", 40, "--batch_size", 8, "--save_every", 10, "--val-segments", "seg3")
     printed = capsys.readouterr().out
     assert not used & set(range(80, 120)), "clips of the held-out segment are trained on"
     assert not used & set(range(20)), "near-copies of held-out clips are trained on"
     assert len(used) > 45, "and hardly anything else is left out"
-    assert [f"step {k}, seg3:" in printed for k in (10, 20, 30, 40)] == [True] * 4
+    assert printed.count("40 clips of the segments held out") == 4
+    checked = [row["step"] for row in log(STAGE1) if "held out, text 50-way" in row]
+    assert checked == [9, 19, 29, 39]
+    assert log(STAGE1)[-1]["held out, text top-5"] > 3 * 5 / 40  # of clips never seen
     assert printed.count("48 held-out clips, cc2017") == 1
-    with pytest.raises(ValueError, match="--val_segments seg3,seg9: the training segments are seg1, seg2, seg3"):
-        here("--steps", 1, "--val-segments", "seg3,seg9")
+    with pytest.raises(
+        ValueError, match="--val_segments seg3,seg9: the training segments are seg1, seg2, seg3"
+    ):
+        here("--steps", 1, "--val-segments", "seg3,seg9", "--run", "other")
 
 
-def test_rois_restrict_the_voxels(prepared):
-    here("--steps", 1, "--rois", "visual,hippocampus")
-    assert BrainModel.from_pretrained(STAGE1 / "brain_model").voxels == 32  # 4 of the 5 areas
+def test_rois_restrict_the_voxels_to_their_areas(prepared):
+    """What lies in other areas changes nothing; without --rois it does."""
+    roi = np.load(prepared / "sub1" / "voxels.npz")["roi"]
+    runs = {}
+    for noise in (0, 1):
+        for rois in ("visual,hippocampus", None):
+            name = f"{'some' if rois else 'all'}-{noise}"
+            here("--steps", 2, "--run", name, *(["--rois", rois] if rois else []))
+            runs[name] = STAGE1.parents[1] / f"{name}-s0" / "stage1"
+        for split in ("train", "test"):
+            file = prepared / "sub1" / split / "fmri.npy"
+            fmri = np.load(file)
+            fmri[..., roi == "R_4"] += 5  # motor cortex
+            np.save(file, fmri)
+    assert BrainModel.from_pretrained(runs["some-0"] / "brain_model").voxels == (roi != "R_4").sum() == 32
+    assert weights(runs["some-0"]) == weights(runs["some-1"])
+    assert weights(runs["all-0"]) != weights(runs["all-1"])
 
 
 def test_help_lists_each_option_with_its_default(capsys):
-    for data, defaults in (("cc2017", {"steps": 8000, "lr": 1e-4, "width": 2048}), ("toy", train_stage1.PRESETS["toy"])):
+    presets = (("cc2017", {"steps": 8000, "lr": 1e-4, "width": 2048}), ("toy", train_stage1.PRESETS["toy"]))
+    for data, defaults in presets:
         with pytest.raises(SystemExit) as ended:
             train_stage1.parse(["--data", data, "--help"])
         assert ended.value.code == 0
         text = " ".join(capsys.readouterr().out.split())
-        for f in train_stage1.fields(train_stage1.Config):
-            assert f"--{f.name} " in text and f.metadata["help"] in text
+        for f in dataclasses.fields(train_stage1.Config):
+            assert f"--{f.name}" in text and f.metadata["help"] in text
         for name, value in defaults.items():
-            assert f"--{name}" in text and f"(default: {value})" in text
-    assert f"--data DATA {train_stage1.Config.__dataclass_fields__['data'].metadata['help']} (default: toy)" in text
+            assert f"--{name}" in text and str(value) in text
+
+
+@pytest.mark.parametrize(
+    "option",
+    "--lr=0 --lr=nan --tau=1e-4 --seed=-1 --seed=4294967296 --steps=0 --batch_size=0 --tokens=0 --width=0 "
+    "--layers=0 --attention_heads=0 --rank=0 --dropout=1 --dropout=-0.1 --save_every=0 --log_every=0 "
+    "--weight_decay=-1 --lambda_1=-1 --max_norm=0 --subject=0".split(),
+)
+def test_a_value_out_of_its_range_is_one_line_that_names_the_option(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train_stage1.parse([option])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and option.split("=")[0] in error and len(error.splitlines()) == 1
+
+
+def test_a_width_that_heads_do_not_divide_names_both():
+    with pytest.raises(ValueError, match="--width 30: wanted a multiple of --attention_heads, which is 4"):
+        train_stage1.parse(["--width", "30"])
 
 
 def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_paper():
@@ -236,7 +336,9 @@ def test_an_unknown_option_ends_with_2_and_its_name(tmp_path):
     assert done.returncode == 2 and "--stepz" in done.stderr and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("argv", "message"), [(["--data", "cc2018"], "toy, cc2017, cinebrain"), (["--steps", "many"], "--steps")])
+@pytest.mark.parametrize(
+    ("argv", "message"), [(["--data", "cc2018"], "toy, cc2017, cinebrain"), (["--steps", "many"], "--steps")]
+)
 def test_a_wrong_value_ends_with_2_and_what_there_is(argv, message, capsys):
     with pytest.raises(SystemExit) as ended:
         train_stage1.parse(argv)
@@ -246,7 +348,7 @@ def test_a_wrong_value_ends_with_2_and_what_there_is(argv, message, capsys):
 def test_a_missing_dataset_is_one_screen_with_the_next_command(tmp_path):
     done = run_script("train_stage1.py", "--data", "cc2017", "--subject", 2, cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "python data.py cc2017 --raw RAW --subject 2" in done.stderr and "doi:" in done.stderr
+    assert "python data.py cc2017 --raw RAW --subject 2" in done.stderr and "doi.org" in done.stderr
     assert len(done.stderr.splitlines()) < 24 and not list(tmp_path.iterdir())
 
 
@@ -256,14 +358,16 @@ def test_a_nan_is_an_error_that_names_clip_and_voxel(prepared, split):
     fmri = np.load(file)
     fmri[13, 0, 0, 5] = np.nan
     np.save(file, fmri)
-    with pytest.raises(ValueError, match=rf"{split}/fmri.npy: nan at clip 13 .*voxel 5 \(source index 35, L_V1\)"):
+    with pytest.raises(
+        ValueError, match=rf"{split}/fmri.npy: nan at clip 13 .*voxel 5 \(source index 35, L_V1\)"
+    ):
         here("--steps", 6)
 
 
 def test_arrays_that_differ_in_their_number_of_clips_are_an_error(prepared):
     e_txt = prepared / "stimuli" / "test" / "e_txt.npy"
     np.save(e_txt, np.load(e_txt)[1:])
-    with pytest.raises(ValueError, match="'fmri': 24.*'e_txt': 23"):
+    with pytest.raises(ValueError, match=r"e_txt.npy: found .*\(23, 16\), wanted .*\(24, 16\)"):
         here("--steps", 1)
     assert not Path("runs").exists()
 
@@ -273,16 +377,80 @@ def test_a_batch_larger_than_the_training_set_is_an_error(prepared):
         here("--steps", 1, "--batch_size", 64)
 
 
-def test_resuming_needs_a_checkpoint_of_the_same_settings_and_voxels(prepared):
-    with pytest.raises(FileNotFoundError, match="state.pt: there is no checkpoint to resume; leave out --resume"):
-        here("--resume")
+def test_other_settings_or_voxels_are_refused_and_nothing_changes(prepared):
     here("--steps", 4, "--save_every", 2)
     before = {path: sha256(path) for path in STAGE1.rglob("*.*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"other settings .*'width': \(32, 16\)"):
-        here("--steps", 4, "--resume", "--width", 16)
-    with pytest.raises(ValueError, match=r"other settings .*'rois': \(None, 'visual'\)"):
-        here("--steps", 4, "--resume", "--rois", "visual")
+    with pytest.raises(ValueError, match=r"made with .*width 32 \(now 16\).*--run NAME"):
+        here("--steps", 4, "--width", 16)
+    with pytest.raises(ValueError, match=r"rois None \(now 'visual'\)"):
+        here("--steps", 4, "--rois", "visual")
+    with pytest.raises(ValueError, match=r"steps 4 \(now 8\)"):
+        here("--steps", 8)
     write_prepared(Path("data"), N=35)
     with pytest.raises(ValueError, match=r"'voxels': 40.*'voxels': 35"):
-        here("--steps", 4, "--resume")
-    assert before == {path: sha256(path) for path in STAGE1.rglob("*.*") if path.is_file()}, "a refused run changes nothing"
+        here("--steps", 4)
+    after = {path: sha256(path) for path in STAGE1.rglob("*.*") if path.is_file()}
+    assert before == after, "a refused run changes nothing"
+
+
+def test_what_may_change_while_a_run_goes_on(prepared, capsys):
+    here("--steps", 4)
+    capsys.readouterr()
+    here("--steps", 4, "--save_every", 1, "--log_every", 2, "--no-checkpointing")
+    assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "other sizes", "gone"])
+def test_a_damaged_checkpoint_is_an_error_that_names_it(prepared, damage):
+    here("--steps", 4)
+    (STAGE1 / "test.json").unlink()
+    file = STAGE1 / "state" / "state.pt"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1000])
+    elif damage == "text":
+        file.write_text("state")
+    elif damage == "gone":
+        file.unlink()
+    else:
+        state = torch.load(file, weights_only=True)
+        state["model"]["position"] = torch.zeros(1, 2, 3)
+        torch.save(state, file)
+    with pytest.raises((ValueError, FileNotFoundError), match="state.pt"):
+        here("--steps", 4)
+
+
+def test_the_import_of_the_script_loads_no_encoder_and_no_decoder():
+    code = "import sys, train_stage1; print([n for n in ('open_clip', 'diffusers') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_retrieval_against_a_count_by_hand():
+    torch.manual_seed(0)
+    f, e = torch.randn(12, 5), torch.randn(12, 5)
+    e[3] = e[4]  # two clips of one caption
+    other = far_apart(["a"] * 6 + ["b"] * 6, 2)
+    S = (torch.nn.functional.normalize(f, dim=1) @ torch.nn.functional.normalize(e, dim=1).T).numpy()
+    ranks = np.array([(row > row[i] + 1e-6).sum() for i, row in enumerate(S)])
+    equal = np.array([(abs(row - row[i]) < 1e-6).sum() for i, row in enumerate(S)])
+    top_1, top_5, n_way = retrieval.retrieval(f, e, other, n=3)
+    assert top_1 == pytest.approx(np.clip((1 - ranks) / equal, 0, 1).mean())
+    assert top_5 == pytest.approx(np.clip((5 - ranks) / equal, 0, 1).mean())
+    hits = []
+    for i in range(12):  # all pairs of the other clips
+        pairs = [*itertools.combinations(np.flatnonzero(other[i]), 2)]
+        hits.append(np.mean([S[i, [*pair]].max() < S[i, i] - 1e-6 for pair in pairs]))
+    assert n_way == pytest.approx(np.mean(hits))
+    assert retrieval.retrieval(e, e, other)[1] == 1 and retrieval.retrieval(f, e, other & False)[2] == 1
+    with pytest.raises(ValueError, match="not finite"):
+        retrieval.retrieval(f * torch.nan, e, other)
+
+
+def test_average_precision_is_that_of_scikit_learn_by_hand():
+    scores, truth = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]), np.array([[1, 0], [0, 0], [1, 0]])
+    assert retrieval.average_precision(scores, truth) == pytest.approx(
+        (1 / 1 + 2 / 3) / 2
+    )  # one column occurs

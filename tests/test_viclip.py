@@ -1,4 +1,5 @@
-"""ViCLIP equals the published implementation (as shipped in vbench) on one random state dict, and loads strictly."""
+"""ViCLIP equals the published implementation (as shipped in vbench) on one random state dict, and loads
+strictly."""
 
 import json
 import sys
@@ -8,10 +9,11 @@ from types import SimpleNamespace
 import packaging.version
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-import data
-from data import ViCLIP, ViCLIPConfig
+from prepare import viclip
+from prepare.viclip import ViCLIP, ViCLIPConfig
 
 TINY = ViCLIPConfig(
     image_size=28, patch_size=14, num_frames=3, vision_width=64, vision_layers=2, vision_heads=4,
@@ -29,8 +31,9 @@ def randomise(model: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def published(monkeypatch):
-    """Both towers of the public code at TINY's sizes, under the public names. Not needed for them, so replaced: its
-    tokenizer, which downloads a vocabulary when imported, and pkg_resources, which setuptools no longer ships."""
+    """Both towers of the public code at TINY's sizes, under the public names. Not needed for them, so
+    replaced: its tokenizer, which downloads a vocabulary when imported, and pkg_resources, which setuptools
+    no longer ships."""
     monkeypatch.setitem(sys.modules, "pkg_resources", SimpleNamespace(packaging=packaging))
     tokenizer = SimpleNamespace(SimpleTokenizer=lambda: None)
     monkeypatch.setitem(sys.modules, "vbench.third_party.ViCLIP.simple_tokenizer", tokenizer)
@@ -42,7 +45,13 @@ def published(monkeypatch):
         output_dim=TINY.embed_dim, num_frames=TINY.num_frames, drop_path=0.1,
     )  # fmt: skip
     model.text_encoder = text.CLIP_TEXT(
-        TINY.embed_dim, TINY.context_length, TINY.vocab_size, TINY.text_width, TINY.text_heads, TINY.text_layers, 0
+        TINY.embed_dim,
+        TINY.context_length,
+        TINY.vocab_size,
+        TINY.text_width,
+        TINY.text_heads,
+        TINY.text_layers,
+        0,
     )
     for empty in (
         model.vision_encoder.proj,
@@ -100,23 +109,50 @@ def test_save_and_load(tmp_path):
     assert torch.cosine_similarity(loaded.encode_video(frames), model.encode_video(frames)).min() > 0.999
 
 
-@pytest.mark.parametrize("change", ["missing", "left over"])
-def test_loading_is_strict(change, tmp_path):
+@pytest.mark.parametrize("change", ["missing", "left over", "infinite", "size", "no tensor"])
+@pytest.mark.parametrize("file", ["viclip.pth", "viclip.safetensors"])
+def test_loading_is_strict_and_names_the_file(change, file, tmp_path):
     state = ViCLIP(TINY).state_dict()
     if change == "missing":
         state.pop("temp")
-    else:
+    elif change == "left over":
         state["vision_encoder.extra"] = torch.zeros(1)
-    torch.save(state, tmp_path / "viclip.pth")
-    with pytest.raises(RuntimeError, match="temp" if change == "missing" else "extra"):
-        ViCLIP.from_pretrained(tmp_path / "viclip.pth", TINY)
+    elif change == "infinite":
+        state["temp"] = torch.tensor(torch.inf)
+    elif change == "size":
+        state["vision_encoder.proj"] = torch.zeros(3, 3)
+    elif file == "viclip.pth":
+        state["temp"] = "0.01"
+    if file == "viclip.pth":
+        torch.save({"model": state}, tmp_path / file)
+    elif change == "no tensor":
+        (tmp_path / file).write_bytes(b"no weights")
+    else:
+        save_file(state, tmp_path / file)
+    with pytest.raises(ValueError, match=f"{file}: found"):
+        ViCLIP.from_pretrained(tmp_path / file, TINY)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"patch_size": 0}, {"vision_width": "64"}, {"no_such_size": 1}, {"text_heads": 5}, {"embed_dim": 12}],
+)
+def test_a_damaged_config_names_the_file(change, tmp_path):
+    ViCLIP(TINY).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    file = "model.safetensors" if "embed_dim" in change else "config.json"
+    with pytest.raises(ValueError, match=f"{file}: found"):
+        ViCLIP.from_pretrained(tmp_path)
 
 
 def test_absent_weights_say_what_to_download(tmp_path, monkeypatch):
     def offline(*_):
         raise OSError("no network")
 
-    monkeypatch.setattr(data, "hf_hub_download", offline)
+    monkeypatch.setattr(viclip, "hf_hub_download", offline)
     for path in ("OpenGVLab/ViCLIP", tmp_path, tmp_path / "ViClip-InternVid-10M-FLT.pth"):
-        with pytest.raises(FileNotFoundError, match="hf download OpenGVLab/ViCLIP ViClip-InternVid-10M-FLT.pth"):
+        with pytest.raises(
+            FileNotFoundError, match="hf download OpenGVLab/ViCLIP ViClip-InternVid-10M-FLT.pth"
+        ):
             ViCLIP.from_pretrained(path)

@@ -1,5 +1,9 @@
-"""The video decoder (Eq. 9) on tiny randomly initialised pipelines of both families, against diffusers itself."""
+"""The video decoder (Eq. 9) on tiny randomly initialised pipelines of both families, against diffusers
+itself."""
 
+import json
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import diffusers
@@ -16,7 +20,10 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from video_decoder import LORA_FILE, VideoDecoder, clip_generator, condition_dropout, draw
@@ -27,6 +34,7 @@ B, L, WIDTH = 4, 12, 16  # clips, text tokens, their width
 FRAMES, SIZE, LATENT = 9, 32, (4, 3, 4, 4)  # 9 frames of 32x32 -> C, f, h, w
 CAPTIONS = ["a red circle grows", "", "blue"]
 FAMILIES = ["wan", "cogvideox"]
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -42,13 +50,27 @@ def wan_pipeline(**vae) -> WanPipeline:
     """Tiny Wan2.1: VAE 8x in space and 4x in time, UniPC with the published settings."""
     text = {"vocab_size": 16, "d_model": WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     moments = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.5, 2.0, 1.0]}
-    shape = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
-    dit = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "ffn_dim": 32}
+    shape = {
+        "base_dim": 4,
+        "z_dim": 4,
+        "dim_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+    }
+    dit = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "ffn_dim": 32,
+    }
     return WanPipeline(
         tokenizer=tokenizer(),
         text_encoder=UMT5EncoderModel(UMT5Config(**text)).eval(),
         vae=AutoencoderKLWan(**(shape | moments | vae)),
-        transformer=WanTransformer3DModel(text_dim=WIDTH, freq_dim=32, num_layers=2, rope_max_seq_len=32, **dit),
+        transformer=WanTransformer3DModel(
+            text_dim=WIDTH, freq_dim=32, num_layers=2, rope_max_seq_len=32, **dit
+        ),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         ),
@@ -58,8 +80,19 @@ def wan_pipeline(**vae) -> WanPipeline:
 def cogvideox_pipeline() -> CogVideoXPipeline:
     """Tiny CogVideoX 5B: rotary embeddings, v-prediction, zero terminal SNR."""
     text = {"vocab_size": 16, "d_model": WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    channels = {"block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
-    dit = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "num_layers": 2}
+    channels = {
+        "block_out_channels": (8, 8, 8, 8),
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+    }
+    dit = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 2,
+    }
     size = {"sample_width": 4, "sample_height": 4, "sample_frames": 9, "max_text_seq_length": L}
     return CogVideoXPipeline(
         tokenizer=tokenizer(),
@@ -69,7 +102,10 @@ def cogvideox_pipeline() -> CogVideoXPipeline:
             text_embed_dim=WIDTH, time_embed_dim=8, use_rotary_positional_embeddings=True, **dit, **size
         ),
         scheduler=CogVideoXDDIMScheduler(
-            prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            clip_sample=False,
         ),
     )
 
@@ -80,7 +116,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     made = {"wan": wan_pipeline(), "cogvideox": cogvideox_pipeline()}
     root = tmp_path_factory.mktemp("pipelines")
     for family, pipe in made.items():
-        for parameter in pipe.transformer.parameters():  # the output layer starts at zero, where nothing can be seen
+        for (
+            parameter
+        ) in pipe.transformer.parameters():  # the output layer starts at zero, where nothing can be seen
             parameter.data += 0.05 * torch.randn_like(parameter)
         pipe.save_pretrained(root / family)
     return {family: root / family for family in made}
@@ -134,18 +172,93 @@ def test_text_length_of_wan_is_512_unless_its_tokenizer_says_less(tmp_path):
 def test_lora_is_on_every_attention_projection_and_all_else_is_frozen(folders, family):
     decoder = load(folders[family], dtype=torch.bfloat16)
     trained = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
-    attentions = 2 * (2 if family == "wan" else 1)  # layers x (self- and cross-attention; CogVideoX's is joint)
+    attentions = 2 * (
+        2 if family == "wan" else 1
+    )  # layers x (self- and cross-attention; CogVideoX's is joint)
     assert len(trained) == attentions * 4 * 2 and all("lora_" in name for name in trained)
-    assert {name.split(".lora_")[0].split(".", 4)[-1] for name in trained} == {"to_q", "to_k", "to_v", "to_out.0"}
-    assert all(p.dtype == torch.float32 for p in trained.values()) and decoder.transformer.dtype == torch.bfloat16
+    assert {name.split(".lora_")[0].split(".", 4)[-1] for name in trained} == {
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+    }
+    assert (
+        all(p.dtype == torch.float32 for p in trained.values())
+        and decoder.transformer.dtype == torch.bfloat16
+    )
     assert not any(p.requires_grad for p in load(folders[family], lora_rank=0).parameters())
 
 
 def test_another_pipeline_is_refused(tmp_path):
-    for index in ('{"_class_name": "MochiPipeline"}', '{"_class_name": "WanPipeline", "transformer_2": ["a", "b"]}'):
+    for index in (
+        '{"_class_name": "MochiPipeline"}',
+        '{"_class_name": "WanPipeline", "transformer_2": ["a", "b"]}',
+    ):
         (tmp_path / "model_index.json").write_text(index)
-        with pytest.raises(ValueError, match="wanted a WanPipeline with one transformer or a CogVideoXPipeline 1.0"):
+        with pytest.raises(
+            ValueError, match="wanted a whole WanPipeline with one transformer or CogVideoXPip"
+        ):
             VideoDecoder.from_pretrained(tmp_path)
+
+
+def spoil(file: Path, how: str) -> None:
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-40])
+    elif how == "no JSON":
+        file.write_text("{")
+    elif how == "no object":
+        file.write_text("[1]")
+    elif how == "gone":
+        file.unlink()
+    elif how == "other library":
+        index = json.loads(file.read_text())
+        file.write_text(json.dumps(index | {"scheduler": ["os", "system"]}))
+    else:  # the weights: NaN in one, or one missing
+        weights = load_file(file)
+        name = next(name for name in weights if weights[name].dim() > 1)
+        weights |= {name: weights[name] * torch.nan}
+        if how == "missing":
+            del weights[name]
+        save_file(weights, file, metadata={"format": "pt"})
+
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [
+        ("model_index.json", "no JSON"),
+        ("model_index.json", "no object"),
+        ("model_index.json", "gone"),
+        ("model_index.json", "other library"),
+        ("transformer/config.json", "no JSON"),
+        (WEIGHTS, "cut"),
+        (WEIGHTS, "gone"),
+        (WEIGHTS, "NaN"),
+        (WEIGHTS, "missing"),
+        ("tokenizer/tokenizer.json", "no JSON"),
+        ("tokenizer/tokenizer_config.json", "no JSON"),
+    ],
+)
+def test_a_damaged_pipeline_is_one_error_that_names_its_folder(folders, family, tmp_path, file, how):
+    copy = tmp_path / "decoder"
+    shutil.copytree(folders[family], copy)
+    spoil(copy / file, how)
+    with pytest.raises(
+        ValueError, match=rf"{copy}: found .*, wanted a whole WanPipeline.*: download it again"
+    ) as error:
+        VideoDecoder.from_pretrained(copy, load_text_encoder=True)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_weights_that_would_run_code_are_not_loaded(folders, tmp_path):
+    copy = tmp_path / "decoder"
+    shutil.copytree(folders["wan"], copy)
+    torch.save(load_file(copy / WEIGHTS), copy / "transformer" / "diffusion_pytorch_model.bin")
+    (copy / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match="wanted a whole WanPipeline"):
+        VideoDecoder.from_pretrained(copy)
 
 
 # -- Eq. 9 ---------------------------------------------------------------------------------------------------------
@@ -162,7 +275,9 @@ def test_wan_loss_is_the_velocity_error_at_the_shifted_time(folders, batch, sche
         sigma = s * u[i].item() / (1 + (s - 1) * u[i].item())
         y_t = y[i] + sigma * (noise[i] - y[i])
         t = torch.tensor([1000 * sigma])
-        velocity = decoder.transformer(y_t[None], timestep=t, encoder_hidden_states=f_fuse[i : i + 1]).sample[0]
+        velocity = decoder.transformer(y_t[None], timestep=t, encoder_hidden_states=f_fuse[i : i + 1]).sample[
+            0
+        ]
         expected.append(((velocity - (noise[i] - y[i])) ** 2).mean())
     torch.testing.assert_close(decoder(y, f_fuse, noise, u), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
@@ -178,7 +293,8 @@ def test_shifted_times_are_those_the_sampler_visits(folders):
 
 
 def test_cogvideox_loss_is_the_weighted_error_of_the_clean_latents(folders, batch):
-    """The form of CogVideoX's own training, mean of (ŷ - y)² / (1 - ᾱ), equals the error of its v-prediction."""
+    """The form of CogVideoX's own training, mean of (ŷ - y)² / (1 - ᾱ), equals the error of its
+    v-prediction."""
     decoder = load(folders["cogvideox"])
     y, f_fuse, noise, u = batch
     full = CogVideoXPipeline.from_pretrained(folders["cogvideox"])
@@ -222,14 +338,34 @@ def test_gradients_reach_lora_and_f_fuse_and_no_frozen_weight(folders, family, b
         assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == ("lora_" in name), name
 
 
-def test_gradient_checkpointing_changes_nothing(folders, family, batch):
-    gradients = []
+class Counted(TorchDispatchMode):
+    """with Counted() as ran: how often each operation ran. What `recompute` has kept does not run again."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.times[function] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_recomputation_keeps_every_bit_and_runs_attention_once(folders, family, batch):
+    gradients, ran = [], []
     for checkpointing in (False, True):
         decoder = load(folders[family], gradient_checkpointing=checkpointing)
         assert decoder.transformer.is_gradient_checkpointing == checkpointing
-        decoder(*batch).mean().backward()
+        with Counted() as counted:
+            decoder(*batch).mean().backward()
+        ran.append(
+            {name: counted.times[getattr(torch.ops.aten, name).default] for name in ("gelu", ATTENTION)}
+        )
         gradients.append(lora_gradients(decoder))
-    torch.testing.assert_close(*gradients)
+    plain, recomputed = ran
+    assert recomputed[ATTENTION] == plain[ATTENTION] == (4 if family == "wan" else 2)  # of 2 blocks
+    assert recomputed["gelu"] == plain["gelu"] + 2  # all else runs twice
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
 def test_a_bf16_dit_trains_a_float32_lora_and_generates(folders, family, batch):
@@ -240,7 +376,9 @@ def test_a_bf16_dit_trains_a_float32_lora_and_generates(folders, family, batch):
     loss.mean().backward()
     assert loss.dtype == f_fuse.grad.dtype == torch.float32 and f_fuse.grad.abs().sum() > 0
     torch.testing.assert_close(loss, exact(*batch), rtol=0.05, atol=0.05)
-    video = decoder.generate(f_fuse.detach(), torch.zeros(L, WIDTH), FRAMES, SIZE, SIZE, [clip_generator(i) for i in range(B)], 2)
+    video = decoder.generate(
+        f_fuse.detach(), torch.zeros(L, WIDTH), FRAMES, SIZE, SIZE, [clip_generator(i) for i in range(B)], 2
+    )
     assert video.shape == (B, FRAMES, SIZE, SIZE, 3)
 
 
@@ -294,7 +432,9 @@ def test_generate_is_the_pipeline_with_the_same_prompt_embeds(folders, family):
     decoder = load(folders[family], lora_rank=0, load_vae=True)
     f_fuse, empty = torch.randn(2, L, WIDTH), torch.randn(L, WIDTH)
     plain = (WanPipeline if family == "wan" else CogVideoXPipeline).from_pretrained(folders[family])
-    video = decoder.generate(f_fuse, empty, FRAMES, SIZE, SIZE, [clip_generator(0, i) for i in range(2)], 3, 4.0)
+    video = decoder.generate(
+        f_fuse, empty, FRAMES, SIZE, SIZE, [clip_generator(0, i) for i in range(2)], 3, 4.0
+    )
     expected = plain(
         prompt_embeds=f_fuse,
         negative_prompt_embeds=torch.stack([empty, empty]),
@@ -308,7 +448,9 @@ def test_generate_is_the_pipeline_with_the_same_prompt_embeds(folders, family):
     ).frames
     assert video.dtype == torch.uint8 and video.shape == (2, FRAMES, SIZE, SIZE, 3)
     assert (video.numpy() - expected * 255).max() <= 0.5 and video.float().std() > 1
-    other = decoder.generate(f_fuse.flip(0), empty, FRAMES, SIZE, SIZE, [clip_generator(0, i) for i in range(2)], 3)
+    other = decoder.generate(
+        f_fuse.flip(0), empty, FRAMES, SIZE, SIZE, [clip_generator(0, i) for i in range(2)], 3
+    )
     assert not torch.equal(other, video)  # the condition matters
 
 
@@ -333,7 +475,9 @@ def test_latents_are_the_normalised_mode_and_decode_as_the_pipeline_does(folders
     with torch.no_grad():
         z = vae.encode(video.permute(0, 4, 1, 2, 3).float() / 255 * 2 - 1).latent_dist.mean
     if family == "wan":
-        mean, std = (torch.tensor(vae.config[m])[None, :, None, None, None] for m in ("latents_mean", "latents_std"))
+        mean, std = (
+            torch.tensor(vae.config[m])[None, :, None, None, None] for m in ("latents_mean", "latents_std")
+        )
         torch.testing.assert_close(latents, (z - mean) / std, rtol=1e-5, atol=1e-6)
     else:
         torch.testing.assert_close(latents, z * 0.7, rtol=1e-5, atol=1e-6)
@@ -342,7 +486,10 @@ def test_latents_are_the_normalised_mode_and_decode_as_the_pipeline_does(folders
     with torch.no_grad():
         frames = decoder.pipe.video_processor.postprocess_video(vae.decode(z).sample, output_type="np")
     decoded = decoder.decode_latents(latents)
-    assert decoded.shape == video.shape and (decoded.float() - torch.from_numpy(frames) * 255).abs().max() <= 0.51
+    assert (
+        decoded.shape == video.shape
+        and (decoded.float() - torch.from_numpy(frames) * 255).abs().max() <= 0.51
+    )
 
 
 def test_tiling_keeps_a_video_smaller_than_a_tile(folders, family):
@@ -379,7 +526,13 @@ def test_saved_lora_loads_in_plain_diffusers_and_gives_the_same_videos(folders, 
     plain = (WanPipeline if family == "wan" else CogVideoXPipeline).from_pretrained(folders[family])
     f_fuse, empty = torch.randn(1, L, WIDTH), torch.randn(L, WIDTH)
     inputs = {"prompt_embeds": f_fuse, "negative_prompt_embeds": empty[None], "num_inference_steps": 2}
-    inputs |= {"num_frames": FRAMES, "height": SIZE, "width": SIZE, "output_type": "np", "guidance_scale": 5.0}
+    inputs |= {
+        "num_frames": FRAMES,
+        "height": SIZE,
+        "width": SIZE,
+        "output_type": "np",
+        "guidance_scale": 5.0,
+    }
     without = torch.from_numpy(plain(**inputs, generator=clip_generator(0)).frames) * 255
     plain.load_lora_weights(tmp_path / "lora")
     loaded = torch.from_numpy(plain(**inputs, generator=clip_generator(0)).frames) * 255
@@ -396,10 +549,49 @@ def test_lora_loads_back_and_another_models_is_refused(folders, family, batch, t
     assert not torch.allclose(fresh(*batch), decoder(*batch), rtol=1e-4)
     fresh.load_lora(tmp_path)
     torch.testing.assert_close(fresh(*batch), decoder(*batch))
-    assert all(a is b for a, b in zip(fresh.parameters(), parameters, strict=True))  # an optimiser keeps hold of them
-    for other, found in (((8, 8), "rank 8, alpha 8"), ((4, 4), "rank 4, alpha 4")):
-        with pytest.raises(ValueError, match=f"{LORA_FILE}.*rank 4, alpha 8; .*{found}"):
+    assert all(
+        a is b for a, b in zip(fresh.parameters(), parameters, strict=True)
+    )  # an optimiser keeps hold of them
+    for other in ((8, 8), (4, 4)):
+        wanted = f"rank {other[0]}, alpha {other[1]} of .*{family}"
+        with pytest.raises(ValueError, match=f"{LORA_FILE}: found .*rank 4, alpha 8, wanted the .*{wanted}"):
             VideoDecoder.from_pretrained(folders[family], *other).load_lora(tmp_path)
+
+
+def without_half(weights: dict) -> dict:
+    return {name: x for name, x in weights.items() if "blocks.0" not in name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_half, "matrices of rank 4"),
+        (lambda weights: {name.replace("lora_A", "lora_C"): x for name, x in weights.items()}, "matrices of"),
+        (lambda weights: {name: x * torch.nan for name, x in weights.items()}, "NaN or infinity in .*lora_"),
+        (lambda weights: {name: x[:1] for name, x in weights.items()}, "matrices of"),
+        (None, "object is not subscriptable"),
+        ("cut", "."),
+        ("gone", "No such file"),
+    ],
+)
+def test_a_damaged_lora_is_one_error_and_changes_nothing(folders, family, tmp_path, change, message):
+    decoder = load(folders[family])
+    decoder.save_lora(tmp_path)
+    file = tmp_path / LORA_FILE
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    weights = load_file(file)
+    if change in ("cut", "gone"):
+        spoil(file, change)
+    else:  # None: the same weights without metadata
+        changed = weights if change is None else change(weights)
+        save_file({name: x.contiguous() for name, x in changed.items()}, file, metadata if change else None)
+    before = {name: p.clone() for name, p in decoder.named_parameters()}
+    with pytest.raises(
+        ValueError, match=f"{LORA_FILE}: found .*{message}.*, wanted the {len(weights)} matrices"
+    ):
+        decoder.load_lora(tmp_path)
+    assert all(torch.equal(before[name], p) for name, p in decoder.named_parameters())
 
 
 # -- what does not fit ---------------------------------------------------------------------------------------------
@@ -415,7 +607,9 @@ def test_a_condition_or_latents_of_another_decoder_are_refused(folders, family, 
     with pytest.raises(ValueError, match="empty has 11 tokens"):
         decoder.generate(f_fuse, torch.zeros(11, WIDTH), FRAMES, SIZE, SIZE, [clip_generator(0)] * B)
     with pytest.raises(ValueError, match="VAE is not loaded.*load_vae=True"):
-        load(folders[family]).generate(f_fuse, torch.zeros(L, WIDTH), FRAMES, SIZE, SIZE, [clip_generator(0)] * B)
+        load(folders[family]).generate(
+            f_fuse, torch.zeros(L, WIDTH), FRAMES, SIZE, SIZE, [clip_generator(0)] * B
+        )
     with pytest.raises(ValueError, match="reads 4 channels"):
         decoder(y[:, :3], f_fuse, noise[:, :3], u)
     with pytest.raises(ValueError, match="in patches of"):
@@ -434,7 +628,9 @@ def test_a_vae_of_other_factors_works_where_its_config_says_them():
     latents = decoder.encode_latents(video)
     assert latents.shape == (1, 4, 5, 4, 4) and decoder.decode_latents(latents).shape == video.shape
     f_fuse = torch.randn(1, L, WIDTH)
-    assert decoder.generate(f_fuse, f_fuse[0], FRAMES, SIZE, SIZE, [clip_generator(0)], 2).shape == video.shape
+    assert (
+        decoder.generate(f_fuse, f_fuse[0], FRAMES, SIZE, SIZE, [clip_generator(0)], 2).shape == video.shape
+    )
 
 
 def test_a_vae_that_compresses_otherwise_than_its_config_says_is_refused():

@@ -1,12 +1,15 @@
-"""Trains toy/dino, the toy world's DINO, and writes it beside this file: the weights of DTC (subject consistency).
+"""Trains toy/dino, the toy world's DINO, and writes it beside this file: the weights of DTC (subject
+consistency).
 
     python -m toy.pretrain_dino          about six minutes on one core; then prints the gate
 
-A `ViTModel` without pooler, as facebook/dino-vitb16 is, trained without labels by self-distillation (Caron et al. 2021, DINO): a student
-sees global and local crops of a frame, a teacher, its moving average, only the global ones; the student predicts the teacher's soft
-assignment to prototypes in every other crop. The assignments are sharpened, and centred so that all prototypes are used alike (by
-Sinkhorn's iterations, as in DINOv2). It learns from the 752 combinations alone; the gate asks its frozen features about the 160 held out:
-they tell colours and backgrounds apart, shapes hardly, so DTC on the toy world sees a change of colour, not one of shape.
+A `ViTModel` without pooler, as facebook/dino-vitb16 is, trained without labels by self-distillation (Caron et
+al. 2021, DINO): a student sees global and local crops of a frame, a teacher, its moving average, only the
+global ones; the student predicts the teacher's soft assignment to prototypes in every other crop. The
+assignments are sharpened, and centred so that all prototypes are used alike (by Sinkhorn's iterations, as in
+DINOv2). It learns from the 752 combinations alone; the gate asks its frozen features about the 160 held out:
+they tell colours and backgrounds apart, shapes hardly, so DTC on the toy world sees a change of colour, not
+one of shape.
 """
 
 import argparse
@@ -19,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from data import uniform_frames
+from support.videos import uniform_frames
 from toy.pretrain_classifiers import ATTRIBUTES, HERE, Stage, normalise
 from toy.world import SIZE, combinations, random_clip, render
 
@@ -27,13 +30,23 @@ WIDTH, PROTOTYPES, LOCALS = 48, 128, 4
 
 
 class WithHead(torch.nn.Module):
-    """x (B, 3, h, w) -> (B, PROTOTYPES): cosines of the CLS token, through a projection that is thrown away later, to prototypes."""
+    """x (B, 3, h, w) -> (B, PROTOTYPES): cosines of the CLS token, through a projection that is thrown away
+    later, to prototypes."""
 
     def __init__(self):
         super().__init__()
-        size = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 2 * WIDTH}
-        self.vit = ViTModel(ViTConfig(image_size=SIZE, patch_size=8, initializer_range=0.08, **size), add_pooling_layer=False)
-        self.head = torch.nn.Sequential(torch.nn.Linear(WIDTH, 128), torch.nn.GELU(), torch.nn.Linear(128, 32))
+        size = {
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 3,
+            "intermediate_size": 2 * WIDTH,
+        }
+        self.vit = ViTModel(
+            ViTConfig(image_size=SIZE, patch_size=8, initializer_range=0.08, **size), add_pooling_layer=False
+        )
+        self.head = torch.nn.Sequential(
+            torch.nn.Linear(WIDTH, 128), torch.nn.GELU(), torch.nn.Linear(128, 32)
+        )
         self.prototypes = torch.nn.Parameter(torch.randn(PROTOTYPES, 32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,17 +55,21 @@ class WithHead(torch.nn.Module):
 
 
 def crops(x: torch.Tensor, size: int, smallest: float, largest: float) -> torch.Tensor:
-    """x (B, 3, 64, 64) -> (B, 3, size, size): of each, a random square of between `smallest` and `largest` of its area."""
+    """x (B, 3, 64, 64) -> (B, 3, size, size): of each, a random square of between `smallest` and `largest` of
+    its area."""
     side = torch.empty(len(x)).uniform_(smallest, largest).sqrt()
     shift = (torch.rand(2, len(x)) * 2 - 1) * (1 - side)
     zero = torch.zeros(len(x))
-    theta = torch.stack([torch.stack([side, zero, shift[0]], -1), torch.stack([zero, side, shift[1]], -1)], 1)  # (B, 2, 3)
+    theta = torch.stack(
+        [torch.stack([side, zero, shift[0]], -1), torch.stack([zero, side, shift[1]], -1)], 1
+    )  # (B, 2, 3)
     where = F.affine_grid(theta, (len(x), 3, size, size), align_corners=False)
     return F.grid_sample(x, where, padding_mode="reflection", align_corners=False)
 
 
 def assignments(t: torch.Tensor) -> torch.Tensor:
-    """The teacher's cosines (B, PROTOTYPES) -> soft assignments, rows of sum 1, columns nearly of the same sum: sharpened and centred."""
+    """The teacher's cosines (B, PROTOTYPES) -> soft assignments, rows of sum 1, columns nearly of the same
+    sum: sharpened and centred."""
     p = (t / 0.05).exp()
     for _ in range(3):
         p = p / p.sum(0)
@@ -95,12 +112,16 @@ def pretrain_dino(steps: int, batch: int, lr: float, out: Path = HERE) -> None:
 
 @torch.inference_mode()
 def dino_gate(out: Path = HERE, bank: int = 3, queries: int = 2, k: int = 5) -> dict[str, float]:
-    """Clips of the 160 held-out combinations by the votes of their k nearest of the 752; cosines of frames within and across clips."""
+    """Clips of the 160 held-out combinations by the votes of their k nearest of the 752; cosines of frames
+    within and across clips."""
     model = ViTModel.from_pretrained(out / "dino", add_pooling_layer=False, dtype=torch.float32).eval()
     rng, (seen, unseen) = np.random.default_rng(4), combinations()
 
     def features(chosen: list[tuple], frames: list[int]) -> torch.Tensor:  # (clips, frames, D), unit
-        x = [normalise(torch.from_numpy(render(random_clip(c, rng))[frames]).movedim(-1, 1) / 255) for c in chosen]
+        x = [
+            normalise(torch.from_numpy(render(random_clip(c, rng))[frames]).movedim(-1, 1) / 255)
+            for c in chosen
+        ]
         f = torch.cat([model(torch.cat(x[i : i + 32])).last_hidden_state[:, 0] for i in range(0, len(x), 32)])
         return F.normalize(f, dim=-1).unflatten(0, (len(x), -1))
 
@@ -110,19 +131,26 @@ def dino_gate(out: Path = HERE, bank: int = 3, queries: int = 2, k: int = 5) -> 
     for a, name in enumerate(ATTRIBUTES):
         values = sorted({c[a] for c in known})
         of = torch.tensor([values.index(c[a]) for c in known])[votes]
-        scores[name] = float(np.mean([values[int(v)] == c[a] for v, c in zip(of.mode(1).values, asked, strict=True)]))
+        scores[name] = float(
+            np.mean([values[int(v)] == c[a] for v, c in zip(of.mode(1).values, asked, strict=True)])
+        )
         print(f"nearest {k}: {name} {scores[name]:.3f} (chance {1 / len(values):.3f})")
     f = features(unseen, list(range(17)))  # (160, 17, D)
     scores["within"] = float((f[:, 1:] * f[:, :1]).sum(-1).mean())
     other = torch.stack([(f[:, 0] * f.roll(s, 0)[:, 8]).sum(-1) for s in range(1, 160)])  # (159, 160)
     scores["across"] = float(other.mean())
     scores["closer"] = float(((f[:, 0] * f[:, 8]).sum(-1) > other).float().mean())
-    print("cosine of frames: within a clip {within:.3f}, across {across:.3f}; own is closer in {closer:.1%} of pairs".format(**scores))
+    print(
+        "cosine of frames: within a clip {within:.3f}, across {across:.3f}; "
+        "own is closer in {closer:.1%} of pairs".format(**scores)
+    )
     return scores
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -1,0 +1,110 @@
+"""Which haemodynamic delay fits the recordings? Ask the data, on training segments only.
+
+    python extras/delay.py --data cc2017 --subject 1      a table, and data/cc2017/sub1/delay.png
+
+For each shift the CLIP features of a clip's mean frame predict the responses that many clips later, by ridge
+regression from all training segments but one to that one. The right shift is where voxels are predicted best.
+0 is what was prepared: `python data.py ... --delay D` adds D volumes. The same command answers the question
+for the Purdue files and for the recordings of NeuroClips, of which no public source says whether they are
+delayed. The idea is that of encoding models (Naselaris et al. 2011, NeuroImage 56).
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from data import ClipDataset, mean_frames  # noqa: E402
+from support.experiment import door  # noqa: E402
+from support.files import write_json  # noqa: E402
+from support.options import option, parse  # noqa: E402
+from support.pictures import curves  # noqa: E402
+
+
+@dataclass
+class Config:
+    data: str = option("toy", "toy, cc2017 or cinebrain")
+    subject: int = option(1, "K", least=1)
+    rois: str | None = option(None, "regions, such as visual (default: every voxel prepared)")
+    least: int = option(-4, "smallest shift, in clips", least=-20, most=20)
+    most: int = option(4, "largest shift, in clips", least=-20, most=20)
+    ridge: float = option(10.0, "weight of the penalty, in units of the features' variance", above=0)
+    best: int = option(
+        500, "the curve is the mean over so many voxels, the best at their best shift", least=1
+    )
+
+
+def responses(train: ClipDataset) -> np.ndarray:
+    """(clips, N) the mean over the showings that were recorded, and over the volumes of a clip."""
+    rows = []
+    for clip, there in enumerate(train.showings(np.arange(len(train)))):
+        rows.append(train.fmri[clip, there][..., train.voxels].mean((0, 1)))
+    return np.stack(rows)
+
+
+def predicted(
+    features: np.ndarray, y: np.ndarray, segments: np.ndarray, shift: int, ridge: float
+) -> np.ndarray:
+    """(N,) Pearson correlation, over all segments, of the responses y (clips, N) with what features (clips,
+    D) of `shift` clips before predict; a segment is predicted by the others."""
+    pairs = []  # of each segment (features, responses)
+    for name in dict.fromkeys(segments):
+        (own,) = np.nonzero(segments == name)
+        n = len(own) - abs(shift)
+        if n > 0:
+            pairs.append((features[own][max(0, -shift) :][:n], y[own][max(0, shift) :][:n]))
+    if len(pairs) < 2:
+        raise ValueError(f"a shift of {shift} clips: wanted at least two training segments that are longer")
+    grams = [x.T @ x for x, _ in pairs]  # (D, D) each
+    products = [x.T @ of for x, of in pairs]  # (D, N) each
+    gram, product = sum(grams), sum(products)
+    penalty = ridge * np.trace(gram) / len(gram) / 100 * np.eye(len(gram), dtype=gram.dtype)
+    guesses = []
+    for (x, _), own_gram, own_product in zip(pairs, grams, products, strict=True):
+        weights = np.linalg.solve(gram - own_gram + penalty, product - own_product)  # (D, N)
+        guesses.append(x @ weights)
+    guess, truth = np.concatenate(guesses), np.concatenate([of for _, of in pairs])
+    guess, truth = guess - guess.mean(0), truth - truth.mean(0)
+    norms = np.linalg.norm(guess, axis=0) * np.linalg.norm(truth, axis=0)
+    return (guess * truth).sum(0) / np.maximum(norms, 1e-12)
+
+
+def main(config: Config) -> None:
+    if config.least > config.most:
+        raise ValueError(f"--least {config.least} --most {config.most}: wanted the smaller first")
+    train = ClipDataset(config.data, config.subject, "train", config.rois)
+    segments = np.array([clip["segment"] for clip in train.clips])
+    features = mean_frames(train.e_img)  # (clips, D)
+    features = features - features.mean(0)
+    y = responses(train)  # (clips, N)
+    shifts = list(range(config.least, config.most + 1))
+    r = np.stack(
+        [predicted(features, y, segments, shift, config.ridge) for shift in tqdm(shifts, unit="shift")]
+    )
+    chosen = np.argsort(-r.max(0))[: config.best]
+    curve = r[:, chosen].mean(1)  # (shifts,)
+    best = shifts[int(curve.argmax())]
+    folder = Path("data") / config.data / f"sub{config.subject}"
+    print(f"{'shift, clips':>14}{'mean r':>9}   of {len(chosen)} voxels, training segments only")
+    for shift, value in zip(shifts, curve, strict=True):
+        print(f"{shift:>14}{value:>9.3f}{'   best' if shift == best else ''}")
+    print(
+        "0 is what was prepared."
+        if best == 0
+        else f"Prepare again with a delay that is {best:+d} clips longer."
+    )
+    what = {"shifts": shifts, "mean_r": curve.tolist(), "voxels": len(chosen), "best": best}
+    write_json(folder / "delay.json", what)
+    labels = {"xlabel": "shift of the responses, in clips", "ylabel": "correlation with the prediction"}
+    title = f"{config.data}, subject {config.subject}: the shift that fits is {best}"
+    curves(folder / "delay.png", {f"mean of {len(chosen)} voxels": (shifts, curve)}, title=title, **labels)
+    print(f"written: {folder}/ (delay.png, delay.json)")
+
+
+if __name__ == "__main__":
+    presets = {name: {} for name in ("toy", "cc2017", "cinebrain")}
+    door(lambda: main(parse(Config, presets, __doc__, "extras/delay.py", sys.argv[1:])))

@@ -1,0 +1,1 @@
+"""Frames in, numbers out: one file a family of metrics."""

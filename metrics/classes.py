@@ -1,0 +1,123 @@
+"""N-way accuracy: would a frozen classifier find in the prediction what it finds in the stimulus (§4.1)?"""
+
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForVideoClassification,
+)
+
+from support.readers import check_tensors, damaged
+
+
+def n_way_top_k(
+    pred_probs: np.ndarray | Tensor, gt_classes: np.ndarray | Tensor, n: int, k: int = 1
+) -> np.ndarray:
+    """Probability (clips,) that a GT class is among the k most probable of itself and n-1 other classes drawn
+    without replacement.
+
+    pred_probs (clips, classes) of the prediction, gt_classes (clips, G) the classes of the GT: its top 3.
+    M classes are others; of the n-1 drawn fewer than k may score as high as the best GT class: the
+    hypergeometric distribution, for k = 1 simply C(below, n-1) / C(M, n-1). Chance for k = 1: G / (n - 1 +
+    G). Raises ValueError where there are fewer than n-1 others.
+    """
+    probs, gt = np.asarray(pred_probs, np.float64), np.asarray(gt_classes)
+    others = np.ones(probs.shape, bool)
+    np.put_along_axis(others, gt, False, 1)
+    M = others.sum(1)  # (clips,)
+    if M.min() < n - 1:
+        few = f"{n}-way: only {M.min()} classes beside those of the GT, wanted {n - 1}"
+        raise ValueError(f"{few}: a classifier of more classes")
+    best = np.take_along_axis(probs, gt, 1).max(1, keepdims=True)  # (clips, 1)
+    above = (others & ~(probs < best)).sum(1)  # (clips,) M minus those below
+    return scipy.stats.hypergeom.cdf(k - 1, M, above, n - 1)
+
+
+def accuracy(n: int, p: np.ndarray, p_gt: np.ndarray) -> np.ndarray:
+    """n-way top-1 of prediction and GT, probabilities (1 or frames, classes) each; the GT's classes are its
+    top 3, as in the public code of MinD-Video."""
+    return n_way_top_k(p, p_gt.argsort(1)[:, -3:], n)
+
+
+class Classifier:
+    """Frames uint8 (n, H, W, 3) -> probabilities (1, classes) of all together, by a classifier of videos, or
+    (n, classes) of each, by one of pictures.
+
+    A classifier of videos takes any number of frames from `least` on: the positions of VideoMAE are sines of
+    the patch's number, not weights, and the public code of MinD-Video (eval_metrics.py) likewise builds it
+    with the clip's own number, from_pretrained(..., num_frames=6). Nothing is interpolated.
+    """
+
+    def __init__(self, weights: str | Path, device: torch.device | str = "cpu"):
+        self.weights, self.by_frames = weights, {}
+        config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
+        self.of_video = type(config) in MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING
+        self.least = int(np.ravel(getattr(config, "tubelet_size", 1))[0])  # frames that become one
+        kind = AutoModelForVideoClassification if self.of_video else AutoModelForImageClassification
+        self.model = load_published(kind, weights).to(device)
+        self.processor = AutoImageProcessor.from_pretrained(weights, trust_remote_code=False)
+        self.names = list(self.model.config.id2label.values())
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        inputs = self.processor(list(frames), return_tensors="pt").to(self.model.device)
+        model = self._model_for(len(frames)) if self.of_video else self.model
+        return model(**inputs).logits.softmax(-1).cpu().numpy()
+
+    def _model_for(self, frames: int) -> nn.Module:
+        """The same weights in a model for so many frames. Raises ValueError where they are not independent of
+        it."""
+        if frames == getattr(self.model.config, "num_frames", frames):
+            return self.model
+        if frames not in self.by_frames:
+            config = deepcopy(self.model.config)
+            config.num_frames = frames
+            model = type(self.model)(config).eval()
+            try:
+                model.load_state_dict(self.model.state_dict(), assign=True)
+            except RuntimeError as error:  # positions that were learnt
+                raise ValueError(
+                    f"{self.weights} takes {self.model.config.num_frames} frames, found {frames}: "
+                    "--classifier-frames 16, or another --video-classifier"
+                ) from error
+            self.by_frames[frames] = model
+        return self.by_frames[frames]
+
+
+def load_published(
+    kind: type, weights: str | Path, dtype: torch.dtype | str = torch.float32, **options
+) -> nn.Module:
+    """kind.from_pretrained of a transformers folder or a name on the Hub, with all its weights, finite.
+
+    No code of the folder is run, and of a folder only .safetensors are read. Raises OSError where there is no
+    such model, ValueError naming the folder where it is damaged or of another kind.
+    """
+    local = Path(weights).is_dir()
+    try:
+        model, info = kind.from_pretrained(
+            weights,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True if local else None,
+            ignore_mismatched_sizes=True,  # they are named below
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # SafetensorError, and what a damaged config.json makes transformers say
+        raise damaged(Path(weights), error, f"a model for {kind.__name__}", "download it again") from error
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    lacking = sorted([*info["missing_keys"], *mismatched])
+    if lacking:
+        found = f"no fitting {', '.join(lacking[:3])} ({len(lacking)} in all)"
+        raise damaged(Path(weights), found, f"all weights of {type(model).__name__}", "download it again")
+    check_tensors(model.state_dict(), Path(weights), mend="download it again")
+    return model.eval().requires_grad_(False)

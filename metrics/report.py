@@ -1,0 +1,300 @@
+"""Values -> means, intervals and controls; metrics.json, metrics.csv, a table beside the paper's; runs side
+by side."""
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from metrics.pairs import Pair, watch
+from metrics.score import VERSIONS, keys_of, known_value, known_values, weights_of
+from metrics.table import METRICS, NAMES, asked
+from support.files import write_json, written_whole
+from support.pictures import contact_sheet, grid_gif
+from support.readers import check_keys, damaged, read_json
+
+DRAWS, BLOCK = 2000, 20  # of the bootstrap; clips that are drawn together
+CONTROLS = {False: "shuffled", True: "another stimulus"}  # by --pairs, which knows no scenes
+
+
+def estimate(
+    name: str, a: np.ndarray, blocks: np.ndarray, b: np.ndarray | float = 0.0
+) -> tuple[float | None, list[float] | None]:
+    """A metric of the set from its clips' values a (clips,), NaN where there is none, less that of b; and its
+    95 % interval.
+
+    Blocks of clips are drawn (the same for all), since neighbours are not independent; None for fewer than
+    two blocks.
+    """
+    there = np.isfinite(a + b)
+    if not there.any():
+        return None, None
+    rows = np.column_stack([a, np.broadcast_to(b, a.shape), np.ones(len(a))])[there]
+    of = np.unique(blocks[there], return_inverse=True)[1]
+    n = of.max() + 1
+    sums = np.zeros((n, 3))
+    np.add.at(sums, of, rows)
+    drawn = sums[np.random.default_rng(0).integers(n, size=(DRAWS, n))].sum(1)  # (draws, 3)
+    of_set = METRICS[name].of_set
+
+    def difference(x: np.ndarray) -> np.ndarray:
+        return of_set(x[..., 0] / x[..., 2]) - of_set(x[..., 1] / x[..., 2])
+
+    interval = np.quantile(difference(drawn), [0.025, 0.975]).tolist() if n > 1 else None
+    return float(difference(rows.sum(0))), interval
+
+
+def values_of(name: str, rows: Sequence[dict]) -> np.ndarray:
+    """(clips,) with NaN where there is no value."""
+    return np.array([row.get(name) for row in rows], float)
+
+
+def blocks_of(clips: Sequence[str]) -> np.ndarray:
+    """20 consecutive clips are a block: by their numbers where the names are numbers."""
+    numbers = [int(clip) if clip.isdecimal() else i for i, clip in enumerate(clips)]
+    return np.array(numbers) // BLOCK
+
+
+def summarise(pairs: list[Pair], config, known: dict[str, list], absent: dict[str, str], what: dict) -> dict:
+    """The contents of metrics.json: all of NAMES, of the set and of each clip; what made them."""
+    found = []
+    for pair in pairs:
+        found.append({name: known_value(known, name, key) for name, key in keys_of(pair, config).items()})
+    own, controls = ([{name: v and v[k] for name, v in row.items()} for row in found] for k in (0, 1))
+    blocks, metrics = blocks_of([pair.name for pair in pairs]), {}
+    for name in NAMES:
+        metric, values = METRICS[name], values_of(name, own)
+        there = np.isfinite(values)
+        entry = dict.fromkeys(("mean", "std", "ci95"))
+        entry |= {"chance": metric.chance, "shuffled": None, "n": int(there.sum())}
+        entry["weights"] = weights_of(metric, config)
+        if there.any():
+            v, control = values[there], values_of(name, controls)
+            entry["mean"], entry["ci95"] = estimate(name, values, blocks)
+            if metric.chance:  # as the papers' ±
+                entry["std"] = float(np.sqrt(v * (1 - v) / (config.trials or 100)).mean())
+            elif not metric.signed:
+                entry["std"] = float(v.std())
+            if np.isfinite(control).any():
+                entry["shuffled"] = float(metric.of_set(np.nanmean(control)))
+        if name not in asked(config):
+            entry["reason"] = "not asked for (--metrics)"
+        elif not there.all():
+            short = sum(row.get(name) == [None, None] for row in found)
+            why = f"{short} videos of fewer than {metric.least} frames"
+            why = why if short else "videos that are missing or cannot be read"
+            counted = f"{(~there).sum()} of {len(there)} clips have no value: {why}"
+            entry["reason"] = absent.get(metric.judge, counted)
+        metrics[name] = entry
+    rows = [{"clip": pair.name} | row for pair, row in zip(pairs, own, strict=True)]
+    how = {"size": config.size, "classifier_frames": config.classifier_frames}
+    how |= {"trials": config.trials or "exact", "versions": VERSIONS}
+    return {"metrics": metrics, "clips": rows, "provenance": what | how}
+
+
+QUOTED = """
+cc2017    | Kupershmidt   | 0.771±0.03 | -          | 0.386±0.47 | -          | -          | 0.135±0.08 | 8.761±2.22 | -     | -
+cc2017    | MinD-Video    | 0.839±0.03 | 0.197±0.02 | 0.408±0.46 | 0.884±0.08 | 0.901±0.05 | 0.171±0.08 | 8.662±1.52 | 9.045 | 0.1155
+cc2017    | Mind-Animator | 0.830      | -          | 0.425      | -          | -          | 0.321      | 9.220      | -     | -
+cc2017    | NeuroClips    | 0.834±0.03 | 0.220±0.01 | 0.738±0.17 | 0.926±0.05 | 0.955±0.01 | 0.390±0.08 | 9.211±1.46 | 4.432 | 0.2133
+cc2017    | CineNeuron    | 0.850±0.02 | 0.240±0.03 | 0.972±0.01 | 0.954±0.01 | 0.966±0.02 | 0.375±0.06 | 9.476±0.23 | 1.628 | 0.0200
+cinebrain | GLFA          | 0.801      | 0.167      | 0.735      | 0.706      | -          | 0.123      | 7.526      | -     | -
+cinebrain | CineSync      | 0.893      | 0.307      | 0.945      | 0.907      | 0.974±0.01 | 0.240      | 11.92      | 3.258 | 0.2611
+cinebrain | CineSync*     | 0.933±0.02 | 0.324±0.02 | 0.977±0.01 | 0.942±0.01 | 0.973±0.01 | 0.267±0.04 | 16.04±2.35 | -     | -
+cinebrain | CineNeuron    | 0.937±0.02 | 0.393±0.03 | 0.988±0.01 | 0.975±0.01 | 0.975±0.01 | 0.271±0.05 | 16.02±2.38 | 2.126 | 0.0649
+""".strip()  # noqa: E501  Tables 1 and 2 of the paper
+QUOTED_NAMES = "video_2way video_50way clip_pcc dtc ms ssim psnr epe delta_dynamic_degree".split()
+
+
+def table(rows: list[tuple[str, dict]], data: str) -> str:
+    """Rows (label, {metric: mean, (mean, ±) or interval}), and those that the paper prints of this dataset,
+    in three blocks of metrics."""
+
+    def cell(x: str | float | tuple | list | None) -> str:
+        if isinstance(x, tuple):
+            return "n/a" if x[0] is None else cell(x[0]) + ("" if x[1] is None else f"±{x[1]:.2f}")
+        if isinstance(x, list):
+            return f"[{cell(x[0])}, {cell(x[1])}]"
+        return f"{x:.{3 if abs(x) < 10 else 2}f}" if isinstance(x, float) else x or "-"
+
+    quoted = []
+    for line in QUOTED.splitlines():
+        of, method, *cells = [part.strip().strip("-") or None for part in line.split("|")]
+        if of == data:
+            quoted.append((f"{method}, quoted from the paper", dict(zip(QUOTED_NAMES, cells, strict=True))))
+    lines = []
+    for names in (NAMES[:4], NAMES[4:10], NAMES[10:]):
+        measured, printed = (
+            [row for row in of if any(row[1].get(name) is not None for name in names)]
+            for of in (rows, quoted)
+        )
+        if measured:
+            titles = [f"{METRICS[name].title} {METRICS[name].better}" for name in names]
+            lines += ["", f"{'':<40}" + "".join(f"{title:>17}" for title in titles)]
+            for label, cells in measured + printed:
+                lines.append(f"{label:<40}" + "".join(f"{cell(cells.get(name)):>17}" for name in names))
+    return "\n".join(lines)
+
+
+def report(
+    sets: dict[str, list[Pair]],
+    folders: dict[str, Path],
+    out: Path,
+    config,
+    absent: dict[str, str],
+    what: dict,
+) -> tuple[dict[str, dict], str]:
+    """metrics.json in each method's folder, and out/metrics.csv. Returns each method's metrics.json, and the
+    table for the terminal."""
+    known, names, results = known_values(out), asked(config), {}
+    rows, reasons = [], {}
+    for method, pairs in sets.items():
+        result = summarise(pairs, config, known, absent, what | {"method": method})
+        write_json(folders[method] / "metrics.json", result)
+        results[method], entries = result, {name: result["metrics"][name] for name in names}
+        means = {name: (entry["mean"], entry["std"]) for name, entry in entries.items()}
+        rows.append((f"{method}, {len(pairs)} clips: mean ±", means))
+        rows.append(("   95 % interval", {name: entry["ci95"] for name, entry in entries.items()}))
+        control = {name: entry["shuffled"] for name, entry in entries.items()}
+        rows.append((f"   {CONTROLS[bool(config.pairs)]}", control))
+        for name, entry in entries.items():
+            if "reason" in entry:
+                reasons.setdefault(f"{method}: {entry['reason']}", []).append(name)
+    rows.append(("chance", {name: METRICS[name].chance for name in names}))
+    with written_whole(out / "metrics.csv") as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, "method metric mean std ci95 chance shuffled n weights reason".split())
+        writer.writeheader()
+        for method, result in results.items():
+            writer.writerows(
+                {"method": method, "metric": name} | entry for name, entry in result["metrics"].items()
+            )
+    where = "the stimuli's size" if config.size == "native" else f"{config.size} x {config.size}"
+    text = f"\npixels and flow at {where} and common frame times; intervals by blocks of {BLOCK} clips"
+    text += table(rows, config.data)
+    for reason, of in reasons.items():
+        text += f"\nn/a or in part, {', '.join(of)}: {reason}"
+    return results, text
+
+
+def pictures(
+    out: Path,
+    sets: dict[str, list[Pair]],
+    results: dict[str, dict],
+    texts: Callable[[int], list[str]],
+    seconds: float,
+    memories: Callable[[int], np.ndarray] | None = None,
+) -> None:
+    """out/sheet.png (three moments, as Figures 3 and 4) and grid.gif of six clips spread over the set;
+    ranked.png of the first method's two best, median and worst by 50-way accuracy, or else SSIM. texts(clip)
+    stand below the columns; memories(clip), uint8 (F, H, W, 3), is a second column."""
+    pairs = list(zip(*sets.values(), strict=True))
+    titles = ["stimulus", *(["top-1 memory"] if memories else []), *sets]
+    whole = []  # the clips that have a value by every method
+    for i, rows in enumerate(zip(*(result["clips"] for result in results.values()), strict=True)):
+        if all(set(row.values()) - {None, row["clip"]} for row in rows):
+            whole.append(i)
+    if not whole:
+        return
+
+    def videos(i: int) -> list[np.ndarray]:  # of the stimulus's size, at most 256 rows
+        loaded = [watch(source, seconds) for source in (pairs[i][0].gt, *(pair.pred for pair in pairs[i]))]
+        H, W = loaded[0].frames.shape[1:3]
+        size = (256, round(W * 256 / H)) if H > 256 else (H, W)
+        shown = [video.seen(video.uniform(min(60, len(video))), size) for video in loaded]
+        return [shown[0], *([memories(i)] if memories else []), *shown[1:]]
+
+    spread = [whole[k] for k in np.unique(np.linspace(0, len(whole) - 1, 6).round().astype(int))]
+    rows, below = [videos(i) for i in spread], [texts(i) for i in spread]
+    contact_sheet(out / "sheet.png", rows, below, titles)
+    grid_gif(out / "grid.gif", rows, below, titles, seconds)
+
+    result = next(iter(results.values()))
+    by = "video_50way" if result["metrics"]["video_50way"]["n"] else "ssim"
+    values = values_of(by, result["clips"])
+    best = sorted((i for i in whole if np.isfinite(values[i])), key=lambda i: values[i], reverse=True)
+    N, below = len(best), []
+    ranks = sorted({k for k in (0, 1, N // 2 - 1, N // 2, N - 2, N - 1) if 0 <= k < N})
+    for k in ranks:
+        first, *others = texts(best[k])
+        below.append([f"{k + 1} of {N}, {METRICS[by].title} {values[best[k]]:.3f}: {first}", *others])
+    if ranks:
+        contact_sheet(out / "ranked.png", [videos(best[k]) for k in ranks], below, titles)
+
+
+# ---------------------------------------------------------------- runs side by side
+
+
+def compare(names: Sequence[str], data: str) -> str:
+    """Runs side by side, each the mean over its subjects and seeds; the first less each other, clip by clip.
+    Returns the table. Raises FileNotFoundError, ValueError."""
+    groups: dict[str, dict[tuple, list[dict]]] = {}
+    rows, how = [], set()
+    for name in names:
+        runs, clips = [read_metrics(file) for file in _metrics_files(name, data)], {}
+        group = groups[name] = {}
+        for run in runs:
+            about = run["provenance"]
+            how.add(f"--size {about['size']} --classifier-frames {about.get('classifier_frames', 16)}")
+            subject, scored = about.get("subject"), [row["clip"] for row in run["clips"]]
+            if clips.setdefault(subject, scored) != scored:
+                counted = f"{len(clips[subject])} and {len(scored)} clips"
+                raise ValueError(f"--compare {name}: its runs scored {counted}, wanted the same ones")
+            for row in run["clips"]:
+                group.setdefault((subject, row["clip"]), []).append(row)
+        cells = {}
+        for metric in NAMES:
+            means = [(run["metrics"].get(metric) or {}).get("mean") for run in runs]
+            means = [mean for mean in means if mean is not None]
+            if means:
+                cells[metric] = float(np.mean(means)), float(np.std(means)) if len(means) > 1 else None
+        rows.append((f"{name}: mean ± over {len(runs)} runs", cells))
+    if len(how) > 1:
+        raise ValueError(f"--compare: measured with {', and '.join(sorted(how))}, wanted all alike")
+    first = names[0]
+    for name, group in groups.items():
+        keys = [key for key in group if key in groups[first]]
+        blocks, less = blocks_of([clip for _, clip in keys]), {}
+        for metric in NAMES:
+            a, b = (
+                np.array([values_of(metric, of[key]).mean() for key in keys]) for of in (groups[first], group)
+            )
+            less[metric] = estimate(metric, a, blocks, 0.0 if name == first else b)
+        own = name == first
+        label = f"   {len(keys)} clips" if own else f"{first} less {name}, {len(keys)} clips"
+        rows.append((label, {metric: mean for metric, (mean, _) in less.items()}))
+        interval = {metric: ci95 for metric, (_, ci95) in less.items()}
+        rows.append(("   95 % interval" + ("" if own else ", paired"), interval))
+    return table(rows, data)
+
+
+def _metrics_files(name: str, data: str) -> list[Path]:
+    """Of a run's name (NAME, NAME/eval-shuffled) all its subjects and seeds; or of a folder."""
+    base, _, kind = name.partition("/")
+    kind = kind or "eval"
+    files = sorted(Path("runs", data).glob(f"sub*/{base}-s[0-9]*/{kind}/metrics.json"))
+    if Path(name).is_dir():
+        places = Path(name, "metrics.json"), Path(name, "eval", "metrics.json")
+        files = [file for file in places if file.is_file()][:1]
+    if not files:
+        raise FileNotFoundError(
+            f"--compare {name}: no metrics.json there, nor in runs/{data}/sub*/{base}-s*/{kind}/"
+        )
+    return files
+
+
+def read_metrics(file: Path) -> dict:
+    """metrics.json, checked. Raises ValueError naming the file."""
+    mend = "python evaluate.py makes it anew"
+    result = read_json(file, keys={"metrics": dict, "clips": list, "provenance": dict}, mend=mend)
+    check_keys(result["provenance"], f"{file}, provenance", {"size": str}, mend)
+    number, entries = (float, type(None)), result["metrics"]
+    check_keys(entries, f"{file}, metrics", {name: dict for name in NAMES if name in entries}, mend)
+    for name in entries.keys() & set(NAMES):
+        check_keys(entries[name], f"{file}, {name}", {"mean": number}, mend)
+    for row in result["clips"]:
+        if not isinstance(row, dict):
+            raise damaged(file, row, "an object a clip", mend)
+        keys = {"clip": str} | {name: number for name in NAMES if name in row}
+        check_keys(row, f"{file}, clips", keys, mend)
+    return result

@@ -1,0 +1,91 @@
+"""Stage 1's table: what can be retrieved from the fMRI of held-out clips.
+
+top-1, top-5    share of the clips whose own embedding is the most similar to the prediction, or among the
+                five most similar, of all clips. Chance: 1 / clips, 5 / clips
+50-way          share where it is the most similar among itself and 49 clips of other scenes: exactly, the
+                mean over all ways to draw them. Chance: 1 / 50
+category mAP    mean over the categories of the average precision. Chance: their frequency
+"""
+
+import numpy as np
+import torch
+from scipy.stats import hypergeom
+from torch import Tensor, nn
+
+WAYS = 50
+
+
+def retrieval(f: Tensor, e: Tensor, other: np.ndarray, n: int = WAYS) -> tuple[float, float, float]:
+    """top-1, top-5 and n-way of f (clips, D) against the clips' own e (clips, D).
+
+    other (clips, clips) bool: which clips (columns) may be drawn beside a clip (row). Among equals (clips of
+    one caption) the first two take one at random: their expectation. Raises ValueError where f is not finite.
+    """
+    f, e = torch.nn.functional.normalize(f, dim=-1), torch.nn.functional.normalize(e, dim=-1)
+    S = (f @ e.T).double().numpy().round(6)  # (clips, clips); what is equal up to rounding is equally similar
+    if not np.isfinite(S).all():
+        raise ValueError("the Brain Model's output is not finite: train it again with a lower --lr")
+    own = S.diagonal()[:, None]  # (clips, 1)
+    better = (S > own).sum(1)  # (clips,)
+    equal = (S == own).sum(1)  # (clips,) itself, too
+    top_1, top_5 = (np.clip((m - better) / equal, 0, 1).mean() for m in (1, 5))
+    others = other.sum(1)  # (clips,)
+    above = (other & (S >= own)).sum(1)  # (clips,) of n - 1 drawn none may be among these
+    n = min(n, int(others.min()) + 1)
+    n_way = hypergeom.cdf(0, others, above, n - 1).mean() if n > 1 else 1.0
+    return float(top_1), float(top_5), float(n_way)
+
+
+def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Mean over the categories (columns) that occur of the precision at each positive clip, best first."""
+    precisions = []
+    for score, true in zip(scores.T, truth.T.astype(bool), strict=True):
+        if true.any():
+            hits = true[np.argsort(-score, kind="stable")]
+            precisions.append((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean())
+    return float(np.mean(precisions))
+
+
+@torch.inference_mode()
+def scores(
+    model: nn.Module, heads: nn.Module, x: Tensor, targets: dict[str, Tensor], other: np.ndarray
+) -> dict[str, float]:
+    """Brain Model and heads on x (clips, T, N) z-scored fMRI of clips with these targets, those of
+    ClipDataset.targets. The names are the table's rows."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    f_c = torch.cat([model(part.to(device))[0].float().cpu() for part in x.split(64)])  # (clips, D)
+    e_img, f_a, logits = (v.float().cpu() for v in heads(f_c.to(device), targets["e_img"].to(device)))
+    model.train(was_training)
+    rows = {}
+    pairs = {"image": (f_c, e_img), "text": (f_c, targets["e_txt"]), "action": (f_a, targets["e_act"])}
+    for name, (f, e) in pairs.items():
+        top_1, top_5, n_way = retrieval(f, e, other)
+        rows |= {f"{name} top-1": top_1, f"{name} top-5": top_5, f"{name} {WAYS}-way": n_way}
+    return rows | {"category mAP": average_precision(logits.numpy(), targets["categories"].numpy())}
+
+
+def with_controls(
+    model: nn.Module, heads: nn.Module, x: Tensor, targets: dict[str, Tensor], other: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """The table's columns: "fmri" the `scores`; "shuffled" those with the fMRI of other clips, in an order
+    drawn once; "chance" what guessing reaches."""
+    n, ways = len(x), min(WAYS, int(other.sum(1).min()) + 1)  # fewer ways where the test set is small
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    chance = {}
+    for name in ("image", "text", "action"):
+        chance |= {f"{name} top-1": 1 / n, f"{name} top-5": 5 / n, f"{name} {WAYS}-way": 1 / ways}
+    labels = targets["categories"].float()  # (clips, classes)
+    chance["category mAP"] = float(labels.mean(0)[labels.any(0)].mean())
+    fmri = scores(model, heads, x, targets, other)
+    return {"fmri": fmri, "shuffled": scores(model, heads, x[order], targets, other), "chance": chance}
+
+
+def table(columns: dict[str, dict[str, float]], title: str) -> str:
+    """`with_controls` as lines of text."""
+    lines = [f"{title:<28}{'fMRI':>9}{'shuffled':>10}{'chance':>9}"]
+    for name in columns["fmri"]:
+        fmri, shuffled, chance = (columns[column][name] for column in ("fmri", "shuffled", "chance"))
+        lines.append(f"{name:<28}{fmri:>9.3f}{shuffled:>10.3f}{chance:>9.3f}")
+    return "\n".join(lines)

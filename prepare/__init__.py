@@ -1,0 +1,1 @@
+"""From a release of recordings and films to data/<name>/: one file a step."""

@@ -1,0 +1,200 @@
+"""Lists of captions, in the formats that the field publishes them -> the lines of clips.jsonl.
+
+    .jsonl        a line a clip, of both splits: {"segment": "seg1", "caption": "a dog runs", "tags": [...]}
+    .json         a list for each split, of captions or of {"caption", "tags"} (NEURONS); or a list of
+                  {"video", "text"}, in any order and of more clips than the split has (CineBrain)
+    .h5 .hdf5     a list for each split: the file's only dataset, whatever its name (Mind-Animator)
+    .pt           a list for each split: strings in a list or array (NeuroClips)
+
+A row's `clip` (or `idx`) orders a segment or a list; its numbers count from 0 or 1, each once.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from prepare.categories import clip_categories
+from prepare.cc2017 import load_pt
+from prepare.release import Release
+from support.readers import check_keys, damaged, read_json, read_json_lines
+
+WANTED = "captions.jsonl, or the training and the test list of captions (.json, .h5 or .pt)"
+MEND = "mend the list, or give --captions another one"
+SHARE = 0.75  # of the clips must be nearer to their own caption than to that of a clip far away
+
+
+def read_captions(path: Path, segments: Sequence[str]) -> list[dict]:
+    """The clips of a split in order, each with `caption` and, where the file has them, `tags` or
+    `categories`.
+
+    segments: those of the split, in order; a .jsonl file is searched for them. Raises FileNotFoundError, or a
+    ValueError that names the file, its row, what that holds and what is wanted.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: --captions takes {WANTED}")
+    kind = path.suffix.lower()
+    if kind == ".jsonl":
+        rows = read_json_lines(path, {"segment": str, "caption": str}, MEND)
+        _check(path, rows)
+        split = []
+        for segment in segments:
+            of_segment = [row for row in rows if row["segment"] == segment]
+            split += _in_order(f"{path}, {segment}", of_segment)
+        return split
+    if kind == ".json":
+        rows = read_json(path, list, mend=f"--captions takes {WANTED}")
+    elif kind in (".h5", ".hdf5"):
+        rows = _read_hdf5(path)
+    elif kind == ".pt":
+        rows = load_pt(path)
+        rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
+    else:
+        raise damaged(path, f"the suffix {path.suffix or '(none)'}", WANTED, "give such a file")
+    if not isinstance(rows, list):
+        raise damaged(path, type(rows).__name__, "a list of captions", MEND)
+    rows = [row if isinstance(row, dict) else {"caption": row} for row in rows]
+    rows = [{"caption": row["text"], **row} if "text" in row else row for row in rows]
+    _check(path, rows)
+    return _in_order(path, rows)
+
+
+def _read_hdf5(path: Path) -> list[str]:
+    import h5py
+
+    datasets = {}
+    try:
+        with h5py.File(path) as file:
+            file.visititems(
+                lambda name, item: datasets.update({name: item} if hasattr(item, "shape") else {})
+            )
+            names = sorted(datasets)
+            values = datasets[names[0]][()] if len(names) == 1 else None
+    except Exception as error:  # whatever a damaged file makes h5py say
+        raise damaged(path, error, "a whole .h5 file", "download it again") from error
+    if values is None:
+        raise damaged(path, f"datasets {', '.join(names) or '(none)'}", "one dataset of captions", MEND)
+    rows = []
+    for value in np.ravel(values).tolist():
+        try:
+            rows.append(value.decode() if isinstance(value, bytes) else value)
+        except UnicodeDecodeError as error:
+            raise damaged(path, error, "captions of UTF-8 text", MEND) from error
+    return rows
+
+
+def _check(path: Path, rows: list[dict]) -> None:
+    """Raises ValueError where there is no row, or one has no caption, or tags that are no list of strings."""
+    if not rows:
+        raise damaged(path, "no caption", "one for each clip", MEND)
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, entry {number}"
+        check_keys(row, where, {"caption": str}, MEND)
+        if not row["caption"].strip():
+            raise damaged(where, "an empty caption", "a sentence", MEND)
+        for key in ("tags", "categories"):
+            value = row.get(key)
+            if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+                raise damaged(where, f"{key} = {value!r}", "a list of strings", MEND)
+        numbers = [key for key in ("clip", "idx") if row.get(key) is not None]
+        check_keys(row, where, dict.fromkeys(numbers, int), MEND)
+
+
+def _in_order(where: Path | str, rows: list[dict]) -> list[dict]:
+    """The rows by their `clip` or `idx`, where they have one. Raises ValueError for a number that is missing
+    or there twice."""
+    key = next((key for key in ("clip", "idx") if any(row.get(key) is not None for row in rows)), None)
+    if key is None:
+        return rows
+    numbers = [row.get(key) for row in rows]
+    if None in numbers:
+        raise damaged(where, f"no {key} in entry {numbers.index(None) + 1}", f"a {key} in each", MEND)
+    order = sorted(range(len(rows)), key=numbers.__getitem__)
+    first = 0 if numbers[order[0]] == 0 else 1
+    for wanted, i in enumerate(order, first):
+        if numbers[i] != wanted:
+            wrong = f"{key} {numbers[i]} twice" if numbers[i] == wanted - 1 else f"no {key} {wanted}"
+            raise damaged(where, wrong, f"numbers {first} to {first + len(rows) - 1}, each once", MEND)
+    return [rows[i] for i in order]
+
+
+def describe_clips(source: Release, split: str, captions: Path) -> list[dict]:
+    """The lines of clips.jsonl. Raises ValueError where the captions are not those of the clips, by their
+    number or the videos' names."""
+    segments = source.splits[split]
+    told = read_captions(captions, segments)
+    clips = [(name, k) for name in segments for k in range(source.window(name)[1] // source.volumes)]
+    videos = [source.video(*clip) for clip in clips]
+    files = {path for path, _ in videos}
+    if told and "video" in told[0] and len(videos) == len(files):  # a file a clip
+        told = _of_videos(captions, told, split, [path.name for path, _ in videos])
+    if len(told) != len(clips):
+        raise ValueError(
+            f"{captions} has {len(told)} captions for the {len(clips)} {split} clips of {len(segments)} "
+            "segments"
+        )
+    rows = []
+    ours = {"id", "segment", "clip", "split", "idx", "text"}
+    for (segment, k), (path, start), row in zip(clips, videos, told, strict=True):
+        more = {key: value for key, value in row.items() if key not in ours}
+        more |= {"video": path.name, "start_s": start, "tags": row.get("tags") or []}
+        more["categories"] = row.get("categories") or clip_categories(row["caption"], row.get("tags"))
+        rows.append({"id": f"{segment}-{k:03d}", "segment": segment} | more)
+    return rows
+
+
+def _of_videos(captions: Path, told: list[dict], split: str, names: list[str]) -> list[dict]:
+    """The rows of the videos with these names, in their order."""
+    by_video = {}
+    for number, row in enumerate(told, 1):
+        check_keys(row, f"{captions}, entry {number}", {"video": str}, MEND)
+        name = Path(row["video"]).name
+        if name in by_video:
+            raise damaged(f"{captions}, entry {number}", f"{name} again", "each video once", MEND)
+        by_video[name] = row
+    missing = [name for name in names if name not in by_video]
+    if missing:
+        others = len(missing) - 1
+        raise ValueError(
+            f"{captions} has no caption of {missing[0]} and {others} other {split} clips: download it again"
+        )
+    return [by_video[name] for name in names]
+
+
+def caption_copies(train: Sequence[dict], test: Sequence[dict]) -> tuple[float, float]:
+    """Shares of training clips whose caption another training segment has, and of test clips whose caption a
+    training clip has. Case, punctuation and spaces do not matter. train, test: rows of segment and
+    caption."""
+    segments: dict[str, set] = {}
+    for row in train:
+        segments.setdefault(_words(row["caption"]), set()).add(row["segment"])
+    again = [len(segments[_words(row["caption"])]) > 1 for row in train]
+    known = [_words(row["caption"]) in segments for row in test]
+    return float(np.mean(again)), float(np.mean(known))
+
+
+def _words(caption: str) -> str:
+    return " ".join(re.findall(r"[^\W_]+", caption.casefold()))
+
+
+def captions_that_fit(e_img: np.ndarray, e_txt: np.ndarray, segments: Sequence[str]) -> tuple[str, list[str]]:
+    """Are the captions in the clips' order? What CLIP says, in words, and the segments where it says no.
+
+    e_img: (clips, F, D), e_txt: (clips, D). A clip's mean frame should be nearer to its own caption than to
+    that of the clip half the set away, for 3 of 4 clips at least (by chance 1 of 2), and on average nearer
+    than to its neighbours' captions.
+    """
+    frames, segments = np.asarray(e_img, np.float32).mean(1), np.array(segments)
+    frames /= np.linalg.norm(frames, axis=1, keepdims=True)  # (clips, D)
+    half = len(frames) // 2
+    own, far, before, after = ((frames * np.roll(e_txt, shift, 0)).sum(1) for shift in (0, half, 1, -1))
+    nearer = own > far  # (clips,)
+    said = (
+        f"CLIP cosine of a clip and its own caption {own.mean():.3f}, the caption before "
+        f"{before.mean():.3f}, after {after.mean():.3f}, of one far away {far.mean():.3f}; own above far "
+        f"away in {nearer.mean():.0%} of the clips"
+    )
+    shifted = own.mean() < max(before.mean(), after.mean())
+    names = list(dict.fromkeys(segments.tolist()))
+    return said, [name for name in names if shifted or nearer[segments == name].mean() < SHARE]

@@ -1,0 +1,273 @@
+"""cc2017 as its authors publish it (Purdue) and as NeuroClips publishes it, preprocessed.
+
+Subject 3 has 85 runs in place of 86: one showing of a test segment is missing, and masked.
+"""
+
+import codecs
+import warnings
+import zipfile
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from prepare.cifti import mmp_areas, read_cifti
+from prepare.facts import CC2017_DELAY, CC2017_FPS, CC2017_TR, CORTEX, SEGMENT_VOLUMES, cc2017_splits
+from prepare.release import Release, only, visible
+from support.readers import damaged
+from support.videos import check_film, read_clips
+
+AFTER = 4  # volumes that a run goes on for when the film has ended
+
+
+class PurdueFilms(Release):
+    """The films of the Purdue release: stimuli/seg1.mp4 ..., 30 frames a second, somewhere below `raw`."""
+
+    raw: Path
+    mend = "download it from the Purdue release, or use fewer segments (--train-segments, --test-segments)"
+
+    def find_films(self, raw: Path) -> None:
+        """Raises FileNotFoundError for a segment without its film."""
+        self.raw = Path(raw)
+        self.films = self._below("stimuli") or self.raw / "stimuli"
+        for segment in chain(*self.splits.values()):
+            if not self.stimulus(segment)[0].is_file():
+                raise FileNotFoundError(
+                    f"{self.stimulus(segment)[0]}, the stimulus, is not there: {self._mend()}"
+                )
+
+    def _below(self, name: str) -> Path | None:
+        """The folder of this name: in raw, or up to three folders further down, as archives unpack."""
+        places = visible(self.raw, *("*/" * depth + name for depth in range(4)))
+        folders = {place.resolve(): place for place in places if place.is_dir()}
+        return next(iter(only([*folders.values()], f"the release's {name}")), None)
+
+    def _mend(self) -> str:
+        packed = visible(self.raw, "bundle.zip", "*/bundle.zip")
+        return f"unpack {packed[0]} where it lies" if packed else self.mend
+
+    def stimulus(self, segment: str) -> list[Path]:
+        return [self.films / f"{segment}.mp4"]
+
+    def read_clips(self, segment: str) -> Iterator[np.ndarray]:
+        return read_clips(self.stimulus(segment)[0], SEGMENT_VOLUMES)
+
+    def check(self) -> None:
+        for segment in chain(*self.splits.values()):
+            check_film(self.stimulus(segment)[0], fps=CC2017_FPS, seconds=2 * SEGMENT_VOLUMES, over=5)
+
+
+class PurdueRelease(PurdueFilms):
+    """Wen et al. 2018 (doi 10.4231/R7SF2TCW): CIFTI recordings of one subject, and mp4 films.
+
+        subject1/fmri/seg1/cifti/seg1_1_Atlas.dtseries.nii   seg1-18, 2 showings each; test1-5, 10 showings
+        stimuli/seg1.mp4                                     30 frames a second
+
+    raw: the folder of these two, or the one in which the archives were unpacked, such as
+    raw/10_4231_R7X63K3M/video_fmri_dataset/subject1. delay: of the haemodynamic response, in volumes of 2 s.
+    Raises ValueError for a delay that leaves the runs and FileNotFoundError for a segment without any
+    recording or without its film.
+    """
+
+    def __init__(
+        self,
+        raw: Path,
+        subject: int,
+        delay: int | None = None,
+        train_segments: int = 18,
+        test_segments: int = 5,
+    ):
+        self.raw, self.subject = Path(raw), subject
+        self.delay = CC2017_DELAY if delay is None else delay
+        self.splits = cc2017_splits(train_segments, test_segments)
+        if not 0 <= self.delay <= AFTER:
+            raise ValueError(
+                f"--delay {delay}: wanted 0 to {AFTER} volumes of 2 s, as runs end {AFTER} after the film"
+            )
+        self.runs = self._runs_of(subject) or self.raw / f"subject{subject}" / "fmri"
+        for segment in chain(*self.splits.values()):
+            if not self.files(segment):
+                path = self.run_file(segment, 0)
+                raise FileNotFoundError(
+                    f"{path.parent} has no recording of {segment}: wanted {path.name}; {self._mend()}"
+                )
+        self.find_films(raw)
+
+    def _runs_of(self, subject: int) -> Path | None:
+        return self._below(f"subject{subject}/fmri")
+
+    def run_file(self, segment: str, repeat: int) -> Path:
+        return self.runs / segment / "cifti" / f"{segment}_{repeat + 1}_Atlas.dtseries.nii"
+
+    def files(self, segment: str) -> list[Path]:
+        return visible(self.runs / segment / "cifti", f"{segment}_*_Atlas.dtseries.nii")
+
+    def recording(self, subject: int) -> list[Path]:
+        runs = self._runs_of(subject)
+        return visible(runs / "seg1" / "cifti", "seg1_1_Atlas.dtseries.nii") if runs else []
+
+    def repeats(self, segment: str) -> int:
+        return 10 if segment.startswith("test") else 2
+
+    def window(self, segment: str) -> tuple[int, int]:
+        trimmed = 2 if segment in ("test2", "test3", "test4", "test5") else 1  # as published, before the film
+        return trimmed + self.delay, SEGMENT_VOLUMES
+
+    @property
+    def voxels(self) -> tuple[np.ndarray, np.ndarray]:
+        """The cortical grayordinates and their areas."""
+        return np.arange(CORTEX), mmp_areas()[:CORTEX]
+
+    def load_run(self, segment: str, repeat: int) -> np.ndarray | None:
+        path = self.run_file(segment, repeat)
+        if not path.is_file():
+            warnings.warn(f"{path} is not there; this showing of {segment} is masked", stacklevel=2)
+            return None
+        start, length = self.window(segment)
+        volumes = start - self.delay + length + AFTER  # 245 or 246
+        return read_cifti(path, slice(CORTEX), CC2017_TR, volumes)
+
+
+class NeuroClipsRelease(Release):
+    """Hugging Face gongzx/cc2017_dataset: selected and preprocessed recordings.
+
+        subj01_train_fmri.pt (4320, 2, N)   subj01_test_fmri.pt (1200, 10, N)     clips x showings x voxels
+        GT_train_3fps.pt (4320, 6, 3, 224, 224)   GT_train_caption.pt (4320,)     and the same of the test set
+
+    The areas of its voxels are not published, nor whether its recordings are delayed: NeuroClips' MATLAB code
+    keeps volumes 2 to 241 without a delay. delay: in volumes of 2 s (none: as they are); the last volume of a
+    segment stands for those after it. Raises ValueError for other sizes, a value that is not finite and a
+    file that needs pickle, FileNotFoundError for a missing file.
+    """
+
+    preprocessed = True
+
+    def __init__(
+        self,
+        folder: Path,
+        subject: int,
+        delay: int | None = None,
+        train_segments: int = 18,
+        test_segments: int = 5,
+    ):
+        self.folder, self.subject, self.delay = Path(folder), subject, delay
+        self.splits = cc2017_splits(train_segments, test_segments)
+        if not 0 <= (delay or 0) <= AFTER:
+            raise ValueError(f"--delay {delay}: wanted 0 to {AFTER} volumes of 2 s")
+        self._fmri = {split: self._load(self._name(split), split) for split in self.splits}
+        train, test = (tuple(self._fmri[split].shape) for split in ("train", "test"))
+        if len(train) != 3 or len(test) != 3 or train[2] != test[2]:
+            raise ValueError(
+                f"{self.folder} has recordings of {train} and {test}, wanted (clips, showings, N) of one N"
+            )
+
+    def _name(self, split: str, subject: int | None = None) -> str:
+        return f"subj{subject or self.subject:02d}_{split}_fmri.pt"
+
+    def _load(self, name: str, split: str) -> torch.Tensor:
+        value, segments = load_pt(self.folder / name), len(self.splits[split])
+        if not isinstance(value, torch.Tensor) or value.ndim == 0:
+            raise damaged(self.folder / name, type(value).__name__, "a tensor", "download it again")
+        if len(value) != SEGMENT_VOLUMES * segments:
+            raise ValueError(
+                f"{self.folder / name} has {len(value)} clips, wanted {SEGMENT_VOLUMES * segments} "
+                f"({segments} segments): download it again, or give --train-segments, --test-segments"
+            )
+        return value
+
+    def _place(self, segment: str) -> tuple[str, slice]:
+        """Split of a segment, and where its clips are in the split's files."""
+        split = "test" if segment.startswith("test") else "train"
+        first = self.splits[split].index(segment) * SEGMENT_VOLUMES
+        return split, slice(first, first + SEGMENT_VOLUMES)
+
+    def repeats(self, segment: str) -> int:
+        return self._fmri[self._place(segment)[0]].shape[1]
+
+    def window(self, segment: str) -> tuple[int, int]:
+        return 0, SEGMENT_VOLUMES
+
+    @property
+    def voxels(self) -> tuple[np.ndarray, np.ndarray]:
+        N = self._fmri["train"].shape[2]
+        return np.arange(N), np.full(N, "unknown")
+
+    def load_run(self, segment: str, repeat: int) -> np.ndarray:
+        split, clips = self._place(segment)
+        run = self._fmri[split][clips, repeat].float().numpy()  # (240, N)
+        if not np.isfinite(run).all():
+            clip, voxel = (int(i) for i in np.argwhere(~np.isfinite(run))[0])
+            place = f"{run[clip, voxel]} at [{clips.start + clip}, {repeat}, {voxel}]"
+            raise damaged(self.folder / self._name(split), place, "finite numbers", "download it again")
+        return run[np.minimum(np.arange(len(run)) + (self.delay or 0), len(run) - 1)]
+
+    def files(self, segment: str) -> list[Path]:
+        return [self.folder / self._name(self._place(segment)[0])]
+
+    def recording(self, subject: int) -> list[Path]:
+        return visible(self.folder, self._name("train", subject))
+
+    def stimulus(self, segment: str) -> list[Path]:
+        return [self.folder / f"GT_{'test' if segment.startswith('test') else 'train'}_3fps.pt"]
+
+    def check(self) -> None:
+        for split, segments in self.splits.items():
+            (file,) = self.stimulus(segments[0])
+            shape = tuple(self._load(file.name, split).shape)
+            if len(shape) != 5 or shape[1:3] != (6, 3):
+                raise ValueError(
+                    f"{file} has the shape {shape}, wanted (clips, 6, 3, H, W): 2 s at 3 frames a second"
+                )
+
+    def read_clips(self, segment: str) -> Iterator[np.ndarray]:
+        (file,), (split, clips) = self.stimulus(segment), self._place(segment)
+        for frames in self._load(file.name, split)[clips]:
+            if frames.is_floating_point():
+                low, high = float(frames.min()), float(frames.max())
+                if not (low >= 0 and high <= 1):
+                    raise ValueError(f"{file} has pixels in [{low:g}, {high:g}], wanted [0, 1]")
+                frames = (frames.float() * 255).round().to(torch.uint8)
+            elif frames.dtype != torch.uint8:
+                raise damaged(
+                    file, str(frames.dtype), "uint8, or floating-point in [0, 1]", "download it again"
+                )
+            yield frames.permute(0, 2, 3, 1).numpy()
+
+
+class NeuroClipsWithFilms(PurdueFilms, NeuroClipsRelease):
+    """The recordings of NeuroClips and the films of Purdue: all that stage 2 and Table 1 need."""
+
+    name = "NeuroClipsRelease"  # its recordings are the same
+
+    def __init__(self, folder: Path, raw: Path, *args, **how):
+        NeuroClipsRelease.__init__(self, folder, *args, **how)
+        self.find_films(raw)
+
+
+def load_pt(path: Path) -> torch.Tensor | np.ndarray | list:
+    """A tensor (memory-mapped), or strings in a list or NumPy array. Raises ValueError where it would need
+    pickle."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there: download it from gongzx/cc2017_dataset on Hugging Face"
+        )
+    # The published captions are a NumPy array of fixed-width strings; these names rebuild one, nothing else.
+    rebuild = np.empty(0).__reduce__()[0]
+    names = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    archive = False
+    try:
+        archive = zipfile.is_zipfile(path)
+        with torch.serialization.safe_globals(
+            [*names, np.ndarray, np.dtype, np.dtypes.StrDType, codecs.encode]
+        ):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except Exception as error:  # UnpicklingError, RuntimeError, and whatever damage makes it say
+        if archive and "weights_only" in str(error).lower():
+            raise ValueError(
+                f"{path} needs pickle to load, which can run any code: download it again, or if you trust it "
+                "rewrite it: torch.save(torch.as_tensor(torch.load(FILE, weights_only=False)), FILE)"
+            ) from error
+        size = f"{path.stat().st_size:,} bytes, truncated or no .pt file"
+        raise damaged(path, size, "a tensor, or a list of strings", "download it again") from error

@@ -1,0 +1,227 @@
+"""CineBrain as published (Gao et al. 2025): CIFTI runs and CSV files, or volumes that the authors
+prepared."""
+
+import csv
+import warnings
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from prepare.cifti import mmp_areas, read_cifti
+from prepare.facts import (
+    AUDITORY_AND_LANGUAGE,
+    CINEBRAIN_DELAY,
+    CINEBRAIN_FPS,
+    CINEBRAIN_TR,
+    CLIP_VOLUMES,
+    EPISODE_CLIPS,
+    EPISODE_VOLUMES,
+    NINTH_SEASON,
+    ROIS,
+    SECONDS,
+    in_areas,
+)
+from prepare.release import Release, only, visible
+from support.readers import damaged, read_array, read_text
+from support.videos import check_film, read_clip
+
+UNPACK = "unpack the archive again"
+FILM = {"fps": CINEBRAIN_FPS, "seconds": SECONDS["cinebrain"], "over": 1}
+
+
+class CineBrainRelease(Release):
+    """20 episodes of one subject, recorded every 0.8 s, and their clips of 4 s.
+
+        raw/sub_0001/dtseries/*_run-1_*.dtseries.nii   runs 1-20 of fMRIPrep (91k), an episode each
+        raw/sub_0001/beh_data/sub_0001_1.csv           videoStartTime, videoStopTime: s after the run's start
+        raw/sub-0001/visual_audio/0.npy ...            in place of both: the authors' 27,000 volumes
+        raw/videos/000000.mp4 ...                      270 an episode, 10 episodes a season; 33 frames, 8 fps
+        raw/captions-qwen-2.5-vl-7b.json               a list of {"video": ".../000000.mp4", "text": ...}
+
+    Sources: names of runs and CSV files, their window and the z-score over all of a subject's volumes are
+    those of the authors' cifit2npy.py; test clips 7560-8099, which they state for subject 5, of their
+    get_metric.py. Assumed: runs are in the order of the episodes; every subject's test clips are the last two
+    episodes. A subject's folder may also be sub-0001, sub-001 or sub_001, its volumes in there or in
+    visual_audio/, the clips in videos/, clips/ or video_annos/clips/. The volumes have neither hippocampus
+    nor mPFC.
+
+    delay: in volumes of 0.8 s (5: 4 s). Raises FileNotFoundError for what is missing, ValueError for a delay
+    of preprocessed volumes and for two files where one is wanted.
+    """
+
+    preprocessed, volumes = True, CLIP_VOLUMES
+
+    def __init__(
+        self,
+        raw: Path,
+        subject: int,
+        delay: int | None = None,
+        train_segments: int = 18,
+        test_segments: int = 2,
+    ):
+        self.raw, self.subject = Path(raw), subject
+        self.delay = CINEBRAIN_DELAY if delay is None else delay
+        second = 11 if subject in NINTH_SEASON else 21
+        episodes = [f"episode{n:02d}" for n in (*range(1, 11), *range(second, second + 10))]
+        self.splits = {"train": episodes[:18][:train_segments], "test": episodes[18:][:test_segments]}
+        self.run_of = {episode: run for run, episode in enumerate(episodes, 1)}
+        self.cifti = bool(self._find(subject, "dtseries/*.dtseries.nii"))
+        if self.delay < 0:
+            raise ValueError(f"--delay {delay}: wanted 0 or more volumes of {CINEBRAIN_TR} s")
+        if not self.cifti and delay is not None:
+            raise ValueError(
+                f"--delay {delay}: the preprocessed volumes of {self.raw} are delayed already; leave it out"
+            )
+        if not self.cifti:
+            warnings.warn(
+                f"{self.raw} has no CIFTI runs of subject {subject}: visual areas only, and no hippocampus",
+                stacklevel=2,
+            )
+        places = [self.raw / place for place in ("videos", "clips", "videos/clips", "video_annos/clips")]
+        self.films = next((place for place in places if (place / "000000.mp4").is_file()), places[0])
+        for episode in chain(*self.splits.values()):
+            self._check_files(episode)
+
+    def _check_files(self, episode: str) -> None:
+        """Raises FileNotFoundError where a clip or a recording of the episode is missing."""
+        missing = [file for file in self.stimulus(episode) if not file.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{missing[0]} is not there ({len(missing)} clips of {episode}): unpack videos.tar"
+            )
+        if not self.files(episode):
+            run = self.run_of[episode]
+            wanted = f"visual_audio/{(run - 1) * EPISODE_VOLUMES}.npy to {run * EPISODE_VOLUMES - 1}.npy"
+            if self.cifti:
+                wanted = f"dtseries/*_run-{run}_*.dtseries.nii and beh_data/*_{run}.csv"
+            raise FileNotFoundError(
+                f"{episode} is not there whole: wanted {self.raw}/sub_{self.subject:04d}/{wanted}; download "
+                "it (or --train-segments FEWER)"
+            )
+
+    def _find(self, subject: int, pattern: str) -> list[Path]:
+        folders = [self.raw / f"sub{dash}{subject:0{digits}d}" for digits in (4, 3) for dash in "_-"]
+        return [*chain(*(visible(folder, pattern) for folder in folders))]
+
+    def _run(self, subject: int, run: int) -> list[Path]:
+        """CIFTI and CSV file of a run, or its volumes in order; nothing where one is missing."""
+        if self.cifti:
+            series = only(self._find(subject, f"dtseries/*_run-{run}_*.dtseries.nii"), f"run {run}")
+            times = only(self._find(subject, f"beh_data/*_{run}.csv"), f"the times of run {run}")
+            return [*series, *times] if series and times else []
+        places = [
+            self._find(subject, "visual_audio/0.npy"),
+            self._find(subject, "0.npy"),
+            [self.raw / "0.npy"],
+        ]
+        (first,) = only(next(filter(None, places)), f"the first volume of subject {subject}")
+        numbers = range((run - 1) * EPISODE_VOLUMES, run * EPISODE_VOLUMES)
+        volumes = [first.with_name(f"{n}.npy") for n in numbers]
+        return volumes if all(file.is_file() for file in volumes) else []
+
+    def files(self, segment: str) -> list[Path]:
+        return self._run(self.subject, self.run_of[segment])
+
+    def recording(self, subject: int) -> list[Path]:
+        files = self._run(subject, 1)
+        return files[:1] if self.cifti else files
+
+    def video(self, segment: str, clip: int) -> tuple[Path, float]:
+        return self.films / f"{(int(segment[-2:]) - 1) * EPISODE_CLIPS + clip:06d}.mp4", 0.0
+
+    def stimulus(self, segment: str) -> list[Path]:
+        return [self.video(segment, clip)[0] for clip in range(EPISODE_CLIPS)]
+
+    def repeats(self, segment: str) -> int:
+        return 1
+
+    @cached_property
+    def voxels(self) -> tuple[np.ndarray, np.ndarray]:
+        """The grayordinates of every ROI (CIFTI), or the visual ones, and their areas."""
+        areas = mmp_areas()
+        names = [*chain(*ROIS.values())] if self.cifti else ROIS["visual"]
+        index = np.flatnonzero(in_areas(areas, names))
+        return index, areas[index]
+
+    @cached_property
+    def columns(self) -> dict[tuple[int], slice | np.ndarray]:
+        """Where the visual areas are in a published volume, by its shape."""
+        areas = mmp_areas()
+        held = areas[in_areas(areas, ROIS["visual"] + AUDITORY_AND_LANGUAGE.split())]  # (18946,)
+        return {(8405,): slice(None), held.shape: in_areas(held, ROIS["visual"])}
+
+    def window(self, segment: str) -> tuple[int, int]:
+        """As cifit2npy.py cuts a run, but always 18 minutes long. Raises ValueError where the CSV says other
+        than that."""
+        if not self.cifti:
+            return 0, EPISODE_VOLUMES
+        file, wanted = self.files(segment)[1], "a line of numbers videoStartTime and videoStopTime"
+        text = read_text(file, "download it again")
+        try:
+            row = next(csv.DictReader(text.splitlines()))
+            start, stop = float(row["videoStartTime"]), float(row["videoStopTime"])
+        except (KeyError, ValueError, TypeError, StopIteration, csv.Error) as error:
+            raise damaged(file, error, wanted, "download it again") from error
+        if not (start >= 0 and abs(stop - start - EPISODE_VOLUMES * CINEBRAIN_TR) <= 2 * CINEBRAIN_TR):
+            raise ValueError(
+                f"{file}: the video lasts {stop - start:.1f} s from {start:.1f} s on, wanted "
+                f"{EPISODE_VOLUMES * CINEBRAIN_TR:.1f} s: is it the CSV of this run?"
+            )
+        return int((start + self.delay * CINEBRAIN_TR) / CINEBRAIN_TR) + 1, EPISODE_VOLUMES
+
+    def _volumes(self, segment: str) -> np.ndarray:
+        """The volumes of an episode, float32 (1350, N), as they are in the release."""
+        files = self.files(segment)
+        if self.cifti:
+            start, length = self.window(segment)
+            run = read_cifti(files[0], self.voxels[0], CINEBRAIN_TR)
+            if len(run) < start + length:
+                wanted = f"{start + length}: start, delay and 18 minutes of video"
+                raise ValueError(f"{files[0]} has {len(run)} volumes, wanted {wanted}")
+            return run[start : start + length]
+        response = np.empty((len(files), len(self.voxels[0])), np.float32)
+        for row, file in zip(response, files, strict=True):
+            volume = read_array(file, shape=(None,), finite=True, mend=UNPACK)
+            if volume.shape not in self.columns:
+                raise damaged(file, f"{len(volume):,} numbers", "8,405 or 18,946", UNPACK)
+            row[:] = volume[self.columns[volume.shape]]
+        return response
+
+    @cached_property
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each voxel over all volumes of all episodes, (N,) float64 each; one
+        run in memory."""
+        level, n, total, squares = None, 0, 0.0, 0.0
+        episodes = [*chain(*self.splits.values())]
+        for segment in tqdm(episodes, desc="mean and deviation", unit="episode"):
+            x = self._volumes(segment).astype(np.float64)  # (1350, N)
+            level = x[0].copy() if level is None else level  # first, since BOLD is 1e4 +- 1e2
+            x -= level
+            n += len(x)
+            total = total + x.sum(0)
+            squares = squares + np.einsum("tn,tn->n", x, x)
+        return level + total / n, np.sqrt((squares - total**2 / n) / (n - 1))
+
+    def load_run(self, segment: str, repeat: int) -> np.ndarray:
+        """(1350, N) z-scores; 0 for a voxel that is constant or not finite somewhere, as published."""
+        if not self.cifti:
+            return self._volumes(segment)
+        mean, deviation = self.moments
+        varies = deviation > 1e-6 * np.abs(mean)  # false for NaN, too
+        z = (self._volumes(segment)[:, varies] - mean[varies]) / deviation[varies]
+        response = np.zeros((len(z), len(varies)), np.float32)
+        response[:, varies] = z
+        return response
+
+    def read_clips(self, segment: str) -> Iterator[np.ndarray]:
+        for file in self.stimulus(segment):
+            check_film(file, **FILM)
+            yield read_clip(file, 0.0, SECONDS["cinebrain"])
+
+    def check(self) -> None:
+        for segment in chain(*self.splits.values()):
+            check_film(self.stimulus(segment)[0], **FILM)

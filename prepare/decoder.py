@@ -1,0 +1,138 @@
+"""For the video decoder, beside the embeddings: latents, text tokens and the empty prompt (§4.1).
+
+stimuli/{train,test}/<decoder>/latents.npy          float16 (clips, C, f, h, w)
+stimuli/{train,test}/<decoder>/text_tokens.npy      float16 (rows, D_txt), the real tokens of each caption
+stimuli/{train,test}/<decoder>/text_offsets.npy     int64 (clips + 1,), where each caption's rows begin
+stimuli/<decoder>/empty_prompt.npy                  float32 (L, D_txt)
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from prepare.facts import decoder_recipes, stimuli_folder
+from prepare.release import Release
+from prepare.stimuli import clips_from, encode_all, first_sentences, plan
+from support.files import hashes, is_made_by, resumable_arrays, writing_array
+from support.readers import read_json_lines
+from support.videos import video_frames
+from video_decoder import VideoDecoder
+
+WHOLE = 3e7  # pixels of a video that the VAE encodes at once; a larger one in tiles
+
+
+def prepare_decoder(
+    name: str,
+    source: Release,
+    root: Path,
+    decoder: str,
+    frames: int,
+    height: int,
+    width: int,
+    subject: int = 1,
+    sentences: int | None = None,
+) -> None:
+    """Text tokens, empty prompt and latents of all clips, for a decoder: a folder or a name on the Hub.
+
+    Text first, then the VAE: the two are never in memory together, and the DiT never is. Clips are streamed,
+    a few at a time. sentences: of a caption that the text encoder reads, from its first on; None for all.
+    Raises ValueError for files that were made by another recipe, and where the decoder does not fit the size.
+    """
+    stimuli, folder = stimuli_folder(name, subject, root), Path(decoder).name
+    size = frames, height, width
+    latent_recipe, text_recipe = decoder_recipes(decoder, size)
+    rows = {}
+    for split in source.splits:
+        rows[split] = read_json_lines(stimuli / split / "clips.jsonl", {"segment": str, "caption": str})
+    here = {split: stimuli / split / folder for split in source.splits}
+
+    empty = stimuli / folder / "empty_prompt.npy"  # written last
+    if not is_made_by(empty, text_recipe | {"caption_sentences": sentences}):
+        if sentences is not None:
+            text_recipe["caption_sentences"] = sentences
+        captions = {}
+        for split in rows:
+            captions[split] = [first_sentences(row["caption"], sentences) for row in rows[split]]
+        _prepare_text(decoder, captions, here, empty, text_recipe)
+
+    left = [split for split in source.splits if not is_made_by(here[split] / "latents.npy", latent_recipe)]
+    if left:
+        tiling = frames * height * width > WHOLE
+        encoder = _load(decoder, load_vae=True, tiling=tiling)
+        for split in left:
+            _prepare_latents(encoder, source, split, rows[split], here[split], size, latent_recipe)
+
+
+def _load(decoder: str, **parts: bool) -> VideoDecoder:
+    """Text encoder or VAE, on the GPU where there is one."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    return VideoDecoder.from_pretrained(decoder, load_transformer=False, dtype=dtype, **parts).to(device)
+
+
+@torch.inference_mode()
+def _prepare_text(
+    decoder: str, captions: dict[str, list[str]], here: dict[str, Path], empty: Path, recipe: dict
+) -> None:
+    """text_tokens.npy and text_offsets.npy in the folder of each split, then empty_prompt.npy."""
+    encoder = _load(decoder, load_text_encoder=True)
+    L, D_txt = encoder.text_length, encoder.text_width
+    different = {split: list(dict.fromkeys(texts)) for split, texts in captions.items()}
+    n = sum(map(len, different.values()))
+    what = f"{decoder}: text tokens of {n:,} captions, at most {L} x {D_txt} float16 each"
+    at_once = plan(what, lambda: encoder.encode_text(captions["train"][:1]), n, on_cpu=32)
+    for split, texts in captions.items():
+        tokens = _encode_texts(encoder, different[split], at_once, split)
+        if not all(np.isfinite(e).all() for e in tokens.values()):
+            mend = "download it again, or choose another --decoder"
+            raise ValueError(f"{decoder}/text_encoder gives NaN or values beyond float16: {mend}")
+        offsets = np.cumsum([0] + [len(tokens[text]) for text in texts])  # (clips + 1,)
+        shape = (int(offsets[-1]), D_txt)
+        with writing_array(here[split] / "text_tokens.npy", shape, "float16", recipe) as array:
+            for text, (start, end) in zip(texts, pairwise(offsets), strict=True):
+                array[start:end] = tokens[text]
+        with writing_array(here[split] / "text_offsets.npy", offsets.shape, "int64", recipe) as array:
+            array[:] = offsets
+    with writing_array(empty, (L, D_txt), "float32", recipe) as array:
+        (e,) = encoder.encode_text([""])  # (n, D_txt)
+        array[: len(e)] = e
+
+
+def _encode_texts(
+    encoder: VideoDecoder, texts: Sequence[str], at_once: int, split: str
+) -> dict[str, np.ndarray]:
+    """Of each text its tokens, (n, D_txt) float16."""
+    tokens = {}
+    for i in tqdm(range(0, len(texts), at_once), desc=f"text tokens, {split}", unit="batch"):
+        batch = texts[i : i + at_once]
+        for text, e in zip(batch, encoder.encode_text(batch), strict=True):
+            tokens[text] = e.numpy().astype(np.float16)
+    return tokens
+
+
+def _prepare_latents(
+    encoder: VideoDecoder,
+    source: Release,
+    split: str,
+    rows: list[dict],
+    here: Path,
+    size: tuple[int, int, int],
+    recipe: dict,
+) -> None:
+    """here/latents.npy of videos of `size` = frames, height, width."""
+    shape, n = encoder.latent_shape(*size), len(rows)  # (C, f, h, w)
+    inputs = hashes(map(source.stimulus, source.splits[split]))
+    pixels = "x".join(map(str, size))
+    tqdm.write(f"{split}: {pixels} -> {shape} float16, {2 * np.prod(shape) * n / 1e9:,.2f} GB")
+
+    def encode(batch: np.ndarray) -> tuple[np.ndarray]:  # (b, F, H, W, 3) uint8
+        return (encoder.encode_latents(torch.from_numpy(batch)).cpu().numpy(),)  # (b, C, f, h, w)
+
+    on_cpu = min(16, max(1, 2_000_000 // int(np.prod(size))))
+    with resumable_arrays({here / "latents.npy": (n, *shape)}, "float16", recipe, inputs) as part:
+        arrays, done, filled = part
+        shown = (video_frames(clip, *size) for clip in clips_from(source, rows, done))
+        encode_all(shown, encode, arrays, done, filled, f"latents, {split}", on_cpu)

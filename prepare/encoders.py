@@ -1,0 +1,151 @@
+"""The frozen encoders: CLIP of frames and captions, ViCLIP of clips -> unit vectors (§3.1)."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from prepare.viclip import ViCLIP
+from support.readers import check_keys, check_tensors, damaged, read_json, read_state, read_tensors
+
+CONFIG, WEIGHTS = "open_clip_config.json", ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+DOWNLOAD = "download the folder again"
+
+
+def load_clip(name: str) -> tuple[nn.Module, dict, Callable[[list[str]], Tensor]]:
+    """A frozen open_clip model, its image statistics {"size", "mean", "std"} and its tokenizer.
+
+    name: "MODEL/PRETRAINED" ("ViT-L-14-quickgelu/openai"), or "local-dir:FOLDER" of open_clip_config.json,
+    open_clip_model.safetensors and the tokenizer's files, of which no code is ever run. Raises
+    FileNotFoundError for what is missing, ValueError for an unknown name and a damaged file.
+    """
+    schema, colon, place = name.partition(":")
+    if schema == "local-dir":
+        return _load_folder(Path(place))
+    model_name, pretrained = (name, None) if colon else name.partition("/")[::2]
+    try:
+        model = open_clip.create_model_from_pretrained(model_name, pretrained, return_transform=False)
+        config = {"hf_tokenizer_name": colon} if colon else open_clip.get_model_config(model_name)["text_cfg"]
+        tokenizer = _load_tokenizer(model_name, config)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"--clip {name}: {error}") from error
+    return model.eval().requires_grad_(False), image_stats(model), tokenizer
+
+
+def _load_tokenizer(name: str, text_cfg: dict) -> Callable[[list[str]], Tensor]:
+    """By open_clip; one of transformers runs no code of the folder that it is read from."""
+    safe = {"trust_remote_code": False} if text_cfg.get("hf_tokenizer_name") else {}
+    return open_clip.get_tokenizer(name, **safe)
+
+
+def _load_folder(folder: Path) -> tuple[nn.Module, dict, Callable[[list[str]], Tensor]]:
+    config, name = folder / CONFIG, f"local-dir:{folder}"
+    if not config.is_file():
+        raise FileNotFoundError(f"CLIP: {config} not found, wanted with {WEIGHTS[0]} and tokenizer.json")
+    model_cfg = read_json(config, keys={"model_cfg": dict}, mend=DOWNLOAD)["model_cfg"]
+    check_keys(model_cfg, config, {"text_cfg": dict, "vision_cfg": dict}, DOWNLOAD)
+    _refuse_code(model_cfg, config)
+    quiet = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # open_clip warns that it reads no weights: they are read below
+    try:
+        model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
+        tokenizer = _load_tokenizer(name, model_cfg["text_cfg"])
+    except (
+        Exception
+    ) as error:  # whatever sizes of another type, or damaged files of the tokenizer, make it say
+        raise damaged(config, error, "the sizes and the tokenizer of a CLIP", DOWNLOAD) from error
+    finally:
+        logging.disable(quiet)
+    weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), folder / WEIGHTS[0])
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    if weights.suffix == ".safetensors":
+        state = read_tensors(weights, wanted, DOWNLOAD)
+    else:
+        state = read_state(weights, dict.fromkeys(wanted, Tensor), DOWNLOAD)
+        check_tensors(state, weights, wanted, DOWNLOAD)
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False), image_stats(model), tokenizer
+
+
+def _refuse_code(value: object, config: Path) -> None:
+    """Raises ValueError where a config, at any depth, asks to run code of its folder or of another one."""
+    if isinstance(value, dict):
+        if value.get("trust_remote_code"):
+            raise damaged(
+                config, "trust_remote_code", "a CLIP that brings no code of its own", "choose another"
+            )
+        other = str(value.get("hf_model_name") or "")
+        if other and Path(other).exists():
+            raise damaged(config, f"hf_model_name {other}", "no model of another folder", "choose another")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_code(item, config)
+
+
+def image_stats(model: nn.Module) -> dict:
+    """{"size": pixels, "mean": [r, g, b], "std": [r, g, b]} of the images that a CLIP wants."""
+    stats = {key: model.visual.preprocess_cfg[key] for key in ("mean", "std")}
+    return {"size": model.visual.image_size[0]} | stats
+
+
+def prepare_frames(
+    frames: Tensor, size: int, mean: Sequence[float], std: Sequence[float], squash: bool = False
+) -> Tensor:
+    """uint8 RGB (..., H, W, 3) -> normalised float (..., 3, size, size), bicubic, antialiased.
+
+    The short side is resized and the centre cropped, as open_clip's transform does to one PIL image at a
+    time; or, to squash, both sides are resized, as InternVid trained and tests its ViCLIP.
+    """
+    if frames.dtype != torch.uint8 or frames.shape[-1] != 3:
+        raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}, wanted uint8 (..., H, W, 3)")
+    *lead, H, W, _ = frames.shape
+    h, w = (size, size * W // H) if H <= W else (size * H // W, size)
+    h, w = (size, size) if squash else (h, w)
+    x = frames.reshape(-1, H, W, 3).permute(0, 3, 1, 2).float()
+    x = nn.functional.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 255)  # it overshoots
+    top, left = round((h - size) / 2), round((w - size) / 2)
+    x = x[:, :, top : top + size, left : left + size] / 255
+    x = (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
+    return x.reshape(*lead, 3, size, size)
+
+
+def encode_images(model: nn.Module, frames: np.ndarray, batch: int = 128) -> np.ndarray:
+    """e_img, CLIP of every frame: uint8 (n, F, H, W, 3) -> unit vectors (n, F, D) float32; `batch` counts
+    frames."""
+    stats, images = image_stats(model), frames.reshape(-1, *frames.shape[2:])
+    e = _unit_vectors(model, lambda x: model.encode_image(prepare_frames(x, **stats)), images, batch)
+    return e.reshape(*frames.shape[:2], -1)
+
+
+def encode_texts(
+    model: nn.Module, tokenizer: Callable, captions: Sequence[str], batch: int = 256
+) -> np.ndarray:
+    """e_txt, CLIP of each caption: n strings -> unit vectors (n, D) float32."""
+    return _unit_vectors(model, model.encode_text, tokenizer(list(captions)).numpy(), batch)
+
+
+def encode_actions(viclip: ViCLIP, frames: np.ndarray, batch: int = 16) -> np.ndarray:
+    """e_act, ViCLIP of each clip: uint8 (n, F, H, W, 3) -> unit vectors (n, D) float32; `batch` counts
+    clips."""
+    stats = (viclip.config.image_size, viclip.config.image_mean, viclip.config.image_std)
+
+    def encode(x: Tensor) -> Tensor:
+        return viclip.encode_video(prepare_frames(x, *stats, squash=True))
+
+    return _unit_vectors(viclip, encode, frames, batch)
+
+
+@torch.inference_mode()
+def _unit_vectors(model: nn.Module, encode: Callable, items: np.ndarray, batch: int) -> np.ndarray:
+    """encode(items), a batch at a time on the model's device (bf16 autocast on a GPU), each vector
+    normalised."""
+    device, out = next(model.parameters()).device, []
+    for i in range(0, len(items), batch):
+        copy = np.array(items[i : i + batch])  # memory maps are read-only
+        part = torch.from_numpy(copy).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            out.append(nn.functional.normalize(encode(part).float(), dim=-1).cpu())
+    return torch.cat(out).numpy()

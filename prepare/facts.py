@@ -1,0 +1,143 @@
+"""Numbers and names of the datasets, as published (§4.1), and where each dataset is had.
+
+cc2017      Wen et al. 2018: doi 10.4231/R7SF2TCW, a series of one archive a subject and one of the stimuli
+CineBrain   Gao et al. 2025: Hugging Face Fudan-fMRI/CineBrain
+toy         toy/world.py, toy/subject.py
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from support.files import MissingData
+
+# ---------------------------------------------------------------- clips
+
+SIZES = {  # segments, and clips of each
+    "toy": {"train": (20, 100), "test": (2, 80)},
+    "cc2017": {"train": (18, 240), "test": (5, 240)},
+    "cinebrain": {"train": (18, 270), "test": (2, 270)},
+}
+SUBJECTS = {"toy": 1, "cc2017": 3, "cinebrain": 6}
+VIDEO = {"toy": (17, 64, 64), "cc2017": (57, 624, 624), "cinebrain": (33, 480, 720)}  # frames, height, width
+SECONDS = {"toy": 2.0, "cc2017": 2.0, "cinebrain": 33 / 8}  # of a clip's video; CineBrain: 4 s and one frame
+SCENE_CLIPS = 15  # clips of a segment this near in time count as one scene
+
+# cc2017: a volume of 2 s is a clip, and a segment lasts 8 minutes
+SEGMENT_VOLUMES, CC2017_TR, CC2017_DELAY, CC2017_FPS = 240, 2.0, 2, 30.0
+# CineBrain: 18 minutes an episode, in clips of 4 s, of five volumes each
+EPISODE_CLIPS, EPISODE_VOLUMES, CLIP_VOLUMES = 270, 1350, 5
+CINEBRAIN_TR, CINEBRAIN_DELAY, CINEBRAIN_FPS = 0.8, 5, 8.0
+NINTH_SEASON = (1, 2, 6)  # the subjects of CineBrain who saw seasons 7 and 9; the others saw 7 and 11
+
+
+def cc2017_splits(train_segments: int, test_segments: int) -> dict[str, list[str]]:
+    """{"train": ["seg1", ...], "test": ["test1", ...]}"""
+    train = [f"seg{n}" for n in range(1, train_segments + 1)]
+    return {"train": train, "test": [f"test{n}" for n in range(1, test_segments + 1)]}
+
+
+def stimuli_folder(name: str, subject: int, root: Path = Path("data")) -> Path:
+    """Where the clips that a subject saw are prepared: data/<name>/stimuli, and data/cinebrain/stimuli-1-2-6
+    for the three subjects who saw other films."""
+    other = name == "cinebrain" and subject in NINTH_SEASON
+    return root / name / ("stimuli-1-2-6" if other else "stimuli")
+
+
+# ---------------------------------------------------------------- the brain
+
+CORTEX, GRAYORDINATES = (
+    59_412,
+    91_282,
+)  # the fs_LR 32k space of the HCP: the cortex comes first, left then right
+ROIS = {  # areas of the HCP MMP atlas, of both hemispheres, and the subcortical structures beside it
+    "visual": (  # as CineBrain's authors: 8,405 grayordinates
+        "V1 V2 V3 V3A V3B V3CD V4 LO1 LO2 LO3 PIT V4t V6 V6A V7 V8 PH FFC IP0 MT MST FST VVC VMV1 VMV2 VMV3 "
+        "PHA1 PHA2 PHA3"
+    ).split(),
+    "hippocampus": ["hippocampus_left", "hippocampus_right"],
+    # region 19, "anterior cingulate and medial prefrontal", of Glasser et al. 2016, Supplementary Results
+    "mpfc": "33pr p24pr a24pr p24 a24 p32pr a32pr d32 p32 s32 8BM 9m 10v 10r 25".split(),
+}
+# CineBrain's preprocessed volumes hold the visual areas alone, or these beside them (numbers of the authors'
+# cifit2npy.py, by name)
+AUDITORY_AND_LANGUAGE = (
+    "4 IPS1 A1 7Pm 7m 7AL 7Am 7PL 7PC 8BM p32 47m 8Av 8Ad 9p 10d 8C 44 45 46 9a 10v STGa STSda STSdp STSvp "
+    "TPOJ1 TPOJ2 TPOJ3 PGp R_s32 R_STSva"
+)
+
+
+def in_areas(areas: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """(N,) bool: has each area ('L_V1') one of the names, with ('L_V1') or without its hemisphere ('V1')?"""
+    bare = [area.removeprefix("L_").removeprefix("R_") for area in areas]
+    return np.isin(areas, names) | np.isin(bare, names)
+
+
+# ---------------------------------------------------------------- models, and where the data is had
+
+CLIP = "ViT-L-14-quickgelu/openai"  # of open_clip, which downloads it
+VICLIP_HUB, VICLIP_FILE = "OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth"  # 1.71 GB
+
+RECORDINGS_DOI = {1: "10.4231/R7X63K3M", 2: "10.4231/R7NS0S1F", 3: "10.4231/R7J101BV"}  # cc2017, by subject
+STIMULI_DOI = "10.4231/R71Z42KK"
+MISSING = {
+    "cc2017": """data/cc2017 is not prepared for subject {subject}.
+
+1. Download two archives of the Purdue University Research Repository to one folder RAW: the stimuli,
+   doi.org/10.4231/R71Z42KK, and the recordings: doi.org/10.4231/R7X63K3M (subject 1, 15.3 GB),
+   doi.org/10.4231/R7NS0S1F (subject 2) or doi.org/10.4231/R7J101BV (subject 3).
+2. Unpack each archive in RAW, and the bundle.zip in it where it lies. Leave the folders as they are: RAW is
+   searched for subject{subject}/fmri and stimuli. Subject {subject}'s first run is then, for instance,
+   RAW/10_4231_.../video_fmri_dataset/subject{subject}/fmri/seg1/cifti/seg1_1_Atlas.dtseries.nii
+3. Captions are not in the archives: take the training and the test list of NEURONS (.json) or of
+   Mind-Animator (.h5).
+4. python data.py cc2017 --raw RAW --subject {subject} --captions TRAIN TEST
+5. python train_stage1.py --data cc2017 --subject {subject}""",
+    "cinebrain": """data/cinebrain is not prepared for subject {subject}.
+
+1. Download from Hugging Face, Fudan-fMRI/CineBrain, to one folder RAW: captions-qwen-2.5-vl-7b.json, and
+   videos.tar, which you unpack there.
+2. Download the recordings of subject {subject}. Either the CIFTI runs and the behavioural CSV files
+   (ModelScope, CineBrain_fMRI_CIFTI): RAW/sub_{subject:04d}/dtseries and RAW/sub_{subject:04d}/beh_data.
+   Or, for the visual areas alone, sub-{subject:04d}/fMRI_preprocessed_data.tar of Hugging Face:
+   RAW/sub-{subject:04d}/visual_audio.
+3. python data.py cinebrain --raw RAW --subject {subject}
+4. python train_stage1.py --data cinebrain --subject {subject} [--rois visual]""",
+}
+
+
+def decoder_recipes(decoder: str, size: Sequence[int]) -> tuple[dict, dict]:
+    """What makes the latents of videos of `size` (frames, height, width), and what makes the text tokens.
+
+    Each recipe has the decoder's name and, where it is a local folder, a digest of its VAE or text encoder.
+    """
+    local = Path(decoder).is_dir()
+    name = Path(decoder).resolve().name if local else decoder
+    digest = {part: _digest(Path(decoder, part)) if local else None for part in ("vae", "text_encoder")}
+    frames, height, width = size
+    latents = {"decoder": name, "vae": digest["vae"], "frames": frames, "height": height, "width": width}
+    return latents, {"decoder": name, "text_encoder": digest["text_encoder"]}
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of a model's config.json and of the first 64 MB of each file of its weights."""
+    sha = hashlib.sha256()
+    for file in sorted(folder.glob("*")):
+        if file.name == "config.json" or file.suffix == ".safetensors":
+            with open(file, "rb") as opened:
+                sha.update(opened.read(1 << 26))
+    return sha.hexdigest()[:16]
+
+
+def not_prepared(name: str, subject: int, file: Path) -> MissingData:
+    """The error that says how to prepare a dataset of which `file` is not there."""
+    if name in SUBJECTS and not 1 <= subject <= SUBJECTS[name]:
+        there = "one subject, 1" if SUBJECTS[name] == 1 else f"subjects 1 to {SUBJECTS[name]}"
+        raise ValueError(f"--subject {subject}: {name} has {there}")
+    if name == "toy":
+        makes = "the toy world has one subject, 1; train_stage1.py and train_stage2.py make and prepare it"
+        return MissingData(f"{file} is not there: {makes}")
+    guide = MISSING.get(name, f"data/{name} is not prepared for subject {{subject}}.").format(subject=subject)
+    return MissingData(f"{guide}\n\n{file} is not there.")

@@ -1,0 +1,215 @@
+"""One run of fMRI -> z-scores; which voxels respond reproducibly; sub<K>/{train,test}/fmri.npy (§4.1).
+
+A run is trimmed to its film, delayed by the haemodynamic response, freed of a slow trend and z-scored. Voxels
+are kept whose response to a film repeats (Wen et al. 2018). One run is in memory at a time.
+"""
+
+import filecmp
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+from tqdm import tqdm
+
+from prepare.cifti import mmp_areas, read_cifti  # noqa: F401  what a release of CIFTI files needs
+from prepare.release import Release
+from support.files import hashes, is_made_by, read_manifest, writing_array, written_whole
+
+MANY = 100  # files of a segment, from here on, have one SHA-256 together: a file a volume
+
+
+def preprocess_run(run: np.ndarray, start: int, length: int, order: int = 4) -> np.ndarray:
+    """Trim a run, remove the least-squares polynomial of degree `order` from each voxel and z-score it
+    (§4.1).
+
+    With an orthonormal basis Q of the polynomials the residual is y - Q Qᵀ y, for all voxels of a block at
+    once. run: (V, N) volumes x voxels. start, length: the window, in volumes. Returns (length, N) float32;
+    NaN throughout a voxel in which only rounding is left (constant, or a polynomial) or a value is not
+    finite.
+    """
+    V, N = run.shape  # volumes, voxels
+    if start < 0 or start + length > V:
+        raise ValueError(
+            f"the window of volumes [{start}, {start + length}) is not within a run of {V} volumes"
+        )
+    legendre = np.polynomial.legendre.legvander(np.linspace(-1, 1, length), order)
+    Q = np.linalg.qr(legendre)[0].astype(np.float32)  # (length, order+1)
+    response = np.empty((length, N), np.float32)
+    for first in range(0, N, 1024):
+        voxels = slice(first, first + 1024)
+        raw = run[start : start + length, voxels]  # (length, n)
+        with np.errstate(invalid="ignore", over="ignore"):
+            y = raw - raw.mean(0)  # first, since BOLD is 1e4 +- 1e2: float32 would lose the signal in Qᵀ y
+            y -= Q @ (Q.T @ y)
+            level = np.sqrt(np.einsum("tn,tn->n", raw, raw) / length)
+            deviation = np.sqrt(np.einsum("tn,tn->n", y, y) / length)
+            constant = ~(deviation > 1e-6 * level)  # float32 rounds at 6e-8 of the level; true for NaN, too
+            np.divide(y, np.where(constant, np.float32(np.nan), deviation), out=response[:, voxels])
+    return response
+
+
+class Selection(NamedTuple):
+    """What the reproducibility test says of all N voxels of the source."""
+
+    mask: np.ndarray  # (N,) bool: kept
+    mean_z: (
+        np.ndarray
+    )  # (N,) mean over the segments of the Fisher z of the two showings; NaN where not tested
+    tested: int  # finite in every segment
+    dropped: int  # constant or not finite in some segment: not tested
+    kept: int  # p < alpha after Bonferroni, and mean_z > 0
+
+
+def fisher_z(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Two showings of a segment, (V, N) from `preprocess_run` -> (N,) Fisher z of each voxel's Pearson r."""
+    r = np.einsum("tn,tn->n", first, second).astype(np.float64) / len(
+        first
+    )  # z-scored: the mean product is r
+    return np.arctanh(np.clip(r, -1 + 1e-6, 1 - 1e-6))  # r = 1 would be infinite
+
+
+def reproducible_voxels(z: list[np.ndarray], alpha: float = 0.05) -> Selection:
+    """Which voxels respond alike to two showings of a film (§4.1)? z: a (N,) Fisher z per segment.
+
+    One-sample two-sided t-test over the segments against 0, Bonferroni over the voxels tested, mean z > 0.
+    Raises ValueError with fewer than two segments or no voxel to test.
+    """
+    if len(z) < 2:
+        raise ValueError(
+            f"{len(z)} training segments were shown twice, wanted at least 2: add some (--train-segments)"
+        )
+    z = np.stack(z)  # (segments, N)
+    finite = np.isfinite(z).all(0)
+    tested, dropped = int(finite.sum()), int((~finite).sum())
+    if tested == 0:
+        raise ValueError(
+            f"each of the {dropped} voxels is constant or not finite in some segment: check the recordings"
+        )
+    p, mean_z = np.full((2, z.shape[1]), np.nan)
+    mean_z[finite] = z[:, finite].mean(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p[finite] = scipy.stats.ttest_1samp(z[:, finite], 0).pvalue
+    mask = (p * tested < alpha) & (mean_z > 0)
+    return Selection(mask, mean_z, tested, dropped, int(mask.sum()))
+
+
+def load_response(
+    source: Release, segment: str, repeat: int, voxels: slice | np.ndarray = slice(None)
+) -> np.ndarray | None:
+    """One showing of one segment, preprocessed: float32 (volumes, voxels asked for); None where missing."""
+    run = source.load_run(segment, repeat)
+    if run is None:
+        return None
+    run = run[:, voxels]
+    return run if source.preprocessed else preprocess_run(run, *source.window(segment))
+
+
+def select_voxels(source: Release, alpha: float = 0.05) -> Selection:
+    """`reproducible_voxels` on the first two showings of the training segments that have both."""
+    z = []  # one (N,) a segment
+    for segment in tqdm(source.splits["train"], desc="which voxels respond reproducibly", unit="segment"):
+        first, second = (load_response(source, segment, repeat) for repeat in (0, 1))
+        if first is not None and second is not None:
+            z.append(fisher_z(first, second))
+    return reproducible_voxels(z, alpha)
+
+
+def prepare_fmri(source: Release, folder: Path, recipe: dict, window: int = 1) -> None:
+    """Recordings -> folder/{train,test}/fmri.npy (clips, repeats, T, N) and folder/voxels.npz.
+
+    window: T, the volumes a clip gets (from that of its delay on; at the end of a segment its last is
+    repeated).
+    """
+    made = {split: is_made_by(folder / split / "fmri.npy", recipe) for split in source.splits}
+    if all(made.values()) and (folder / "voxels.npz").is_file():
+        return
+    mask = _choose_voxels(source, folder)
+    for split, segments in source.splits.items():
+        if made[split]:
+            continue
+        lengths = [source.window(segment)[1] for segment in segments]  # volumes
+        repeats = source.repeats(segments[0])
+        shape = (sum(lengths) // source.volumes, repeats, window, int(mask.sum()))
+        inputs = _input_hashes([source.files(segment) for segment in segments])
+        with writing_array(folder / split / "fmri.npy", shape, "float32", recipe, inputs) as fmri:
+            start = 0
+            for segment, length in zip(
+                segments, tqdm(lengths, desc=f"fMRI, {split}", unit="segment"), strict=True
+            ):
+                first = np.arange(0, length, source.volumes)  # volume of each clip
+                own = np.minimum(first[:, None] + np.arange(window), length - 1)  # (clips, T)
+                for repeat in range(repeats):
+                    response = _finite_response(source, segment, repeat, mask)  # (volumes, N)
+                    fmri[start : start + len(own), repeat] = np.nan if response is None else response[own]
+                start += len(own)
+
+
+def _choose_voxels(source: Release, folder: Path) -> np.ndarray:
+    """(N,) bool, and voxels.npz of the ones kept."""
+    index, roi = source.voxels
+    if source.preprocessed:  # chosen by the release's authors, or by the names of their areas
+        mask, note = np.ones(len(index), bool), f"{len(index):,} voxels, as the release has them"
+    else:
+        chosen = select_voxels(source)
+        mask = chosen.mask
+        note = (
+            f"{chosen.kept:,} of {chosen.tested:,} voxels respond reproducibly; {chosen.dropped:,} constant "
+            "or not finite, dropped"
+        )
+        if not chosen.kept:
+            raise ValueError(
+                f"{folder}: {note}; the two showings of a segment do not correlate: are the runs in the "
+                "right folders?"
+            )
+    tqdm.write(note)
+    with written_whole(folder / "voxels.npz") as part:
+        np.savez_compressed(part, index=index[mask], roi=roi[mask])
+    return mask
+
+
+def _finite_response(source: Release, segment: str, repeat: int, mask: np.ndarray) -> np.ndarray | None:
+    """`load_response` of the voxels kept. Raises ValueError, naming the release's file, where one has no
+    signal: the selection looks at the training runs alone."""
+    response = load_response(source, segment, repeat, mask)
+    if response is None or np.isfinite(response).all():
+        return response
+    lost = np.flatnonzero(~np.isfinite(response).all(0))
+    voxel = source.voxels[0][np.flatnonzero(mask)[lost[0]]]
+    raise ValueError(
+        f"{source.run_file(segment, repeat)}: {len(lost):,} of the {mask.sum():,} voxels kept are constant "
+        f"or not finite in showing {repeat + 1} of {segment}, the first at index {voxel}: download it again, "
+        "or move it away"
+    )
+
+
+def _input_hashes(segments: list[list[Path]]) -> dict[str, str]:
+    """A SHA-256 for each file; one for all of a segment that has a file a volume."""
+    groups = []
+    for files in segments:
+        groups += [files] if len(files) >= MANY else [[file] for file in files]
+    return hashes(groups)
+
+
+def refuse_twins(source: Release, folder: Path) -> None:
+    """Raises ValueError where the first recording of this subject (folder: data/<name>/sub<K>) is another's,
+    raw or prepared: folders were swapped, or the release is at fault."""
+    mine = source.recording(source.subject)
+    digests = set(_input_hashes([mine]).values())
+    for other in range(1, 7):
+        if other == source.subject or not mine:
+            continue
+        theirs, prepared = source.recording(other), folder.with_name(f"sub{other}") / "train" / "fmri.npy"
+        manifest = read_manifest(prepared) or {"inputs": {}}
+        raw = bool(theirs) and theirs != mine and all(map(_equal, mine, theirs))
+        if raw or digests & {*manifest["inputs"].values()}:
+            raise ValueError(
+                f"subjects {source.subject} and {other} have identical recordings, {mine[0]} and "
+                f"{theirs[0] if raw else prepared}: one is a copy of the other. Download both again "
+                "(CineBrain's preprocessed sub_005 is published as a copy of sub_001: take the CIFTI runs), "
+                "delete what was prepared of the wrong one, or go on with --allow-duplicate-subject"
+            )
+
+
+def _equal(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)

@@ -1,0 +1,93 @@
+"""What a release of recordings and films must offer, so that prepare/ can make data/<name>/ of it.
+
+For a dataset of your own: write a class like these in a file beside cc2017.py, and name it in command.py. A
+segment is a piece of film that was shown as a whole; its name says whether it is for training or for testing.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from support import videos
+
+
+class Release:
+    """A source of recordings and films, read one run at a time. The defaults are those of films in which a
+    clip lasts 2 s and has one volume.
+
+    subject: whose recordings these are; splits: {"train": names of the segments, "test": ...}
+    volumes: how many a clip has for itself; preprocessed: do runs come trimmed, delayed and standardised?
+    voxels: (N,) int64 index of each voxel in the source, (N,) str name of its area
+    """
+
+    subject: int
+    splits: dict[str, list[str]]
+    voxels: tuple[np.ndarray, np.ndarray]
+    volumes = 1
+    preprocessed = False
+
+    def repeats(self, segment: str) -> int:
+        """How often the segment was shown."""
+        raise NotImplementedError
+
+    def window(self, segment: str) -> tuple[int, int]:
+        """First volume of the film in a run, the haemodynamic delay included, and the number of volumes."""
+        raise NotImplementedError
+
+    def load_run(self, segment: str, repeat: int) -> np.ndarray | None:
+        """One showing, counted from 0: float32 (volumes, N), or None where it was not recorded."""
+        raise NotImplementedError
+
+    def files(self, segment: str) -> list[Path]:
+        """What is read of the segment's recordings."""
+        raise NotImplementedError
+
+    def run_file(self, segment: str, repeat: int) -> Path:
+        """The file of one showing, for messages."""
+        return self.files(segment)[0]
+
+    def recording(self, subject: int) -> list[Path]:
+        """The files of any subject's first run; none where the release lacks it."""
+        return []
+
+    def stimulus(self, segment: str) -> list[Path]:
+        """The segment's film, or the films of its clips."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """Of the recordings, in the manifest."""
+        return type(self).__name__
+
+    def video(self, segment: str, clip: int) -> tuple[Path, float]:
+        """Where a clip is: its file, and at how many seconds it begins."""
+        return self.stimulus(segment)[0], 2.0 * clip
+
+    def read_clips(self, segment: str) -> Iterator[np.ndarray]:
+        """The clips of a segment in order, uint8 (frames, H, W, 3) each."""
+        clips = self.window(segment)[1] // self.volumes
+        return videos.read_clips(self.stimulus(segment)[0], clips)
+
+    def check(self) -> None:
+        """Raises ValueError where the films are not as they should be: before hours of work."""
+
+
+def visible(folder: Path, *patterns: str) -> list[Path]:
+    """The files and folders that match a pattern, sorted. What a system hides is passed over: names that
+    begin with a dot, and the folder __MACOSX of archives packed on a Mac."""
+    matches = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    hidden = [
+        any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
+        for path in matches
+    ]
+    return [path for path, hides in zip(matches, hidden, strict=True) if not hides]
+
+
+def only(paths: list[Path], what: str) -> list[Path]:
+    """The path itself, or none. Raises ValueError, naming both, where two would do."""
+    if len(paths) > 1:
+        raise ValueError(
+            f"{paths[0]} and {paths[1]} both look like {what}: move the wrong one out of the folder"
+        )
+    return paths

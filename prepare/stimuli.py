@@ -1,0 +1,190 @@
+"""Stimuli and captions -> clips.jsonl, categories.npy, e_txt.npy, e_img.npy, e_act.npy (§3.1, §4.1)."""
+
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from prepare.captions import caption_copies, captions_that_fit, describe_clips
+from prepare.categories import category_matrix, category_table, merge_rare
+from prepare.encoders import encode_actions, encode_images, encode_texts, load_clip
+from prepare.release import Release
+from prepare.viclip import ViCLIP
+from support.files import hashes, is_made_by, resumable_arrays, writing_array, written_whole
+from support.videos import uniform_frames
+
+BETWEEN = re.compile(  # of two sentences; "Dr." ends none
+    r"(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)"
+    r"(?:(?<=[.!?])|(?<=[.!?][\"')\u201d\u2019]))\s+(?=[\"'(\u201c\u2018]?[A-Z0-9])"
+)
+
+
+def first_sentences(caption: str, n: int | None) -> str:
+    """The first n sentences of a caption, or the caption as it is where n is None."""
+    return caption if n is None else " ".join(BETWEEN.split(caption.strip())[:n])
+
+
+def clips_from(source: Release, rows: Sequence[dict], first: int) -> Iterator[np.ndarray]:
+    """The clips of a split from number `first` on, uint8 (frames, H, W, 3), decoded as they are asked for; no
+    segment before it is. rows: the lines of the split's clips.jsonl."""
+    start = 0
+    for segment, n in Counter(row["segment"] for row in rows).items():
+        if first < start + n:
+            yield from islice(source.read_clips(segment), max(0, first - start), None)
+        start += n
+
+
+def plan(what: str, encode: Callable[[], object], clips: int, on_cpu: int) -> int:
+    """Encode one clip to see what it takes, and print it. Returns how many to encode at once: as many as fit
+    into half of the GPU's free memory, 64 at most; `on_cpu` where there is no GPU."""
+    gpu = torch.cuda.is_available()
+    if gpu:
+        encode()  # warms up
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = perf_counter()
+    encode()
+    if gpu:
+        torch.cuda.synchronize()
+        memory = max(torch.cuda.max_memory_allocated() - before, 1)
+        at_once = int(np.clip(torch.cuda.mem_get_info()[0] / 2 / memory, 1, 64))
+        room = f"{memory / 1e9:.2f} GB of GPU memory a clip, beside {before / 1e9:.1f} GB of weights"
+    else:
+        import resource  # not on Windows
+
+        at_once = on_cpu
+        room = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory in all"
+    minutes = (perf_counter() - start) * clips / 60
+    tqdm.write(f"{what}: {room}; {clips:,} clips take about {minutes:,.1f} minutes; {at_once} at once")
+    return at_once
+
+
+def encode_all(
+    clips: Iterator[np.ndarray],
+    encode: Callable[[np.ndarray], Sequence[np.ndarray]],
+    arrays: Sequence[np.ndarray],
+    done: int,
+    filled: Callable[[int], None],
+    what: str,
+    on_cpu: int,
+) -> None:
+    """Fill the arrays side by side from row `done` on: encode(some clips) gives the same rows of each.
+
+    clips: (F, H, W, 3) uint8 each, from number `done` on. arrays, done, filled: of `resumable_arrays`.
+    on_cpu: how many clips to encode at once where there is no GPU. Raises ValueError where clips are missing.
+    """
+    n = len(arrays[0])
+    if done == n:
+        return
+    first = next(clips)
+    at_once = plan(what, lambda: encode(first[None]), n - done, on_cpu)
+    clips = chain([first], clips)
+    with tqdm(total=n, initial=done, desc=what, unit="clip") as progress:
+        while done < n:
+            some = [*islice(clips, at_once)]
+            if not some:
+                raise ValueError(f"{what}: the films have {done} clips, wanted {n}: download them again")
+            for array, rows in zip(arrays, encode(np.stack(some)), strict=True):
+                array[done : done + len(some)] = rows
+            done += len(some)
+            filled(done)
+            progress.update(len(some))
+
+
+def prepare_stimuli(
+    source: Release,
+    folder: Path,
+    captions: dict[str, Path],
+    clip_name: str,
+    viclip_name: str,
+    frames: int = 8,
+    sentences: int | None = None,
+) -> None:
+    """Stimuli and captions -> folder/{train,test}/clips.jsonl, categories.npy, e_txt.npy, e_img.npy,
+    e_act.npy.
+
+    captions: the file of each split. frames: F, of a clip. sentences: of a caption that CLIP sees, from its
+    first on; None for all. What is whole is kept. Raises ValueError where it was made by another recipe.
+    """
+    rows = {split: describe_clips(source, split, captions[split]) for split in source.splits}
+    classes = _say_categories(folder, rows)
+    encoders = None
+    for split in source.splits:
+        here = folder / split
+        recipe = {"clip": clip_name, "viclip": viclip_name, "frames": frames}
+        recipe["captions"] = hashes([[captions[split]]])
+        asked = recipe | {"caption_sentences": sentences}
+        made = [is_made_by(here / f"{name}.npy", asked) for name in ("e_txt", "e_img", "e_act")]
+        _write_clips(here, rows[split], classes)
+        if all(made):
+            continue
+        encoders = encoders or _load_encoders(clip_name, viclip_name)
+        _encode_split(
+            source, here, rows[split], encoders, recipe if sentences is None else asked, captions[split]
+        )
+
+
+def _say_categories(folder: Path, rows: dict[str, list[dict]]) -> list[str]:
+    """The classes of the category head; their table into categories.txt and onto the screen."""
+    labels = [row["categories"] for row in rows["train"]]
+    classes = merge_rare(labels)
+    table = category_table(labels, classes)
+    with written_whole(folder / "categories.txt") as part:
+        part.write_text(table + "\n")
+    train, test = caption_copies(rows["train"], rows["test"])
+    tqdm.write(
+        f"{table}\n{train:.1%} of the training clips share their caption with another training segment, "
+        f"{test:.1%} of the test clips with training"
+    )
+    return classes
+
+
+def _write_clips(here: Path, rows: list[dict], classes: list[str]) -> None:
+    with written_whole(here / "clips.jsonl") as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = category_matrix([row["categories"] for row in rows], classes)
+    with writing_array(here / "categories.npy", labels.shape, "uint8", {"classes": classes}) as array:
+        array[:] = labels
+
+
+def _load_encoders(clip_name: str, viclip_name: str) -> tuple:
+    """CLIP, its tokenizer, ViCLIP; on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clip, _, tokenizer = load_clip(clip_name)
+    return clip.to(device), tokenizer, ViCLIP.from_pretrained(viclip_name).to(device)
+
+
+def _encode_split(
+    source: Release, here: Path, rows: list[dict], encoders: tuple, recipe: dict, captions: Path
+) -> None:
+    """here/e_txt.npy, e_img.npy and e_act.npy, and whether the captions fit the frames."""
+    clip, tokenizer, viclip = encoders
+    split, n, F = here.name, len(rows), recipe["frames"]
+    inputs = hashes(map(source.stimulus, source.splits[split]))
+    seen = [first_sentences(row["caption"], recipe.get("caption_sentences")) for row in rows]
+    e_txt = encode_texts(clip, tokenizer, seen)  # (n, D)
+    with writing_array(here / "e_txt.npy", e_txt.shape, "float32", recipe, inputs) as array:
+        array[:] = e_txt
+
+    def encode(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (b, F, H, W, 3) uint8
+        images = encode_images(clip, batch, batch=max(128, len(batch) * F))
+        return images, encode_actions(viclip, batch, batch=max(16, len(batch)))
+
+    shapes = {here / "e_img.npy": (n, F, e_txt.shape[1]), here / "e_act.npy": e_txt.shape}
+    with resumable_arrays(shapes, "float32", recipe, inputs) as (arrays, done, filled):
+        shown = (film[uniform_frames(len(film), F)] for film in clips_from(source, rows, done))
+        encode_all(shown, encode, arrays, done, filled, f"CLIP and ViCLIP, {split}", on_cpu=16)
+        said, doubtful = captions_that_fit(arrays[0], e_txt, [row["segment"] for row in rows])
+    tqdm.write(f"{split}: {said}")
+    if doubtful:
+        order = f"the captions of {', '.join(doubtful)} may be in another order than the clips"
+        warnings.warn(f"{captions}: {order} ({said})", stacklevel=2)

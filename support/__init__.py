@@ -1,0 +1,1 @@
+"""What is not about brains at all: readers, files, videos, options, experiments, pictures."""

@@ -1,0 +1,243 @@
+"""Damaged files by the thousand: `python tests/fuzz.py --files 2000` counts what a reader makes of each.
+
+Each file of a small prepared world (arrays, lists, manifests, weights, settings, checkpoints, videos, CIFTI, captions) is changed
+at random (bytes flipped, cut, repeated, zeroed, its JSON values exchanged) and read as the scripts read it, with 20 s at most.
+Read or refused is right; anything else is uncaught, and printed with the seed that makes it again.
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from brain_model import BrainModel  # noqa: E402
+from data import ClipDataset, DecoderData  # noqa: E402
+from evaluate import CineNeuron  # noqa: E402
+from heads import Stage1Heads  # noqa: E402
+from metrics.score import known_values  # noqa: E402
+from prepare.captions import read_captions  # noqa: E402
+from support.experiment import BAD_INPUT, RunFolder, read_log  # noqa: E402
+from support.readers import load_model, read_json  # noqa: E402
+from support.videos import read_video, write_video  # noqa: E402
+
+JUNK = [None, True, -1, 0, 1e308, float("nan"), "", "x" * 99, [], {}, [[]], {"a": 1}, "\u2028", 2**70]
+
+
+def flip(data: bytes, rng: random.Random) -> bytes:
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 4, 32))):
+        out[rng.randrange(len(out))] = rng.randrange(256)
+    return bytes(out)
+
+
+def cut(data: bytes, rng: random.Random) -> bytes:
+    return data[: rng.randrange(len(data))]
+
+
+def head(data: bytes, rng: random.Random) -> bytes:
+    """The first bytes changed, where formats keep their sizes."""
+    n = min(len(data), 256)
+    return flip(data[:n], rng) + data[n:]
+
+
+def zero(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data))
+    return data[:start] + b"\0" * min(rng.randrange(1, 400), len(data) - start) + data[start + 400 :]
+
+
+def repeat(data: bytes, rng: random.Random) -> bytes:
+    start = rng.randrange(len(data))
+    return data[:start] + data[max(0, start - 200) :]
+
+
+def junk(data: bytes, rng: random.Random) -> bytes:
+    """A value of the JSON (or of a line of it) exchanged for another kind of value."""
+    lines = data.decode("utf-8", "replace").split("\n")
+    i = rng.randrange(len(lines))
+    whole = False
+    try:
+        value = json.loads(data)
+        whole = True
+    except ValueError:
+        try:
+            value = json.loads(lines[i])
+        except ValueError:
+            return flip(data, rng)
+    place = [value]
+    at: int | str = 0
+    while isinstance(place[at], (dict, list)) and place[at] and rng.random() < 0.8:
+        place = place[at]
+        at = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
+    if place is not None and isinstance(place, dict) and rng.random() < 0.3:
+        del place[at]
+    else:
+        place[at] = rng.choice(JUNK)
+    text = json.dumps(value if not isinstance(value, list) or place[0] is not value else value)
+    return (text if whole else "\n".join([*lines[:i], text, *lines[i + 1 :]])).encode()
+
+
+BYTES = [flip, flip, cut, head, head, zero, repeat]
+TEXT = [junk, junk, junk, *BYTES]
+
+
+def targets(root: Path) -> list[tuple[Path, Callable[[], object], list]]:
+    """(file, how the scripts read it, how to damage it)."""
+    data, run = root / "data" / "cc2017", root / "runs/cc2017/sub1/full-s0"
+    evaluation = next(run.glob("eval*"))
+    wan = str(root / "models" / "wan")
+
+    def dataset() -> None:
+        train = ClipDataset("cc2017", 1, "train", root=root / "data")
+        train.batch(np.arange(8), 0, 0)
+        train.averaged(np.arange(8))
+
+    def decoder() -> None:
+        DecoderData("cc2017", wan, "train", root / "data", (9, 32, 32))
+
+    def state() -> None:
+        model = load_model(BrainModel, run / "stage1" / "brain_model")
+        heads = load_model(Stage1Heads, run / "stage1" / "heads")
+        folder = RunFolder(
+            root / "copy" / "stage1", read_json(run / "stage1" / "config.json"), 4, "test.json"
+        )
+        folder.first_step = 4
+        folder.state_file = run / "stage1" / "state" / "state.pt"
+        folder.restore({"model": model, "heads": heads})
+        folder.close()
+
+    found = [(p, dataset, BYTES) for p in [data / "sub1/train/fmri.npy", data / "sub1/voxels.npz"]]
+    train = data / "stimuli" / "train"
+    found += [(train / f"{n}.npy", dataset, BYTES) for n in ("e_img", "e_txt", "e_act", "categories")]
+    found += [(train / n, dataset, TEXT) for n in ("clips.jsonl", "manifest.json")]
+    found += [
+        (train / "wan" / n, decoder, BYTES) for n in ("latents.npy", "text_tokens.npy", "text_offsets.npy")
+    ]
+    found += [(train / "wan" / "manifest.json", decoder, TEXT)]
+    found += [(run / "stage1/state/state.pt", state, BYTES)]
+    found += [(run / "stage1/log.jsonl", lambda: read_log(run / "stage1/log.jsonl"), TEXT)]
+    found += [
+        (p, lambda: CineNeuron.from_pretrained(run), BYTES)
+        for p in sorted(run.glob("stage2/*/*.safetensors"))
+    ]
+    found += [
+        (p, lambda: CineNeuron.from_pretrained(run), TEXT) for p in sorted(run.glob("stage2/*/config.json"))
+    ]
+    found += [(run / "stage2/config.json", lambda: CineNeuron.from_pretrained(run), TEXT)]
+    found += [
+        (p, lambda p=p: known_values(evaluation), TEXT) for p in sorted(evaluation.glob("values/*.jsonl"))
+    ]
+    videos = root / "videos"
+    for suffix in (".mp4", ".gif"):
+        write_video(
+            videos / f"a{suffix}", np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8), 8
+        )
+    np.save(videos / "a.npy", np.zeros((9, 32, 32, 3), np.uint8))
+    found += [(p, lambda p=p: read_video(p), BYTES) for p in sorted(videos.iterdir())] * 4
+    return found + caption_targets(root) + cifti_targets(root)
+
+
+def caption_targets(root: Path) -> list:
+    folder = root / "captions"
+    folder.mkdir()
+    segments = ["seg1", "seg2"]
+    rows = [
+        {"segment": s, "clip": k, "caption": f"a dog {k}", "tags": ["dog"]}
+        for s in segments
+        for k in range(8)
+    ]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "b.json").write_text(json.dumps([{"caption": r["caption"], "tags": r["tags"]} for r in rows]))
+    (folder / "c.json").write_text(json.dumps([r["caption"] for r in rows]))
+    torch.save([r["caption"] for r in rows], folder / "d.pt")
+    import h5py
+
+    with h5py.File(folder / "e.h5", "w") as file:
+        file["Train_captions"] = [r["caption"].encode() for r in rows]
+    kinds = {".jsonl": TEXT, ".json": TEXT}
+    files = sorted(folder.iterdir())
+    return [(p, lambda p=p: read_captions(p, segments), kinds.get(p.suffix, BYTES)) for p in files] * 2
+
+
+def cifti_targets(root: Path) -> list:
+    from mini_releases import write_cifti
+
+    from prepare.cifti import read_cifti
+
+    path = root / "cifti" / "a_Atlas.dtseries.nii"
+    path.parent.mkdir()
+    write_cifti(path, np.random.default_rng(0).normal(size=(6, 91_282)).astype(np.float32))
+    return [(path, lambda: read_cifti(path, slice(200), 2.0), BYTES)]
+
+
+class Hang(BaseException):
+    pass
+
+
+def alarm(*_) -> None:
+    raise Hang
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--files", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    from test_faults import make_world
+
+    signal.signal(signal.SIGALRM, alarm)
+    counts: collections.Counter[str] = collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_world(Path(folder) / "world") if not (Path(folder) / "world").mkdir() else None
+        every = targets(root)
+        os.chdir(root)
+        for i in range(args.files):
+            rng = random.Random(args.seed * 10**6 + i)
+            path, read, ways = every[i % len(every)]
+            keep = path.read_bytes()
+            path.write_bytes(rng.choice(ways)(keep, rng))
+            signal.alarm(20)
+            try:
+                read()
+                counts["read"] += 1
+            except BAD_INPUT as error:
+                named = (
+                    path.name in str(error)
+                    or path.parent.name in str(error)
+                    or path.parent.parent.name in str(error)
+                )
+                counts["refused, named" if named else "refused, not named"] += 1
+                if not named:
+                    print(f"{i} {path.name}: {str(error)[:200]}")
+            except Hang:
+                counts["HANG"] += 1
+                print(f"{i} {path.name}: more than 20 s")
+            except BaseException:
+                counts["UNCAUGHT"] += 1
+                print(f"{i} {path.relative_to(root)}: {traceback.format_exc().splitlines()[-1]}")
+                print("\n".join(traceback.format_exc().splitlines()[-8:-1]))
+            finally:
+                signal.alarm(0)
+                path.write_bytes(keep)
+                shutil.rmtree(root / "copy", ignore_errors=True)
+    os.chdir(Path(__file__).parent)
+    print(", ".join(f"{n} {name}" for name, n in counts.most_common()))
+    sys.exit(1 if counts["UNCAUGHT"] or counts["HANG"] else 0)
+
+
+if __name__ == "__main__":
+    main()

