@@ -470,7 +470,9 @@ def test_a_nan_or_infinity_at_a_recorded_showing_names_clip_and_voxel(tmp_path, 
 def test_arrays_that_differ_in_their_number_of_clips_are_an_error(tmp_path):
     stimuli = write_prepared(tmp_path) / "stimuli" / "train"
     np.save(stimuli / "e_txt.npy", np.load(stimuli / "e_txt.npy")[:-1])
-    with pytest.raises(ValueError, match=r"e_txt.npy: found float32 of shape \(47, 16\), wanted .*\(48, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"e_txt.npy: found float32 of shape \(47, 16\), wanted .*\(48, 16\)"
+    ):
         ClipDataset("cc2017", 1, "train", root=tmp_path)
 
 

@@ -1,0 +1,174 @@
+"""Kill each script at random moments, give the same command again, and compare: `python tests/kills.py --kills 20`.
+
+In a small prepared world: train_stage1, train_stage2, evaluate, and data.py on a miniature of the NeuroClips release. Each is killed
+with SIGKILL so many times, then left to end; what it leaves must equal, bit by bit, what an undisturbed one leaves. And on a
+full disk (a file system of few MB where this may mount one) each ends in one error that says so, and goes on when there is room.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPO = Path(__file__).parents[1]
+sys.path[:0] = [str(REPO), str(REPO / "tests")]
+
+VOLATILE = ("events.out", "state.pt", "log.jsonl", "README.md", "manifest.json")  # times, orders of keys
+
+
+def files_of(root: Path) -> dict[str, str]:
+    """The contents of what a script leaves."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and not any(word in path.name for word in VOLATILE):
+            found[str(path.relative_to(root))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {
+        "PYTHONPATH": str(REPO),
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "Agg",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def run(command: list[str], cwd: Path, seconds: float | None = None) -> tuple[int, str]:
+    """Exit status and stderr; killed after `seconds`."""
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _, told = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        _, told = process.communicate()
+    return process.returncode, told
+
+
+def try_one(name: str, command: list[str], world: Path, kills: int, rng: random.Random, folder: Path) -> bool:
+    whole, killed = folder / f"{name}-whole", folder / f"{name}-killed"
+    for place in (whole, killed):
+        shutil.copytree(world, place)
+    start = time.time()
+    status, told = run(command, whole)
+    lasts = time.time() - start
+    if status:
+        print(f"{name}: exit {status}: {told[-500:]}")
+        return False
+    deaths, bad = 0, ""
+    while deaths < kills:
+        status, told = run(command, killed, rng.uniform(0.3, 1.0) * lasts)
+        if status == -signal.SIGKILL:
+            deaths += 1
+        elif status == 0:  # it ended before it could be killed: begin anew
+            if files_of(killed) != files_of(whole):
+                bad = "another result"
+                break
+            shutil.rmtree(killed)
+            shutil.copytree(world, killed)
+        else:
+            bad = f"exit {status}: {told[-300:]}"
+            break
+    status, told = run(command, killed)
+    differ = [n for n, digest in files_of(whole).items() if files_of(killed).get(n) != digest]
+    more = files_of(killed).keys() - files_of(whole).keys()
+    right = not (bad or status or differ or more)
+    print(
+        f"{name}: killed {deaths} times of {lasts:.1f} s each: "
+        + ("equal, nothing lost" if right else f"{bad} {differ[:5]} {sorted(more)[:5]} {told[-300:]}")
+    )
+    return right
+
+
+def full_disk(name: str, command: list[str], world: Path, folder: Path) -> bool:
+    """On a file system that has no room: one error; with room the same command ends well."""
+    place = folder / f"{name}-full"
+    place.mkdir()
+    size = sum(path.stat().st_size for path in world.rglob("*") if path.is_file()) + 400_000
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True
+    ).returncode:
+        print(f"{name}: full disk not tried: no file system may be mounted here")
+        return True
+    try:
+        shutil.copytree(world, place, dirs_exist_ok=True)
+        before = files_of(place)
+        status, told = run(command, place)
+        error = told[told.rfind("error: ") :].strip() if "error: " in told else told[-300:]
+        said = status == 1 and len(error.splitlines()) <= 3 and "Traceback" not in told
+        kept = {n: files_of(place).get(n) for n in before} == before
+        subprocess.run(["mount", "-o", f"remount,size={size * 4 + 200_000_000}", str(place)], check=True)
+        again, later = run(command, place)
+        print(
+            f"{name}: full disk: {'one error' if said else f'exit {status}'}, {'kept' if kept else 'LOST'}, again exit {again}: {error[:110]}"
+        )
+        return said and kept and again == 0
+    finally:
+        subprocess.run(["umount", str(place)], check=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--only", help="one of the scripts")
+    args = parser.parse_args()
+    from mini_releases import write_neuroclips
+    from test_faults import EVALUATE, STAGE1, STAGE2, make_world
+
+    right = True
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "world").mkdir()
+        world = make_world(folder / "world")
+        write_neuroclips(world / "release")
+        toy = REPO / "toy"
+        data = f"--fmri-release release --train-segments 2 --test-segments 1 --clip local-dir:{toy / 'clip'} --viclip {toy / 'viclip'}"
+        python, rng = sys.executable, random.Random(0)
+        scripts = {
+            "data": [python, str(REPO / "data.py"), "cc2017", "--subject", "2", *data.split()],
+            "train_stage1": [
+                python,
+                str(REPO / "train_stage1.py"),
+                *STAGE1.replace("--steps 4", "--steps 60").split(),
+                "--run",
+                "k",
+            ],
+            "train_stage2": [
+                python,
+                str(REPO / "train_stage2.py"),
+                *STAGE2.split(),
+                "--run",
+                "k",
+                "--stage1",
+                "full",
+            ],
+            "evaluate": [
+                python,
+                str(REPO / "evaluate.py"),
+                *EVALUATE.replace("--steps 1", "--steps 3").split(),
+            ],
+        }
+        for name, command in scripts.items():
+            if args.only in (None, name):
+                bare = folder / f"{name}-world"
+                shutil.copytree(world, bare)
+                if name == "data":
+                    shutil.rmtree(bare / "data")
+                right &= try_one(name, command, bare, args.kills, rng, folder)
+                right &= full_disk(name, command, bare, folder)
+    sys.exit(0 if right else 1)
+
+
+if __name__ == "__main__":
+    main()
