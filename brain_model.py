@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 class VoxelRegression(nn.Module):
     """N voxels -> L tokens of width D'. The voxel axis is contracted first, then each token is lifted to D'.
 
-    The parent encoder lifts every voxel to D' before it contracts, which costs N*D' + N*L*D' multiply-adds a
+    The usual order lifts every voxel to D' before it contracts, which costs N*D' + N*L*D' multiply-adds a
     volume; this order costs N*L*r + L*r*D'. With r = 1 both are the same function (tests/benchmark.py).
     `contract.weight` is what Fig. 5 shows on the cortex.
     """
@@ -71,8 +71,8 @@ class BrainModel(nn.Module, PyTorchModelHubMixin):
     attention_heads   of a block
     embed_dim         D of CLIP and ViCLIP
     rank              r, the numbers a token keeps of each volume
-    dropout           share of the voxels that training hides. The model only keeps it, for stage 2 to know;
-                      data.hide_voxels hides them, the same whichever process has the clip
+    dropout           share of the voxels that data.hide_voxels hides in training. The model stores the
+                      number, so that stage 2 uses the same
 
     `save_pretrained(dir)` and `BrainModel.from_pretrained(dir)` keep and restore it with these sizes.
     """

@@ -11,10 +11,10 @@
 In:  a run of stage 2, and the test fMRI: averaged over the showings, z-scored over the clips.
 Out: runs/<data>/sub<K>/<run>-s<seed>/eval/ (the control eval-shuffled/, pairs DIR/metrics/, and a smaller
      evaluation a folder of its own: eval-4-clips/, eval-steps10/, eval-ssim/)
-     gt/NNNN.mp4, recon/NNNN.mp4     stimulus and reconstruction of clip NNNN; what is there is not made again
+     gt/NNNN.mp4, recon/NNNN.mp4     stimulus and reconstruction of clip NNNN; existing files are kept
      retrieved.jsonl                 a line a clip: the memories i_1 ... i_K and the router's weights W_r
      metrics.json, metrics.csv       of the set and (json) of each clip; null with a reason where none is
-     values/*.jsonl                  of each clip and metric the value; what is there is not computed again
+     values/*.jsonl                  the value of each clip and metric; existing values are kept
      sheet.png, grid.gif             stimulus | top-1 memory | reconstruction, of six clips
      ranked.png                      the best, median and worst clips by video_50way
      recognised.json                 toy world: is what classifiers see in the reconstruction what was shown?
@@ -64,7 +64,7 @@ class Config(Judging):
     """What is not given here (decoder, size of the videos, K ...) is as the run was trained."""
 
     data: str = option("toy", "toy, cc2017 or cinebrain (with --pairs cc2017, for its weights)")
-    subject: int = option(1, "K", least=1)
+    subject: int = option(1, "number of the subject", least=1)
     run: str = option("full", "name of the run")
     seed: int = option(0, "of the run, and of the noise that the videos start from", least=0)
     shuffle: bool = option(False, "the control: reconstruct each clip from the fMRI of another scene")
@@ -76,8 +76,8 @@ class Config(Judging):
     out: str | None = option(None, "with --fmri the video (out.mp4), with --pairs the folder (DIR/metrics)")
     clips: int | None = option(None, "so many, spread over the test set (default: all)", least=1)
     batch_size: int = option(1, "clips that are in the decoder at once", least=1)
-    steps: int | None = option(None, "of sampling (default: the run's; at the paper's size 50)", least=1)
-    guidance: float | None = option(None, "classifier-free (default: the run's; the paper's 5)", least=0)
+    steps: int | None = option(None, "of sampling (default: the run's)", least=1)
+    guidance: float | None = option(None, "classifier-free guidance (default: the run's)", least=0)
     stimuli: str | None = option(None, "folder of the films (default: data/<data>/raw/stimuli)")
     seconds: float = option(SECONDS["cc2017"], "length of a clip", above=0)
     fps: float = option(CC2017_FPS, "frames a second of the videos", above=0, most=1000)
@@ -127,7 +127,7 @@ class CineNeuron:
 
     @classmethod
     def from_pretrained(cls, run: Path | str, device: torch.device | str = "cpu") -> "CineNeuron":
-        """A run from its folder, ready for inference. Raises FileNotFoundError where a part is not there,
+        """A run from its folder, ready for inference. Raises FileNotFoundError where a file is missing,
         ValueError where one is damaged or of another subject."""
         stage2, settings, mend = Path(run, "stage2"), read_settings(Path(run)), "train stage 2 anew"
         name, subject, decoder = (settings[key] for key in ("data", "subject", "decoder"))
@@ -148,7 +148,7 @@ class CineNeuron:
 
     @torch.inference_mode()
     def remember(self, x: Tensor) -> Remembered:
-        """fMRI x (B, T, N) -> f_fuse and how it was found; a held-out clip may retrieve any memory."""
+        """fMRI x (B, T, N) -> f_fuse and the memories behind it; a held-out clip may retrieve any."""
         return condition(self.brain_model, self.heads, self.mom, self.pool, x.to(self.pool.e.device))[1]
 
     @torch.inference_mode()
@@ -180,7 +180,7 @@ def stimulus(clip: dict, films: Path, seconds: float, settings: dict) -> np.ndar
 def reconstruct(
     model: CineNeuron, x: Tensor, clips: np.ndarray, folder: Path, config: Config, rank=0, world=1
 ) -> None:
-    """x (clips of the test set, T, N) -> folder/NNNN.mp4 of `clips` that is not there, this process's share.
+    """x (clips of the test set, T, N) writes the missing folder/NNNN.mp4 of `clips`, this process's share.
 
     A clip's noise comes from (seed, clip). Batches are cut before they are shared out, and one that lacks a
     clip is done whole: even the rounding, which depends on a batch's size, stays the same after a kill.

@@ -95,8 +95,8 @@ def rows_of_processes(e: Tensor) -> tuple[list[int], int]:
 
 
 def gather(e: Tensor, rows: list[int]) -> Tensor:
-    """e (B, D) of every process below each other, with gradient. `all_gather` wants equal shapes, so that a
-    process with fewer rows sends some zeros, which are cut off."""
+    """e (B, D) of every process below each other, with gradient. `all_gather` needs equal shapes: a
+    process with fewer rows pads with zeros, and the padding is cut off afterwards."""
     if len(rows) == 1:
         return e
     parts = dist_nn.all_gather(pad(e, (0, 0, 0, max(rows) - len(e))).contiguous())

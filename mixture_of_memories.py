@@ -20,7 +20,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
-# A modality more is its name here, its query in Stage1Heads.queries and its embedding in data.memories
+# One modality more: its name here, its query in Stage1Heads.queries, its unit embedding of width D in
+# data.memories, its weight among the columns that train_stage2.py draws
 MODALITIES = ("txt", "img", "act")  # M_modal of Eq. 5
 FUSED = MODALITIES[1:]  # fused by cross-attention, Eq. 6; the text has a stream of its own, Eq. 7
 ALL_ALLOWED = 1.01  # a near-copy threshold above every cosine
@@ -203,8 +204,9 @@ class _Saved(nn.Module, PyTorchModelHubMixin):
 class MixtureOfMemories(_Saved):
     """Router, retrieval and integration (§3.2); the defaults are the paper's sizes with Wan2.1 as decoder.
 
-    tokens is L, the decoder's text length (CogVideoX: 226), width D', embed_dim D, text_dim D_txt, text_rms
-    `MemoryPool.text_rms()`; tau, of the retrieval log-weights (a choice), is Eq. 2's, at which q was trained.
+    tokens is L, the decoder's text length (CogVideoX: 226), width D', embed_dim D, text_dim D_txt. text_rms
+    comes from `MemoryPool.text_rms()`. tau scales the retrieval log-weights (a choice); it is Eq. 2's, since
+    q was trained with it.
     """
 
     def __init__(

@@ -34,10 +34,11 @@ from support.pictures import loss_curves
 
 @dataclass
 class Config:
-    """The defaults are the paper's (§4.1); PRESETS holds what differs on a dataset."""
+    """The defaults are the paper's (§4.1) where it gives them (docs/choices.md lists the others); PRESETS
+    holds what differs on a dataset."""
 
     data: str = option("toy", "toy, cc2017 or cinebrain")
-    subject: int = option(1, "K", least=1)
+    subject: int = option(1, "number of the subject", least=1)
     run: str | None = option(None, "name of the run; none: full, or what an ablation switch implies")
     seed: int = option(0, "of the first weights and of all that is drawn", least=0, most=2**32 - 1)
     cls: bool = option(True, "category learning, L_cls (Table 4)")
@@ -79,7 +80,7 @@ LAST = "test.json"  # the last file that a run writes
 
 
 def parse(argv: list[str]) -> Config:
-    """The command line over the dataset's preset over the paper's values."""
+    """The command line over the dataset's preset over the defaults."""
     config = parse_options(Config, PRESETS, __doc__, "train_stage1.py", argv)
     if config.width % config.attention_heads:
         heads = config.attention_heads

@@ -42,7 +42,7 @@ class Config:
     """The defaults are the paper's (§4.1) where it gives them; PRESETS holds what differs on a dataset."""
 
     data: str = option("toy", "toy, cc2017 or cinebrain")
-    subject: int = option(1, "K", least=1)
+    subject: int = option(1, "number of the subject", least=1)
     run: str | None = option(None, "name of the run (none: stage 1's, and what an ablation switch implies)")
     stage1: str | None = option(None, "run whose stage 1 to start from, name or folder (none: this, or full)")
     seed: int = option(0, "of the first weights and of all that is drawn", least=0, most=2**32 - 1)
@@ -96,7 +96,7 @@ STAGE1 = {  # what stage 2 reads in the config.json of a stage 1
 
 
 def parse(argv: list[str]) -> Config:
-    """The command line over the dataset's preset over the paper's values."""
+    """The command line over the dataset's preset over the defaults."""
     config = parse_options(Config, PRESETS, __doc__, "train_stage2.py", argv)
     if not (config.mom or config.integration):
         raise ValueError("--no-mom and --no-integration are two ablations: choose one")
@@ -127,7 +127,8 @@ def losses_and_gradients(
     Brain Model and MoM see the batch whole, as InfoNCE wants, the DiT `micro_batch` clips at a time: each
     leaves its share of Eq. 9's gradient in f.grad, and one backward pass leads it through the rest.
     x (B, T, N); y (B, C, f, h, w); targets and weights of Eq. 3; clips (B,) in the dataset, memory (B,) in
-    the pool. mean_clips: B, or the mean of several processes: then theirs is that of the whole batch.
+    the pool. mean_clips: the mean number of clips a process, so that the mean of the processes' gradients is
+    the whole batch's.
     """
     brain_model, heads, mom, decoder, pool, empty = parts
     with autocast():
@@ -144,7 +145,7 @@ def losses_and_gradients(
             loss = decoder(y[part].to(f.device), f_part, noise, u).sum() / mean_clips  # Eq. 9
         loss.backward()
         diffusion = diffusion + loss.detach()
-    # As one graph: (stage1.loss + diffusion).backward(). f.grad is what the DiT sent back, passed on
+    # The gradient of (stage1.loss + diffusion).backward() on one graph: f.grad holds ∂diffusion/∂f_fuse
     (stage1.loss + (f_fuse * f.grad).sum()).backward()  # Eq. 10
 
     logged = stage1._asdict() | {"loss": stage1.loss + diffusion, "diffusion": diffusion}
@@ -155,8 +156,8 @@ def losses_and_gradients(
 
 @torch.no_grad()
 def show(parts: Parts, config: Config, data: ClipDataset, videos: DecoderData, where: np.ndarray, gif: Path):
-    """A GIF of some of the held-out clips `where`, a row each: stimulus, as the VAE keeps it, and
-    reconstruction. To look at, not to choose by."""
+    """A GIF of some of the held-out clips `where`, one row a clip: the stimulus after the VAE's round trip,
+    then the reconstruction. To look at, not to choose by."""
     brain_model, heads, mom, decoder, pool, empty = parts
     brain_model.eval()
     some = np.linspace(0, len(where) - 1, min(config.samples, len(where))).round().astype(int)

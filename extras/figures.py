@@ -43,7 +43,7 @@ GROUPS = {
     "ventral": VENTRAL,
     "hippocampus": ["hippocampus_left", "hippocampus_right"],
 }
-COLOURS = dict(zip(MODALITIES, ("#4c78a8", "#e0823d", "#5a9e6f"), strict=True))
+COLOURS = {name: f"C{i}" for i, name in enumerate(MODALITIES)}
 EVALUATE = "python evaluate.py makes it, on a run with memories (not --no-integration)"
 
 

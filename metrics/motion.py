@@ -28,8 +28,8 @@ def epe(w: np.ndarray, w_gt: np.ndarray) -> float:
 
 
 def dynamic(w: np.ndarray) -> float:
-    """VBench's: 1 where enough pairs of frames, at 8 a second, have 5 % of their pixels moving faster than 6
-    of 256 pixels, else 0."""
+    """VBench's: 1 where of enough pairs of frames, at 8 a second, the fastest 5 % of the pixels move more
+    than 6 of 256 pixels on average, else 0."""
     pairs, _, H, W = w.shape
     if not pairs:
         return 0.0
@@ -106,7 +106,7 @@ def raft_flow(model: nn.Module, frames: np.ndarray) -> np.ndarray:
 
 
 def load_amt(weights: str, device: torch.device | str) -> Callable:
-    """AMT-S of the package vbench: see `amt_between`. README says how to install it."""
+    """AMT-S of the package vbench: see `amt_between`. docs/metrics.md says how to install it."""
     file = Path(weights).expanduser()
     mend = f"hf download {AMT_HUB} amt-s.pth --local-dir {Path(weights).parent}"
     state = read_state(file, {"state_dict": dict}, mend)["state_dict"]

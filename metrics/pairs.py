@@ -138,7 +138,8 @@ class Watched:
 
 
 def watch(source: Source, seconds: float) -> Watched:
-    """Read a video, or the half of one. Raises ValueError, naming the file. An .npy array lasts `seconds`."""
+    """Read a video, or the half of one. Raises ValueError, naming the file. An .npy array has no times: it
+    lasts `seconds`."""
     if not source.half:
         return Watched(*read_video(source.path, seconds))
     frames, fps = _read(source.path, seconds, source.path.stat().st_mtime_ns)

@@ -9,7 +9,7 @@ import numpy as np
 
 from metrics.pairs import Pair, watch
 from metrics.score import VERSIONS, keys_of, known_value, known_values, weights_of
-from metrics.table import METRICS, NAMES, asked
+from metrics.table import BLOCKS, METRICS, NAMES, asked
 from support.files import write_json, written_whole
 from support.pictures import contact_sheet, grid_gif
 from support.readers import check_keys, damaged, read_json
@@ -124,7 +124,8 @@ def table(rows: list[tuple[str, dict]], data: str) -> str:
         if of == data:
             quoted.append((f"{method}, quoted from the paper", dict(zip(QUOTED_NAMES, cells, strict=True))))
     lines = []
-    for names in (NAMES[:4], NAMES[4:10], NAMES[10:]):
+    for block in BLOCKS:
+        names = [name for name in NAMES if METRICS[name].block == block]
         measured, printed = (
             [row for row in of if any(row[1].get(name) is not None for name in names)]
             for of in (rows, quoted)

@@ -1,4 +1,4 @@
-"""The table of metrics: a row a metric (§4.1; the README has the glossary).
+"""The table of metrics: a row a metric (§4.1; docs/metrics.md has the glossary).
 
 A row says who judges (the option that names a frozen network), which frames are picked, and the formula of
 what the judge makes of them. A new metric is a formula in pixels, features, motion or classes and a row here.
@@ -73,6 +73,13 @@ class Metric(NamedTuple):
     signed: bool = False  # a clip's value has a sign, and that of the set is the absolute value of their mean
     note: str = ""
 
+    @property
+    def block(self) -> str:
+        """The block of the printed table that it stands in."""
+        if self.chance:
+            return "semantic"
+        return "motion and pixels" if self.picks in (eight_a_second, common_times) else "consistency"
+
     def of_set(self, mean: np.ndarray) -> np.ndarray:
         """The metric of a set of clips from the mean of their values."""
         return np.abs(mean) if self.signed else mean
@@ -103,6 +110,7 @@ METRICS = {
     "psnr": Metric("PSNR", "↑", "", common_times, pixels.psnr, True, 1, ANY),
 }  # fmt: skip
 NAMES = list(METRICS)
+BLOCKS = list(dict.fromkeys(metric.block for metric in METRICS.values()))
 
 LOADERS = {  # of a judge: (weights, device) -> a function of frames uint8 (F, H, W, 3)
     "video_classifier": classes.Classifier,

@@ -109,7 +109,7 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 
 def _add_recordings(parser: argparse.ArgumentParser, name: str, volumes: int) -> None:
     add = parser.add_argument
-    text = "folder of the release, as the README shows it"
+    text = "folder of the release, as docs/cc2017.md and docs/cinebrain.md show it"
     add("--raw", type=Path, required=name == "cinebrain", help=text)
     if name == "cc2017":
         text = "recordings of the NeuroClips release (subj01_train_fmri.pt ...); --raw: its films"
@@ -158,6 +158,8 @@ def open_release(args: argparse.Namespace) -> tuple[Release, list[Path], int | N
         brain = CineBrainRelease(args.raw, args.subject, args.delay, **segments)
         captions = [args.raw / "captions-qwen-2.5-vl-7b.json"]
         return brain, captions, brain.delay if brain.cifti else None
+    if args.name != "cc2017":
+        raise ValueError(f"{args.name}: no release of this name")
     from prepare.cc2017 import NeuroClipsRelease, NeuroClipsWithFilms, PurdueRelease
 
     if not args.fmri_release:
