@@ -171,7 +171,7 @@ def report(
                 {"method": method, "metric": name} | entry for name, entry in result["metrics"].items()
             )
     where = "the stimuli's size" if config.size == "native" else f"{config.size} x {config.size}"
-    text = f"\npixels and flow at {where} and common frame times; intervals by blocks of {BLOCK} clips"
+    text = f"\nSSIM, PSNR and EPE at {where} and common frame times; intervals by blocks of {BLOCK} clips"
     text += table(rows, config.data)
     for reason, of in reasons.items():
         text += f"\nn/a or in part, {', '.join(of)}: {reason}"

@@ -26,7 +26,8 @@ def all_frames(judge: Callable, config, *videos) -> list[np.ndarray]:
 
 def common_times(judge: Callable | None, config, *videos) -> list[np.ndarray]:
     """The smaller number of frames, uniform in time, at one size (--size): the GT's is "native"."""
-    n, size = min(map(len, videos)), motion_size(config) or videos[-1].frames.shape[1:3]
+    n = min(map(len, videos))
+    size = videos[-1].frames.shape[1:3] if config.size == "native" else (int(config.size),) * 2
     return [video.seen(video.uniform(n), size, judge) for video in videos]
 
 
@@ -39,22 +40,17 @@ def class_frames(judge: classes.Classifier, config, *videos) -> list[np.ndarray]
 
 
 def eight_a_second(judge: Callable, config, *videos) -> list[np.ndarray]:
-    """Every so many frames that eight a second remain, at one size."""
+    """Every so many frames that eight a second remain, as large as they are, as VBench takes them."""
     seen = []
     for video in videos:
         picks = tuple(range(0, len(video), max(1, round(video.fps / 8))))
-        seen.append(video.seen(picks, motion_size(config), judge))
+        seen.append(video.seen(picks, judge=judge))
     return seen
 
 
 def even_frames(judge: Callable, config, video) -> list[np.ndarray]:
-    """What the judge makes of the even frames, and all frames, at one size."""
-    size = motion_size(config)
-    return [video.seen(tuple(range(0, len(video), 2)), size, judge), video.seen(size=size)]
-
-
-def motion_size(config) -> tuple[int, int] | None:
-    return None if config.size == "native" else (int(config.size), int(config.size))
+    """What the judge makes of the even frames, and all frames, as large as they are, as VBench takes them."""
+    return [video.seen(tuple(range(0, len(video), 2)), judge=judge), video.seen()]
 
 
 # ---------------------------------------------------------------- the rows
@@ -131,7 +127,7 @@ class Judging:
     """Who judges, and how. The weights are the published ones."""
 
     metrics: str = option(",".join(name for name in NAMES if name != "ms_flow"), "which, with commas between")
-    size: str = option("256", "at which pixels and flow are measured (256 x 256)", choices=("256", "native"))
+    size: str = option("256", "of SSIM, PSNR and EPE (256 x 256)", choices=("256", "native"))
     classifier_frames: str = option("own", "of a clip that a video classifier sees", choices=("own", "16"))
     trials: int = option(
         0, "n-way accuracies from so many trials, as the peers' code (100); 0: exact", least=0

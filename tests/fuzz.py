@@ -76,16 +76,16 @@ def junk(data: bytes, rng: random.Random) -> bytes:
             value = json.loads(lines[i])
         except ValueError:
             return flip(data, rng)
-    place = [value]
-    at: int | str = 0
+    holder = [value]  # so that the whole value can be exchanged, too
+    place, at = holder, 0
     while isinstance(place[at], (dict, list)) and place[at] and rng.random() < 0.8:
         place = place[at]
         at = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
-    if place is not None and isinstance(place, dict) and rng.random() < 0.3:
+    if isinstance(place, dict) and rng.random() < 0.3:
         del place[at]
     else:
         place[at] = rng.choice(JUNK)
-    text = json.dumps(value if not isinstance(value, list) or place[0] is not value else value)
+    text = json.dumps(holder[0])
     return (text if whole else "\n".join([*lines[:i], text, *lines[i + 1 :]])).encode()
 
 

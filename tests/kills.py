@@ -93,7 +93,8 @@ def full_disk(name: str, command: list[str], world: Path, folder: Path) -> bool:
     """On a file system that has no room: one error; with room the same command ends well."""
     place = folder / f"{name}-full"
     place.mkdir()
-    size = sum(path.stat().st_size for path in world.rglob("*") if path.is_file()) + 400_000
+    pages = [-(-path.stat().st_size // 4096) + 1 for path in world.rglob("*")]
+    size = 4096 * sum(pages) + 200_000
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True
     ).returncode:
@@ -136,7 +137,7 @@ def main() -> None:
         data = f"--fmri-release release --train-segments 2 --test-segments 1 --clip local-dir:{toy / 'clip'} --viclip {toy / 'viclip'}"
         python, rng = sys.executable, random.Random(0)
         scripts = {
-            "data": [python, str(REPO / "data.py"), "cc2017", "--subject", "2", *data.split()],
+            "data": [python, str(REPO / "data.py"), "cc2017", *data.split()],
             "train_stage1": [
                 python,
                 str(REPO / "train_stage1.py"),
