@@ -9,7 +9,10 @@
 A row's `clip` (or `idx`) orders a segment or a list; its numbers count from 0 or 1, each once.
 """
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,28 +63,33 @@ def read_captions(path: Path, segments: Sequence[str]) -> list[dict]:
     return _in_order(path, rows)
 
 
-def _read_hdf5(path: Path) -> list[str]:
-    import h5py
+READ_HDF5 = """
+import json, sys, h5py, numpy
+datasets = {}
+with h5py.File(sys.argv[1]) as file:
+    file.visititems(lambda name, item: datasets.update({name: item} if hasattr(item, "shape") else {}))
+    names = sorted(datasets)
+    values = numpy.ravel(datasets[names[0]][()]).tolist() if len(names) == 1 else None
+values = values and [value.decode() if isinstance(value, bytes) else value for value in values]
+print(json.dumps({"names": names, "values": values}))
+"""
 
-    datasets = {}
+
+def _read_hdf5(path: Path) -> list[str]:
+    """The only dataset of the file. A process of its own reads it: in a damaged file the HDF5 library can
+    loop for ever, or crash."""
+    command = [sys.executable, "-c", READ_HDF5, str(path)]
     try:
-        with h5py.File(path) as file:
-            file.visititems(
-                lambda name, item: datasets.update({name: item} if hasattr(item, "shape") else {})
-            )
-            names = sorted(datasets)
-            values = datasets[names[0]][()] if len(names) == 1 else None
-    except Exception as error:  # whatever a damaged file makes h5py say
-        raise damaged(path, error, "a whole .h5 file", "download it again") from error
-    if values is None:
-        raise damaged(path, f"datasets {', '.join(names) or '(none)'}", "one dataset of captions", MEND)
-    rows = []
-    for value in np.ravel(values).tolist():
-        try:
-            rows.append(value.decode() if isinstance(value, bytes) else value)
-        except UnicodeDecodeError as error:
-            raise damaged(path, error, "captions of UTF-8 text", MEND) from error
-    return rows
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        found = json.loads(done.stdout)
+    except (subprocess.SubprocessError, ValueError) as error:
+        said = (getattr(error, "stderr", "") or "").strip().split("\n")[-1] or "no answer"
+        raise damaged(path, said, "a whole .h5 file of UTF-8 captions", "download it again") from error
+    if found["values"] is None:
+        raise damaged(
+            path, f"datasets {', '.join(found['names']) or '(none)'}", "one dataset of captions", MEND
+        )
+    return found["values"]
 
 
 def _check(path: Path, rows: list[dict]) -> None:
