@@ -28,7 +28,8 @@ COMPLETE = 0.95  # a clip must have this share of its frames: 57 of 60
 LIMIT = 4 << 30  # bytes that the frames of one video may take
 STILL_RATE = 8  # frames a second that a single picture is repeated at, as motion is measured (VBench)
 DOWNLOAD = "download it again"
-UNREADABLE = (
+# what PyAV says of damage beside its own errors
+UNREADABLE = (AttributeError, IndexError, TypeError, StopIteration, MemoryError, OverflowError, UnicodeError)
     IndexError,
     TypeError,
     StopIteration,
