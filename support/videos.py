@@ -30,13 +30,6 @@ STILL_RATE = 8  # frames a second that a single picture is repeated at, as motio
 DOWNLOAD = "download it again"
 # what PyAV says of damage beside its own errors
 UNREADABLE = (AttributeError, IndexError, TypeError, StopIteration, MemoryError, OverflowError, UnicodeError)
-    IndexError,
-    TypeError,
-    StopIteration,
-    MemoryError,
-    OverflowError,
-    UnicodeError,
-)  # what PyAV says, too
 
 
 class Video(NamedTuple):
