@@ -8,7 +8,6 @@ full disk (a file system of few MB where this may mount one) each ends in one er
 import argparse
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -20,6 +19,8 @@ from pathlib import Path
 
 REPO = Path(__file__).parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
+
+from conftest import environment  # noqa: E402
 
 VOLATILE = ("events.out", "state.pt", "log.jsonl", "README.md", "manifest.json")  # times, orders of keys
 
@@ -36,15 +37,6 @@ def files_of(root: Path) -> dict[str, str]:
                 data = header.encode() + data[8 + size :]
             found[str(path.relative_to(root))] = hashlib.sha256(data).hexdigest()
     return found
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {
-        "PYTHONPATH": str(REPO),
-        "OMP_NUM_THREADS": "1",
-        "MPLBACKEND": "Agg",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
 
 
 def run(command: list[str], cwd: Path, seconds: float | None = None) -> tuple[int, str]:
