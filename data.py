@@ -24,15 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prepare.facts import (
-    ROIS,
-    SCENE_CLIPS,
-    VIDEO,
-    decoder_recipes,
-    in_areas,
-    not_prepared,
-    stimuli_folder,
-)
+from prepare import facts
 from support.files import MissingData, is_made_by, read_manifest, read_prepared
 from support.readers import check_array, damaged, read_json_lines, read_npz
 
@@ -54,12 +46,12 @@ class ClipDataset:
     """
 
     def __init__(self, name: str, subject: int, split: str, rois: str | None = None, root: Path = ROOT):
-        folder, stimuli = root / name / f"sub{subject}", stimuli_folder(name, subject, root) / split
+        folder, stimuli = root / name / f"sub{subject}", facts.stimuli_folder(name, subject, root) / split
         self.split, self.fmri_file = split, folder / split / "fmri.npy"
         files = {array: stimuli / f"{array}.npy" for array in (*EMBEDDINGS, "categories")}
         for file in (folder / "voxels.npz", self.fmri_file, stimuli / "clips.jsonl", *files.values()):
             if not file.exists():
-                raise not_prepared(name, subject, file)
+                raise facts.not_prepared(name, subject, file)
         command = f"python data.py {name} --raw DIR --subject {subject}"
         self.mend = mend = f"delete it and run {'train_stage1.py' if name == 'toy' else command}"
         self.clips = read_json_lines(stimuli / "clips.jsonl", LINE, mend)
@@ -88,10 +80,10 @@ class ClipDataset:
     def _choose(self, rois: str, folder: Path) -> np.ndarray:
         """Indices of the voxels in these regions. Raises ValueError for an unknown region and for one without
         a voxel."""
-        unknown = sorted(set(rois.split(",")) - set(ROIS))
+        unknown = sorted(set(rois.split(",")) - set(facts.ROIS))
         if unknown:
-            raise ValueError(f"--rois {rois}: {unknown} unknown; there are {', '.join(ROIS)}")
-        inside = {region: in_areas(self.roi, ROIS[region]) for region in rois.split(",")}
+            raise ValueError(f"--rois {rois}: {unknown} unknown; there are {', '.join(facts.ROIS)}")
+        inside = {region: facts.in_areas(self.roi, facts.ROIS[region]) for region in rois.split(",")}
         absent = [region for region, here in inside.items() if not here.any()]
         if absent:
             said = f"--rois {rois}: none of the voxels of {folder} lies in {', '.join(absent)}"
@@ -165,12 +157,12 @@ class DecoderData:
     def __init__(
         self, name: str, decoder: str, split: str, root: Path = ROOT, size: Size = None, subject: int = 1
     ):
-        stimuli, folder = stimuli_folder(name, subject, root), Path(decoder).name
-        self.size = size or VIDEO[name]
+        stimuli, folder = facts.stimuli_folder(name, subject, root), Path(decoder).name
+        self.size = size or facts.VIDEO[name]
         here = stimuli / split / folder
         latents, tokens, offsets = (here / f"{n}.npy" for n in ("latents", "text_tokens", "text_offsets"))
         empty = stimuli / folder / "empty_prompt.npy"
-        latent_recipe, text_recipe = decoder_recipes(decoder, self.size)
+        latent_recipe, text_recipe = facts.decoder_recipes(decoder, self.size)
         by_hand = f"python data.py {name} --raw DIR --subject {subject} --decoder {decoder}"
         command = "train_stage2.py" if name == "toy" else by_hand
         self.tokens_file, self.mend = tokens, f"delete it and run {command}"
@@ -212,6 +204,12 @@ def hide_voxels(x: Tensor, share: float, seed: int, step: int, clips: np.ndarray
     return x * torch.from_numpy(kept).to(x.device) / (1 - share)
 
 
+def untold(share: float, seed: int, step: int, clips: np.ndarray) -> Tensor:
+    """(B,) bool, of a `share` of the clips: these retrieve no caption that is their own, word for word."""
+    draws = [np.random.default_rng([seed, step, int(clip), 2]) for clip in clips]
+    return torch.tensor([draw.random() < share for draw in draws])
+
+
 # ---------------------------------------------------------------- scenes and near-copies
 
 
@@ -221,7 +219,7 @@ def _far_rows(rows: slice, segment: np.ndarray, clips: int) -> np.ndarray:
     return (segment[rows, None] != segment) | (abs(i[rows, None] - i) > clips)
 
 
-def far_apart(segments: Sequence[str], clips: int = SCENE_CLIPS) -> np.ndarray:
+def far_apart(segments: Sequence[str], clips: int = facts.SCENE_CLIPS) -> np.ndarray:
     """(n, n) bool: are two clips of two scenes, that is of two segments or more than `clips` clips apart?"""
     return _far_rows(slice(None), np.unique(segments, return_inverse=True)[1], clips)
 
@@ -259,7 +257,7 @@ def near_copy_threshold(
     best_left = np.empty((len(thresholds), len(train)), train.dtype)  # the best matches, by threshold
     for rows in (slice(k, k + BLOCK) for k in range(0, len(train), BLOCK)):
         cosines = train[rows] @ train.T  # (rows, N)
-        cosines[~_far_rows(rows, segment, SCENE_CLIPS)] = -1
+        cosines[~_far_rows(rows, segment, facts.SCENE_CLIPS)] = -1
         for best, threshold in zip(best_left, thresholds, strict=True):
             cosines[cosines > threshold] = -1
             best[rows] = cosines.max(1)
@@ -276,6 +274,7 @@ class Split(NamedTuple):
     held_out: np.ndarray  # indices of the clips of the segments held out
     threshold: float  # of `near_copy_threshold`, as the distributions
     best_match: dict[str, list[float]]
+    told: float  # share of the test clips whose caption a training clip has, word for word
 
 
 def held_out_clips(train: ClipDataset, test: ClipDataset, val_segments: str | None) -> Split:
@@ -292,7 +291,9 @@ def held_out_clips(train: ClipDataset, test: ClipDataset, val_segments: str | No
     clips, held_out = np.flatnonzero(~out), np.flatnonzero(out)
     if len(held_out):
         clips = clips[best_match(frames[clips], frames[held_out]) <= threshold]
-    return Split(clips, held_out, threshold, distributions)
+    captions = {facts.words_of(train.clips[clip]["caption"]) for clip in clips}
+    told = [facts.words_of(clip["caption"]) in captions for clip in test.clips]
+    return Split(clips, held_out, threshold, distributions, float(np.mean(told)))
 
 
 def memories(train: ClipDataset, decoder: DecoderData, phi_v: nn.Module, clips: np.ndarray) -> dict:
@@ -303,6 +304,7 @@ def memories(train: ClipDataset, decoder: DecoderData, phi_v: nn.Module, clips: 
         image = phi_v(torch.from_numpy(e_img).to(next(phi_v.parameters()).device)).cpu()  # (N, D)
     text, action = (torch.from_numpy(np.array(e[clips], np.float32)) for e in (train.e_txt, train.e_act))
     segments = [clip["segment"] for clip in train.clips]
+    captions = [facts.words_of(train.clips[clip]["caption"]) for clip in clips]
     names, segment = np.unique(segments, return_inverse=True)
     first = np.array([segments.index(name) for name in names])  # its first clip
     starts, ends = decoder.text_offsets[clips], decoder.text_offsets[clips + 1]
@@ -312,6 +314,7 @@ def memories(train: ClipDataset, decoder: DecoderData, phi_v: nn.Module, clips: 
         "e": nn.functional.normalize(torch.stack([text, image, action], 1), dim=-1),  # (N, 3, D)
         "text_tokens": torch.from_numpy(tokens),  # (rows, D_txt)
         "text_offsets": torch.from_numpy(np.cumsum([0, *(ends - starts)])),  # (N + 1,)
+        "caption": torch.from_numpy(np.unique(captions, return_inverse=True)[1]),  # equal words, equal number
         "segment": torch.from_numpy(segment[clips]),
         "position": torch.from_numpy((np.arange(len(segments)) - first[segment])[clips]),
         "mean_frame": torch.from_numpy(mean_frames(e_img)),  # (N, D)

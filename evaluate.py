@@ -49,7 +49,7 @@ from mixture_of_memories import (
     TopTextMemory,
     condition,
 )
-from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS
+from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS, raw_folder
 from support.experiment import door, run_folder, start
 from support.files import written_whole
 from support.options import check_options, check_together, option
@@ -78,7 +78,7 @@ class Config(Judging):
     batch_size: int = option(1, "clips that are in the decoder at once", least=1)
     steps: int | None = option(None, "of sampling (default: the run's)", least=1)
     guidance: float | None = option(None, "classifier-free guidance (default: the run's)", least=0)
-    stimuli: str | None = option(None, "folder of the films (default: data/<data>/raw/stimuli)")
+    stimuli: str | None = option(None, "folder of the films (default: raw/stimuli in data/<data>)")
     seconds: float = option(SECONDS["cc2017"], "length of a clip", above=0)
     fps: float = option(CC2017_FPS, "frames a second of the videos", above=0, most=1000)
 
@@ -260,7 +260,7 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
     clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))
     every = PRESETS[config.data].get("metrics", Config.metrics)
     out = evaluation_folder(folder, config, settings, len(clips) == len(test), every)
-    films = Path(config.stimuli or Path("data", config.data, "raw", "stimuli"))
+    films = Path(config.stimuli or raw_folder(config.data, config.subject) / "stimuli")
     lacking = sorted({clip["video"] for clip in test.clips + train if not (films / clip["video"]).is_file()})
     if lacking:
         missing = f"{films / lacking[0]} is not there ({len(lacking)} stimuli are missing)"

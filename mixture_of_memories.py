@@ -32,12 +32,13 @@ class MemoryPool:
     """The memories of the N training clips and, ragged, the text that their captions give the decoder (§3.2).
 
     Caption n is rows text_offsets[n] : text_offsets[n + 1] of text_tokens: its real tokens, no padding. The
-    fields from segment on serve `excluded`. Raises ValueError where lengths disagree or rows are not unit.
+    fields from caption on serve `excluded`. Raises ValueError where lengths disagree or rows are not unit.
     """
 
     e: Tensor  # (N,3,D) float, unit rows: CLIP text, φ_v of the CLIP frames, ViCLIP
     text_tokens: Tensor  # (sum of the captions' lengths, D_txt) float; they stay on the CPU
     text_offsets: Tensor  # (N+1,) int64
+    caption: Tensor  # (N,) int64, equal where two captions are identical word for word
     segment: Tensor  # (N,) int64
     position: Tensor  # (N,) int64, a clip's number within its segment
     mean_frame: Tensor  # (N,D) float, unit rows: mean over frames of the CLIP frame embeddings
@@ -46,10 +47,11 @@ class MemoryPool:
 
     def __post_init__(self):
         N, steps, rows = len(self.e), self.text_offsets.diff(), len(self.text_tokens)
-        found = (self.e.shape[1], len(self.segment), len(self.position), len(self.mean_frame), len(steps))
-        wanted = (len(MODALITIES), N, N, N, N)
-        if found != wanted:
-            raise ValueError(f"modalities, segments, positions, frames, captions: {found}, wanted {wanted}")
+        names = ("caption", "segment", "position", "mean_frame")
+        found = (self.e.shape[1], len(steps), *(len(getattr(self, name)) for name in names))
+        if found != (len(MODALITIES), *[N] * 5):
+            of_each = f"modalities, text offsets, {', '.join(names)}: {found}"
+            raise ValueError(f"{of_each}, wanted {len(MODALITIES)} modalities and {N} of each else")
         if self.text_offsets[0] != 0 or steps.sum() != rows or steps.min() < 1:
             raise ValueError(f"text offsets must rise from 0 to {rows}, the rows of the text tokens")
         for name, x in (("e", self.e), ("mean_frame", self.mean_frame)):
@@ -86,9 +88,27 @@ class MemoryPool:
         """Unit mean frames (B,D) of any clips -> (B,N) bool: the memories that show the same."""
         return mean_frame.float() @ self.mean_frame.float().T > self.near_copy
 
-    def excluded(self, clip: Tensor) -> Tensor:
-        """Training clips (B,) -> (B,N) bool: the memories they may not retrieve, as no held-out clip can."""
-        return self.neighbours(clip) | self.near_copies(self.mean_frame[clip])
+    def same_caption(self, clip: Tensor) -> Tensor:
+        """Training clips (B,) -> (B,N) bool: the memories with the same caption, word for word."""
+        return self.caption[clip, None] == self.caption
+
+    def excluded(self, clip: Tensor, untold: Tensor | None = None) -> Tensor:
+        """Training clips (B,) -> (B,N) bool: the memories they may not retrieve, as no held-out clip can.
+        untold (B,) bool: those that may not retrieve their own caption from another clip, either."""
+        scene = self.neighbours(clip) | self.near_copies(self.mean_frame[clip])
+        return scene if untold is None else scene | self.same_caption(clip) & untold[:, None]
+
+    def untold_share(self, told: float) -> tuple[float, int, int]:
+        """told: how often a held-out clip's own caption is among the memories. Returns the share of training
+        clips that must go untold, so that theirs is as seldom, and the fewest and the most memories that a
+        training clip may retrieve. The pool is compared with itself by blocks of rows."""
+        counts = []
+        for clip in torch.arange(len(self.e), device=self.e.device).split(1024):
+            free = ~self.excluded(clip)  # (rows,N)
+            counts.append(torch.stack([free.sum(1), (free & self.same_caption(clip)).sum(1)]))
+        allowed, own = torch.cat(counts, 1)  # (N,) (N,)
+        share = 1 - min(1.0, told / max((own > 0).double().mean().item(), 1e-9))
+        return share, int((allowed - own * (share > 0)).min()), int(allowed.max())
 
 
 class Router(nn.Module):
@@ -111,20 +131,21 @@ def mixture_scores(W_r: Tensor, q: Tensor, e: Tensor) -> Tensor:
         return q.flatten(1) @ e.float().flatten(1).T  # (B,N)  Eq. 5
 
 
-def retrieve(W_r: Tensor, q: Tensor, pool: MemoryPool, K: int, clip: Tensor | None) -> tuple[Tensor, ...]:
-    """S (B,N), its K highest (B,K) in falling order, and their indices (B,K) (§3.2). clip (B,): training
-    clips, as indices into the pool; what they may not retrieve scores -inf. Raises ValueError where the pool
-    is too small for K."""
+def retrieve(
+    W_r: Tensor, q: Tensor, pool: MemoryPool, K: int, excluded: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """S (B,N), its K highest (B,K) in falling order, and their indices (B,K) (§3.2). excluded (B,N) bool, in
+    training: the memories that may not be retrieved; they score -inf. Raises ValueError where the pool is too
+    small for K."""
     N = len(pool.e)
     if N < K + 1:
         raise ValueError(f"the pool has {N} memories, K = {K} wants {K + 1} or more: more clips or a lower K")
     S = mixture_scores(W_r, q, pool.e)  # (B,N)
-    if clip is not None:
-        S = S.masked_fill(pool.excluded(clip), -torch.inf)  # (B,N)
+    if excluded is not None:
+        S = S.masked_fill(excluded, -torch.inf)  # (B,N)
     S_top, i = S.topk(K)  # (B,K) (B,K)
     if S_top.isneginf().any():
-        copies = f"neighbours and copies (cosine > {pool.near_copy:.4f})"
-        raise ValueError(f"{copies} leave a clip fewer than K = {K} memories: lower K")
+        raise ValueError(f"what is excluded leaves a clip fewer than K = {K} memories: lower K")
     return S, S_top, i
 
 
@@ -187,11 +208,13 @@ class Remembered(NamedTuple):
 
     def measures(self, pool: MemoryPool, clip: Tensor) -> dict[str, Tensor]:
         """What training logs: mean W_r, how alike training clips (B,) and their first memories look (the
-        cosine of their mean frames), and the ratio."""
+        cosine of their mean frames), how often these have the clips' own caption, and the ratio."""
         if self.W_r is None:
             return {}
         named = {f"w_{m}": w for m, w in zip(MODALITIES, self.W_r.mean(0), strict=True)}
-        named["alike"] = (pool.mean_frame[clip] * pool.mean_frame[self.indices[:, 0]]).sum(1).mean()
+        first = self.indices[:, 0]  # (B,)
+        named["alike"] = (pool.mean_frame[clip] * pool.mean_frame[first]).sum(1).mean()
+        named["own_caption"] = (pool.caption[clip] == pool.caption[first]).float().mean()
         return named if self.ratio is None else named | {"z_f/z_t": self.ratio}
 
 
@@ -226,14 +249,14 @@ class MixtureOfMemories(_Saved):
         self.router = Router(width)
         self.integration = Integration(width, embed_dim, text_dim, attention_heads, alpha, text_rms)
 
-    def forward(self, f_e: Tensor, q: Tensor, pool: MemoryPool, clip: Tensor | None = None) -> Remembered:
-        """f_e (B,L,D'), q (B,3,D), clip as in `retrieve` -> f_fuse and all else."""
+    def forward(self, f_e: Tensor, q: Tensor, pool: MemoryPool, excluded: Tensor | None = None) -> Remembered:
+        """f_e (B,L,D'), q (B,3,D), excluded as in `retrieve` -> f_fuse and all else."""
         if f_e.shape[1] != self.tokens:
             L = f_e.shape[1]
             mend = f"train_stage1.py --tokens {self.tokens}"
             raise ValueError(f"f_e has {L} tokens, the decoder's text {self.tokens}: {mend}")
         W_r = self.router(f_e)  # (B,3)  Eq. 4
-        S, S_top, i = retrieve(W_r, q, pool, self.K, clip)  # (B,N) (B,K) (B,K)  Eq. 5
+        S, S_top, i = retrieve(W_r, q, pool, self.K, excluded)  # (B,N) (B,K) (B,K)  Eq. 5
         log_w = (S_top / self.tau).log_softmax(-1)  # (B,K): so Eq. 9 teaches the router, as indices cannot
         e_mem_txt = pool.text(i[:, 0], self.tokens)  # (B,L,D_txt)
         f_fuse, ratio = self.integration(f_e, e_mem_txt, pool.e[i], log_w)  # (B,L,D_txt)  Eq. 6-8
@@ -247,9 +270,9 @@ class TopTextMemory(_Saved):
         super().__init__()
         self.tokens, self.K = tokens, K
 
-    def forward(self, f_e: Tensor, q: Tensor, pool: MemoryPool, clip: Tensor | None = None) -> Remembered:
+    def forward(self, f_e: Tensor, q: Tensor, pool: MemoryPool, excluded: Tensor | None = None) -> Remembered:
         W_r = q.new_tensor([m == "txt" for m in MODALITIES]).expand(len(q), -1)  # (B,3) of 1, 0, 0
-        S, _, i = retrieve(W_r, q, pool, self.K, clip)  # (B,N) (B,K)
+        S, _, i = retrieve(W_r, q, pool, self.K, excluded)  # (B,N) (B,K)
         return Remembered(pool.text(i[:, 0], self.tokens), i, W_r, S)
 
 
@@ -260,15 +283,15 @@ class DirectProjection(_Saved):
         super().__init__()
         self.project = nn.Linear(width, text_dim)
 
-    def forward(self, f_e: Tensor, q: Tensor, pool: MemoryPool, clip: Tensor | None = None) -> Remembered:
+    def forward(self, f_e: Tensor, q: Tensor, pool: MemoryPool, excluded: Tensor | None = None) -> Remembered:
         return Remembered(self.project(f_e))  # (B,L,D_txt)
 
 
 def condition(
     brain_model: nn.Module, heads: nn.Module, mom: nn.Module, pool: MemoryPool,
-    x: Tensor, clip: Tensor | None = None,
+    x: Tensor, excluded: Tensor | None = None,
 ) -> tuple[Tensor, Remembered]:  # fmt: skip
-    """x (B,T,N) z-scored fMRI -> f_c (B,D), and f_fuse with what it was made of. clip (B,), in training, says
-    which memories are the clips' own, as in `retrieve`."""
+    """x (B,T,N) z-scored fMRI -> f_c (B,D), and f_fuse with what it was made of. excluded (B,N), in training:
+    the memories that may not be retrieved."""
     f_c, f_e = brain_model(x)  # (B,D) (B,L,D')
-    return f_c, mom(f_e, heads.queries(f_c), pool, clip)
+    return f_c, mom(f_e, heads.queries(f_c), pool, excluded)

@@ -97,7 +97,7 @@ def main(config: Config) -> None:
         raise ValueError(f"--batch_size {config.batch_size}: wanted at least a clip for each process")
     with accelerator.main_process_first():
         if config.data == "toy":
-            prepare_toy()
+            prepare_toy(subject=config.subject)
     train = ClipDataset(config.data, config.subject, "train", config.rois)
     test = ClipDataset(config.data, config.subject, "test", config.rois)
     split = held_out_clips(train, test, config.val_segments)

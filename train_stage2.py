@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from brain_model import BrainModel
-from data import ClipDataset, DecoderData, Split, clips_of_step, held_out_clips, hide_voxels, memories
+from data import ClipDataset, DecoderData, Split, clips_of_step, held_out_clips, hide_voxels, memories, untold
 from heads import Stage1Heads, stage1_loss
 from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories, TopTextMemory, condition
 from prepare.command import prepare_toy
@@ -56,6 +56,7 @@ class Config:
     lora_rank: int = option(16, "of the LoRA", least=1)
     lora_alpha: float = option(16, "scaling factor of the LoRA", above=0)
     K: int = option(5, "memories retrieved", least=1)
+    own_captions: float | None = option(None, "share that may retrieve their own caption", least=0, most=1)
     alpha: float = option(1.0, "weight of z_f, Eq. 8")
     attention_heads: int = option(16, "of the integration, Eq. 6", least=1)
 
@@ -115,24 +116,25 @@ class Parts(NamedTuple):
     decoder: VideoDecoder
     pool: MemoryPool
     empty: Tensor  # (L, D_txt)
+    untold: float = 0.0  # share of the training clips that may not retrieve a caption like their own
 
 
 def losses_and_gradients(
     parts: Parts, x: Tensor, y: Tensor, targets: dict[str, Tensor], clips: np.ndarray, memory: Tensor,
-    weights: dict[str, float], seed: int, step: int, micro_batch: int, dropout: float, autocast,
-    mean_clips: float,
+    excluded: Tensor, weights: dict[str, float], seed: int, step: int, micro_batch: int, dropout: float,
+    autocast, mean_clips: float,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Eq. 10 of a batch; its gradients are added to .grad. Returns what is logged.
 
     Brain Model and MoM see the batch whole, as InfoNCE wants, the DiT `micro_batch` clips at a time: each
     leaves its share of Eq. 9's gradient in f.grad, and one backward pass leads it through the rest.
     x (B, T, N); y (B, C, f, h, w); targets and weights of Eq. 3; clips (B,) in the dataset, memory (B,) in
-    the pool. mean_clips: the mean number of clips a process, so that the mean of the processes' gradients is
-    the whole batch's.
+    the pool, excluded (B, N) of it. mean_clips: the mean number of clips a process, so that the mean of the
+    processes' gradients is the whole batch's.
     """
-    brain_model, heads, mom, decoder, pool, empty = parts
+    brain_model, heads, mom, decoder, pool, empty, _ = parts
     with autocast():
-        f_c, remembered = condition(brain_model, heads, mom, pool, x, memory)  # (B, D), Eq. 4-8
+        f_c, remembered = condition(brain_model, heads, mom, pool, x, excluded)  # (B, D), Eq. 4-8
         stage1 = stage1_loss(heads, f_c, **targets, **weights)  # Eq. 3
     f_fuse = remembered.f_fuse.float()  # (B, L, D_txt)
     f = f_fuse.detach().requires_grad_()  # (B, L, D_txt)
@@ -156,9 +158,8 @@ def losses_and_gradients(
 
 @torch.no_grad()
 def show(parts: Parts, config: Config, data: ClipDataset, videos: DecoderData, where: np.ndarray, gif: Path):
-    """A GIF of some of the held-out clips `where`, one row a clip: the stimulus after the VAE's round trip,
-    then the reconstruction. To look at, not to choose by."""
-    brain_model, heads, mom, decoder, pool, empty = parts
+    """A GIF of held-out clips, a row each: the stimulus after the VAE's round trip, the reconstruction."""
+    brain_model, heads, mom, decoder, pool, empty, _ = parts
     brain_model.eval()
     some = np.linspace(0, len(where) - 1, min(config.samples, len(where))).round().astype(int)
     fmri, rows = data.averaged(where)[some], []
@@ -186,7 +187,7 @@ def main(config: Config) -> None:
     stage1, before = experiment.finished_run(places, {"data": name, "subject": subject}, STAGE1, mend)
     with accelerator.main_process_first():
         if name == "toy":
-            prepare_toy(decoder=config.decoder, size=size)
+            prepare_toy(decoder=config.decoder, size=size, subject=subject)
     train, test = (ClipDataset(name, subject, part, before["rois"]) for part in ("train", "test"))
     if before["sizes"] != train.sizes:
         mend = "train it again, or choose the stage 1 of this subject, --rois and encoders with --stage1"
@@ -219,11 +220,13 @@ def load_parts(
     heads = load_model(Stage1Heads, stage1 / "heads").requires_grad_(False).eval()
     fields = memories(train, videos, heads.phi_v, split.clips)
     pool = MemoryPool(**fields, near_copy=split.threshold, scene=SCENE_CLIPS)
-    allowed = (~pool.excluded(torch.arange(len(split.clips)))).sum(1)  # (N,)
-    said = f"{len(allowed):,} clips and memories; a clip may retrieve {allowed.min():,} to {allowed.max():,}"
-    if config.integration and allowed.min() < config.K:
+    told = split.told if config.own_captions is None else config.own_captions
+    hidden, fewest, most = pool.untold_share(told)
+    said = f"{len(pool.e):,} clips and memories; a clip may retrieve {fewest:,} to {most:,} of them"
+    if config.integration and fewest < config.K:
         raise ValueError(f"{said}; wanted K = {config.K}: a lower --K or more training clips")
-    accelerator.print(f"{said} of them, no near-copies (cosine of mean frames > {split.threshold:.4f})")
+    said += f", no near-copies (cosine of mean frames > {split.threshold:.4f}), its own caption in "
+    accelerator.print(f"{said}{1 - hidden:.1%} of the steps (test clips: {split.told:.1%})")
 
     set_seed(config.seed)
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
@@ -241,8 +244,8 @@ def load_parts(
     else:
         how = config.K, config.attention_heads, config.alpha, tau, pool.text_rms()
         mom = MixtureOfMemories(L, width, train.sizes["embed_dim"], D_txt, *how)
-    moved = [part.to(accelerator.device) for part in (brain_model, heads, mom, decoder, pool)]
-    return Parts(*moved, torch.from_numpy(np.array(videos.empty)).to(accelerator.device))
+    parts = brain_model, heads, mom, decoder, pool, torch.from_numpy(np.array(videos.empty))
+    return Parts(*(part.to(accelerator.device) for part in parts), hidden)
 
 
 def learn(
@@ -282,7 +285,8 @@ def learn(
             x = hide_voxels(batch.pop("x"), brain_model.dropout, seed, step, clips)  # (B, T, N)
             y = torch.from_numpy(videos.latents[clips])  # (B, C, f, h, w)
             memory = torch.from_numpy(np.searchsorted(split.clips, clips)).to(device)  # (B,) in the pool
-            row = losses_and_gradients(parts, x, y, batch, clips, memory, weights, seed, step, *how)
+            excluded = parts.pool.excluded(memory, untold(parts.untold, seed, step, clips).to(device))
+            row = losses_and_gradients(parts, x, y, batch, clips, memory, excluded, weights, seed, step, *how)
             for p in parameters if accelerator.num_processes > 1 else ():
                 p.grad = accelerator.reduce(p.grad, "mean")  # once a step, after every backward pass
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_norm)
@@ -317,7 +321,7 @@ def learn(
     if chief:
         if config.sample_every:
             show(parts, config, *shown, run.folder / "samples" / f"step-{run.total:06d}.gif")
-        near_copies(run.folder, split.threshold, split.best_match)
+        near_copies(run.folder, split.threshold, split.best_match, split.told, parts.untold)
         names = {"diffusion": "diffusion, Eq. 9", "w_txt": "W_r, text", "w_img": "W_r, image"}
         names |= {"w_act": "W_r, action", "z_f/z_t": "‖α z_f‖ / ‖z_t‖"}
         log = experiment.read_log(run.log_file)

@@ -10,7 +10,6 @@ A row's `clip` (or `idx`) orders a segment or a list; its numbers count from 0 o
 """
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from prepare.categories import clip_categories
 from prepare.cc2017 import load_pt
+from prepare.facts import words_of
 from prepare.release import Release
 from support.readers import check_keys, damaged, read_json, read_json_lines
 
@@ -176,14 +176,10 @@ def caption_copies(train: Sequence[dict], test: Sequence[dict]) -> tuple[float, 
     caption."""
     segments: dict[str, set] = {}
     for row in train:
-        segments.setdefault(_words(row["caption"]), set()).add(row["segment"])
-    again = [len(segments[_words(row["caption"])]) > 1 for row in train]
-    known = [_words(row["caption"]) in segments for row in test]
+        segments.setdefault(words_of(row["caption"]), set()).add(row["segment"])
+    again = [len(segments[words_of(row["caption"])]) > 1 for row in train]
+    known = [words_of(row["caption"]) in segments for row in test]
     return float(np.mean(again)), float(np.mean(known))
-
-
-def _words(caption: str) -> str:
-    return " ".join(re.findall(r"[^\W_]+", caption.casefold()))
 
 
 def captions_that_fit(e_img: np.ndarray, e_txt: np.ndarray, segments: Sequence[str]) -> tuple[str, list[str]]:

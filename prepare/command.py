@@ -21,7 +21,9 @@ from prepare.facts import (
     SUBJECTS,
     VICLIP_HUB,
     VIDEO,
+    check_subject,
     decoder_recipes,
+    raw_folder,
     stimuli_folder,
 )
 from prepare.release import Release
@@ -34,35 +36,45 @@ DELAYS = {"cc2017": f"{CC2017_DELAY}, of 2 s each", "cinebrain": f"{CINEBRAIN_DE
 
 
 def prepare_toy(
-    root: Path = Path("data"), decoder: str | None = None, size: tuple[int, int, int] | None = None
-) -> None:
-    """Make the toy world and prepare it as a real release, in about a minute; what is whole is kept.
+    root: Path = Path("data"), decoder: str | None = None, size: tuple[int, int, int] | None = None,
+    subject: int = 1,
+) -> None:  # fmt: skip
+    """Make the toy world and prepare it as a real release, in about a minute; what is whole is kept. Each
+    subject has voxels and films of its own.
 
     With a decoder also its latents of videos of `size` = frames, height, width, and its text tokens. Raises
     ValueError where these were made by another decoder or of another size.
     """
-    folder, stimuli, raw = root / "toy" / "sub1", stimuli_folder("toy", 1, root), root / "toy" / "raw"
+    check_subject("toy", subject)
+    folder, raw = root / "toy" / f"sub{subject}", raw_folder("toy", subject, root)
+    stimuli = stimuli_folder("toy", subject, root)
     wanted = [folder / "voxels.npz"]
     for split in ("train", "test"):
-        wanted.append(folder / split / "fmri.npy")
         names = ("clips.jsonl", "categories.npy", "e_txt.npy", "e_img.npy", "e_act.npy")
         wanted += [stimuli / split / name for name in names]
-    if not all(file.is_file() for file in wanted):
+    recipe = toy_recipe(subject)
+    recordings = [is_made_by(folder / split / "fmri.npy", recipe) for split in ("train", "test")]
+    if not all(recordings) or not all(file.is_file() for file in wanted):
         from prepare.fmri import prepare_fmri
         from prepare.stimuli import prepare_stimuli
         from toy.release import ToyRelease, make_toy
 
-        make_toy(raw)
-        source = ToyRelease(raw)
-        prepare_fmri(source, folder, {"release": "toy", "subject": 1, "delay": 2, "window": 1})
+        make_toy(raw, seed=subject - 1)
+        source = ToyRelease(raw, subject)
+        prepare_fmri(source, folder, recipe)
         captions = dict.fromkeys(source.splits, raw / "captions.jsonl")
         prepare_stimuli(source, stimuli, captions, f"local-dir:{TOY / 'clip'}", str(TOY / "viclip"))
     if decoder is not None and not _decoder_is_prepared(stimuli, decoder, size or VIDEO["toy"]):
         from prepare.decoder import prepare_decoder
         from toy.release import ToyRelease, make_toy
 
-        make_toy(raw)
-        prepare_decoder("toy", ToyRelease(raw), root, decoder, *(size or VIDEO["toy"]))
+        make_toy(raw, seed=subject - 1)
+        prepare_decoder("toy", ToyRelease(raw, subject), root, decoder, *(size or VIDEO["toy"]), subject)
+
+
+def toy_recipe(subject: int) -> dict:
+    """What makes fmri.npy of the toy world."""
+    return {"release": "toy", "subject": subject, "delay": 2, "window": 1, "detrending": "AFNI's degree"}
 
 
 def _decoder_is_prepared(stimuli: Path, decoder: str, size: tuple[int, int, int]) -> bool:
@@ -99,12 +111,19 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
     parser = Parser("data.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="name", required=True)
-    commands.add_parser("toy", help="make and prepare the toy world (train_stage1.py does it by itself)")
+    text = "make and prepare the toy world (train_stage1.py does it by itself)"
+    toy = commands.add_parser("toy", help=text, allow_abbrev=False)
+    _add_subject(toy, "toy", "who has voxels and films of its own")
     for name, volumes in (("cc2017", 1), ("cinebrain", CLIP_VOLUMES)):
         command = commands.add_parser(name, help=f"prepare a subject of {name}", allow_abbrev=False)
         _add_recordings(command, name, volumes)
         _add_stimuli(command)
     return parser
+
+
+def _add_subject(parser: argparse.ArgumentParser, name: str, text: str) -> None:
+    numbers = range(1, SUBJECTS[name] + 1)
+    parser.add_argument("--subject", type=int, choices=numbers, default=1, help=f"{text} (default: 1)")
 
 
 def _add_recordings(parser: argparse.ArgumentParser, name: str, volumes: int) -> None:
@@ -114,13 +133,7 @@ def _add_recordings(parser: argparse.ArgumentParser, name: str, volumes: int) ->
     if name == "cc2017":
         text = "recordings of the NeuroClips release (subj01_train_fmri.pt ...); --raw: its films"
         add("--fmri-release", type=Path, help=text)
-    add(
-        "--subject",
-        type=int,
-        choices=range(1, SUBJECTS[name] + 1),
-        default=1,
-        help="whose recordings (default: 1)",
-    )
+    _add_subject(parser, name, "whose recordings")
     text = f"haemodynamic delay in volumes (default: {DELAYS[name]}; none where they come preprocessed)"
     add("--delay", type=whole_number(0), help=text)
     text = f"T, volumes a clip (default: {volumes})"
@@ -177,7 +190,7 @@ def main(argv: Sequence[str] | None = None, doc: str | None = __doc__) -> None:
     parser = parser_of(doc)
     args, root = parser.parse_args(argv), Path("data")
     if args.name == "toy":
-        return prepare_toy(root)
+        return prepare_toy(root, subject=args.subject)
     if args.captions and len(args.captions) > 2:
         n = len(args.captions)
         parser.error(f"--captions takes one file, or the training and the test list; {n} files are given")

@@ -6,6 +6,7 @@ toy         toy/world.py, toy/subject.py
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ SIZES = {  # segments, and clips of each
     "cc2017": {"train": (18, 240), "test": (5, 240)},
     "cinebrain": {"train": (18, 270), "test": (2, 270)},
 }
-SUBJECTS = {"toy": 1, "cc2017": 3, "cinebrain": 6}
+SUBJECTS = {"toy": 9, "cc2017": 3, "cinebrain": 6}
 VIDEO = {"toy": (17, 64, 64), "cc2017": (57, 624, 624), "cinebrain": (33, 480, 720)}  # frames, height, width
 SECONDS = {"toy": 2.0, "cc2017": 2.0, "cinebrain": 33 / 8}  # of a clip's video; CineBrain: 4 s and one frame
 SCENE_CLIPS = 15  # clips of a segment this near in time count as one scene
@@ -40,10 +41,31 @@ def cc2017_splits(train_segments: int, test_segments: int) -> dict[str, list[str
 
 
 def stimuli_folder(name: str, subject: int, root: Path = Path("data")) -> Path:
-    """Where the clips that a subject saw are prepared: data/<name>/stimuli, and data/cinebrain/stimuli-1-2-6
-    for the three subjects who saw other films."""
-    other = name == "cinebrain" and subject in NINTH_SEASON
-    return root / name / ("stimuli-1-2-6" if other else "stimuli")
+    """Where the clips that a subject saw are prepared: data/<name>/stimuli; for subjects who saw other films
+    data/cinebrain/stimuli-1-2-6, and data/toy/stimuli-K from the toy's second subject on."""
+    if name == "cinebrain" and subject in NINTH_SEASON:
+        return root / name / "stimuli-1-2-6"
+    return root / name / ("stimuli" + _of_subject(name, subject))
+
+
+def raw_folder(name: str, subject: int, root: Path = Path("data")) -> Path:
+    """The release, with its films in stimuli/: data/<name>/raw, and data/toy/raw-K as in `stimuli_folder`."""
+    return root / name / ("raw" + _of_subject(name, subject))
+
+
+def _of_subject(name: str, subject: int) -> str:
+    return f"-{subject}" if name == "toy" and subject > 1 else ""
+
+
+def check_subject(name: str, subject: int) -> None:
+    """Raises ValueError where a dataset has no such subject."""
+    if name in SUBJECTS and not 1 <= subject <= SUBJECTS[name]:
+        raise ValueError(f"--subject {subject}: {name} has subjects 1 to {SUBJECTS[name]}")
+
+
+def words_of(caption: str) -> str:
+    """A caption without case and punctuation: two that are equal then are identical word for word."""
+    return " ".join(re.findall(r"[^\W_]+", caption.casefold()))
 
 
 # ---------------------------------------------------------------- the brain
@@ -133,11 +155,9 @@ def _digest(folder: Path) -> str:
 
 def not_prepared(name: str, subject: int, file: Path) -> MissingData:
     """The error that says how to prepare a dataset of which `file` is not there."""
-    if name in SUBJECTS and not 1 <= subject <= SUBJECTS[name]:
-        there = "one subject, 1" if SUBJECTS[name] == 1 else f"subjects 1 to {SUBJECTS[name]}"
-        raise ValueError(f"--subject {subject}: {name} has {there}")
+    check_subject(name, subject)
     if name == "toy":
-        makes = "the toy world has one subject, 1; train_stage1.py and train_stage2.py make and prepare it"
+        makes = "train_stage1.py and train_stage2.py make and prepare the toy world"
         return MissingData(f"{file} is not there: {makes}")
     guide = MISSING.get(name, f"data/{name} is not prepared for subject {{subject}}.").format(subject=subject)
     return MissingData(f"{guide}\n\n{file} is not there.")

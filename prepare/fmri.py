@@ -19,6 +19,13 @@ from support.files import hashes, is_made_by, read_manifest, writing_array, writ
 MANY = 100  # files of a segment, from here on, have one SHA-256 together: a file a volume
 
 
+def detrending_degree(seconds: float) -> int:
+    """The degree of the polynomial that removes the slow trend of a run, by the rule of AFNI's 3dDetrend and
+    3dDeconvolve (-polort A): 4 for the 480 s of cc2017, the degree of §4.1. A higher one takes more of what
+    a scene at the run's edge leaves."""
+    return 1 + int(seconds // 150)
+
+
 def preprocess_run(run: np.ndarray, start: int, length: int, order: int = 4) -> np.ndarray:
     """Trim a run, remove the least-squares polynomial of degree `order` from each voxel and z-score it
     (§4.1).
@@ -102,7 +109,10 @@ def load_response(
     if run is None:
         return None
     run = run[:, voxels]
-    return run if source.preprocessed else preprocess_run(run, *source.window(segment))
+    if source.preprocessed:
+        return run
+    start, length = source.window(segment)
+    return preprocess_run(run, start, length, detrending_degree(length * source.TR))
 
 
 def select_voxels(source: Release, alpha: float = 0.05) -> Selection:

@@ -17,7 +17,8 @@ class Release:
     clip lasts 2 s and has one volume.
 
     subject: whose recordings these are; splits: {"train": names of the segments, "test": ...}
-    volumes: how many a clip has for itself; preprocessed: do runs come trimmed, delayed and standardised?
+    volumes: how many a clip has for itself; TR: seconds a volume
+    preprocessed: do runs come trimmed, delayed and standardised?
     voxels: (N,) int64 index of each voxel in the source, (N,) str name of its area
     """
 
@@ -25,6 +26,7 @@ class Release:
     splits: dict[str, list[str]]
     voxels: tuple[np.ndarray, np.ndarray]
     volumes = 1
+    TR = 2.0
     preprocessed = False
 
     def repeats(self, segment: str) -> int:

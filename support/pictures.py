@@ -39,11 +39,15 @@ def loss_curves(file: Path, rows: Sequence[dict], names: dict[str, str], title: 
     curves(file, named, xlabel="step", ylabel="loss", yscale="log", title=title)
 
 
-def near_copies(folder: Path, threshold: float, best_match: dict[str, list[float]]) -> None:
+def near_copies(
+    folder: Path, threshold: float, best_match: dict[str, list[float]], told: float, untold: float
+) -> None:
     """near_copies.json and .png: the cosine above which a clip copies another, and the distributions behind
-    it, as quantiles (data.near_copy_threshold)."""
+    it, as quantiles (data.near_copy_threshold); the share of test clips whose caption a memory has, and that
+    of training clips that may not retrieve theirs."""
     percent = (0, 5, 25, 50, 75, 95, 100)
     values = {"threshold": threshold, "percent": percent, "best_match": best_match}
+    values |= {"own caption": {"test clips that have it": told, "training clips without it": untold}}
     write_json(folder / "near_copies.json", values)
     labels = {"xlabel": "highest cosine of a clip's mean frame to a memory's", "ylabel": "% of clips below"}
     title = f"near-copies, not retrieved in training: cosine > {threshold:.4f}"

@@ -590,10 +590,12 @@ def test_what_is_not_prepared_is_named_with_the_way_to_it(tmp_path, name):
 
 
 def test_the_toy_world_is_not_made_by_reading_it(tmp_path):
-    with pytest.raises(MissingData, match="train_stage1.py and train_stage2.py make and prepare it"):
+    with pytest.raises(
+        MissingData, match="train_stage1.py and train_stage2.py make and prepare the toy world"
+    ):
         ClipDataset("toy", 1, "train", root=tmp_path)
-    with pytest.raises(ValueError, match="--subject 2: toy has one subject, 1"):
-        ClipDataset("toy", 2, "train", root=tmp_path)
+    with pytest.raises(ValueError, match="--subject 10: toy has subjects 1 to 9"):
+        ClipDataset("toy", 10, "train", root=tmp_path)
     with pytest.raises(MissingData, match="for toy/wan, is not there: run train_stage2.py"):
         DecoderData("toy", "toy/wan", "train", root=tmp_path)
     assert not any(tmp_path.iterdir())
@@ -789,9 +791,17 @@ def test_a_prepared_toy_world_is_left_as_it_is(tmp_path, monkeypatch):
     for name in files:
         (tmp_path / "toy" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "toy" / name).touch()
+    for split in ("train", "test"):
+        file = tmp_path / "toy" / "sub1" / split / "fmri.npy"
+        with writing_array(file, (1, 2, 1, 3), "float32", command.toy_recipe(1)) as fmri:
+            fmri[:] = 0
     for name in ("prepare.fmri", "prepare.stimuli", "prepare.decoder", "toy.release"):
         monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
     command.prepare_toy(tmp_path)
+    with pytest.raises(ValueError, match="--subject 10: toy has subjects 1 to 9"):
+        command.prepare_toy(tmp_path, subject=10)
+    with pytest.raises(ImportError):  # the second subject is not there
+        command.prepare_toy(tmp_path, subject=2)
     assert not (tmp_path / "toy" / "raw").exists()
     (tmp_path / "toy" / "stimuli" / "test" / "e_act.npy").unlink()
     with pytest.raises(ImportError):

@@ -45,6 +45,7 @@ def make_pool(
         e=unit(N, modalities, D),
         text_tokens=2 * torch.randn(int(offsets[-1]), D_txt),
         text_offsets=offsets,
+        caption=torch.arange(N),
         segment=torch.arange(N) // per_segment,
         position=torch.arange(N) % per_segment,
         mean_frame=unit(N, D),
@@ -270,7 +271,7 @@ def test_condition_is_brain_model_queries_and_mixture(pool):
     brain_model, heads = BrainModel(7, 2, L, WIDTH, 1, HEADS, D), Stage1Heads(D, 3, 4)
     torch.nn.init.normal_(heads.phi_a.mlp[3].weight)
     mom, x, clip = opened(make_mom()), torch.randn(B, 2, 7), torch.arange(B)
-    for who in (None, clip):
+    for who in (None, pool.excluded(clip)):
         f_c, remembered = condition(brain_model, heads, mom, pool, x, who)
         expected, f_e = brain_model(x)
         q = torch.stack([expected, expected, heads.phi_a(expected)], 1)
@@ -281,9 +282,9 @@ def test_condition_is_brain_model_queries_and_mixture(pool):
 
 def test_measures_are_the_mean_weights_the_likeness_and_the_ratio(pool, inputs):
     clip = torch.arange(B)
-    out = opened(make_mom())(*inputs, pool, clip)
+    out = opened(make_mom())(*inputs, pool, pool.excluded(clip))
     measures = out.measures(pool, clip)
-    assert list(measures) == ["w_txt", "w_img", "w_act", "alike", "z_f/z_t"]
+    assert list(measures) == ["w_txt", "w_img", "w_act", "alike", "own_caption", "z_f/z_t"]
     torch.testing.assert_close(measures["w_act"], out.W_r[:, 2].mean())
     cosines = [pool.mean_frame[n] @ pool.mean_frame[out.indices[n, 0]] for n in range(B)]
     torch.testing.assert_close(measures["alike"], sum(cosines) / B)
@@ -323,10 +324,36 @@ def test_excluded_are_the_clip_its_neighbours_and_planted_copies():
     assert excluded[2].sum() == pool.scene + 1  # clip 50, next in the file but of another segment, stays
 
     q, W_r = pool.e[clip], torch.full((3, 3), 1 / 3)
-    S, _, i = retrieve(W_r, q, pool, K, clip)
+    S, _, i = retrieve(W_r, q, pool, K, excluded)
     assert torch.equal(S.isneginf(), excluded)
     assert not excluded.gather(1, i).any()
     assert torch.equal(retrieve(W_r, q, pool, K, None)[2][:, 0], clip)  # at inference nothing is excluded
+
+
+def test_a_clip_that_is_untold_retrieves_no_caption_like_its_own():
+    pool = replace(make_pool(N=100, per_segment=50), caption=torch.arange(100) % 25)
+    clip, untold = torch.tensor([10, 10]), torch.tensor([True, False])
+    told, hidden = pool.excluded(clip), pool.excluded(clip, untold)
+    assert torch.equal(hidden[1], told[1])
+    same = {n for n in range(100) if n % 25 == 10}
+    assert {*hidden[0].nonzero().flatten().tolist()} == {*range(26)} | same
+    S, _, _ = retrieve(torch.full((2, 3), 1 / 3), pool.e[clip], pool, K, hidden)
+    assert torch.equal(S.isneginf(), hidden)
+
+
+def test_training_clips_find_their_caption_as_seldom_as_held_out_clips():
+    pool = replace(
+        make_pool(N=100, per_segment=50), caption=torch.arange(100) % 50
+    )  # each twice, in two segments
+    pool.caption[:20], pool.caption[50:70] = torch.arange(100, 120), torch.arange(200, 220)  # 40 clips: once
+    assert pool.untold_share(0.6)[0] == 0 and pool.untold_share(1.0)[0] == 0
+    assert pool.untold_share(0.06)[0] == pytest.approx(0.9)  # 60 % have theirs: a tenth of these, 6 % of all
+    share, fewest, most = pool.untold_share(0.0)
+    free = ~pool.excluded(torch.arange(100))
+    assert share == 1 and most == free.sum(1).max()
+    assert fewest == (free & ~pool.same_caption(torch.arange(100))).sum(1).min()
+    many = make_pool(N=1500, per_segment=50)  # more than a block
+    assert many.untold_share(0.0)[1:] == (1500 - 31, 1500 - 16)
 
 
 def test_position_and_not_the_index_counts():
@@ -422,10 +449,11 @@ def test_a_scene_of_another_length():
 # Bad input
 
 
-@pytest.mark.parametrize("clip", [None, torch.arange(B)])
+@pytest.mark.parametrize("clip", [None, torch.arange(B) % K])
 def test_a_pool_of_k_memories_is_too_small(inputs, clip):
+    small = make_pool(N=K)
     with pytest.raises(ValueError, match=rf"{K} memories, K = {K} wants {K + 1}"):
-        make_mom()(*inputs, make_pool(N=K), clip)
+        make_mom()(*inputs, small, clip if clip is None else small.excluded(clip))
     if clip is None:
         make_mom()(*inputs, make_pool(N=K + 1))
 
@@ -433,9 +461,10 @@ def test_a_pool_of_k_memories_is_too_small(inputs, clip):
 def test_a_pool_of_neighbours_leaves_too_few(inputs):
     pool = make_pool(N=15 + K, per_segment=100)  # clip 0 has K - 1 others left
     with pytest.raises(ValueError, match=f"fewer than K = {K}"):
-        make_mom()(*inputs, pool, torch.zeros(B, dtype=torch.int64))
+        make_mom()(*inputs, pool, pool.excluded(torch.zeros(B, dtype=torch.int64)))
     pool = make_pool(N=15 + K + 1, per_segment=100)
-    assert make_mom()(*inputs, pool, torch.zeros(B, dtype=torch.int64)).indices.min() > 15
+    excluded = pool.excluded(torch.zeros(B, dtype=torch.int64))
+    assert make_mom()(*inputs, pool, excluded).indices.min() > 15
 
 
 def test_tokens_must_be_the_decoders(pool, inputs):
@@ -498,7 +527,7 @@ def test_without_mom_text_alone_retrieves_and_conditions(tmp_path, pool, inputs)
     assert out.indices[:, 0].tolist() == best
     assert torch.equal(out.f_fuse, captions_by_hand(pool, torch.tensor(best), L))
     clip = torch.arange(B)
-    out = TopTextMemory(tokens=L, K=K)(f_e, pool.e[clip], pool, clip)  # the same exclusion
+    out = TopTextMemory(tokens=L, K=K)(f_e, pool.e[clip], pool, pool.excluded(clip))  # the same exclusion
     assert torch.equal(out.S.isneginf(), pool.excluded(clip))
 
 

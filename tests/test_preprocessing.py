@@ -14,7 +14,8 @@ import torch
 from prepare import fmri
 from prepare.captions import read_captions
 from prepare.cc2017 import NeuroClipsRelease, PurdueRelease, load_pt
-from prepare.fmri import fisher_z, load_response, preprocess_run, reproducible_voxels
+from prepare.fmri import detrending_degree, fisher_z, load_response, preprocess_run, reproducible_voxels
+from prepare.release import Release
 from support.videos import check_film, read_clip, read_clips
 from toy.release import ToyRelease, make_toy
 
@@ -419,7 +420,7 @@ def test_what_is_no_pt_file_is_named(tmp_path, content):
 def test_the_toy_world_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
     made = []
 
-    def write_release(folder):
+    def write_release(folder, seed):
         (folder / "stimuli").mkdir(parents=True)
         made.append(folder)
         yield "seg1_1"
@@ -519,3 +520,32 @@ def test_the_stimuli_can_be_rendered_without_the_real_clips(tmp_path, monkeypatc
         len({frames.tobytes() for frames, _, _ in clips}) == len({caption for _, caption, _ in clips}) == 12
     )
     assert all(frames.shape == (6, 48, 48, 3) and tags for frames, _, tags in clips)
+
+
+# ---------------------------------------------------------------- the slow trend
+
+
+@pytest.mark.parametrize("seconds, degree", [(480, 4), (200, 2), (160, 2), (149, 1), (150, 2), (1080, 8)])
+def test_the_degree_of_the_trend_is_afnis(seconds, degree):
+    """3dDetrend -polort A: 1 + floor(seconds / 150); 4 at cc2017's 480 s (§4.1)."""
+    assert detrending_degree(seconds) == degree
+
+
+def test_a_run_is_freed_of_the_trend_of_its_own_length():
+    """Of 240 volumes of 2 s a quartic goes, of 80 a parabola and no more."""
+
+    class Source(Release):
+        def window(self, segment):
+            return 0, int(segment)
+
+        def load_run(self, segment, repeat):
+            t = np.linspace(-1, 1, int(segment))
+            noise = 0.1 * np.random.default_rng(0).standard_normal((len(t), 2))
+            return (1000 + np.stack([t**2, t**4 - t**2], 1) * 100 + noise).astype(np.float32)
+
+    t = np.linspace(-1, 1, 240)
+    assert abs(np.corrcoef(load_response(Source(), "240", 0)[:, 1], t**4 - t**2)[0, 1]) < 0.2
+    short = load_response(Source(), "80", 0)
+    t = np.linspace(-1, 1, 80)
+    assert abs(np.corrcoef(short[:, 1], t**4 - t**2)[0, 1]) > 0.5  # a quartic stays
+    assert abs(np.corrcoef(short[:, 0], t**2)[0, 1]) < 0.2

@@ -202,17 +202,19 @@ def one_step(
 ) -> tuple[dict, dict]:
     """What is logged, and the gradients by name."""
     memory, how = torch.from_numpy(CLIPS), (0, STEP, micro_batch, dropout, nullcontext, len(CLIPS))
-    logged = losses_and_gradients(parts, *batch_of(data), CLIPS, memory, weights, *how)
+    logged = losses_and_gradients(
+        parts, *batch_of(data), CLIPS, memory, parts.pool.excluded(memory), weights, *how
+    )
     return logged, gradients(parts)
 
 
 def plain_step(parts: Parts, data, dropout: float = 0.3) -> tuple[torch.Tensor, dict]:
     """Eq. 10 as one graph and one backward."""
-    (x, y, targets), (brain_model, heads, mom, decoder, pool, empty) = batch_of(data), parts
+    (x, y, targets), (brain_model, heads, mom, decoder, pool, empty, _) = batch_of(data), parts
     f_c, f_e = brain_model(x)
     stage1 = stage1_loss(heads, f_c, **targets, **WEIGHTS)
     q = torch.stack([f_c, f_c, heads.phi_a(f_c)], 1)
-    f_fuse = mom(f_e, q, pool, torch.from_numpy(CLIPS)).f_fuse
+    f_fuse = mom(f_e, q, pool, pool.excluded(torch.from_numpy(CLIPS))).f_fuse
     noise, u, dropped = draw(0, STEP, CLIPS, y.shape[1:], dropout)
     loss = stage1.loss + decoder(y, condition_dropout(f_fuse, empty, dropped), noise, u).mean()
     loss.backward()
@@ -326,13 +328,14 @@ def test_f_fuse_starts_as_the_text_and_eq_9_teaches_router_and_brain_model_after
     parts = make_parts(world, data, mom=MixtureOfMemories(L, WIDTH, D, D_TXT, 5, 4))
     nothing = {"tau": 1e6, "lambda_1": 0.0, "lambda_2": 0.0}  # Eq. 3 leaves no gradient
     x, memory = batch_of(data)[0], torch.from_numpy(CLIPS)
-    _, remembered = condition(parts.brain_model, parts.heads, parts.mom, parts.pool, x, memory)
+    excluded = parts.pool.excluded(memory)
+    _, remembered = condition(parts.brain_model, parts.heads, parts.mom, parts.pool, x, excluded)
     assert torch.equal(remembered.f_fuse, parts.pool.text(remembered.indices[:, 0], L))
     optimiser = torch.optim.AdamW([*parts.brain_model.parameters(), *parts.mom.parameters()], 1e-2)
     taught = ("mom.router.R.3.weight", "brain_model.regression.contract.weight", "brain_model.to_f_c.weight")
     for step in (0, 1):
         how = (0, STEP, 4, 0.0, nullcontext, len(CLIPS))
-        losses_and_gradients(parts, *batch_of(data), CLIPS, memory, nothing, *how)
+        losses_and_gradients(parts, *batch_of(data), CLIPS, memory, excluded, nothing, *how)
         if step == 0:
             optimiser.step()
             before = gradients(parts)
@@ -379,7 +382,9 @@ def test_the_mean_over_processes_is_the_step_of_one(world, data, monkeypatch, si
     for clips in np.split(CLIPS, [sizes[0]]):
         how = (0, STEP, 3, 0.3, nullcontext, len(CLIPS) / 2)
         memory = torch.from_numpy(clips)
-        part = losses_and_gradients(parts, *batch_of(data, clips), clips, memory, whole, *how)
+        part = losses_and_gradients(
+            parts, *batch_of(data, clips), clips, memory, parts.pool.excluded(memory), whole, *how
+        )
         diffusion = diffusion + part["diffusion"] / 2
         for name, grad in gradients(parts).items():
             sums[name] = sums.get(name, 0) + grad / 2
@@ -412,7 +417,9 @@ def test_four_clips_are_learnt_by_heart_until_the_videos_match():
     text, (empty,) = decoder.encode_text([clip.caption for clip in clips[4:]]), decoder.encode_text([""])
     offsets = torch.tensor([0, *np.cumsum([len(tokens) for tokens in text])])
     position = torch.zeros(10, dtype=torch.long)
-    pool = MemoryPool(unit(10, 3, 64), torch.cat(text), offsets, torch.arange(10), position, unit(10, 64))
+    pool = MemoryPool(
+        unit(10, 3, 64), torch.cat(text), offsets, *[torch.arange(10)] * 2, position, unit(10, 64)
+    )
     brain_model, heads = BrainModel(50, 1, 16, 128, 2, 4, 64), Stage1Heads(64, 8, 5).requires_grad_(False)
     mom = MixtureOfMemories(16, 128, 64, 64, 5, 4, text_rms=pool.text_rms())
     empty = torch.nn.functional.pad(empty, (0, 0, 0, 16 - len(empty)))
@@ -425,7 +432,18 @@ def test_four_clips_are_learnt_by_heart_until_the_videos_match():
     optimiser = torch.optim.AdamW([{"params": [*parameters], "lr": lr} for parameters, lr in groups])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [lr for _, lr in groups], total_steps=400)
     for step in range(400):
-        how = (np.arange(4), torch.arange(4), WEIGHTS, 0, step, 4, 0.1, nullcontext, 4)
+        how = (
+            np.arange(4),
+            torch.arange(4),
+            pool.excluded(torch.arange(4)),
+            WEIGHTS,
+            0,
+            step,
+            4,
+            0.1,
+            nullcontext,
+            4,
+        )
         losses_and_gradients(parts, x, y, targets, *how)
         torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
         optimiser.step(), optimiser.zero_grad(), schedule.step()

@@ -35,10 +35,8 @@ MEND = "delete the folder and run the command again: it makes the toy world anew
 class ToyRelease(Release):
     """fmri/seg1_1.npy (volumes, voxels), stimuli/seg1.mp4, captions.jsonl. delay: in volumes of 2 s."""
 
-    subject = 1
-
-    def __init__(self, raw: Path, delay: int = 2):
-        self.raw, self.delay = raw, delay
+    def __init__(self, raw: Path, subject: int = 1, delay: int = 2):
+        self.raw, self.subject, self.delay = raw, subject, delay
         rows = read_json_lines(raw / "captions.jsonl", {"split": str, "segment": str}, MEND)
         self.clips = Counter(row["segment"] for row in rows)
         self.splits = {}
@@ -116,14 +114,17 @@ def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
                 start += clips
 
 
-def make_toy(raw: Path) -> None:
-    """Render the films and recordings to `raw`, whole or not at all; nothing where the folder is there."""
+def make_toy(raw: Path, seed: int = 0) -> None:
+    """Render the films and recordings to `raw`, whole or not at all; nothing where the folder is there.
+    seed: of the films, of what the voxels prefer, and of the noise."""
     if raw.is_dir():
         return
     part = raw.with_name(f".{raw.name}-{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        for _ in tqdm(write_release(part), total=60, desc="toy world: films and recordings", unit="run"):
+        for _ in tqdm(
+            write_release(part, seed), total=60, desc="toy world: films and recordings", unit="run"
+        ):
             pass
         part.rename(raw)
     except OSError:
