@@ -13,15 +13,16 @@ Out: runs/<data>/sub<K>/<run>-s<seed>/eval/ (the control eval-shuffled/, pairs D
      evaluation a folder of its own: eval-4-clips/, eval-steps10/, eval-ssim/)
      gt/NNNN.mp4, recon/NNNN.mp4     stimulus and reconstruction of clip NNNN; existing files are kept
      retrieved.jsonl                 a line a clip: the memories i_1 ... i_K and the router's weights W_r
-     metrics.json, metrics.csv       of the set and (json) of each clip; null with a reason where none is
+     metrics.json, metrics.csv       of the set and (json) of each clip, and of those whose like was seen in
+                                     training and the others; null with a reason where none is
      values/*.jsonl                  the value of each clip and metric; existing values are kept
-     sheet.png, grid.gif             stimulus | top-1 memory | reconstruction, of six clips
+     sheet.png, grid.gif             stimulus | top-1 memory | reconstruction, of six clips: half of those
+                                     whose like was seen in training, half of the others, evenly spread
      ranked.png                      the best, median and worst clips by video_50way
      recognised.json                 toy world: is what classifiers see in the reconstruction what was shown?
 Exit status: 0; 1 after an error; 3 where weights of a metric could not be had (it is n/a).
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,11 +35,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from brain_model import BrainModel
-from data import ClipDataset, DecoderData, far_apart, memories
+from data import ClipDataset, DecoderData, best_match, far_apart, held_out_clips, mean_frames, memories
 from heads import Stage1Heads
+from metrics.compare import compare
 from metrics.pairs import Pair, Source, find_pairs, other_scenes
-from metrics.report import compare, pictures, report
-from metrics.run import claim, evaluation_folder, read_recording, read_settings
+from metrics.report import Clips, pictures, report
+from metrics.run import claim, evaluation_folder, read_recording, read_settings, write_retrieved
 from metrics.score import score
 from metrics.table import TOY, Judging, asked
 from mixture_of_memories import (
@@ -51,7 +53,6 @@ from mixture_of_memories import (
 )
 from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS, raw_folder
 from support.experiment import door, run_folder, start
-from support.files import written_whole
 from support.options import check_options, check_together, option
 from support.options import parse as parse_options
 from support.readers import load_model, read_tensors
@@ -197,19 +198,17 @@ def reconstruct(
                 write_video(file, video, config.fps)
 
 
-def write_retrieved(model: CineNeuron, x: Tensor, shown: dict[int, dict], file: Path) -> np.ndarray | None:
-    """retrieved.jsonl of x (clips, T, N), fMRI of `shown`, {number: line of clips.jsonl}. Returns the top-1
-    memories (clips,), None where nothing is sought: without integration."""
-    parts = [model.remember(part) for part in x.split(16)]
-    if parts[0].indices is None:
-        return None
-    indices = torch.cat([part.indices for part in parts]).cpu().numpy()  # (clips, K)
-    W_r = torch.cat([part.W_r for part in parts]).cpu().numpy().astype(float).round(4)  # (clips, 3)
-    with written_whole(file) as part, open(part, "w") as lines:
-        for (i, clip), memory, weights in zip(shown.items(), indices.tolist(), W_r.tolist(), strict=True):
-            row = {"clip": i, "id": clip["id"], "retrieved": memory, "W_r": weights}
-            lines.write(json.dumps(row) + "\n")
-    return indices[:, 0]
+def groups_of(train: ClipDataset, test: ClipDataset, clips: np.ndarray) -> dict[str, np.ndarray]:
+    """Test clips whose like was seen in training, and those whose was not: {name: (clips,) bool}. In the toy
+    world the like is the same combination of attributes, else a near-copy (data.near_copy_threshold)."""
+    from toy.recognise import shown_in_training
+
+    named = shown_in_training([test.clips[i] for i in clips], train.clips)
+    if not named:
+        alike = best_match(mean_frames(test.e_img[clips]), mean_frames(train.e_img))
+        copied = alike > held_out_clips(train, test, None).threshold
+        named = {"with a near-copy": copied, "without a near-copy": ~copied}
+    return {name: inside for name, inside in named.items() if inside.any()}
 
 
 # ---------------------------------------------------------------- the commands
@@ -288,15 +287,17 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
     accelerator.wait_for_everyone()
     if not chief:
         return 0
-    what = {name: getattr(config, name) for name in ("data", "subject", "run", "seed", "shuffle")}
-    results, text = report(sets, {title: out}, out, config, absent, what)
 
     # ---- what was remembered, and what is recognised
-    from toy.recognise import agreement
+    from toy.recognise import ALL, agreement, right
 
+    groups = groups_of(model.train, test, clips)
     lines, top_1 = list(shown.values()), write_retrieved(model, x[clips], shown, out / "retrieved.jsonl")
     judges = config.video_classifier, config.image_classifier
-    seen, recognised = agreement(out, config.shuffle, judges, lines, train, files, top_1)
+    seen, recognised = agreement(out, config.shuffle, judges, lines, train, files, top_1, groups)
+    values = {"all_attributes": right(seen, lines)[ALL]} if seen else {}
+    what = {name: getattr(config, name) for name in ("data", "subject", "run", "seed", "shuffle")}
+    results, text = report(sets, {title: out}, out, config, absent, what, Clips(groups, values))
 
     def texts(i: int) -> list[str]:
         memory = [] if top_1 is None else [train[top_1[i]]["caption"]]
@@ -304,7 +305,7 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
         return [lines[i]["caption"], *memory, f"seen as {as_seen}" if seen else ""]
 
     recalled = None if top_1 is None else lambda i: stimulus(train[top_1[i]], films, config.seconds, settings)
-    pictures(out, sets, results, texts, config.seconds, recalled)
+    pictures(out, sets, results, texts, config.seconds, recalled, groups)
     print(f"{recognised}{text}\n\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, sheet.png ...)")
     return 3 if absent else 0
 

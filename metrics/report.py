@@ -1,9 +1,9 @@
-"""Values -> means, intervals and controls; metrics.json, metrics.csv, a table beside the paper's; runs side
-by side."""
+"""Values -> means, intervals, controls: metrics.json, metrics.csv, a table beside the paper's, pictures."""
 
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +11,7 @@ from metrics.pairs import Pair, watch
 from metrics.score import VERSIONS, keys_of, known_value, known_values, weights_of
 from metrics.table import BLOCKS, METRICS, NAMES, asked
 from support.files import write_json, written_whole
-from support.pictures import contact_sheet, grid_gif
-from support.readers import check_keys, damaged, read_json
+from support.pictures import contact_sheet, grid_gif, spread
 
 DRAWS, BLOCK = 2000, 20  # of the bootstrap; clips that are drawn together
 CONTROLS = {False: "shuffled", True: "another stimulus"}  # by --pairs, which knows no scenes
@@ -22,7 +21,7 @@ def estimate(
     name: str, a: np.ndarray, blocks: np.ndarray, b: np.ndarray | float = 0.0
 ) -> tuple[float | None, list[float] | None]:
     """A metric of the set from its clips' values a (clips,), NaN where there is none, less that of b; and its
-    95 % interval.
+    95 % interval. `name` is one of METRICS, or the set's value is the mean.
 
     Blocks of clips are drawn (the same for all), since neighbours are not independent; None for fewer than
     two blocks.
@@ -36,7 +35,7 @@ def estimate(
     sums = np.zeros((n, 3))
     np.add.at(sums, of, rows)
     drawn = sums[np.random.default_rng(0).integers(n, size=(DRAWS, n))].sum(1)  # (draws, 3)
-    of_set = METRICS[name].of_set
+    of_set = METRICS[name].of_set if name in METRICS else np.asarray
 
     def difference(x: np.ndarray) -> np.ndarray:
         return of_set(x[..., 0] / x[..., 2]) - of_set(x[..., 1] / x[..., 2])
@@ -56,8 +55,21 @@ def blocks_of(clips: Sequence[str]) -> np.ndarray:
     return np.array(numbers) // BLOCK
 
 
-def summarise(pairs: list[Pair], config, known: dict[str, list], absent: dict[str, str], what: dict) -> dict:
-    """The contents of metrics.json: all of NAMES, of the set and of each clip; what made them."""
+class Clips(NamedTuple):
+    """What is known of a run's clips beside their videos."""
+
+    groups: dict[str, np.ndarray]  # name: (clips,) bool, such as which of them training shows
+    values: dict[str, np.ndarray]  # name: (clips,) another value of each
+
+
+NOTHING = Clips({}, {})
+
+
+def summarise(
+    pairs: list[Pair], config, known: dict[str, list], absent: dict[str, str], what: dict, about: Clips
+) -> dict:
+    """The contents of metrics.json: all of NAMES, of the set, of each group and of each clip; what made
+    them."""
     found = []
     for pair in pairs:
         found.append({name: known_value(known, name, key) for name, key in keys_of(pair, config).items()})
@@ -87,10 +99,19 @@ def summarise(pairs: list[Pair], config, known: dict[str, list], absent: dict[st
             counted = f"{(~there).sum()} of {len(there)} clips have no value: {why}"
             entry["reason"] = absent.get(metric.judge, counted)
         metrics[name] = entry
+    for name, values in about.values.items():
+        for row, value in zip(own, values, strict=True):
+            row[name] = float(value)
     rows = [{"clip": pair.name} | row for pair, row in zip(pairs, own, strict=True)]
+    groups = {}
+    for group, inside in about.groups.items():
+        groups[group] = {"clips": [pair.name for pair, here in zip(pairs, inside, strict=True) if here]}
+        for name in (*asked(config), *about.values):
+            mean, interval = estimate(name, values_of(name, own)[inside], blocks[inside])
+            groups[group][name] = {"mean": mean, "ci95": interval}
     how = {"size": config.size, "classifier_frames": config.classifier_frames}
     how |= {"trials": config.trials or "exact", "versions": VERSIONS}
-    return {"metrics": metrics, "clips": rows, "provenance": what | how}
+    return {"metrics": metrics, "groups": groups, "clips": rows, "provenance": what | how}
 
 
 QUOTED = """
@@ -145,13 +166,14 @@ def report(
     config,
     absent: dict[str, str],
     what: dict,
+    about: Clips = NOTHING,
 ) -> tuple[dict[str, dict], str]:
     """metrics.json in each method's folder, and out/metrics.csv. Returns each method's metrics.json, and the
     table for the terminal."""
     known, names, results = known_values(out), asked(config), {}
     rows, reasons = [], {}
     for method, pairs in sets.items():
-        result = summarise(pairs, config, known, absent, what | {"method": method})
+        result = summarise(pairs, config, known, absent, what | {"method": method}, about)
         write_json(folders[method] / "metrics.json", result)
         results[method], entries = result, {name: result["metrics"][name] for name in names}
         means = {name: (entry["mean"], entry["std"]) for name, entry in entries.items()}
@@ -159,6 +181,9 @@ def report(
         rows.append(("   95 % interval", {name: entry["ci95"] for name, entry in entries.items()}))
         control = {name: entry["shuffled"] for name, entry in entries.items()}
         rows.append((f"   {CONTROLS[bool(config.pairs)]}", control))
+        for group, of in result["groups"].items():
+            means = {name: of[name]["mean"] for name in names}
+            rows.append((f"   {group}, {len(of['clips'])} clips", means))
         for name, entry in entries.items():
             if "reason" in entry:
                 reasons.setdefault(f"{method}: {entry['reason']}", []).append(name)
@@ -185,10 +210,11 @@ def pictures(
     texts: Callable[[int], list[str]],
     seconds: float,
     memories: Callable[[int], np.ndarray] | None = None,
+    groups: dict[str, np.ndarray] | None = None,
 ) -> None:
-    """out/sheet.png (three moments, as Figures 3 and 4) and grid.gif of six clips spread over the set;
+    """out/sheet.png (three moments, as Figures 3 and 4) and grid.gif of six clips, chosen by `spread`;
     ranked.png of the first method's two best, median and worst by 50-way accuracy, or else SSIM. texts(clip)
-    stand below the columns; memories(clip), uint8 (F, H, W, 3), is a second column."""
+    stand below the columns, its group in brackets; memories(clip), uint8 (F, H, W, 3), is a second column."""
     pairs = list(zip(*sets.values(), strict=True))
     titles = ["stimulus", *(["top-1 memory"] if memories else []), *sets]
     whole = []  # the clips that have a value by every method
@@ -205,8 +231,12 @@ def pictures(
         shown = [video.seen(video.uniform(min(60, len(video))), size) for video in loaded]
         return [shown[0], *([memories(i)] if memories else []), *shown[1:]]
 
-    spread = [whole[k] for k in np.unique(np.linspace(0, len(whole) - 1, 6).round().astype(int))]
-    rows, below = [videos(i) for i in spread], [texts(i) for i in spread]
+    def words(i: int) -> list[str]:
+        first, *others = texts(i)
+        return [first + "".join(f" [{name}]" for name, of in (groups or {}).items() if of[i]), *others]
+
+    some = spread(whole, 6, groups)
+    rows, below = [videos(i) for i in some], [words(i) for i in some]
     contact_sheet(out / "sheet.png", rows, below, titles)
     grid_gif(out / "grid.gif", rows, below, titles, seconds)
 
@@ -217,85 +247,7 @@ def pictures(
     N, below = len(best), []
     ranks = sorted({k for k in (0, 1, N // 2 - 1, N // 2, N - 2, N - 1) if 0 <= k < N})
     for k in ranks:
-        first, *others = texts(best[k])
+        first, *others = words(best[k])
         below.append([f"{k + 1} of {N}, {METRICS[by].title} {values[best[k]]:.3f}: {first}", *others])
     if ranks:
         contact_sheet(out / "ranked.png", [videos(best[k]) for k in ranks], below, titles)
-
-
-# ---------------------------------------------------------------- runs side by side
-
-
-def compare(names: Sequence[str], data: str) -> str:
-    """Runs side by side, each the mean over its subjects and seeds; the first less each other, clip by clip.
-    Returns the table. Raises FileNotFoundError, ValueError."""
-    groups: dict[str, dict[tuple, list[dict]]] = {}
-    rows, how = [], set()
-    for name in names:
-        runs, clips = [read_metrics(file) for file in _metrics_files(name, data)], {}
-        group = groups[name] = {}
-        for run in runs:
-            about = run["provenance"]
-            how.add(f"--size {about['size']} --classifier-frames {about.get('classifier_frames', 16)}")
-            subject, scored = about.get("subject"), [row["clip"] for row in run["clips"]]
-            if clips.setdefault(subject, scored) != scored:
-                counted = f"{len(clips[subject])} and {len(scored)} clips"
-                raise ValueError(f"--compare {name}: its runs scored {counted}, wanted the same ones")
-            for row in run["clips"]:
-                group.setdefault((subject, row["clip"]), []).append(row)
-        cells = {}
-        for metric in NAMES:
-            means = [(run["metrics"].get(metric) or {}).get("mean") for run in runs]
-            means = [mean for mean in means if mean is not None]
-            if means:
-                cells[metric] = float(np.mean(means)), float(np.std(means)) if len(means) > 1 else None
-        rows.append((f"{name}: mean ± over {len(runs)} runs", cells))
-    if len(how) > 1:
-        raise ValueError(f"--compare: measured with {', and '.join(sorted(how))}, wanted all alike")
-    first = names[0]
-    for name, group in groups.items():
-        keys = [key for key in group if key in groups[first]]
-        blocks, less = blocks_of([clip for _, clip in keys]), {}
-        for metric in NAMES:
-            a, b = (
-                np.array([values_of(metric, of[key]).mean() for key in keys]) for of in (groups[first], group)
-            )
-            less[metric] = estimate(metric, a, blocks, 0.0 if name == first else b)
-        own = name == first
-        label = f"   {len(keys)} clips" if own else f"{first} less {name}, {len(keys)} clips"
-        rows.append((label, {metric: mean for metric, (mean, _) in less.items()}))
-        interval = {metric: ci95 for metric, (_, ci95) in less.items()}
-        rows.append(("   95 % interval" + ("" if own else ", paired"), interval))
-    return table(rows, data)
-
-
-def _metrics_files(name: str, data: str) -> list[Path]:
-    """Of a run's name (NAME, NAME/eval-shuffled) all its subjects and seeds; or of a folder."""
-    base, _, kind = name.partition("/")
-    kind = kind or "eval"
-    files = sorted(Path("runs", data).glob(f"sub*/{base}-s[0-9]*/{kind}/metrics.json"))
-    if Path(name).is_dir():
-        places = Path(name, "metrics.json"), Path(name, "eval", "metrics.json")
-        files = [file for file in places if file.is_file()][:1]
-    if not files:
-        raise FileNotFoundError(
-            f"--compare {name}: no metrics.json there, nor in runs/{data}/sub*/{base}-s*/{kind}/"
-        )
-    return files
-
-
-def read_metrics(file: Path) -> dict:
-    """metrics.json, checked. Raises ValueError naming the file."""
-    mend = "python evaluate.py makes it anew"
-    result = read_json(file, keys={"metrics": dict, "clips": list, "provenance": dict}, mend=mend)
-    check_keys(result["provenance"], f"{file}, provenance", {"size": str}, mend)
-    number, entries = (float, type(None)), result["metrics"]
-    check_keys(entries, f"{file}, metrics", {name: dict for name in NAMES if name in entries}, mend)
-    for name in entries.keys() & set(NAMES):
-        check_keys(entries[name], f"{file}, {name}", {"mean": number}, mend)
-    for row in result["clips"]:
-        if not isinstance(row, dict):
-            raise damaged(file, row, "an object a clip", mend)
-        keys = {"clip": str} | {name: number for name in NAMES if name in row}
-        check_keys(row, f"{file}, clips", keys, mend)
-    return result

@@ -1,6 +1,7 @@
 """What is read of a run beside its models, and where its evaluation writes."""
 
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metrics.table import asked
-from support.files import sha256, write_json
+from support.files import sha256, write_json, written_whole
 from support.readers import check_keys, damaged, read_array, read_json
 
 KEYS = {"data": str, "subject": int, "decoder": str, "mom": bool, "integration": bool, "stage1_config": dict}
@@ -54,6 +55,21 @@ def read_recording(file: Path, model) -> Tensor:
         raise damaged(file, f"{x.mean():.4g} ± {x.std():.4g}", f"z-scores, about 0 ± 1, {like}", mend)
     volumes = volumes if volumes.shape[1] == N else volumes[:, model.train.voxels]
     return torch.from_numpy(volumes.astype(np.float32))[None]
+
+
+def write_retrieved(model, x: Tensor, shown: dict[int, dict], file: Path) -> np.ndarray | None:
+    """retrieved.jsonl of x (clips, T, N), fMRI of `shown`, {number: line of clips.jsonl}. Returns the top-1
+    memories (clips,), None where nothing is sought: without integration. model: evaluate.CineNeuron."""
+    parts = [model.remember(part) for part in x.split(16)]
+    if parts[0].indices is None:
+        return None
+    indices = torch.cat([part.indices for part in parts]).cpu().numpy()  # (clips, K)
+    W_r = torch.cat([part.W_r for part in parts]).cpu().numpy().astype(float).round(4)  # (clips, 3)
+    with written_whole(file) as part, open(part, "w") as lines:
+        for (i, clip), memory, weights in zip(shown.items(), indices.tolist(), W_r.tolist(), strict=True):
+            row = {"clip": i, "id": clip["id"], "retrieved": memory, "W_r": weights}
+            lines.write(json.dumps(row) + "\n")
+    return indices[:, 0]
 
 
 def evaluation_folder(run: Path, config, settings: dict, whole: bool, every: str) -> Path:

@@ -55,6 +55,21 @@ def near_copies(
     curves(folder / "near_copies.png", named, title=title, **labels)
 
 
+def spread(clips: Sequence[int], n: int, groups: dict[str, np.ndarray] | None = None) -> list[int]:
+    """The rule by which pictures choose their clips, whatever came out: of each group equally many, spread
+    evenly over it from its first clip to its last; `n` in all, group after group.
+
+    clips: numbers to choose from; groups: {name: (clips,) bool, by number}, or all are one group.
+    """
+    parts = [[i for i in clips if inside[i]] for inside in (groups or {}).values()]
+    parts, chosen = [part for part in parts if part] or [list(clips)], []
+    for k, part in enumerate(parts):
+        share = n // len(parts) + (k < n % len(parts))
+        places = np.unique(np.linspace(0, len(part) - 1, share).round().astype(int))
+        chosen += [part[place] for place in places]
+    return chosen
+
+
 def page(cells: list[list[np.ndarray]], labels: list[list[str]], titles: list[str], height: int):
     """Pictures uint8 (H, W, 3) in rows and columns, a label below each (three lines at most), a title above
     each column -> PIL image."""

@@ -21,7 +21,7 @@ from test_video_decoder import wan_pipeline
 
 import evaluate
 from brain_model import BrainModel
-from data import ClipDataset, far_apart
+from data import ClipDataset, far_apart, held_out_clips, mean_frames
 from evaluate import CineNeuron, Config, main, parse, reconstruct
 from heads import Stage1Heads
 from metrics.pairs import other_scenes
@@ -568,13 +568,43 @@ def test_shares_of_the_attributes():
     assert found == {"shape": 0.5, "colour": 0.5, "all of them": 0.5}
 
 
+def test_clips_whose_like_was_seen_are_told_apart(world):
+    """By attributes where the clips have such, else by their frames."""
+    train, test = (ClipDataset("cc2017", 1, split) for split in ("train", "test"))
+    clips = np.array([0, 5, 7, 20])
+    train.clips = [clip for clip in train.clips if (clip["colour"], clip["shape"]) != ("blue", "circle")]
+    groups = evaluate.groups_of(train, test, clips)  # blue and circle are clips 1, 5, 9 ... of either split
+    assert {name: of.tolist() for name, of in groups.items()} == {
+        "shown in training": [True, False, True, True],
+        "never shown": [False, True, False, False],
+    }
+    for data in (train, test):
+        data.clips = [{"segment": clip["segment"]} for clip in ClipDataset("cc2017", 1, data.split).clips]
+    assert list(evaluate.groups_of(train, test, clips)) == ["without a near-copy"]
+    e_img = np.array(train.e_img)
+    e_img[[3, 40]], test.e_img = test.e_img[[5, 20]], np.array(test.e_img)  # two test clips are copies ...
+    e_img[:32:2] = e_img[32:]  # ... and training is full of them
+    train.e_img = e_img
+    groups = evaluate.groups_of(train, test, clips)
+    threshold = held_out_clips(train, test, None).threshold
+    alike = (mean_frames(test.e_img)[clips] @ mean_frames(train.e_img).T).max(1)
+    assert groups["with a near-copy"].tolist() == (alike > threshold).tolist()
+    assert groups["with a near-copy"][[1, 3]].all()
+
+
 def test_table_of_recognised_attributes(out, world, tmp_path, capsys):
     names = [f"a {colour} {shape} moves" for colour, shape in product(COLOURS, SHAPES)]
     folder = write_classifier(tmp_path / "v", names, True)
     main(Config(**OPTIONS, video_classifier=str(folder)))
     columns = json.loads((out / "recognised.json").read_text())["shares"]
     assert list(columns) == ["reconstruction", "stimulus", "top-1 memory", "chance"]
-    assert columns["chance"] == {"shape": 0.5, "colour": 0.5, "all of them": 0.25}
+    of_all = {"all of them": 0.25, "all of them, shown in training": 0.25}  # every pair is shown
+    assert columns["chance"] == {"shape": 0.5, "colour": 0.5} | of_all
+    result, seen = (json.loads((out / f"{name}.json").read_text()) for name in ("metrics", "recognised"))
+    assert list(result["groups"]) == ["shown in training"]
+    group = result["groups"]["shown in training"]
+    assert group["clips"] == [row["clip"] for row in result["clips"]]
+    assert group["all_attributes"]["mean"] == pytest.approx(seen["shares"]["reconstruction"]["all of them"])
     test, train = (ClipDataset("cc2017", 1, split).clips for split in ("test", "train"))
     lines = [json.loads(line) for line in open(out / "retrieved.jsonl")]
     assert columns["top-1 memory"]["shape"] == np.mean(

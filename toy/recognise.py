@@ -46,13 +46,37 @@ def recognise(
     return {attribute: seen[attribute] for attribute in values if attribute in seen}
 
 
-def shares(seen: dict[str, list[str]], shown: Sequence[dict]) -> dict[str, float]:
-    """Share of the clips whose attribute is seen as it was shown, of each attribute and of all together."""
-    right = {}
+def shown_in_training(shown: Sequence[dict], train: Sequence[dict]) -> dict[str, np.ndarray]:
+    """Which clips show a combination of attributes that a training clip shows, and which do not: {name:
+    (clips,) bool}; nothing where the clips have no attributes."""
+    attributes = [name for name in ATTRIBUTES if name in train[0]]
+    trained = {tuple(clip[name] for name in attributes) for clip in train}
+    known = np.array([tuple(clip[name] for name in attributes) in trained for clip in shown])
+    return {"shown in training": known, "never shown": ~known} if attributes else {}
+
+
+ALL = "all of them"
+
+
+def right(seen: dict[str, list[str]], shown: Sequence[dict]) -> dict[str, np.ndarray]:
+    """(clips,) bool: is the attribute seen as it was shown? Of each attribute and of all together."""
+    hits = {}
     for name in seen:
-        right[name] = np.array([value == clip[name] for value, clip in zip(seen[name], shown, strict=True)])
-    right["all of them"] = np.all(list(right.values()), 0)
-    return {name: float(hits.mean()) for name, hits in right.items()}
+        hits[name] = np.array([value == clip[name] for value, clip in zip(seen[name], shown, strict=True)])
+    return hits | {ALL: np.all(list(hits.values()), 0)}
+
+
+def shares(
+    seen: dict[str, list[str]], shown: Sequence[dict], groups: dict[str, np.ndarray] | None = None
+) -> dict[str, float]:
+    """Share of the clips whose attribute is seen as it was shown, of each attribute, of all together, and of
+    all together in each group of clips."""
+    hits = right(seen, shown)
+    named = {name: float(of.mean()) for name, of in hits.items()}
+    for group, inside in (groups or {}).items():
+        if inside.any():
+            named[f"{ALL}, {group}"] = float(hits[ALL][inside].mean())
+    return named
 
 
 def agreement(
@@ -63,6 +87,7 @@ def agreement(
     train: list[dict],
     files: list[str],
     top_1: np.ndarray | None,
+    groups: dict[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, list[str]], str]:
     """What is seen in out/recon/FILES, and a table of it beside chance, the stimuli, the top-1 memories
     (indices into `train`) and the run's other reconstructions. Writes out/recognised.json; nothing where the
@@ -75,12 +100,13 @@ def agreement(
     seen = recognise([out / "recon" / file for file in files], classifiers, values)
     real = recognise([out / "gt" / file for file in files], classifiers, values)
     this = "shuffled fMRI" if shuffled else "reconstruction"
-    columns = {this: shares(seen, shown), "stimulus": shares(real, shown)}
+    columns = {this: shares(seen, shown, groups), "stimulus": shares(real, shown, groups)}
     if top_1 is not None:
         remembered = {name: [train[i][name] for i in top_1] for name in seen}
-        columns["top-1 memory"] = shares(remembered, shown)
+        columns["top-1 memory"] = shares(remembered, shown, groups)
     chance = {name: 1 / len(values[name]) for name in seen}
-    columns["chance"] = chance | {"all of them": float(np.prod(list(chance.values())))}
+    of_all = float(np.prod(list(chance.values())))
+    columns["chance"] = {name: chance.get(name, of_all) for name in columns[this]}
     write_json(out / "recognised.json", {"shares": columns, "videos": files, "seen": seen})
     names = ("eval-shuffled", "eval") if shuffled else ("eval", "eval-shuffled")
     other = out.with_name(out.name.replace(*names, 1)) / "recognised.json"
