@@ -1,0 +1,186 @@
+"""The runs of extras/ablations.py -> docs/results/*.json; those -> the terminal and the tables of
+docs/ablations.md."""
+
+import subprocess
+import time
+from collections.abc import Collection, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from metrics.compare import Runs, check_alike, read_runs
+from metrics.table import METRICS
+from support.files import written_whole
+from support.readers import damaged, read_json
+
+RESULTS, PAGE = Path("docs", "results"), Path("docs", "ablations.md")
+MARKS = "<!-- tables: extras/ablations.py --page writes what follows -->", "<!-- end of the tables -->"
+COLUMNS = ("video_2way", "video_50way", "clip_pcc", "dtc", "ms")  # of the paper's tables
+ALL = "all_attributes"  # toy world: share of the clips whose every attribute is recognised
+OF_GROUPS = ("video_50way", ALL)
+TITLES = {name: f"{METRICS[name].title} {METRICS[name].better}" for name in METRICS}
+TITLES |= {ALL: "all attributes ↑"}
+MODEL = "paper's model, shuffled fMRI"
+
+
+# ---------------------------------------------------------------- what is known of a table
+
+
+def cells(
+    runs: Runs, before: Runs | None, names: Sequence[str], clips: Collection[str] | None = None
+) -> dict[str, dict]:
+    """Of each metric that has a value: mean and std over the seeds, and how much `more` it is than by the
+    runs before, with its paired 95 % interval. clips: names, in place of all."""
+    every, of = {row["clip"] for row in runs.results[0]["clips"]}, {}
+    for name in names:
+        mean_and_std = runs.summary(name, every if name == ALL and clips is None else clips)
+        if mean_and_std:
+            of[name] = dict(zip(("mean", "std"), mean_and_std, strict=True))
+            if before:
+                of[name]["more"], of[name]["ci95"] = runs.less(name, before, clips)
+    return of
+
+
+def result_of(rows: Sequence, files: dict[str, list[Path]], controls: list[Path], asked: list[str]) -> dict:
+    """What was measured of a table's rows, from the metrics.json of their runs. files: row's label -> one a
+    seed; controls: of the shuffled runs; asked: the metrics that were asked for."""
+    of_rows = [read_runs(row.label, files[row.label]) for row in rows]
+    shuffled = read_runs(MODEL, controls)
+    check_alike([*of_rows, shuffled])
+    first = of_rows[0].results[0]
+    groups = {name: set(of["clips"]) for name, of in first["groups"].items()}
+    columns = ["ms_flow" if name == "ms" and "ms" not in asked else name for name in COLUMNS]
+    columns += [ALL] * (ALL in first["clips"][0])
+    of_groups = [name for name in OF_GROUPS if name in columns]
+
+    def entry(runs: Runs, before: Runs | None) -> dict:
+        within = {group: cells(runs, before, of_groups, clips) for group, clips in groups.items()}
+        return {"metrics": cells(runs, before, columns), "groups": within}
+
+    told = []
+    for row, runs, before in zip(rows, of_rows, [None, *of_rows[:-1]], strict=True):
+        run = runs.results[0]["provenance"]["run"]
+        about = {"label": row.label, "run": run, "quoted": row.quoted.split()}
+        told.append(about | entry(runs, before))
+    chance = {name: METRICS[name].chance for name in columns if name in METRICS}
+    return {
+        "clips": len(first["clips"]),
+        "groups": {name: len(clips) for name, clips in groups.items()},
+        "columns": columns,
+        "rows": told,
+        "shuffled": entry(shuffled, None),
+        "chance": {name: value for name, value in chance.items() if value},
+    }
+
+
+def made_by(repository: Path) -> dict:
+    """Date, commit (with a + where files differ from it) and versions."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=repository, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD") or "unknown"
+    names = ("torch", "diffusers", "transformers", "numpy")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit + "+" * bool(git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {name: version(name) for name in names},
+    }
+
+
+# ---------------------------------------------------------------- as text
+
+
+def number(x: float) -> str:
+    return f"{x:.3f}" if abs(x) < 10 else f"{x:.2f}"
+
+
+def mean(of: dict | None) -> str:
+    """A cell of `cells`: 0.384±0.012."""
+    if not of:
+        return "-"
+    return number(of["mean"]) + ("" if of["std"] is None else f"±{of['std']:.3f}")
+
+
+def more(of: dict | None) -> str:
+    """+0.085 [0.026, 0.144]"""
+    if not of or of.get("more") is None:
+        return ""
+    return f"{of['more']:+.3f}" + (" [{:.3f}, {:.3f}]".format(*of["ci95"]) if of["ci95"] else "")
+
+
+def lines_of(result: dict) -> list[list[str]]:
+    """A table's rows of cells, the titles first; a row with empty cells is a heading."""
+    columns, shuffled = result["columns"], result["shuffled"]
+    empty = [""] * len(columns)
+
+    def block(named: list[tuple[str, dict]]) -> None:
+        for label, of in named:
+            lines.append([label, *(mean(of.get(name)) for name in columns)])
+            if any("more" in cell for cell in of.values()):
+                lines.append(["   more than the row before", *(more(of.get(name)) for name in columns)])
+
+    lines = [["", *(TITLES[name] for name in columns)]]
+    block([*((row["label"], row["metrics"]) for row in result["rows"]), (MODEL, shuffled["metrics"])])
+    chance = result["chance"]
+    lines.append(["chance", *(number(chance[name]) if name in chance else "-" for name in columns)])
+    for group, clips in result["groups"].items():
+        lines.append([f"{group}, {clips} clips:", *empty])
+        block([(row["label"], row["groups"][group]) for row in result["rows"]])
+        block([(MODEL, shuffled["groups"][group])])
+    lines.append([f"quoted from the paper ({result['quoted_of']}):", *empty])
+    for row in result["rows"]:
+        lines.append([row["label"], *(row["quoted"] + empty)[: len(columns)]])
+    return lines
+
+
+def heading(result: dict) -> str:
+    seeds = " ".join(map(str, result["seeds"]))
+    of = f"Table {result['table']} on {result['data']}, subject {result['subject']}"
+    return f"{of}: {result['clips']} held-out clips, mean ± deviation over the seeds {seeds}"
+
+
+def as_text(result: dict) -> str:
+    rows = lines_of(result)
+    widths = [max(len(row[k]) for row in rows) + 2 for k in range(len(rows[0]))]
+    text = []
+    for first, *others in rows:
+        aligned = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+        text.append((f"{first:<{widths[0]}}" + "".join(aligned)).rstrip())
+    why = "Intervals: 95 %, paired, over blocks of 20 clips, each clip the mean over the seeds."
+    return "\n".join([heading(result), "", *text, "", why])
+
+
+def as_markdown(result: dict) -> str:
+    """The table, and what made it."""
+    titles, *rows = lines_of(result)
+    rows = [[f"*{row[0]}*", *row[1:]] if not any(row[1:]) else row for row in rows]
+    rows = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
+    table = ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows]
+    took = [minutes for minutes in result["minutes"].values() if minutes is not None]
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+    made = f"`{result['command']}`, {result['date']}, commit {result['commit'][:10]}, {versions}"
+    took = f"{len(took)} commands took {sum(took):.0f} minutes, one after the other"
+    return "\n".join([f"### {heading(result)}", "", *table, "", f"{made}; {took}."])
+
+
+KEYS = dict.fromkeys(("table", "subject", "clips"), int) | dict.fromkeys(("seeds", "rows", "columns"), list)
+KEYS |= dict.fromkeys(("data", "quoted_of", "command", "date", "commit"), str)
+KEYS |= dict.fromkeys(("groups", "shuffled", "chance", "versions", "minutes"), dict)
+
+
+def write_page(page: Path = PAGE, results: Path = RESULTS) -> None:
+    """The tables of docs/ablations.md between its two marks; the words around them stay. Raises
+    FileNotFoundError or ValueError where there is no result, or the page has no marks."""
+    files = sorted(results.glob("table*.json"))
+    if not files:
+        raise FileNotFoundError(f"{results}/table*.json is not there: python extras/ablations.py makes it")
+    mend = "python extras/ablations.py makes it anew"
+    tables = [as_markdown(read_json(file, keys=KEYS, mend=mend)) for file in files]
+    text = page.read_text() if page.is_file() else "\n".join((*MARKS, ""))
+    places = [text.find(mark) for mark in MARKS]
+    if not 0 <= places[0] < places[1]:
+        raise damaged(page, "other text", f"the lines {' and '.join(MARKS)}", "put them back")
+    before, after = text[: places[0] + len(MARKS[0])], text[places[1] :]
+    with written_whole(page) as part:
+        part.write_text(f"{before}\n\n" + "\n\n".join(tables) + f"\n\n{after}")
