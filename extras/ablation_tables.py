@@ -43,7 +43,7 @@ def cells(
 def result_of(rows: Sequence, files: dict[str, list[Path]], controls: list[Path], asked: list[str]) -> dict:
     """What was measured of a table's rows, from the metrics.json of their runs. files: row's label -> one a
     seed; controls: of the shuffled runs; asked: the metrics that were asked for."""
-    of_rows = [read_runs(row.label, files[row.label]) for row in rows]
+    of_rows = [read_runs(row.label, files[row.label]) for row in rows if not row.lacks]
     shuffled = read_runs(MODEL, controls)
     check_alike([*of_rows, shuffled])
     first = of_rows[0].results[0]
@@ -57,10 +57,13 @@ def result_of(rows: Sequence, files: dict[str, list[Path]], controls: list[Path]
         return {"metrics": cells(runs, before, columns), "groups": within}
 
     told = []
-    for row, runs, before in zip(rows, of_rows, [None, *of_rows[:-1]], strict=True):
+    trained = [row for row in rows if not row.lacks]
+    for row, runs, before in zip(trained, of_rows, [None, *of_rows[:-1]], strict=True):
         run = runs.results[0]["provenance"]["run"]
         about = {"label": row.label, "run": run, "quoted": row.quoted.split()}
         told.append(about | entry(runs, before))
+    for row in (row for row in rows if row.lacks):
+        told.insert(rows.index(row), {"label": row.label, "quoted": row.quoted.split(), "lacks": row.lacks})
     chance = {name: METRICS[name].chance for name in columns if name in METRICS}
     return {
         "clips": len(first["clips"]),
@@ -121,12 +124,17 @@ def lines_of(result: dict) -> list[list[str]]:
                 lines.append(["   more than the row before", *(more(of.get(name)) for name in columns)])
 
     lines = [["", *(TITLES[name] for name in columns)]]
-    block([*((row["label"], row["metrics"]) for row in result["rows"]), (MODEL, shuffled["metrics"])])
+    trained = [row for row in result["rows"] if "metrics" in row]
+    block([(row["label"], row["metrics"]) for row in trained])
+    for row in result["rows"]:
+        if "lacks" in row:
+            lines.append([f"{row['label']}: {row['lacks']}", *empty])
+    block([(MODEL, shuffled["metrics"])])
     chance = result["chance"]
     lines.append(["chance", *(number(chance[name]) if name in chance else "-" for name in columns)])
     for group, clips in result["groups"].items():
         lines.append([f"{group}, {clips} clips:", *empty])
-        block([(row["label"], row["groups"][group]) for row in result["rows"]])
+        block([(row["label"], row["groups"][group]) for row in trained])
         block([(MODEL, shuffled["groups"][group])])
     lines.append([f"quoted from the paper ({result['quoted_of']}):", *empty])
     for row in result["rows"]:
@@ -142,7 +150,7 @@ def heading(result: dict) -> str:
 
 def as_text(result: dict) -> str:
     rows = lines_of(result)
-    widths = [max(len(row[k]) for row in rows) + 2 for k in range(len(rows[0]))]
+    widths = [max(len(row[k]) for row in rows if any(row[1:])) + 2 for k in range(len(rows[0]))]
     text = []
     for first, *others in rows:
         aligned = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]

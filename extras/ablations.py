@@ -40,15 +40,16 @@ sys.path.insert(0, str(REPO))  # run as a script, this file sees the project
 import evaluate  # noqa: E402
 import train_stage1  # noqa: E402
 import train_stage2  # noqa: E402
-from data import ClipDataset, DecoderData  # noqa: E402
 from extras.ablation_tables import PAGE, RESULTS, as_text, made_by, result_of, write_page  # noqa: E402
 from metrics.run import evaluation_folder  # noqa: E402
 from metrics.table import asked  # noqa: E402
+from prepare.command import prepare_toy  # noqa: E402
+from prepare.facts import ROIS, in_areas  # noqa: E402
 from support.experiment import door, run_folder  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.options import check_options, option, settings_of  # noqa: E402
 from support.options import parse as parse_options  # noqa: E402
-from support.readers import read_json  # noqa: E402
+from support.readers import read_json, read_npz  # noqa: E402
 
 
 @dataclass
@@ -73,6 +74,7 @@ class Row(NamedTuple):
     stage1: Sequence[str] = ()  # options of train_stage1.py
     stage2: Sequence[str] = ()  # of train_stage2.py
     quoted: str = ""  # 2-way, 50-way, CLIP-pcc, DTC, MS, as the paper prints them
+    lacks: str = ""  # why it cannot be trained
 
 
 def areas(rois: str, data: str) -> list[str]:
@@ -81,7 +83,16 @@ def areas(rois: str, data: str) -> list[str]:
     return ["--rois", rois] + ([] if own else ["--run", rois.replace(",", "-")])
 
 
-def rows_of(table: int, data: str) -> list[Row]:
+def lacking(region: str, data: str, subject: int) -> str:
+    """Why no run can have the voxels of this region: where the prepared subject has none of them. The toy
+    subject has mPFC voxels that nothing drives, and none but reproducible voxels are kept."""
+    file = Path("data", data, f"sub{subject}", "voxels.npz")
+    if not file.is_file() or in_areas(read_npz(file, {"index": "iu", "roi": "U"})["roi"], ROIS[region]).any():
+        return ""
+    return "not trained: no voxel of this region responds reproducibly"
+
+
+def rows_of(table: int, data: str, subject: int) -> list[Row]:
     """The rows of a table from top to bottom, and what the paper prints of each."""
     full = "0.846±0.02 0.237±0.02 0.973±0.01 0.959±0.01 0.967±0.02"
     if table == 4:
@@ -101,7 +112,11 @@ def rows_of(table: int, data: str) -> list[Row]:
         )
         rois = "visual", "visual,hippocampus", "visual,hippocampus,mpfc"
         names = "visual areas", "+ hippocampus", "+ mPFC"
-        return [Row(*of[:1], areas(of[1], data), [], of[2]) for of in zip(names, rois, quoted, strict=True)]
+        rows = []
+        for name, regions, printed in zip(names, rois, quoted, strict=True):
+            lacks = lacking(regions.split(",")[-1], data, subject)
+            rows.append(Row(name, areas(regions, data), [], printed, lacks))
+        return rows
     quoted = "0.830±0.02 0.224±0.05 0.802±0.01 0.920±0.01 0.961±0.01"
     return [Row("w/o integration", [], ["--no-integration"], quoted), Row("w/ integration", [], [], full)]
 
@@ -187,8 +202,8 @@ def plan(config: Config) -> Plan:
 
     for seed in config.seeds:
         common = ["--data", config.data, "--subject", str(config.subject), "--seed", str(seed)]
-        rows = rows_of(config.table, config.data)
-        for row in rows:
+        rows = rows_of(config.table, config.data, config.subject)
+        for row in (row for row in rows if not row.lacks):
             options = [*common, *row.stage1, *stage1]
             first = train_stage1.parse(options)
             place = run_folder(config.data, config.subject, first.run, seed)
@@ -256,26 +271,23 @@ class Runner:
         self.lock = threading.Lock()
         self.environment = os.environ | ({"OMP_NUM_THREADS": "1"} if at_once > 1 else {})
 
-    def run(self, jobs: list[Job], alone: bool) -> None:
-        """alone: the first by itself, as it prepares data for the others."""
-        for some in [jobs[:1], jobs[1:]] if alone else [jobs]:
-            if not some:
-                continue
-            with ThreadPoolExecutor(self.at_once) as pool:
-                futures = [pool.submit(self._one, job) for job in some]
-                try:
-                    while not all(future.done() for future in futures):
-                        time.sleep(0.2)  # the main thread gets the signals
-                        if self.failed:
-                            self.stop()
-                except BaseException:
-                    self.failed.append("stopped")
-                    self.stop()
-                    raise
-            for future in futures:
-                future.result()
-            if self.failed:
-                raise ValueError(self.failed[0])
+    def run(self, jobs: list[Job]) -> None:
+        """Raises ValueError where one fails."""
+        with ThreadPoolExecutor(self.at_once) as pool:
+            futures = [pool.submit(self._one, job) for job in jobs]
+            try:
+                while not all(future.done() for future in futures):
+                    time.sleep(0.2)  # the main thread gets the signals
+                    if self.failed:
+                        self.stop()
+            except BaseException:
+                self.failed.append("stopped")
+                self.stop()
+                raise
+        for future in futures:
+            future.result()
+        if self.failed:
+            raise ValueError(self.failed[0])
 
     def _one(self, job: Job) -> None:
         if self.failed:
@@ -312,20 +324,6 @@ class Runner:
             self.stopped = True
 
 
-def prepared(config: Config, second: train_stage2.Config) -> bool:
-    """Is the toy world, which the training scripts make, whole? Two of them must not make it at once."""
-    if config.data != "toy":
-        return True
-    size = second.frames, second.height, second.width
-    try:
-        for split in ("train", "test"):
-            ClipDataset("toy", config.subject, split)
-            DecoderData("toy", second.decoder, split, size=size, subject=config.subject)
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -339,21 +337,24 @@ def main(argv: Sequence[str]) -> None:
         return
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, config.seeds))}: wanted each once")
+    if config.data == "toy" and not config.dry_run:  # once, before several would at once
+        how = train_stage2.parse(["--data", "toy", *shlex.split(config.stage2)])
+        prepare_toy(Path("data"), how.decoder, (how.frames, how.height, how.width), config.subject)
     planned = plan(config)
     if config.dry_run:
         print(listed([job for wave in planned.waves for job in wave if not job.finished()], config.jobs))
         return
     place = run_folder(config.data, config.subject, "full", 0).parent
-    runner, second = Runner(config.jobs, place / "ablations"), planned.waves[1][0].config
+    runner = Runner(config.jobs, place / "ablations")
     for wave in planned.waves:
-        left = [job for job in wave if not job.finished()]
-        runner.run(left, alone=len(left) > 1 and not prepared(config, second))
+        runner.run([job for job in wave if not job.finished()])
     result = {name: getattr(config, name) for name in ("table", "data", "subject", "seeds")}
     command = shlex.join(["python", "extras/ablations.py", *argv])
     result |= {"quoted_of": QUOTED_OF[config.table], "command": command} | made_by(REPO)
     took = {job.name: job.minutes() for wave in planned.waves for job in wave}
     result["minutes"] = {name: minutes and round(minutes, 2) for name, minutes in took.items()}
-    rows, measured = rows_of(config.table, config.data), asked(planned.waves[2][0].config)
+    rows = rows_of(config.table, config.data, config.subject)
+    measured = asked(planned.waves[2][0].config)
     result |= result_of(rows, planned.evaluations, planned.controls, measured)
     file = RESULTS / f"table{config.table}-{config.data}-sub{config.subject}.json"
     write_json(file, result)

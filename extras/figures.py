@@ -1,38 +1,38 @@
-"""Pictures of runs: reconstructions side by side (Fig. 3, 4, 6), voxel weights (Fig. 5), memories (Eq. 5).
+"""Pictures of runs: reconstructions side by side (Fig. 3, 4, 6), voxel weights (Fig. 5), memories (Eq. 5, 6).
 
     python extras/figures.py compare RUN RUN ...   the stimulus beside what several runs made of it
+    python extras/figures.py compare --table 4 --data toy --subject 1 --seed 0    the rows of Table 4: Fig. 6
     python extras/figures.py weights RUN RUN ...   which voxels the first layer of each Brain Model listens to
-    python extras/figures.py remembered RUN        the K memories of a clip, with their scores (Eq. 5)
+    python extras/figures.py weights --table 4     without and with L_cls and L_action: Fig. 5
+    python extras/figures.py memories RUN          the K memories of a clip, with their scores (Eq. 5)
+    python extras/figures.py memories RUN --html   a page, clip by clip: films that move, attention (Eq. 6)
 
 In:  runs/<data>/sub<K>/<NAME>-s<seed>, after evaluate.py (`weights`: after train_stage1.py), and the
-     prepared data they were trained on.
-Out: a picture, --out; by default COMMAND.png in the folder of the first run. `weights` also prints the means
-     of groups of areas.
+     prepared data they were trained on. --table takes the runs that extras/ablations.py made.
+Out: a picture, --out; by default COMMAND.png in the folder of the first run, of `compare` also a .gif.
+     `weights` prints the mean of each area.
+Clips that --clips does not name are spread evenly over the test set, half of them such whose like was seen in
+training, half of them others, as evaluate.py tells them apart.
 """
 
 import argparse
 import os
 import sys
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
 from brain_model import BrainModel  # noqa: E402
 from data import ClipDataset  # noqa: E402
-from heads import Stage1Heads  # noqa: E402
-from mixture_of_memories import MODALITIES  # noqa: E402
+from extras import memories  # noqa: E402
+from extras.runs import chosen, frames_of, names_of, save, settings_of  # noqa: E402
 from prepare.facts import SECONDS  # noqa: E402
 from support.experiment import door  # noqa: E402
-from support.files import written_whole  # noqa: E402
 from support.options import Parser, within  # noqa: E402
-from support.pictures import contact_sheet, strip  # noqa: E402
-from support.readers import damaged, load_model, read_json, read_json_lines  # noqa: E402
-from support.videos import read_clip, read_video, video_frames  # noqa: E402
+from support.pictures import contact_sheet, grid_gif  # noqa: E402
+from support.readers import load_model  # noqa: E402
 
 # of Glasser et al. 2016: "MT+ complex and neighbouring visual areas", and "ventral stream visual cortex"
 LATERAL = "MT MST FST V4t V3CD LO1 LO2 LO3 PH".split()
@@ -43,74 +43,26 @@ GROUPS = {
     "ventral": VENTRAL,
     "hippocampus": ["hippocampus_left", "hippocampus_right"],
 }
-COLOURS = {name: f"C{i}" for i, name in enumerate(MODALITIES)}
-EVALUATE = "python evaluate.py makes it, on a run with memories (not --no-integration)"
-
-
-# ---------------------------------------------------------------- a run
-
-
-def settings_of(run: Path, stage: str) -> dict:
-    """The run's config.json of stage1 or stage2. Raises FileNotFoundError, naming the command that makes it,
-    or ValueError where it is damaged."""
-    file = run / stage / "config.json"
-    keys = {"data": str, "subject": int}
-    keys |= {"frames": int, "height": int, "width": int, "stage1_config": dict} if stage == "stage2" else {}
-    mend = f"RUN is runs/<data>/sub<K>/<NAME>-s<seed> after python train_{stage}.py"
-    settings = read_json(file, keys=keys, mend=mend)
-    if settings["data"] not in SECONDS:
-        raise damaged(file, f"data = {settings['data'][:60]!r}", f"one of {', '.join(SECONDS)}", mend)
-    return settings
-
-
-def names_of(runs: list[Path]) -> list[str]:
-    """The runs' folders, with the subject's where two are called alike."""
-    names = [run.name for run in runs]
-    return [run.name if names.count(run.name) == 1 else f"{run.parent.name}/{run.name}" for run in runs]
-
-
-def chosen(run: Path, clips: list[int] | None, rows: int) -> list[int]:
-    """Numbers of test clips: those asked for, or `rows` spread over those reconstructed. Raises ValueError
-    where one of them was not, FileNotFoundError where none was."""
-    files = (run / "eval" / "recon").glob("[0-9]*.mp4")
-    made = sorted(int(file.stem) for file in files if file.stem.isdecimal())
-    if not made:
-        raise FileNotFoundError(f"{run}/eval/recon holds no video: python evaluate.py comes first")
-    if clips is None:
-        clips = [made[i] for i in np.linspace(0, len(made) - 1, rows).round().astype(int)]
-    if absent := sorted(set(clips) - set(made)):
-        of_run = f"{len(made)} clips of {made[0]} to {made[-1]} were reconstructed in {run}/eval"
-        raise ValueError(f"--clips {', '.join(map(str, absent))}: {of_run}: choose of these")
-    return list(dict.fromkeys(clips))
-
-
-def frames_of(run: Path, kind: str, clip: int) -> np.ndarray:
-    """The video of a clip, uint8 (F, H, W, 3); kind: gt or recon."""
-    file = run / "eval" / kind / f"{clip:04d}.mp4"
-    if not file.is_file():
-        mend = "evaluate the same clips of each run, or choose others with --clips"
-        raise FileNotFoundError(f"{file} is not there: {mend}")
-    return read_video(file).frames
-
-
-def save(out: Path, figure) -> None:
-    with written_whole(out) as part:
-        figure.savefig(part, dpi=130, facecolor="white")
+OTHERS = "other areas"
+LEAST = 5  # voxels that an area needs for a bar
 
 
 # ---------------------------------------------------------------- Fig. 3, 4, 6
 
 
-def compare(runs: list[Path], clips: list[int], out: Path) -> None:
-    """A row a clip; columns: the stimulus and its caption, then each run's reconstruction. Of each video
-    three moments."""
-    settings = settings_of(runs[0], "stage2")
+def compare(runs: dict[str, Path], clips: dict[int, str], out: Path) -> None:
+    """A row a clip; columns: the stimulus, its caption and its group, then what each run, {title: folder},
+    made of it. Of each video three moments; beside `out` a GIF of the videos themselves."""
+    first = next(iter(runs.values()))
+    settings = settings_of(first, "stage2")
     shown = ClipDataset(settings["data"], settings["subject"], "test").clips
     rows, labels = [], []
-    for clip in clips:
-        rows.append([frames_of(runs[0], "gt", clip), *(frames_of(run, "recon", clip) for run in runs)])
-        labels.append([shown[clip]["caption"], *[""] * len(runs)])
-    contact_sheet(out, rows, labels, ["stimulus", *names_of(runs)], height=144)
+    for clip, group in clips.items():
+        rows.append([frames_of(first, "gt", clip), *(frames_of(run, "recon", clip) for run in runs.values())])
+        labels.append([shown[clip]["caption"] + f" [{group}]" * bool(group), *[""] * len(runs)])
+    contact_sheet(out, rows, labels, ["stimulus", *runs], height=144)
+    seconds = SECONDS[settings["data"]]
+    grid_gif(out.with_suffix(".gif"), rows, labels, ["stimulus", *runs], seconds, 144)
 
 
 # ---------------------------------------------------------------- Fig. 5
@@ -139,17 +91,6 @@ def voxel_weights(run: Path) -> Weights:
         raise ValueError(f"{of_each}: train it anew on this data")
     area = np.char.replace(np.char.replace(clips.roi, "L_", ""), "R_", "")
     return Weights(weight.detach().norm(dim=0).numpy(), clips.index, area)
-
-
-def group_means(values: np.ndarray, area: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Mean and deviation of the values of each group of areas and of those elsewhere; NaN where a group has
-    no voxel."""
-    inside = {group: np.isin(area, areas) for group, areas in GROUPS.items()}
-    inside["elsewhere"] = ~np.any(list(inside.values()), 0)
-    means = {}
-    for group, mask in inside.items():
-        means[group] = (values[mask].mean(), values[mask].std()) if mask.any() else (np.nan, np.nan)
-    return means
 
 
 def draw_cortex(ax, index: np.ndarray, values: np.ndarray, hemisphere: str):
@@ -185,170 +126,104 @@ def draw_cortex(ax, index: np.ndarray, values: np.ndarray, hemisphere: str):
     return dots
 
 
-def weights(runs: list[Path], out: Path) -> dict[str, dict[str, float]]:
-    """A row a run: both hemispheres, and the means of groups of areas, which are returned. The norms are
-    scaled to [0, 1] over all the runs together, so that they can be compared; the colours span 0.25 to 0.75,
-    as in the paper."""
+def planted(data: str) -> dict[str, str]:
+    """What drives each area in the toy subject; nothing is known of others."""
+    from toy.subject import AREAS
+
+    drives = {area: drive for drive, (areas, _) in AREAS.items() for area in areas}
+    return drives if data == "toy" else {}
+
+
+class Area(NamedTuple):
+    """An area of enough voxels, and its weights by each run."""
+
+    name: str
+    group: str
+    voxels: int
+    mean: list[float]  # a run; NaN where it has no voxel there
+    deviation: list[float]
+
+
+def by_area(values: list[np.ndarray], areas: list[np.ndarray]) -> list[Area]:
+    """Every area of at least 5 voxels, group after group, in each the greatest first. values and areas: of
+    each run's voxels."""
+    group_of = {area: group for group, names in GROUPS.items() for area in names}
+    rows = []
+    for name in sorted({str(name) for area in areas for name in area}):
+        inside = [value[area == name] for value, area in zip(values, areas, strict=True)]
+        if (voxels := max(map(len, inside))) >= LEAST:
+            mean, deviation = (
+                [float(f(some)) if len(some) else np.nan for some in inside] for f in (np.mean, np.std)
+            )
+            rows.append(Area(name, group_of.get(name, OTHERS), voxels, mean, deviation))
+    order = [*GROUPS, OTHERS]
+    return sorted(rows, key=lambda row: (order.index(row.group), -np.nanmax(row.mean)))
+
+
+def weights(runs: dict[str, Path], out: Path) -> list[Area]:
+    """A row a run, {title: folder}: both hemispheres; beside them a bar an area and run. Returns the areas.
+    Norms are scaled to [0, 1] over all the runs together, so that they can be compared; the colours span 0.25
+    to 0.75, as in the paper."""
     from matplotlib import pyplot as plt
 
-    of_runs = dict(zip(names_of(runs), map(voxel_weights, runs), strict=True))
+    of_runs = {title: voxel_weights(run) for title, run in runs.items()}
     norms = np.concatenate([of.norm for of in of_runs.values()])
     low, high = norms.min(), norms.max()
-    how = {"squeeze": False, "layout": "constrained", "width_ratios": (1, 1, 0.55)}
-    figure, axes = plt.subplots(len(of_runs), 3, figsize=(14, 4.2 * len(of_runs)), **how)
-    means = {}
-    for (name, (norm, index, area)), row in zip(of_runs.items(), axes, strict=True):
-        value = (norm - low) / (high - low)
-        for ax, hemisphere in zip(row[:2], ("left", "right"), strict=True):
-            dots = draw_cortex(ax, index, value, hemisphere)
-            ax.set_title(f"{name}, {hemisphere}")
+    values = [(of.norm - low) / (high - low) for of in of_runs.values()]
+    areas = by_area(values, [of.area for of in of_runs.values()])
+    size = 15.5, max(4.0 * len(runs), 0.21 * len(areas) + 1.6)
+    figure = plt.figure(figsize=size, layout="constrained")
+    grid = figure.add_gridspec(len(runs), 3, width_ratios=(1, 1, 0.8))
+    for i, (title, of) in enumerate(of_runs.items()):
+        row = [figure.add_subplot(grid[i, k]) for k in (0, 1)]
+        for ax, hemisphere in zip(row, ("left", "right"), strict=True):
+            dots = draw_cortex(ax, of.index, values[i], hemisphere)
+            ax.set_title(f"{title}, {hemisphere}")
         figure.colorbar(dots, ax=row[1], shrink=0.6, extend="both", label="weight")
         row[0].legend(loc="lower left", markerscale=5, fontsize=8, frameon=False)
-        groups = group_means(value, area)
-        draw_means(row[2], {group: pair for group, pair in groups.items() if np.isfinite(pair[0])})
-        means[name] = {group: float(mean) for group, (mean, _) in groups.items()}
+    drives = planted(settings_of(next(iter(runs.values())), "stage1")["data"])
+    draw_areas(figure.add_subplot(grid[:, 2]), areas, [*runs], drives)
     save(out, figure)
     plt.close(figure)
-    return means
+    return areas
 
 
-def draw_means(ax, groups: dict[str, tuple[float, float]]) -> None:
-    mean, deviation = zip(*groups.values(), strict=True)
-    ax.barh(list(groups), mean, xerr=deviation, color="#8a93a0", ecolor="#444444")
-    ax.set(xlabel="weight, mean ± deviation", xlim=(0, 1))
-    ax.invert_yaxis()
+def draw_areas(ax, areas: list[Area], titles: list[str], drives: dict[str, str]) -> None:
+    """A bar an area and run: mean ± deviation over its voxels. Beside it what drives the area."""
+    height, colours = 0.8 / len(titles), ("#b9c0c9", "#33608c", "#c46a2b", "#4d8a57")
+    groups = list(dict.fromkeys(area.group for area in areas))
+    y = np.array([i + 1.3 * groups.index(area.group) for i, area in enumerate(areas)])
+    for k, title in enumerate(titles):
+        mean, deviation = ([getattr(area, name)[k] for area in areas] for name in ("mean", "deviation"))
+        how = {"color": colours[k % len(colours)], "ecolor": "#777777", "error_kw": {"lw": 0.7}}
+        ax.barh(y + (k + 0.5) * height - 0.4, mean, height, xerr=deviation, label=title, **how)
+    for group in groups:
+        top = min(y[i] for i, area in enumerate(areas) if area.group == group)
+        ax.text(0, top - 0.55, group, fontsize=8, weight="bold", va="bottom")
+    for place, area in zip(y, areas, strict=True):
+        if area.name in drives:
+            ax.text(
+                1.01, place, drives[area.name], fontsize=7, va="center", transform=ax.get_yaxis_transform()
+            )
+    if drives:
+        ax.text(1.01, y[0] - 1.1, "driven by", fontsize=7, style="italic", transform=ax.get_yaxis_transform())
+    ax.set_yticks(y, [f"{area.name.replace('_', ' ')} ({area.voxels})" for area in areas], fontsize=7)
+    ax.set(xlabel="weight, mean ± deviation over the voxels (their number in brackets)", xlim=(0, 1))
+    ax.set_ylim(y[-1] + 0.8, y[0] - 1.8)
+    ax.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def table(means: dict[str, dict[str, float]]) -> str:
-    """The groups' means as text, a line a run."""
-    groups = next(iter(means.values()))
-    lines = [f"{'mean weight, scaled to [0, 1]':<32}" + "".join(f"{group:>24}" for group in groups)]
-    for name, of_groups in means.items():
-        lines.append(f"{name:<32}" + "".join(f"{mean:>24.3f}" for mean in of_groups.values()))
+def table(areas: list[Area], titles: list[str], drives: dict[str, str]) -> str:
+    """The areas' means as text, a line an area."""
+    widths = [max(len(title) + 2, 10) for title in titles]
+    head = "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
+    lines = [f"{'mean weight, scaled to [0, 1]':<42}{'voxels':>8}{head}"]
+    for area in areas:
+        means = "".join(f"{mean:>{width}.3f}" for mean, width in zip(area.mean, widths, strict=True))
+        driven = f"  {drives[area.name]}" if area.name in drives else ""
+        lines.append(f"{area.group + ', ' + area.name:<42}{area.voxels:>8}{means}{driven}")
     return "\n".join(lines)
-
-
-# ---------------------------------------------------------------- what was remembered
-
-
-class Scores(NamedTuple):
-    """Of one clip."""
-
-    retrieved: list[int]  # its memories i_1 ... i_K
-    W_r: np.ndarray  # (3,) the router's weights
-    cosines: np.ndarray  # (K, 3) of q and each memory: S = cosines @ W_r, Eq. 5
-
-
-def read_retrieved(file: Path, clips: list[int], n: int) -> dict[int, dict]:
-    """Of each clip the line that evaluate.py wrote. n: how many training clips there are. Raises
-    FileNotFoundError or ValueError."""
-    keys = {"clip": int, "retrieved": list, "W_r": list}
-    lines = {line["clip"]: line for line in read_json_lines(file, keys, EVALUATE)}
-    if absent := sorted(set(clips) - lines.keys()):
-        raise ValueError(f"{file} has no line of the clips {absent}: python evaluate.py, once more")
-    for clip in clips:
-        retrieved, W_r = lines[clip]["retrieved"], lines[clip]["W_r"]
-        known = bool(retrieved) and all(type(i) is int and 0 <= i < n for i in retrieved)
-        if not known or len(W_r) != 3 or not all(type(w) in (int, float) and 0 <= w <= 1 for w in W_r):
-            wanted = f"indices of {n} memories, and three weights"
-            raise damaged(file, f"clip {clip}: {retrieved} {W_r}", wanted, "delete it; python evaluate.py")
-    return lines
-
-
-def scores(run: Path, settings: dict, clips: list[int]) -> dict[int, Scores]:
-    """What Eq. 5 compared for each clip. Raises FileNotFoundError or ValueError, also where other weights
-    than the run's have retrieved the memories."""
-    rois = settings["stage1_config"].get("rois")
-    train = ClipDataset(settings["data"], settings["subject"], "train", rois)
-    test = ClipDataset(settings["data"], settings["subject"], "test", rois)
-    file = run / "eval" / "retrieved.jsonl"
-    lines = read_retrieved(file, clips, len(train))
-    mend = "python train_stage2.py makes it"
-    brain_model = load_model(BrainModel, run / "stage2" / "brain_model", mend).eval()
-    heads = load_model(Stage1Heads, run / "stage2" / "heads", mend).eval()
-    of_clips = {}
-    with torch.inference_mode():
-        f_c, _ = brain_model(test.averaged()[clips])  # (B, D)
-        q = normalize(heads.queries(f_c), dim=-1)  # (B, 3, D)
-        for row, clip in zip(q, clips, strict=True):
-            retrieved, W_r = lines[clip]["retrieved"], np.array(lines[clip]["W_r"], float)
-            memory = train.targets(np.array(retrieved))
-            e = torch.stack([memory["e_txt"], heads.phi_v(memory["e_img"]), memory["e_act"]], 1)
-            cosines = (normalize(e, dim=-1) * row).sum(-1).numpy()  # (K, 3)
-            if (np.diff(cosines @ W_r) > 0.01).any():
-                why = f"the scores of clip {clip} do not fall, so other weights retrieved them"
-                raise ValueError(f"{file}: {why}: python evaluate.py, anew")
-            of_clips[clip] = Scores(retrieved, W_r, cosines)
-    return of_clips
-
-
-def remembered(run: Path, clips: list[int], films: Path | None, out: Path) -> None:
-    """A row a clip: the stimulus, its K memories, each with its score and what each modality adds to it, and
-    the reconstruction. films: the folder of the stimuli, data/<data>/raw/stimuli where it is not given."""
-    from matplotlib import pyplot as plt
-
-    settings = settings_of(run, "stage2")
-    data, size = settings["data"], (settings["frames"], settings["height"], settings["width"])
-    of_clips = scores(run, settings, clips)
-    train = ClipDataset(data, settings["subject"], "train").clips
-    test = ClipDataset(data, settings["subject"], "test").clips
-    films = films or Path("data") / data / "raw" / "stimuli"
-    K = max(len(of.retrieved) for of in of_clips.values())
-    how = {"squeeze": False, "layout": "constrained", "height_ratios": (3.2, 1) * len(clips)}
-    figure, axes = plt.subplots(2 * len(clips), K + 2, figsize=(2.6 * (K + 2), 2.5 * len(clips)), **how)
-    for n, (clip, of) in enumerate(of_clips.items()):
-        above, below = axes[2 * n], axes[2 * n + 1]
-        show(above[0], frames_of(run, "gt", clip), test[clip]["caption"])
-        show(above[-1], frames_of(run, "recon", clip), "")
-        draw_router(below[0], of.W_r)
-        for ax in [*above[1:-1][len(of.retrieved) :], *below[1:-1][len(of.retrieved) :], below[-1]]:
-            ax.axis("off")
-        for k, i in enumerate(of.retrieved):
-            film = read_clip(films / train[i]["video"], train[i]["start_s"], SECONDS[data])
-            show(above[k + 1], video_frames(film, *size), train[i]["caption"])
-            draw_score(below[k + 1], of.W_r * of.cosines[k])
-    titles = ["stimulus", *(f"memory {k + 1}" for k in range(K)), "reconstruction"]
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, fontsize=10)
-    draw_legend(axes[1, -1])
-    save(out, figure)
-    plt.close(figure)
-
-
-def show(ax, video: np.ndarray, caption: str) -> None:
-    """Three moments of a video uint8 (F, H, W, 3), its caption below."""
-    picture = strip(video)
-    ax.imshow(picture, interpolation="nearest" if len(picture) < 128 else "antialiased")
-    ax.set(xticks=[], yticks=[])
-    lines = textwrap.wrap(caption, 36, max_lines=3, placeholder=" ...")
-    ax.set_xlabel("\n".join(lines), fontsize=8, color="#444444")
-    ax.spines[:].set_visible(False)
-
-
-def draw_score(ax, parts: np.ndarray) -> None:
-    """A memory's score S as a bar of three parts, weight x cosine (3,); a negative one is drawn back over the
-    others."""
-    start = 0.0
-    for value, colour in zip(parts, COLOURS.values(), strict=True):
-        ax.barh(0, value, left=start, color=colour)
-        start += max(0, value)
-    ax.set(xlim=(0, 1), ylim=(-1, 1), yticks=[], xticks=[])
-    at = {"ha": "right", "va": "top", "fontsize": 8, "transform": ax.transAxes}
-    ax.text(0.99, 0.97, f"S = {parts.sum():.3f}", **at)
-
-
-def draw_router(ax, W_r: np.ndarray) -> None:
-    ax.bar(list(COLOURS), W_r, color=list(COLOURS.values()))
-    ax.set(ylim=(0, 1), yticks=[0, 1])
-    ax.set_title("router weights W_r", fontsize=8)
-
-
-def draw_legend(ax) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [Patch(color=colour, label=f"{name}: weight x cosine") for name, colour in COLOURS.items()]
-    ax.legend(handles=handles, loc="center", fontsize=8)
 
 
 # ---------------------------------------------------------------- the command
@@ -362,46 +237,86 @@ def clip_numbers(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def picture_file(text: str) -> Path:
-    """The name of a picture that can be written, for argparse."""
-    if Path(text).suffix.lower() not in (".png", ".pdf") or Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text[:60]!r}, wanted the name of a picture, .png or .pdf")
-    return Path(text)
+def file_name(*suffixes: str):
+    """The name of a file that can be written, for argparse."""
+
+    def named(text: str) -> Path:
+        if Path(text).suffix.lower() not in suffixes or Path(text).is_dir():
+            wanted = " or ".join(suffixes)
+            raise argparse.ArgumentTypeError(f"{text[:60]!r}, wanted the name of a file, {wanted}")
+        return Path(text)
+
+    return named
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = Parser("figures.py", description=__doc__, **how)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, several in (("compare", "+"), ("weights", "+"), ("remembered", 1)):
+    for name in ("compare", "weights", "memories"):
         command = commands.add_parser(name, allow_abbrev=False)
+        several = 1 if name == "memories" else "*"
         folder = "runs/<data>/sub<K>/<NAME>-s<seed>"
         command.add_argument("runs", nargs=several, type=Path, metavar="RUN", help=folder)
-        text = "the picture, png or pdf [default: COMMAND.png in the first run's folder]"
-        command.add_argument("--out", type=picture_file, help=text)
+        text = "the file, png or pdf [default: COMMAND.png in the first run's folder]"
+        command.add_argument("--out", type=file_name(".png", ".pdf", ".html"), help=text)
+        if name == "memories":
+            text = "folder of the stimuli's videos [default: raw/stimuli in data/<data>]"
+            command.add_argument("--stimuli", type=Path, help=text)
+            text = "a page that opens by a double click and loads nothing [default of --rows: 12]"
+            command.add_argument("--html", action="store_true", help=text)
+        else:
+            text = "in place of RUN: those of Table 4, of which `weights` takes the first and the last"
+            tables = {"compare": (4, 5, 6), "weights": (4,)}[name]
+            command.add_argument("--table", type=int, choices=tables, help=text)
+            command.add_argument("--data", choices=[*SECONDS], default="toy", help="with --table")
+            command.add_argument("--subject", type=within(int, least=1), default=1, help="with --table")
+            command.add_argument("--seed", type=within(int, least=0), default=0, help="with --table")
         if name != "weights":
             text = "numbers of test clips, with commas between [default: spread over the test set]"
             command.add_argument("--clips", type=clip_numbers, help=text)
-            text = "so many clips, without --clips [default: 4]"
-            command.add_argument("--rows", type=within(int, least=1, most=100), default=4, help=text)
-        if name == "remembered":
-            text = "folder of the stimuli's videos [default: data/<data>/raw/stimuli]"
-            command.add_argument("--stimuli", type=Path, help=text)
-    return parser.parse_args(argv)
+            text = "so many clips, without --clips [default: 6]"
+            command.add_argument("--rows", type=within(int, least=1, most=100), help=text)
+    args = parser.parse_args(argv)
+    if args.command != "memories" and bool(args.runs) == bool(args.table):
+        parser.error(f"{args.command}: wanted RUN ..., or --table")
+    if args.out and (args.out.suffix.lower() == ".html") != getattr(args, "html", False):
+        parser.error(f"--out {args.out}: an .html goes with --html, and no other")
+    return args
+
+
+def runs_of(args: argparse.Namespace) -> dict[str, Path]:
+    """{title: folder} of the runs named, or of a table's rows."""
+    if not args.table:
+        return dict(zip(names_of(args.runs), args.runs, strict=True))
+    from extras import ablations
+
+    config = ablations.Config(table=args.table, data=args.data, subject=args.subject, seeds=[args.seed])
+    planned = ablations.plan(config)
+    if args.command == "compare":
+        return {label: files[0].parents[1] for label, files in planned.evaluations.items()}
+    first, *_, last = [job.folder.parent for job in planned.waves[0]]
+    return {"without L_cls, L_action": first, "with": last}
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
     os.environ.setdefault("MPLBACKEND", "Agg")  # no window is opened
-    out = args.out or args.runs[0] / f"{args.command}.png"
-    if args.command == "weights":
-        print(table(weights(args.runs, out)))
+    if args.command == "memories":
+        (run,) = args.runs
+        out = args.out or run / ("memories.html" if args.html else "memories.png")
+        clips = chosen(run, args.clips, args.rows or (12 if args.html else 4))
+        (memories.page if args.html else memories.picture)(run, clips, args.stimuli, out)
     else:
-        clips = chosen(args.runs[0], args.clips, args.rows)
+        runs = runs_of(args)
+        first = next(iter(runs.values()))
+        of_table = f"table{args.table}-s{args.seed}-{args.command}.png"
+        out = args.out or (first.parent / of_table if args.table else first / f"{args.command}.png")
         if args.command == "compare":
-            compare(args.runs, clips, out)
+            compare(runs, chosen(first, args.clips, args.rows or 6), out)
         else:
-            remembered(args.runs[0], clips, args.stimuli, out)
+            areas = weights(runs, out)
+            print(table(areas, [*runs], planted(settings_of(first, "stage1")["data"])))
     print(f"written: {out}")
 
 

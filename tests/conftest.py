@@ -1,14 +1,17 @@
 """What several tests use: a tiny prepared dataset with a planted signal, and the scripts run as a reader runs
-them."""
+them, a browser."""
 
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 REPO = Path(__file__).parents[1]
 AREAS = ["L_V1", "R_FFC", "L_MST", "hippocampus_left", "R_4"]  # of the voxels in turn; R_4 is motor cortex
@@ -118,3 +121,38 @@ def run_script(script: str, *args: object, cwd: Path, timeout: float = 900) -> s
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking
+disable-component-update disable-sync window-size=1280,720""".split()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no chromium and chromedriver here")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in (*FLAGS, f"user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(f"--{flag}")
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    opened = webdriver.Chrome(options=options, service=service)
+    opened.implicitly_wait(5)
+    yield opened
+    said = opened.get_log("browser")
+    opened.quit()
+    assert said == []
+
+
+def wait(true, seconds: float = 5) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def press(browser, key: str) -> None:
+    browser.find_element("tag name", "body").send_keys(key)

