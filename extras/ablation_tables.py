@@ -3,7 +3,7 @@ docs/ablations.md."""
 
 import subprocess
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,18 +25,15 @@ MODEL = "paper's model, shuffled fMRI"
 # ---------------------------------------------------------------- what is known of a table
 
 
-def cells(
-    runs: Runs, before: Runs | None, names: Sequence[str], clips: Collection[str] | None = None
-) -> dict[str, dict]:
+def cells(runs: Runs, before: Runs | None, names: Sequence[str], group: str | None = None) -> dict[str, dict]:
     """Of each metric that has a value: mean and std over the seeds, and how much `more` it is than by the
-    runs before, with its paired 95 % interval. clips: names, in place of all."""
-    every, of = {row["clip"] for row in runs.results[0]["clips"]}, {}
+    runs before, with its paired 95 % interval; of all clips or of a group."""
+    of = {}
     for name in names:
-        mean_and_std = runs.summary(name, every if name == ALL and clips is None else clips)
-        if mean_and_std:
+        if mean_and_std := runs.summary(name, group):
             of[name] = dict(zip(("mean", "std"), mean_and_std, strict=True))
             if before:
-                of[name]["more"], of[name]["ci95"] = runs.less(name, before, clips)
+                of[name]["more"], of[name]["ci95"] = runs.less(name, before, group)
     return of
 
 
@@ -47,13 +44,13 @@ def result_of(rows: Sequence, files: dict[str, list[Path]], controls: list[Path]
     shuffled = read_runs(MODEL, controls)
     check_alike([*of_rows, shuffled])
     first = of_rows[0].results[0]
-    groups = {name: set(of["clips"]) for name, of in first["groups"].items()}
+    groups = {name: len(of["clips"]) for name, of in first["groups"].items()}
     columns = ["ms_flow" if name == "ms" and "ms" not in asked else name for name in COLUMNS]
     columns += [ALL] * (ALL in first["clips"][0])
     of_groups = [name for name in OF_GROUPS if name in columns]
 
     def entry(runs: Runs, before: Runs | None) -> dict:
-        within = {group: cells(runs, before, of_groups, clips) for group, clips in groups.items()}
+        within = {group: cells(runs, before, of_groups, group) for group in groups}
         return {"metrics": cells(runs, before, columns), "groups": within}
 
     told = []
@@ -67,7 +64,7 @@ def result_of(rows: Sequence, files: dict[str, list[Path]], controls: list[Path]
     chance = {name: METRICS[name].chance for name in columns if name in METRICS}
     return {
         "clips": len(first["clips"]),
-        "groups": {name: len(clips) for name, clips in groups.items()},
+        "groups": groups,
         "columns": columns,
         "rows": told,
         "shuffled": entry(shuffled, None),

@@ -35,9 +35,9 @@ def groups_of(run: Path) -> dict[str, set[int]]:
     """The clips whose like was seen in training and the others, by number, as evaluate.py tells them apart;
     none where it did not."""
     file = run / "eval" / "metrics.json"
-    groups = read_metrics(file).get("groups") if file.is_file() else None
+    groups = read_metrics(file).get("groups", {}) if file.is_file() else {}
     named = {}
-    for name, of in (groups or {}).items():
+    for name, of in groups.items():
         named[name] = {int(clip) for clip in of["clips"] if clip.isdecimal()}
     return named
 

@@ -4,7 +4,7 @@ Every clip is first the mean of the runs' values, so that intervals are over cli
 differs between seeds is the ± of the runs' means.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,35 +22,48 @@ class Runs(NamedTuple):
     results: list[dict]  # the metrics.json of each
     rows: dict[tuple, list[dict]]  # (subject, clip) -> the clip's values by each run
 
-    def summary(self, metric: str, clips: Collection[str] | None = None) -> tuple[float, float | None] | None:
-        """Mean of the runs' values of the set, and their standard deviation (None for one run); None where no
-        run has a value. clips: names, in place of the set."""
-        if clips is None:
-            means = [(run["metrics"].get(metric) or {}).get("mean") for run in self.results]
-        else:
-            means = []
-            for run in self.results:
-                values = values_of(metric, [row for row in run["clips"] if row["clip"] in clips])
-                means.append(estimate(metric, values, np.zeros(len(values)))[0])
+    def inside(self, group: str | None) -> set[tuple]:
+        """The keys of the clips of a group, None: of all."""
+        if group is None:
+            return set(self.rows)
+        named = {(run["provenance"].get("subject"), _groups(run).get(group, ())) for run in self.results}
+        return {(subject, clip) for subject, clips in named for clip in clips}
+
+    def summary(self, metric: str, group: str | None = None) -> tuple[float, float | None] | None:
+        """Mean of the runs' values of the set, or of a group of its clips, and their standard deviation (None
+        for one run); None where no run has a value."""
+        means = []
+        for run in self.results:
+            if group is None and metric in run["metrics"]:
+                means.append(run["metrics"][metric]["mean"])
+                continue
+            within = {row["clip"] for row in run["clips"]} if group is None else _groups(run).get(group, ())
+            values = values_of(metric, [row for row in run["clips"] if row["clip"] in within])
+            means.append(estimate(metric, values, np.zeros(len(values)))[0])
         means = [mean for mean in means if mean is not None]
         return (float(np.mean(means)), float(np.std(means)) if len(means) > 1 else None) if means else None
 
     def less(
-        self, metric: str, other: "Runs | None" = None, clips: Collection[str] | None = None
+        self, metric: str, other: "Runs | None" = None, group: str | None = None
     ) -> tuple[float | None, list[float] | None]:
         """The metric less that of the other runs (of none: the metric itself) on the clips that both have,
         and its paired 95 % interval."""
-        keys = self.shared(other, clips)
+        keys = self.shared(other, group)
         a, b = (
             np.array([values_of(metric, of.rows[key]).mean() for key in keys]) if of else 0.0
             for of in (self, other)
         )
         return estimate(metric, a, blocks_of([clip for _, clip in keys]), b)
 
-    def shared(self, other: "Runs | None", clips: Collection[str] | None = None) -> list[tuple]:
-        """The keys of the clips that the others have, too."""
-        keys = [key for key in self.rows if other is None or key in other.rows]
-        return [key for key in keys if clips is None or key[1] in clips]
+    def shared(self, other: "Runs | None", group: str | None = None) -> list[tuple]:
+        """The keys of the clips, of a group or all, that the others have, too."""
+        within = self.inside(group)
+        return [key for key in self.rows if key in within and (other is None or key in other.rows)]
+
+
+def _groups(run: dict) -> dict[str, tuple[str, ...]]:
+    """{name: clips} of a metrics.json, whether training shows their like; older ones have none."""
+    return {name: tuple(of["clips"]) for name, of in run.get("groups", {}).items()}
 
 
 def read_runs(name: str, files: Sequence[Path]) -> Runs:
@@ -87,6 +100,10 @@ def compare(names: Sequence[str], data: str) -> str:
         cells = {metric: runs.summary(metric) for metric in NAMES}
         label = f"{runs.name}: mean ± over {len(runs.results)} runs"
         rows.append((label, {metric: cell for metric, cell in cells.items() if cell}))
+        for group in _groups(runs.results[0]):
+            cells = {metric: runs.summary(metric, group) for metric in NAMES}
+            label = f"   {group}, {len(runs.inside(group))} clips"
+            rows.append((label, {metric: cell for metric, cell in cells.items() if cell}))
     for runs in groups:
         other = None if runs.name == first.name else runs
         less = {metric: first.less(metric, other) for metric in NAMES}
@@ -122,6 +139,13 @@ def read_metrics(file: Path) -> dict:
     check_keys(entries, f"{file}, metrics", {name: dict for name in NAMES if name in entries}, mend)
     for name in entries.keys() & set(NAMES):
         check_keys(entries[name], f"{file}, {name}", {"mean": number}, mend)
+    groups = result.get("groups", {})
+    check_keys(result, str(file), {"groups": dict} if "groups" in result else {}, mend)
+    check_keys(groups, f"{file}, groups", dict.fromkeys(groups, dict), mend)
+    for name, of in groups.items():
+        check_keys(of, f"{file}, groups, {name}", {"clips": list}, mend)
+        if not all(isinstance(clip, str) for clip in of["clips"]):
+            raise damaged(file, of["clips"], "names of clips", mend)
     for row in result["clips"]:
         if not isinstance(row, dict):
             raise damaged(file, row, "an object a clip", mend)

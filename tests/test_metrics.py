@@ -970,6 +970,14 @@ def test_runs_side_by_side(tmp_path, monkeypatch, capsys):
     assert any("CineNeuron, quoted" in line for line in lines)
     main(parse("--data cc2017 --compare runs/cc2017/sub1/full-s0 runs/cc2017/sub1/no-mom-s0/eval".split()))
     assert "80 clips" in capsys.readouterr().out
+    for subject, clips in ((1, range(40)), (2, range(60))):  # each subject's own clips
+        for file in Path("runs", "cc2017", f"sub{subject}").glob("full-s*/eval/metrics.json"):
+            groups = {"never shown": {"clips": [f"{i:04d}" for i in clips]}}
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"groups": groups}))
+    main(parse("--data cc2017 --compare full no-mom".split()))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "never shown" in line)
+    both = (base[:40].mean() + base[:60].mean()) / 2 + 0.125
+    assert "never shown, 100 clips" in line and f"{both:.3f}±0.03" in line
     write_metrics(Path("runs") / "cc2017" / "sub1" / "uneven-s0" / "eval", base, base, 1)
     write_metrics(Path("runs") / "cc2017" / "sub1" / "uneven-s1" / "eval", base[:40], base[:40], 1)
     with pytest.raises(ValueError, match="uneven: its runs scored 80 and 40 clips"):
@@ -992,6 +1000,10 @@ def test_runs_side_by_side(tmp_path, monkeypatch, capsys):
         ({"metrics": {"ssim": {"mean": "x"}}}, "metrics.json, ssim: found mean"),
         ({"clips": [{"clip": "0000", "ssim": "x"}]}, "found ssim = 'x'"),
         ({"clips": [5]}, "found 5"),
+        ({"groups": None}, "found groups = None"),
+        ({"groups": {"never shown": {"clips": [3]}}}, "wanted names of clips"),
+        ({"groups": {"never shown": {"clips": 3}}}, "found clips = 3"),
+        ({"groups": {"never shown": {}}}, "no clips"),
     ],
 )
 def test_damaged_results_are_named(tmp_path, changes, message):
