@@ -1000,9 +1000,9 @@ def test_runs_side_by_side(tmp_path, monkeypatch, capsys):
         ({"metrics": {"ssim": {"mean": "x"}}}, "metrics.json, ssim: found mean"),
         ({"clips": [{"clip": "0000", "ssim": "x"}]}, "found ssim = 'x'"),
         ({"clips": [5]}, "found 5"),
-        ({"groups": None}, "found groups = None"),
+        ({"groups": None}, "found groups = 'None'"),
         ({"groups": {"never shown": {"clips": [3]}}}, "wanted names of clips"),
-        ({"groups": {"never shown": {"clips": 3}}}, "found clips = 3"),
+        ({"groups": {"never shown": {"clips": 3}}}, "found clips = .3"),
         ({"groups": {"never shown": {}}}, "no clips"),
     ],
 )
