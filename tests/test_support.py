@@ -26,6 +26,7 @@ from support.files import (
     written_whole,
 )
 from support.options import check_name, option, parse
+from support.pictures import spread
 from support.readers import (
     load_model,
     read_array,
@@ -452,3 +453,18 @@ def test_one_error_of_several_processes_is_printed_once():
     processes = [subprocess.Popen(command, cwd=REPO, env=env, stderr=-1, text=True) for _ in range(3)]
     told = [process.communicate(timeout=60)[1] for process in processes]
     assert sum("once" in text for text in told) == 1 and all(process.returncode == 1 for process in processes)
+
+
+@pytest.mark.parametrize(
+    ("clips", "n", "groups", "chosen"),
+    [
+        (range(10), 4, None, [0, 3, 6, 9]),
+        (range(10), 4, {"a": [0, 2, 4, 6, 8], "b": [1, 3, 5, 7, 9]}, [0, 8, 1, 9]),
+        (range(10), 3, {"a": [0, 2, 4, 6, 8], "b": [1, 3, 5, 7, 9]}, [0, 8, 1]),
+        ([4, 5, 6], 4, {"a": [0, 1, 4], "b": [5, 6]}, [4, 5, 6]),  # a group has fewer than its share
+        ([4, 5, 6], 2, {"a": [0], "b": [5, 6]}, [4, 5, 6][1:]),  # none of a group can be shown
+    ],
+)
+def test_pictures_choose_clips_by_one_rule(clips, n, groups, chosen):
+    masks = groups and {name: np.isin(np.arange(10), inside) for name, inside in groups.items()}
+    assert spread(clips, n, masks) == chosen
