@@ -188,6 +188,23 @@ def test_when_one_fails_the_others_are_told_once(tmp_path, monkeypatch):
     ]
 
 
+def test_ctrl_c_lets_those_under_way_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "REPO", tmp_path)
+    (tmp_path / "train_stage1.py").write_text(SCRIPT)
+    folder, sleep, slept = tmp_path / "good-s0" / "stage1", time.sleep, []
+
+    def interrupted(seconds: float) -> None:
+        slept.append(sleep(seconds))
+        if len(slept) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablations.time, "sleep", interrupted)
+    job = ablations.Job("train_stage1.py", [str(tmp_path / "good")], folder, None)
+    with pytest.raises(KeyboardInterrupt):
+        ablations.Runner(1, tmp_path / "logs").run([job, job])
+    assert (tmp_path / "good").read_text() == "1"  # told once, and waited for
+
+
 # ---------------------------------------------------------------- the numbers
 
 CLIPS = 4 * BLOCK
