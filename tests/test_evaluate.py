@@ -549,7 +549,7 @@ def test_attributes_are_read_from_the_classes(out, tmp_path):
         write_classifier(tmp_path / "i", [f"x {n} y" for n in COLOURS], False),
     )
     files = sorted((out / "gt").iterdir())
-    p, found = class_probabilities([read_video(files[0]).frames], video)
+    ((p, found),) = class_probabilities([read_video(files[0]).frames], [video])
     assert found == names and p.shape == (1, 4) and p.sum() == pytest.approx(1, abs=1e-5)
     values = {"shape": list(SHAPES), "colour": list(COLOURS), "action": ["jumps"]}
     seen = recognise(files, [str(video)], values)
@@ -558,7 +558,7 @@ def test_attributes_are_read_from_the_classes(out, tmp_path):
         and seen["shape"][0] == SHAPES[int(p[0, [1, 3]].sum() > 0.5)]
     )
     assert list(seen) == ["shape", "colour"] and set(map(len, seen.values())) == {CLIPS}
-    p, _ = class_probabilities([read_video(files[0]).frames], image)
+    ((p, _),) = class_probabilities([read_video(files[0]).frames], [image])
     assert recognise(files, [str(image), str(video)], values)["colour"][0] == COLOURS[p[0].argmax()]
 
 
