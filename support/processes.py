@@ -12,7 +12,8 @@ def in_processes(work: Callable[[int, int], object], accelerator: Accelerator, p
     """work(rank, world) of this process of a launch. Where it is the only one, on a CPU, it is copied:
     work(k, processes) for each k, a thread each. Returns what they return, raises what the first raises.
 
-    Nothing is sent to a copy: it has all that this process has. That takes Linux.
+    Nothing is sent to a copy: it has all that this process has. What it returns is plain, no tensor. That
+    takes Linux.
     """
     alone = accelerator.num_processes == 1 and accelerator.device.type == "cpu" and sys.platform == "linux"
     if not alone or processes == 1:

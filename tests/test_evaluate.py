@@ -562,6 +562,19 @@ def test_attributes_are_read_from_the_classes(out, tmp_path):
     assert recognise(files, [str(image), str(video)], values)["colour"][0] == COLOURS[p[0].argmax()]
 
 
+def test_copies_of_the_process_make_the_same_videos_and_values(world, tmp_path):
+    folders = []
+    for processes in (1, 2):
+        main(Config(**OPTIONS, steps=1, processes=processes))
+        folders.append((RUN / EVAL.replace("clips-", "clips-steps1-")).rename(tmp_path / str(processes)))
+    one, two = folders
+    files = sorted(file.relative_to(one) for file in one.glob("*/*.mp4"))
+    assert len(files) == 2 * CLIPS
+    for file in (*files, "metrics.json", "retrieved.jsonl"):
+        assert (one / file).read_bytes() == (two / file).read_bytes(), file
+    assert [file.name for file in sorted((two / "values").iterdir())] == ["0.jsonl", "1.jsonl"]
+
+
 def test_shares_of_the_attributes():
     shown = [{"shape": "circle", "colour": "red"}, {"shape": "square", "colour": "red"}]
     found = shares({"shape": ["circle", "circle"], "colour": ["red", "blue"]}, shown)
