@@ -23,6 +23,7 @@ Out: runs/<data>/sub<K>/<run>-s<seed>/eval/ (the control eval-shuffled/, pairs D
 Exit status: 0; 1 after an error; 3 where weights of a metric could not be had (it is n/a).
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from metrics.compare import compare
 from metrics.pairs import Pair, Source, find_pairs, other_scenes
 from metrics.report import Clips, pictures, report
 from metrics.run import claim, evaluation_folder, read_recording, read_settings, write_retrieved
-from metrics.score import score
+from metrics.score import score_all
 from metrics.table import TOY, Judging, asked
 from mixture_of_memories import (
     DirectProjection,
@@ -55,6 +56,7 @@ from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS, raw_folder
 from support.experiment import door, run_folder, start
 from support.options import check_options, check_together, option
 from support.options import parse as parse_options
+from support.processes import in_processes
 from support.readers import load_model, read_tensors
 from support.videos import check_writable, read_clip, video_frames, write_video
 from video_decoder import LORA_FILE, VideoDecoder, clip_generator
@@ -77,6 +79,7 @@ class Config(Judging):
     out: str | None = option(None, "with --fmri the video (out.mp4), with --pairs the folder (DIR/metrics)")
     clips: int | None = option(None, "so many, spread over the test set (default: all)", least=1)
     batch_size: int = option(1, "clips that are in the decoder at once", least=1)
+    processes: int = option(1, "on a CPU, a thread each: for small networks", least=1)
     steps: int | None = option(None, "of sampling (default: the run's)", least=1)
     guidance: float | None = option(None, "classifier-free guidance (default: the run's)", least=0)
     stimuli: str | None = option(None, "folder of the films (default: raw/stimuli in data/<data>)")
@@ -85,7 +88,7 @@ class Config(Judging):
 
 
 PRESETS = {
-    "toy": dict(batch_size=16, fps=8.5) | TOY,
+    "toy": dict(batch_size=16, fps=8.5, processes=min(4, os.cpu_count() or 1)) | TOY,
     "cc2017": {},
     "cinebrain": dict(seconds=SECONDS["cinebrain"], fps=CINEBRAIN_FPS, size="native"),
 }
@@ -218,9 +221,7 @@ def evaluate_pairs(config: Config, accelerator: Accelerator) -> int:
     """Score anyone's videos. Returns the exit status."""
     folder, out = Path(config.pairs), Path(config.out or Path(config.pairs, "metrics"))
     sets = find_pairs(folder, config.split, config.skip_bad, out)
-    place = accelerator.device, accelerator.process_index, accelerator.num_processes
-    absent = score(sets, config, out, *place)
-    accelerator.wait_for_everyone()
+    absent = score_all(sets, config, out, accelerator)
     if not accelerator.is_main_process:  # a launcher ends all processes when one fails
         return 0
     what = {"pairs": folder.resolve().name, "data": config.data}
@@ -243,15 +244,13 @@ def evaluate_recording(config: Config, model: CineNeuron) -> int:
 
 def evaluate_run(config: Config, accelerator: Accelerator) -> int:
     """Reconstruct one recording, or the held-out clips and score them. Returns the exit status."""
-    chief, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+    chief = accelerator.is_main_process
     folder = run_folder(config.data, config.subject, config.run, config.seed)
     model = CineNeuron.from_pretrained(folder, accelerator.device)
     settings, train = model.settings, model.train.clips
     step, steps = settings.get("step"), settings.get("steps_in_all")
     if chief and step != steps:
-        tqdm.write(
-            f"{folder}: stage 2 is at step {step} of {steps}: its videos are not yet what it will make"
-        )
+        tqdm.write(f"{folder}: stage 2 is at step {step} of {steps}: its videos are not yet its best")
     if config.fmri:
         return evaluate_recording(config, model) if chief else 0
     # ---- videos
@@ -268,10 +267,14 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
     shown, scenes = {int(i): test.clips[i] for i in clips}, [clip["segment"] for clip in test.clips]
     x = test.averaged()  # (clips, T, N)
     x = x[other_scenes(far_apart(scenes))] if config.shuffle else x
-    for i in tqdm(clips[rank::world], desc="stimuli", unit="clip", disable=not chief):
-        if not (file := out / "gt" / f"{i:04d}.mp4").is_file():
-            write_video(file, stimulus(shown[i], films, config.seconds, settings), config.fps)
-    reconstruct(model, x, clips, out / "recon", config, rank, world)
+
+    def videos(rank: int, world: int) -> None:
+        for i in tqdm(clips[rank::world], desc="stimuli", unit="clip", disable=rank > 0):
+            if not (file := out / "gt" / f"{i:04d}.mp4").is_file():
+                write_video(file, stimulus(shown[i], films, config.seconds, settings), config.fps)
+        reconstruct(model, x, clips, out / "recon", config, rank, world)
+
+    in_processes(videos, accelerator, config.processes)
     accelerator.wait_for_everyone()
 
     # ---- numbers
@@ -283,8 +286,7 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
         others = [None] * len(clips)
     title = "from shuffled fMRI" if config.shuffle else "reconstruction"
     sets = {title: [Pair(f"{i:04d}", *of) for i, *of in zip(shown, recon, gt, others, strict=True)]}
-    absent = score(sets, config, out, accelerator.device, rank, world)
-    accelerator.wait_for_everyone()
+    absent = score_all(sets, config, out, accelerator)
     if not chief:
         return 0
 

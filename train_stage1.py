@@ -135,8 +135,7 @@ def learn(
 
     # ---- AdamW and OneCycle (§4.1)
     parameters = [*model.parameters(), *heads.parameters()]
-    how = {"weight_decay": config.weight_decay, "fused": device.type == "cuda"}
-    optimiser = torch.optim.AdamW(parameters, config.lr, **how)
+    optimiser = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, total_steps=config.steps)
     state = {"model": model, "heads": heads, "optimiser": optimiser, "schedule": schedule}
     models = {"brain_model": model.save_pretrained, "heads": heads.save_pretrained}

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -163,12 +162,12 @@ def show(parts: Parts, config: Config, data: ClipDataset, videos: DecoderData, w
     brain_model.eval()
     some = np.linspace(0, len(where) - 1, min(config.samples, len(where))).round().astype(int)
     fmri, rows = data.averaged(where)[some], []
-    for i, clip in enumerate(where[some]):
-        f_fuse = condition(brain_model, heads, mom, pool, fmri[i : i + 1].to(empty.device))[1].f_fuse
-        how = [clip_generator(config.seed, i)], config.sampling_steps, config.guidance
-        video = decoder.generate(f_fuse, empty, config.frames, config.height, config.width, *how)
-        stimulus = decoder.decode_latents(torch.from_numpy(videos.latents[[clip]]))
-        rows.append([stimulus[0].numpy(), video[0].numpy()])  # (F, H, W, 3) each
+    for part in torch.arange(len(some)).split(config.micro_batch):
+        f_fuse = condition(brain_model, heads, mom, pool, fmri[part].to(empty.device))[1].f_fuse
+        how = [clip_generator(config.seed, i) for i in part.tolist()], config.sampling_steps, config.guidance
+        made = decoder.generate(f_fuse, empty, config.frames, config.height, config.width, *how)
+        stimuli = decoder.decode_latents(torch.from_numpy(videos.latents[where[some[part]]]))
+        rows += [[*pair] for pair in zip(stimuli.numpy(), made.numpy(), strict=True)]  # (F, H, W, 3) each
     brain_model.train()
     labels = [[data.clips[clip]["caption"], ""] for clip in where[some]]
     grid_gif(gif, rows, labels, ["stimulus", "reconstruction"], SECONDS[config.data], 128)
@@ -262,7 +261,7 @@ def learn(
     state = {"brain_model": brain_model, "mom": mom, "lora": lora}
     groups = [{"params": [*state[name].parameters()], "lr": lr} for name, lr in rates.items()]
     parameters = [p for group in groups for p in group["params"]]
-    optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=device.type == "cuda")
+    optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [*rates.values()], total_steps=run.total)
     state |= {"optimiser": optimiser, "schedule": schedule}
     models = {"brain_model": brain_model.save_pretrained, "mixture_of_memories": mom.save_pretrained}
@@ -331,5 +330,4 @@ def learn(
 
 
 if __name__ == "__main__":
-    diffusers.utils.logging.disable_progress_bar()
     experiment.door(lambda: main(parse(sys.argv[1:])))

@@ -38,7 +38,7 @@ def n_way_top_k(
         raise ValueError(f"{few}: a classifier of more classes")
     best = np.take_along_axis(probs, gt, 1).max(1, keepdims=True)  # (clips, 1)
     above = (others & ~(probs < best)).sum(1)  # (clips,) M minus those below
-    return scipy.stats.hypergeom.cdf(k - 1, M, above, n - 1)
+    return scipy.stats.hypergeom.cdf(k - 1, M, above, n - 1).clip(0, 1)  # its rounding may exceed 1
 
 
 def accuracy(n: int, p: np.ndarray, p_gt: np.ndarray) -> np.ndarray:

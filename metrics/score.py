@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
 import prepare.encoders
@@ -23,6 +24,7 @@ from metrics.motion import FLOWS
 from metrics.pairs import Pair, Source, Watched, watch
 from metrics.table import LOADERS, METRICS, Metric, asked
 from support.files import sha256
+from support.processes import in_processes
 from support.readers import damaged
 
 # ---------------------------------------------------------------- what makes a value
@@ -115,6 +117,16 @@ def known_value(known: dict[str, list], name: str, key: str) -> list | None:
 
 
 # ---------------------------------------------------------------- scoring
+
+
+def score_all(sets: dict[str, list[Pair]], config, out: Path, accelerator: Accelerator) -> dict[str, str]:
+    """`score`, shared over the processes; returns when all are done."""
+    device = accelerator.device
+    shares = in_processes(
+        lambda *place: score(sets, config, out, device, *place), accelerator, config.processes
+    )
+    accelerator.wait_for_everyone()
+    return {judge: why for absent in shares for judge, why in absent.items()}
 
 
 @torch.inference_mode()

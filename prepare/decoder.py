@@ -70,7 +70,12 @@ def prepare_decoder(
 def _load(decoder: str, **parts: bool) -> VideoDecoder:
     """Text encoder or VAE, on the GPU where there is one."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    return VideoDecoder.from_pretrained(decoder, load_transformer=False, dtype=dtype, **parts).to(device)
+    loaded = VideoDecoder.from_pretrained(decoder, load_transformer=False, dtype=dtype, **parts).to(device)
+    if device == "cpu" and loaded.pipe.vae is not None:  # convolutions are quicker there with channels last
+        for layer in loaded.pipe.vae.modules():
+            if isinstance(layer, torch.nn.Conv3d):
+                layer.to(memory_format=torch.channels_last_3d)
+    return loaded
 
 
 @torch.inference_mode()

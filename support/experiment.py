@@ -6,6 +6,7 @@ door        bad input ends in one line, a bug in its traceback
 """
 
 import json
+import logging
 import os
 import pickle
 import signal
@@ -24,6 +25,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -260,6 +262,7 @@ def door(main: Callable[[], int | None]) -> typing.NoReturn:
     if sys.version_info < (3, 11):  # noqa: UP036  pip installs on older ones, too
         sys.exit(f"error: this is Python {sys.version.split()[0]}, wanted 3.11 or later")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet()
 
     def terminated(number: int, frame) -> typing.NoReturn:
         raise Stopped(number, "terminated; the same command goes on where it was")
@@ -281,6 +284,18 @@ def door(main: Callable[[], int | None]) -> typing.NoReturn:
         status = 130
     sys.stdout.flush()
     sys.exit(status)
+
+
+def quiet() -> None:
+    """No bar of a library for each model that it reads, nor nibabel's remarks on files: only downloads show
+    how far they are."""
+    logging.getLogger("nibabel.global").setLevel(logging.ERROR)
+    hidden = are_progress_bars_disabled()
+    for library in ("diffusers", "transformers"):
+        if library in sys.modules:
+            sys.modules[library].utils.logging.disable_progress_bar()
+    if not hidden:
+        enable_progress_bars()  # those of downloads, which transformers hides with its own
 
 
 def brief(error: Exception) -> str:

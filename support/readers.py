@@ -11,6 +11,7 @@ executed.
 
 import json
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -209,7 +210,8 @@ def load_model(kind: type, folder: Path, mend: str = ANEW) -> nn.Module:
     them, finite."""
     read_json(folder / "config.json", mend=mend)
     try:
-        model = kind.from_pretrained(folder)
+        with redirect_stdout(None):  # it prints where it reads the weights from
+            model = kind.from_pretrained(folder)
     except Exception as error:  # sizes of another type, missing or unexpected weights, a damaged file
         raise damaged(folder, error, f"a {kind.__name__}", mend) from error
     check_tensors(model.state_dict(), folder / "model.safetensors", mend=mend)

@@ -3,36 +3,41 @@
 python tests/benchmark.py             the quick ones, a minute or two on a laptop
 python tests/benchmark.py --stream    also a whole subject of cc2017 and of CineBrain at their true size (4 GB of disk)
 python tests/benchmark.py --metrics   SSIM, PSNR and n-way of 1,200 pairs of 16 x 256 x 256 against the peers' loops: some minutes
-python tests/benchmark.py --plan      parameters, operations and memory of a step at the paper's size: counted, not measured
-python tests/benchmark.py --gpu       a step of stage 1 at the paper's size, measured on a CUDA GPU
+python tests/benchmark.py --device cuda --out FILE    each part at the paper's size on a GPU, beside what is counted
+python tests/benchmark.py --device cpu                counted alone, and the same code at a small size
 """
 
 import argparse
+import datetime
 import json
+import math
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import open_clip
 import torch
-import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from brain_model import BrainModel  # noqa: E402
 from heads import Stage1Heads, stage1_loss  # noqa: E402
+from prepare.viclip import ViCLIP, ViCLIPConfig  # noqa: E402
+from video_decoder import VideoDecoder  # noqa: E402
 
-N, L, WIDTH, BATCH, LAYERS = (
-    13_447,
-    512,
-    2048,
-    144,
-    24,
-)  # subject 1 of cc2017 as NeuroClips selects voxels, and the paper's sizes (§4.1)
+# subject 1 of cc2017 as NeuroClips selects voxels, and the paper's sizes (§4.1)
+N, L, WIDTH, BATCH, LAYERS = 13_447, 512, 2048, 144, 24
 
 
 def fastest(function, repeats: int = 5) -> float:
@@ -69,32 +74,26 @@ def voxel_regression(B: int = 1) -> None:
     )
 
 
-def preprocessing(polyfit_voxels: int = 1500) -> None:
-    """One run of cc2017 against np.polyfit voxel by voxel (some voxels, the time extrapolated)."""
-    from prepare.facts import CORTEX
+def preprocessing(voxels: int = 8192) -> None:
+    """One run of cc2017 against np.polyfit of all voxels at once (some voxels: both take time in proportion)."""
     from prepare.fmri import preprocess_run
 
-    rng = np.random.default_rng(0)
-    run = np.asfortranarray(
-        10_000 + 100 * rng.standard_normal((245, CORTEX)), np.float32
-    )  # the order in which CIFTI files are read
-    ours, t = preprocess_run(run, 3, 240), np.arange(240)
+    rng, t = np.random.default_rng(0), np.arange(240)
+    # in the order in which CIFTI files are read
+    run = np.asfortranarray(10_000 + 100 * rng.standard_normal((245, voxels)), np.float32)
 
-    def loop() -> np.ndarray:
-        out = np.empty((240, polyfit_voxels))
-        for n in range(polyfit_voxels):
-            y = run[3:243, n].astype(np.float64)
-            y -= np.polyval(np.polyfit(t, y, 4), t)
-            out[:, n] = (y - y.mean()) / y.std()
-        return out
+    def polyfit() -> np.ndarray:
+        y = run[3:243].astype(np.float64)
+        y -= np.polynomial.polynomial.polyval(t, np.polyfit(t, y, 4)[::-1]).T
+        return (y - y.mean(0)) / y.std(0)
 
-    start = time.perf_counter()
-    error = np.abs(loop() - ours[:, :polyfit_voxels]).max()
-    slow = (time.perf_counter() - start) * CORTEX / polyfit_voxels
-    fast = fastest(lambda: preprocess_run(run, 3, 240), 3)
+    error = np.abs(polyfit() - preprocess_run(run, 3, 240)).max()
+    slow, fast = fastest(polyfit, 3), fastest(lambda: preprocess_run(run, 3, 240), 3)
     print(
-        f"preprocessing of a run, 245 x {CORTEX:,}: {slow / fast:,.0f} times faster than a polyfit loop ({fast:.2f} s), same to {error:.0e}"
+        f"preprocessing of a run, 245 x {voxels:,}: {slow / fast:.1f} times faster than np.polyfit of all voxels",
+        end=" ",
     )
+    print(f"at once ({1e6 * fast / voxels:.1f} us a voxel), same to {error:.0e}")
 
 
 def reading(batch: int = 144, steps: int = 60) -> None:
@@ -222,14 +221,6 @@ def timed(what: str, code: str, folder: Path) -> None:
     print(f"a subject of {what}: {seconds:.0f} s, {memory:.2f} GB at most, training fMRI {size}")
 
 
-def step_operations() -> float:
-    """Multiply-adds x 2 of a step of stage 1 at the paper's size, forward and backward (recomputation not
-    counted)."""
-    S = L + 1
-    forward = N * L * 4 + L * 4 * WIDTH + LAYERS * (12 * S * WIDTH**2 + 2 * S**2 * WIDTH) + WIDTH * 768
-    return 3 * 2 * BATCH * forward
-
-
 def search(D: int = 768, K: int = 5) -> None:
     """Eq. 5 and the choice of the top K for one clip and for a batch, against the number of memories."""
     from mixture_of_memories import mixture_scores
@@ -339,103 +330,253 @@ def metrics(clips: int = 1200, frames: int = 16, distinct: int = 24) -> None:
     )
 
 
-def plan() -> None:
-    with torch.device("meta"):
-        model = BrainModel(N)
-    P, GiB = sum(p.numel() for p in model.parameters()), 2**30
-    tokens = BATCH * (L + 1)
-    kept = (
-        tokens * WIDTH * LAYERS * (14 * 2 + 2 * 4) / GiB
-    )  # a token and layer keep about 14 widths in bf16 and 2 in float32
-    print(
-        f"stage 1: Brain Model of {P / 1e9:.3f} billion parameters; a step on {BATCH} clips is {step_operations() / 1e12:,.0f} TFLOP"
-    )
-    print(
-        f"   memory: weights, gradients, AdamW in float32 {16 * P / GiB:.0f} GiB; activations about {kept:.0f} GiB, with --checkpointing 15"
-    )
-    print(
-        f"   45 % of 790 TFLOP/s (a bf16 matrix rate seen on an H200) would be {step_operations() / 0.45 / 790e12:.2f} s a step"
-    )
-
-    d, ffn, layers, text = 1536, 8960, 30, 512  # Wan2.1-T2V-1.3B
-    S = 15 * 39 * 39  # tokens of 57 x 624 x 624: latents 15 x 78 x 78, patches of 1 x 2 x 2
-    linear = 2 * layers * (S * (6 * d**2 + 2 * d * ffn) + text * 2 * d**2)
-    attention = 4 * layers * (S**2 * d + S * text * d)
-    # Frozen weights need no gradient of their own: a matrix costs one product backward, and one more where it
-    # is recomputed. Attention is kept; its backward pass costs 2.5 times the forward one.
-    step = 3 * linear + 3.5 * attention
-    lora = (
-        layers * 8 * 2 * 16 * d
-    )  # rank 16 on to_q, to_k, to_v, to_out of both attentions (text keys and values are d wide by then)
-    # kept of a block: its input and two attentions
-    blocks = (3 * layers * S * d * 2 + S * (20 * d + 4 * ffn) * 2) / GiB
-    print(
-        f"stage 2: Wan2.1-1.3B at 57 x 624 x 624: {S:,} tokens, {step / 1e12:,.0f} TFLOP a clip, both ways, {lora / 1e6:.1f} M in LoRA"
-    )
-    print(
-        f"   memory: Brain Model, AdamW {16 * P / GiB:.0f} GiB, DiT 2.6 GiB in bf16, its activations with checkpointing {blocks:.0f} GiB"
-    )
-    print(
-        f"   40 % of 790 TFLOP/s would be {step / 0.4 / 790e12:.2f} s a clip, {32 * step / 0.4 / 790e12:.0f} s a step of 32 on one GPU"
-    )
-    print("all counted, not measured")
+# ---------------------------------------------------------------- the paper's sizes on a GPU
+# What makes a row yields its modules, then a function that does the work once.
 
 
-def gpu() -> None:
-    """A step of stage 1 on a CUDA GPU, without and with checkpointing: seconds, memory, share of the measured
-    matrix rate."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+class Sizes(NamedTuple):
+    """What the table's rows are made of."""
 
-    def product() -> None:
-        a @ b
-        torch.cuda.synchronize()
-
-    rate = 2 * 8192**3 / fastest(product, 20)
-    print(f"{torch.cuda.get_device_name()}: measured bf16 matrix rate {rate / 1e12:,.0f} TFLOP/s")
-    for checkpointing in (False, True):
-        seconds, memory = stage1_step(checkpointing)
-        share = step_operations() / seconds / rate
-        print(
-            f"checkpointing {checkpointing}: {seconds:.2f} s a step, {memory:.0f} GiB, {share:.0%} of the matrix rate"
-        )
+    voxels: int
+    clips: int  # of a step of stage 1
+    tokens: int  # L
+    brain: tuple  # D', layers, attention heads
+    video: tuple  # frames, height, width
+    text: int  # D_txt
+    dit: dict  # of Wan's transformer
+    vae: dict
+    clip: dict  # of open_clip
+    viclip: ViCLIPConfig
+    frames: int  # that CLIP sees at once
+    films: int  # clips that ViCLIP sees at once
 
 
-def stage1_step(checkpointing: bool) -> tuple[float, float]:
-    """Seconds and GiB of a step of stage 1 at the paper's size on a CUDA GPU."""
-    torch.cuda.reset_peak_memory_stats()
-    model, heads = BrainModel(N).cuda(), Stage1Heads().cuda()
-    model.gradient_checkpointing = checkpointing
-    parameters = [*model.parameters(), *heads.parameters()]
-    optimiser = torch.optim.AdamW(parameters, 1e-4)
-    x, e_img = (
-        torch.randn(BATCH, 1, N, device="cuda"),
-        F.normalize(torch.randn(BATCH, 8, 768, device="cuda"), dim=-1),
-    )
-    categories = torch.ones(BATCH, 12, device="cuda")
+PAPER = Sizes(
+    N, BATCH, L, (WIDTH, LAYERS, 16), (57, 624, 624), 4096,
+    dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30), {},
+    open_clip.get_model_config("ViT-L-14-quickgelu"), ViCLIPConfig(), 128, 16,
+)  # fmt: skip
+TOWER = dict(layers=2, width=32, heads=2)
+SMALL = Sizes(
+    200, 8, 16, (32, 2, 4), (9, 32, 32), 32,
+    dict(num_attention_heads=2, attention_head_dim=16, ffn_dim=64, num_layers=2), dict(base_dim=16),
+    dict(embed_dim=32, vision_cfg=dict(image_size=28, patch_size=14, layers=2, width=64), text_cfg=TOWER),
+    ViCLIPConfig(28, 14, 8, 64, 2, 2, 32, 2, 2), 8, 2,
+)  # fmt: skip
+
+
+def stage_1(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
+    """Eq. 3, forward, backward and AdamW, blocks recomputed."""
+    width, layers, heads = size.brain
+    model = BrainModel(size.voxels, 1, size.tokens, width, layers, heads).train()
+    phi, B = Stage1Heads(), size.clips
+    model.gradient_checkpointing = True
+    yield model, phi
+    parameters = [*model.parameters(), *phi.parameters()]
+    optimiser = torch.optim.AdamW(parameters, 1e-4, fused=True)
+    x, e_img = torch.randn(B, 1, size.voxels), torch.randn(B, 8, 768)
+    categories = torch.ones(B, 12)
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = stage1_loss(heads, model(x)[0], e_img, e_img[:, 0], e_img[:, 1], categories).loss
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = stage1_loss(phi, model(x)[0], e_img, e_img[:, 0], e_img[:, 1], categories).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        torch.cuda.synchronize()
 
-    return fastest(step, 5), torch.cuda.max_memory_allocated() / 2**30
+    yield step
+
+
+def decoder(size: Sizes, dtype: torch.dtype, dit: bool = True, **options) -> VideoDecoder:
+    """Wan's DiT, or its VAE, of random weights."""
+    vae = transformer = None
+    if dit:
+        transformer = WanTransformer3DModel(text_dim=size.text, cross_attn_norm=True, **size.dit)
+        transformer = transformer if dtype == torch.float32 else transformer.to(dtype)
+    else:
+        vae = AutoencoderKLWan(**size.vae)
+    config = {"text_dim": size.text, "patch_size": (1, 2, 2), "in_channels": 16}
+    with torch.device("cpu"):
+        scheduler = UniPCMultistepScheduler(flow_shift=3.0)
+    pipe = WanPipeline(None, None, vae=vae, scheduler=scheduler, transformer=transformer)
+    return VideoDecoder(pipe, size.tokens, config, **options)
+
+
+def random_clip(size: Sizes) -> tuple[Tensor, ...]:
+    """y, f_fuse, noise, u of Eq. 9, of one clip."""
+    F, H, W = size.video
+    shape = 1, 16, (F - 1) // 4 + 1, H // 8, W // 8
+    return torch.randn(shape), torch.randn(1, size.tokens, size.text), torch.randn(shape), torch.rand(1)
+
+
+def stage_2(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
+    """Eq. 9 of a clip, forward and backward, to LoRA and f_fuse, blocks recomputed."""
+    model = decoder(size, dtype, gradient_checkpointing=True).train()
+    yield (model.transformer,)
+    y, f_fuse, noise, u = random_clip(size)
+    f_fuse.requires_grad_()
+
+    def step() -> None:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = model(y, f_fuse, noise, u).sum()
+        loss.backward()
+
+    yield step
+
+
+def sampling(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
+    """A step of sampling of one clip: with f_fuse and with the empty prompt."""
+    model = decoder(size, dtype).eval()
+    yield (model.transformer,)
+    y, f_fuse, _, u = random_clip(size)
+    yield lambda: [model.predict(y, f, 1000 * u) for f in (f_fuse, 0 * f_fuse)]
+
+
+def latents(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
+    """The VAE's encoding of one clip, whole."""
+    model = decoder(size, dtype, dit=False)
+    yield (model.pipe.vae,)
+    video = torch.zeros(1, *size.video, 3, dtype=torch.uint8)
+    yield lambda: model.encode_latents(video)
+
+
+def clip_frames(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
+    model, pixels = open_clip.CLIP(**size.clip).eval(), size.clip["vision_cfg"]["image_size"]
+    yield (model,)
+    x = torch.randn(size.frames, 3, pixels, pixels)
+    yield lambda: model.encode_image(x)
+
+
+def viclip_clips(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
+    model, pixels = ViCLIP(size.viclip).eval(), size.viclip.image_size
+    yield (model,)
+    x = torch.randn(size.films, size.viclip.num_frames, 3, pixels, pixels)
+    yield lambda: model.encode_video(x)
+
+
+def rows_of(size: Sizes) -> dict[str, tuple[Callable, bool]]:
+    """What a row measures -> what makes it, and whether it has gradients."""
+    video = "x".join(map(str, size.video))
+    return {
+        f"stage 1: a step of {size.clips} clips, {size.voxels:,} voxels": (stage_1, True),
+        f"stage 2: the DiT on a clip of {video}, both ways": (stage_2, True),
+        f"sampling: a step of a clip of {video}, guided": (sampling, False),
+        f"latents of a clip of {video}": (latents, False),
+        f"CLIP, {size.frames} frames": (clip_frames, False),
+        f"ViCLIP, {size.films} clips": (viclip_clips, False),
+    }
+
+
+def attention_flops(q, k, v, *others, **options) -> int:  # of shapes; torch counts only a GPU's
+    return sdpa_flop_count(q, k, v)
+
+
+def attention_backward_flops(g, q, k, v, *others, **options) -> int:
+    return sdpa_backward_flop_count(g, q, k, v)
+
+
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+
+def counted(make: Callable, size: Sizes, gradients: bool) -> float:
+    """Operations of one call, by the shapes alone: no number is computed."""
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation that torch does not count
+    with torch.device("meta"):
+        row = make(size, "cpu", torch.float32)
+        modules = next(row)
+    with FakeTensorMode(), torch.set_grad_enabled(gradients):
+        for module in (part for whole in modules for part in whole.modules()):
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty(p.shape), p.requires_grad)
+            for name, x in module._buffers.items():
+                module._buffers[name] = None if x is None else torch.empty(x.shape, dtype=x.dtype)
+        step = next(row)
+        with counter:
+            step()
+    torch.backends.mha.set_fastpath_enabled(True)
+    return counter.get_total_flops()
+
+
+def measured(make: Callable, size: Sizes, gradients: bool, device: str) -> tuple[float, float]:
+    """Seconds of one call, and the peak of a GPU's memory in GiB (of a CPU's NaN)."""
+    cuda = device == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with torch.set_grad_enabled(gradients):
+        with torch.device(device):
+            _, step = make(size, device, torch.bfloat16 if cuda else torch.float32)
+
+        def call() -> None:
+            with torch.autocast(device, torch.bfloat16, enabled=cuda and not gradients):
+                step()
+            if cuda:
+                torch.cuda.synchronize()
+
+        seconds = fastest(call, 3)
+    return seconds, torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
+
+
+def matrix_rate(device: str) -> float:
+    """Multiply-adds x 2 a second of a product of matrices: 8192 x 8192 in bf16, or on a CPU 1024 in float32."""
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+
+    def product() -> None:
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return 2 * n**3 / fastest(product, 20)
+
+
+def table(size: Sizes, device: str, measure: bool) -> str:
+    """Markdown: of each row the operations counted and, to measure, seconds, memory and the share of the matrix
+    rate."""
+    card = torch.cuda.get_device_name() if device == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    lines, rate = [f"{datetime.date.today()}, torch {torch.__version__}: counted, not measured"], 0.0
+    if measure:
+        rate = matrix_rate(device)
+        lines = [
+            f"{datetime.date.today()}, {card}, torch {torch.__version__}; matrices at {rate / 1e12:.3g} TFLOP/s"
+        ]
+    lines += ["", "| | counted TFLOP | seconds | peak GiB | of the matrix rate |", "|---|---|---|---|---|"]
+    for name, (make, gradients) in rows_of(size).items():
+        flops, cells = counted(make, size, gradients), ["counted"] * 3
+        if measure:
+            seconds, memory = measured(make, size, gradients, device)
+            cells = [
+                f"{seconds:.3g}",
+                "-" if math.isnan(memory) else f"{memory:.1f}",
+                f"{flops / seconds / rate:.0%}",
+            ]
+        lines.append(f"| {name} | {flops / 1e12:.4g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name in ("stream", "search", "metrics", "plan", "gpu"):
+    for name in ("stream", "search", "metrics"):
         parser.add_argument(f"--{name}", action="store_true")
+    at_hand = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", nargs="?", const=at_hand, choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path, help="with --device: the table into this file, too")
     args = parser.parse_args()
-    if args.plan or args.gpu:
-        plan()
-        if args.gpu:
-            gpu()
+    if args.device:
+        text = f"The paper's size.\n\n{table(PAPER, args.device, args.device == 'cuda')}\n"
+        if args.device == "cpu":
+            text += f"\nThe same code at a small size.\n\n{table(SMALL, 'cpu', True)}\n"
+        print(text)
+        if args.out:
+            args.out.write_text(text)
     elif args.search:
         search()
     elif args.metrics:

@@ -549,7 +549,7 @@ def test_attributes_are_read_from_the_classes(out, tmp_path):
         write_classifier(tmp_path / "i", [f"x {n} y" for n in COLOURS], False),
     )
     files = sorted((out / "gt").iterdir())
-    p, found = class_probabilities([read_video(files[0]).frames], video)
+    ((p, found),) = class_probabilities([read_video(files[0]).frames], [video])
     assert found == names and p.shape == (1, 4) and p.sum() == pytest.approx(1, abs=1e-5)
     values = {"shape": list(SHAPES), "colour": list(COLOURS), "action": ["jumps"]}
     seen = recognise(files, [str(video)], values)
@@ -558,8 +558,21 @@ def test_attributes_are_read_from_the_classes(out, tmp_path):
         and seen["shape"][0] == SHAPES[int(p[0, [1, 3]].sum() > 0.5)]
     )
     assert list(seen) == ["shape", "colour"] and set(map(len, seen.values())) == {CLIPS}
-    p, _ = class_probabilities([read_video(files[0]).frames], image)
+    ((p, _),) = class_probabilities([read_video(files[0]).frames], [image])
     assert recognise(files, [str(image), str(video)], values)["colour"][0] == COLOURS[p[0].argmax()]
+
+
+def test_copies_of_the_process_make_the_same_videos_and_values(world, tmp_path):
+    folders = []
+    for processes in (1, 2):
+        main(Config(**OPTIONS, steps=1, processes=processes))
+        folders.append((RUN / EVAL.replace("clips-", "clips-steps1-")).rename(tmp_path / str(processes)))
+    one, two = folders
+    files = sorted(file.relative_to(one) for file in one.glob("*/*.mp4"))
+    assert len(files) == 2 * CLIPS
+    for file in (*files, "metrics.json", "retrieved.jsonl"):
+        assert (one / file).read_bytes() == (two / file).read_bytes(), file
+    assert [file.name for file in sorted((two / "values").iterdir())] == ["0.jsonl", "1.jsonl"]
 
 
 def test_shares_of_the_attributes():

@@ -674,7 +674,7 @@ def test_cogvideox_with_a_segment_held_out_learns_and_samples_change_nothing(wor
     x = ClipDataset("cc2017", 1, "train", root=world / "data").averaged()[:8]  # of seg1, trained on
     f_fuse = shown_by(runs[0], world, "cogvideox", x)[0].f_fuse
     videos = DecoderData("cc2017", str(world / "models" / "cogvideox"), "train", world / "data", SIZE)
-    y, losses = torch.from_numpy(videos.latents[:8]), []
+    y, losses = torch.from_numpy(np.array(videos.latents[:8])), []
     decoder = VideoDecoder.from_pretrained(world / "models" / "cogvideox", 4, 16)
     noise, u, _ = draw(9, 9, range(8), y.shape[1:])
     for _ in range(2):

@@ -20,12 +20,16 @@ FRAMES = 16  # that the toy world's classifiers were trained on
 
 
 @torch.inference_mode()
-def class_probabilities(videos: Iterable[np.ndarray], classifier: str | Path) -> tuple[np.ndarray, list[str]]:
-    """Videos uint8 (F, H, W, 3) -> probabilities (clips, classes), of 16 uniform frames (their mean), and the
-    classes' names."""
-    judge = Classifier(classifier)
-    p = [judge(video[uniform_frames(len(video), FRAMES)]).mean(0) for video in videos]
-    return np.stack(p), judge.names
+def class_probabilities(
+    videos: Iterable[np.ndarray], classifiers: Sequence[str | Path]
+) -> list[tuple[np.ndarray, list[str]]]:
+    """Videos uint8 (F, H, W, 3) -> of each classifier probabilities (clips, classes), of 16 uniform frames
+    (their mean), and the classes' names. Each video is read once."""
+    judges, p = [Classifier(classifier) for classifier in classifiers], []
+    for video in videos:
+        frames = video[uniform_frames(len(video), FRAMES)]
+        p.append([judge(frames).mean(0) for judge in judges])
+    return [(np.stack(of), judge.names) for of, judge in zip(zip(*p, strict=True), judges, strict=True)]
 
 
 def recognise(
@@ -35,8 +39,7 @@ def recognise(
     over the red classes. The first classifier whose classes' names hold an attribute's values is asked for
     it."""
     seen: dict[str, list[str]] = {}
-    for classifier in classifiers:
-        p, names = class_probabilities((read_video(file).frames for file in videos), classifier)
+    for p, names in class_probabilities((read_video(file).frames for file in videos), classifiers):
         for attribute in values.keys() - seen.keys():
             holds = np.zeros((len(names), len(values[attribute])), bool)
             for i, name in enumerate(names):
@@ -96,9 +99,10 @@ def agreement(
     classifiers = [name for name in classifiers if attributes and Path(name).is_dir()]
     if not classifiers:
         return {}, ""
-    values = {name: sorted({clip[name] for clip in train}) for name in attributes}
-    seen = recognise([out / "recon" / file for file in files], classifiers, values)
-    real = recognise([out / "gt" / file for file in files], classifiers, values)
+    values, n = {name: sorted({clip[name] for clip in train}) for name in attributes}, len(files)
+    videos = [out / kind / file for kind in ("recon", "gt") for file in files]
+    both = recognise(videos, classifiers, values)
+    seen, real = ({name: of[part] for name, of in both.items()} for part in (slice(n), slice(n, None)))
     this = "shuffled fMRI" if shuffled else "reconstruction"
     columns = {this: shares(seen, shown, groups), "stimulus": shares(real, shown, groups)}
     if top_1 is not None:

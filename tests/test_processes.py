@@ -1,0 +1,48 @@
+"""Copies of a process: what they return, raise and leave."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from support.processes import in_processes
+
+ALONE = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies take Linux")
+
+
+def test_each_copy_does_its_share_with_one_thread_and_they_return_in_order():
+    at_hand = torch.arange(10)  # not sent: a copy has it
+    shares = in_processes(
+        lambda k, n: (os.getpid(), torch.get_num_threads(), int(at_hand[k::n].sum())), ALONE, 3
+    )
+    pids, threads, sums = zip(*shares, strict=True)
+    assert len({*pids, os.getpid()}) == 4 and threads == (1, 1, 1) and sums == (18, 12, 15)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("place", [dict(device=torch.device("cuda")), dict(num_processes=2, process_index=1)])
+def test_a_gpu_and_a_launch_of_several_are_not_copied(place):
+    accelerator = SimpleNamespace(**(vars(ALONE) | place))
+    (done,) = in_processes(lambda *of: (os.getpid(), of), accelerator, 3)
+    assert done == (os.getpid(), (accelerator.process_index, accelerator.num_processes))
+
+
+def test_an_error_in_a_copy_is_raised_here_and_ends_the_others():
+    def work(k: int, n: int) -> None:
+        if k == 1:
+            raise ValueError("0007.mp4: found nothing")
+        signal.pause() if k > 1 else None
+
+    with pytest.raises(ValueError, match="0007.mp4: found nothing"):
+        in_processes(work, ALONE, 3)
+    assert not multiprocessing.active_children()
+
+
+def test_a_copy_that_is_killed_is_an_error():
+    with pytest.raises(RuntimeError, match="status -9"):
+        in_processes(lambda k, n: os.kill(os.getpid(), signal.SIGKILL), ALONE, 2)
