@@ -60,7 +60,10 @@ class Block(nn.Module):
         return h + self.mlp(self.norm_mlp(h))  # (B, L+1, D')
 
 
-class BrainModel(nn.Module, PyTorchModelHubMixin):
+MODEL_CARD = "---\n{{ card_data }}\n---\n\nThe Brain Model of CineNeuron (§3.1): fMRI -> f_c and f_e.\n"
+
+
+class BrainModel(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
     """f of §3.1; the defaults are the paper's sizes (§4.1) where it gives them.
 
     voxels            N of the subject

@@ -53,6 +53,7 @@ from mixture_of_memories import (
     condition,
 )
 from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS, raw_folder
+from support import sharing
 from support.experiment import door, run_folder, start
 from support.options import check_options, check_together, option
 from support.options import parse as parse_options
@@ -121,34 +122,50 @@ class CineNeuron:
     """
 
     settings: dict  # stage2/config.json
-    train: ClipDataset
+    train: ClipDataset | sharing.Shown
     brain_model: BrainModel
     heads: Stage1Heads
     mom: MixtureOfMemories | TopTextMemory | DirectProjection
     pool: MemoryPool  # all training clips, so that its indices are theirs
     decoder: VideoDecoder
     empty: Tensor  # (L, D_txt)
+    folder: Path  # where it was read
 
     @classmethod
     def from_pretrained(cls, run: Path | str, device: torch.device | str = "cpu") -> "CineNeuron":
-        """A run from its folder, ready for inference. Raises FileNotFoundError where a file is missing,
-        ValueError where one is damaged or of another subject."""
-        stage2, settings, mend = Path(run, "stage2"), read_settings(Path(run)), "train stage 2 anew"
+        """A run, or what `save_pretrained` wrote (a folder, or its name on the Hub), for inference. Raises
+        FileNotFoundError where a file is missing, ValueError where one is damaged or of another subject."""
+        folder, shared = sharing.locate(run)
+        settings, parts = read_settings(folder, shared), folder if shared else folder / "stage2"
+        mend = sharing.MEND if shared else "train stage 2 anew"
         name, subject, decoder = (settings[key] for key in ("data", "subject", "decoder"))
-        train = ClipDataset(name, subject, "train", settings["stage1_config"]["rois"])
-        text = DecoderData(name, decoder, "train", size=video_size(settings), subject=subject)
-        brain_model = load_model(BrainModel, stage2 / "brain_model", mend)
-        heads = load_model(Stage1Heads, stage2 / "heads", mend)
+        brain_model = load_model(BrainModel, parts / "brain_model", mend)
+        heads = load_model(Stage1Heads, parts / "heads", mend)
         kind = MixtureOfMemories if settings["integration"] else DirectProjection
-        mom = load_model(kind if settings["mom"] else TopTextMemory, stage2 / "mixture_of_memories", mend)
-        pool = MemoryPool(**memories(train, text, heads.phi_v, np.arange(len(train)))).to(device)
+        mom = load_model(kind if settings["mom"] else TopTextMemory, parts / "mixture_of_memories", mend)
+        if shared:
+            train, pool, empty = sharing.load(folder, MemoryPool)
+            decoder = sharing.decoder_at(decoder, folder)
+        else:
+            train = ClipDataset(name, subject, "train", settings["stage1_config"]["rois"])
+            text = DecoderData(name, decoder, "train", size=video_size(settings), subject=subject)
+            pool = MemoryPool(**memories(train, text, heads.phi_v, np.arange(len(train))))
+            empty = torch.from_numpy(np.array(text.empty))
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         lora = settings["lora_rank"], settings["lora_alpha"]
         decoder = VideoDecoder.from_pretrained(decoder, *lora, load_vae=True, dtype=dtype).to(device)
-        read_tensors(stage2 / "lora" / LORA_FILE, mend=mend)  # whole and finite
-        decoder.load_lora(stage2 / "lora")
+        read_tensors(parts / "lora" / LORA_FILE, mend=mend)  # whole and finite
+        decoder.load_lora(parts / "lora")
         models = [model.to(device).eval().requires_grad_(False) for model in (brain_model, heads, mom)]
-        return cls(settings, train, *models, pool, decoder, torch.from_numpy(np.array(text.empty)))
+        return cls(settings, train, *models, pool.to(device), decoder, empty, folder)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Writes a folder that `from_pretrained` reads without data/, with a model card."""
+        sharing.save(self, Path(folder))
+
+    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
+        """Uploads such a folder to the Hugging Face Hub as "user/name"; returns the commit's address."""
+        return sharing.push(self, repo_id, private)
 
     @torch.inference_mode()
     def remember(self, x: Tensor) -> Remembered:

@@ -58,7 +58,10 @@ class CategoryHead(nn.Module):
         return self.linear(f_c)  # (B, classes)
 
 
-class Stage1Heads(nn.Module, PyTorchModelHubMixin):
+MODEL_CARD = "---\n{{ card_data }}\n---\n\nThe stage-1 heads of CineNeuron (§3.1): φ_v, φ_a, φ_c.\n"
+
+
+class Stage1Heads(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
     """φ_v, φ_a and φ_c. Stage 1 trains them, stage 2 keeps them as they are."""
 
     def __init__(self, dim: int = 768, frames: int = 8, classes: int = 12):

@@ -218,7 +218,12 @@ class Remembered(NamedTuple):
         return named if self.ratio is None else named | {"z_f/z_t": self.ratio}
 
 
-class _Saved(nn.Module, PyTorchModelHubMixin):
+MODEL_CARD = (
+    "---\n{{ card_data }}\n---\n\nThe Mixture-of-Memories of CineNeuron (§3.2), or an ablation of it.\n"
+)
+
+
+class _Saved(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs):  # the mixin lets weights be missing
         return super()._from_pretrained(strict=strict, **kwargs)

@@ -12,15 +12,18 @@ from torch import Tensor
 from metrics.table import asked
 from support.files import sha256, write_json, written_whole
 from support.readers import check_keys, damaged, read_array, read_json
+from support.sharing import MEND
 
 KEYS = {"data": str, "subject": int, "decoder": str, "mom": bool, "integration": bool, "stage1_config": dict}
 KEYS |= dict.fromkeys(("frames", "height", "width", "sampling_steps", "lora_rank"), int)
 KEYS |= {"guidance": float, "lora_alpha": float}
 
 
-def read_settings(run: Path) -> dict:
+def read_settings(run: Path, shared: bool = False) -> dict:
     """stage2/config.json of a run, checked; one in runs/<data>/sub<K>/ must be of that data and subject.
-    Raises FileNotFoundError, ValueError."""
+    Of a shared folder its config.json. Raises FileNotFoundError, ValueError."""
+    if shared:
+        return read_json(run / "config.json", keys=KEYS, mend=MEND)
     file, mend = run / "stage2" / "config.json", "train stage 2 anew"
     if not file.is_file():
         trained = ", ".join(sorted(folder.parent.name for folder in run.parent.glob("*/stage2"))) or "none"
@@ -101,3 +104,18 @@ def claim(out: Path, stage2: Path, config, settings: dict, write: bool) -> None:
         raise ValueError(f"{out} has videos made otherwise (there, here): {differ}; {anew}")
     if write:
         write_json(file, how)
+
+
+def write_retrieved(model, x: Tensor, shown: dict[int, dict], file: Path) -> np.ndarray | None:
+    """retrieved.jsonl of x (clips, T, N), fMRI of `shown`, {number: line of clips.jsonl}. Returns the top-1
+    memories (clips,), None where nothing is sought: without integration. model: evaluate.CineNeuron."""
+    parts = [model.remember(part) for part in x.split(16)]
+    if parts[0].indices is None:
+        return None
+    indices = torch.cat([part.indices for part in parts]).cpu().numpy()  # (clips, K)
+    W_r = torch.cat([part.W_r for part in parts]).cpu().numpy().astype(float).round(4)  # (clips, 3)
+    with written_whole(file) as part, open(part, "w") as lines:
+        for (i, clip), memory, weights in zip(shown.items(), indices.tolist(), W_r.tolist(), strict=True):
+            row = {"clip": i, "id": clip["id"], "retrieved": memory, "W_r": weights}
+            lines.write(json.dumps(row) + "\n")
+    return indices[:, 0]
