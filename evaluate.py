@@ -38,10 +38,10 @@ from tqdm import tqdm
 from brain_model import BrainModel
 from data import ClipDataset, DecoderData, best_match, far_apart, held_out_clips, mean_frames, memories
 from heads import Stage1Heads
+from metrics import run as reading
 from metrics.compare import compare
-from metrics.pairs import Pair, Source, find_pairs, other_scenes
+from metrics.pairs import Pair, Source, other_scenes
 from metrics.report import Clips, pictures, report
-from metrics.run import claim, evaluation_folder, read_recording, read_settings, write_retrieved
 from metrics.score import score_all
 from metrics.table import TOY, Judging, asked
 from mixture_of_memories import (
@@ -136,7 +136,7 @@ class CineNeuron:
         """A run, or what `save_pretrained` wrote (a folder, or its name on the Hub), for inference. Raises
         FileNotFoundError where a file is missing, ValueError where one is damaged or of another subject."""
         folder, shared = sharing.locate(run)
-        settings, parts = read_settings(folder, shared), folder if shared else folder / "stage2"
+        settings, parts = reading.read_settings(folder, shared), folder if shared else folder / "stage2"
         mend = sharing.MEND if shared else "train stage 2 anew"
         name, subject, decoder = (settings[key] for key in ("data", "subject", "decoder"))
         brain_model = load_model(BrainModel, parts / "brain_model", mend)
@@ -234,24 +234,9 @@ def groups_of(train: ClipDataset, test: ClipDataset, clips: np.ndarray) -> dict[
 # ---------------------------------------------------------------- the commands
 
 
-def evaluate_pairs(config: Config, accelerator: Accelerator) -> int:
-    """Score anyone's videos. Returns the exit status."""
-    folder, out = Path(config.pairs), Path(config.out or Path(config.pairs, "metrics"))
-    sets = find_pairs(folder, config.split, config.skip_bad, out)
-    absent = score_all(sets, config, out, accelerator)
-    if not accelerator.is_main_process:  # a launcher ends all processes when one fails
-        return 0
-    what = {"pairs": folder.resolve().name, "data": config.data}
-    results, text = report(sets, {method: out / method for method in sets}, out, config, absent, what)
-    names = [pair.name for pair in next(iter(sets.values()))]
-    pictures(out, sets, results, lambda i: [names[i], *[""] * len(sets)], config.seconds)
-    print(f"{text}\n\nwritten: {out}/ (METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png)")
-    return 3 if absent else 0
-
-
 def evaluate_recording(config: Config, model: CineNeuron) -> int:
     """Reconstruct one recording. Returns the exit status."""
-    x, file = read_recording(Path(config.fmri), model), Path(config.out or "out.mp4")
+    x, file = reading.read_recording(Path(config.fmri), model), Path(config.out or "out.mp4")
     write_video(file, model.reconstruct(x, [(config.seed, 0)], config.steps, config.guidance)[0], config.fps)
     memory = model.remember(x).indices
     recalls = "" if memory is None else f"; it recalls: {model.train.clips[memory[0, 0]]['caption']}"
@@ -274,13 +259,13 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
     test = ClipDataset(config.data, config.subject, "test", settings["stage1_config"]["rois"])
     clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))
     every = PRESETS[config.data].get("metrics", Config.metrics)
-    out = evaluation_folder(folder, config, settings, len(clips) == len(test), every)
+    out = reading.evaluation_folder(folder, config, settings, len(clips) == len(test), every)
     films = Path(config.stimuli or raw_folder(config.data, config.subject) / "stimuli")
     lacking = sorted({clip["video"] for clip in test.clips + train if not (films / clip["video"]).is_file()})
     if lacking:
         missing = f"{films / lacking[0]} is not there ({len(lacking)} stimuli are missing)"
         raise FileNotFoundError(f"{missing}: --stimuli FOLDER")
-    claim(out, folder / "stage2", config, settings, write=chief)
+    reading.claim(out, folder / "stage2", config, settings, write=chief)
     shown, scenes = {int(i): test.clips[i] for i in clips}, [clip["segment"] for clip in test.clips]
     x = test.averaged()  # (clips, T, N)
     x = x[other_scenes(far_apart(scenes))] if config.shuffle else x
@@ -311,7 +296,10 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
     from toy.recognise import ALL, agreement, right
 
     groups = groups_of(model.train, test, clips)
-    lines, top_1 = list(shown.values()), write_retrieved(model, x[clips], shown, out / "retrieved.jsonl")
+    lines, top_1 = (
+        list(shown.values()),
+        reading.write_retrieved(model, x[clips], shown, out / "retrieved.jsonl"),
+    )
     judges = config.video_classifier, config.image_classifier
     seen, recognised = agreement(out, config.shuffle, judges, lines, train, files, top_1, groups)
     values = {"all_attributes": right(seen, lines)[ALL]} if seen else {}
@@ -341,7 +329,9 @@ def main(config: Config) -> int:
     if config.fmri:
         check_writable(Path(config.out or "out.mp4"))
     accelerator = start(mixed_precision=False)
-    status = evaluate_pairs(config, accelerator) if config.pairs else evaluate_run(config, accelerator)
+    status = (
+        reading.evaluate_pairs(config, accelerator) if config.pairs else evaluate_run(config, accelerator)
+    )
     accelerator.end_training()
     return status
 

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from metrics.pairs import find_pairs
+from metrics.report import pictures, report
+from metrics.score import score_all
 from metrics.table import asked
 from support.files import sha256, write_json, written_whole
 from support.readers import check_keys, damaged, read_array, read_json
@@ -106,16 +110,16 @@ def claim(out: Path, stage2: Path, config, settings: dict, write: bool) -> None:
         write_json(file, how)
 
 
-def write_retrieved(model, x: Tensor, shown: dict[int, dict], file: Path) -> np.ndarray | None:
-    """retrieved.jsonl of x (clips, T, N), fMRI of `shown`, {number: line of clips.jsonl}. Returns the top-1
-    memories (clips,), None where nothing is sought: without integration. model: evaluate.CineNeuron."""
-    parts = [model.remember(part) for part in x.split(16)]
-    if parts[0].indices is None:
-        return None
-    indices = torch.cat([part.indices for part in parts]).cpu().numpy()  # (clips, K)
-    W_r = torch.cat([part.W_r for part in parts]).cpu().numpy().astype(float).round(4)  # (clips, 3)
-    with written_whole(file) as part, open(part, "w") as lines:
-        for (i, clip), memory, weights in zip(shown.items(), indices.tolist(), W_r.tolist(), strict=True):
-            row = {"clip": i, "id": clip["id"], "retrieved": memory, "W_r": weights}
-            lines.write(json.dumps(row) + "\n")
-    return indices[:, 0]
+def evaluate_pairs(config, accelerator: Accelerator) -> int:
+    """python evaluate.py --pairs DIR: score anyone's videos. Returns the exit status."""
+    folder, out = Path(config.pairs), Path(config.out or Path(config.pairs, "metrics"))
+    sets = find_pairs(folder, config.split, config.skip_bad, out)
+    absent = score_all(sets, config, out, accelerator)
+    if not accelerator.is_main_process:  # a launcher ends all processes when one fails
+        return 0
+    what = {"pairs": folder.resolve().name, "data": config.data}
+    results, text = report(sets, {method: out / method for method in sets}, out, config, absent, what)
+    names = [pair.name for pair in next(iter(sets.values()))]
+    pictures(out, sets, results, lambda i: [names[i], *[""] * len(sets)], config.seconds)
+    print(f"{text}\n\nwritten: {out}/ (METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png)")
+    return 3 if absent else 0
