@@ -35,6 +35,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+import mixture_of_memories as mixture
 from brain_model import BrainModel
 from data import ClipDataset, DecoderData, best_match, far_apart, held_out_clips, mean_frames, memories
 from heads import Stage1Heads
@@ -44,14 +45,6 @@ from metrics.pairs import Pair, Source, other_scenes
 from metrics.report import Clips, pictures, report
 from metrics.score import score_all
 from metrics.table import TOY, Judging, asked
-from mixture_of_memories import (
-    DirectProjection,
-    MemoryPool,
-    MixtureOfMemories,
-    Remembered,
-    TopTextMemory,
-    condition,
-)
 from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS, raw_folder
 from support import sharing
 from support.experiment import door, run_folder, start
@@ -125,8 +118,8 @@ class CineNeuron:
     train: ClipDataset | sharing.Shown
     brain_model: BrainModel
     heads: Stage1Heads
-    mom: MixtureOfMemories | TopTextMemory | DirectProjection
-    pool: MemoryPool  # all training clips, so that its indices are theirs
+    mom: mixture.MixtureOfMemories | mixture.TopTextMemory | mixture.DirectProjection
+    pool: mixture.MemoryPool  # all training clips, so that its indices are theirs
     decoder: VideoDecoder
     empty: Tensor  # (L, D_txt)
     folder: Path  # where it was read
@@ -141,15 +134,17 @@ class CineNeuron:
         name, subject, decoder = (settings[key] for key in ("data", "subject", "decoder"))
         brain_model = load_model(BrainModel, parts / "brain_model", mend)
         heads = load_model(Stage1Heads, parts / "heads", mend)
-        kind = MixtureOfMemories if settings["integration"] else DirectProjection
-        mom = load_model(kind if settings["mom"] else TopTextMemory, parts / "mixture_of_memories", mend)
+        kind = mixture.MixtureOfMemories if settings["integration"] else mixture.DirectProjection
+        mom = load_model(
+            kind if settings["mom"] else mixture.TopTextMemory, parts / "mixture_of_memories", mend
+        )
         if shared:
-            train, pool, empty = sharing.load(folder, MemoryPool)
+            train, pool, empty = sharing.load(folder, mixture.MemoryPool)
             decoder = sharing.decoder_at(decoder, folder)
         else:
             train = ClipDataset(name, subject, "train", settings["stage1_config"]["rois"])
             text = DecoderData(name, decoder, "train", size=video_size(settings), subject=subject)
-            pool = MemoryPool(**memories(train, text, heads.phi_v, np.arange(len(train))))
+            pool = mixture.MemoryPool(**memories(train, text, heads.phi_v, np.arange(len(train))))
             empty = torch.from_numpy(np.array(text.empty))
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         lora = settings["lora_rank"], settings["lora_alpha"]
@@ -168,9 +163,11 @@ class CineNeuron:
         return sharing.push(self, repo_id, private)
 
     @torch.inference_mode()
-    def remember(self, x: Tensor) -> Remembered:
+    def remember(self, x: Tensor) -> mixture.Remembered:
         """fMRI x (B, T, N) -> f_fuse and the memories behind it; a held-out clip may retrieve any."""
-        return condition(self.brain_model, self.heads, self.mom, self.pool, x.to(self.pool.e.device))[1]
+        return mixture.condition(self.brain_model, self.heads, self.mom, self.pool, x.to(self.pool.e.device))[
+            1
+        ]
 
     @torch.inference_mode()
     def reconstruct(self, x: Tensor, seeds=None, steps: int | None = None, guidance: float | None = None):

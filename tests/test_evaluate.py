@@ -308,7 +308,7 @@ def test_a_smaller_evaluation_has_a_folder_of_its_own(world, out):
 
     def folder(whole: bool = True, **options) -> str:
         config = Config(data="cc2017", **options)
-        return evaluate.evaluation_folder(RUN, config, settings, whole, every).name
+        return evaluate.reading.evaluation_folder(RUN, config, settings, whole, every).name
 
     assert folder() == folder(steps=2, guidance=2.0) == "eval"
     assert folder(metrics=f"ms_flow,{every}", shuffle=True) == "eval-shuffled"
