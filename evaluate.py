@@ -135,9 +135,8 @@ class CineNeuron:
         brain_model = load_model(BrainModel, parts / "brain_model", mend)
         heads = load_model(Stage1Heads, parts / "heads", mend)
         kind = mixture.MixtureOfMemories if settings["integration"] else mixture.DirectProjection
-        mom = load_model(
-            kind if settings["mom"] else mixture.TopTextMemory, parts / "mixture_of_memories", mend
-        )
+        kind = kind if settings["mom"] else mixture.TopTextMemory
+        mom = load_model(kind, parts / "mixture_of_memories", mend)
         if shared:
             train, pool, empty = sharing.load(folder, mixture.MemoryPool)
             decoder = sharing.decoder_at(decoder, folder)
