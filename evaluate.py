@@ -82,8 +82,8 @@ class Config(Judging):
 
 
 PRESETS = {
-    "toy": dict(batch_size=16, fps=8.5, processes=min(4, os.cpu_count() or 1)) | TOY,
     "cc2017": {},
+    "toy": dict(batch_size=16, fps=8.5, processes=min(4, os.cpu_count() or 1)) | TOY,
     "cinebrain": dict(seconds=SECONDS["cinebrain"], fps=CINEBRAIN_FPS, size="native"),
 }
 MODES = ("fmri", "pairs", "compare")  # in place of a run's held-out clips
@@ -251,7 +251,6 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
         tqdm.write(f"{folder}: stage 2 is at step {step} of {steps}: its videos are not yet its best")
     if config.fmri:
         return evaluate_recording(config, model) if chief else 0
-    # ---- videos
     test = ClipDataset(config.data, config.subject, "test", settings["stage1_config"]["rois"])
     clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))
     every = PRESETS[config.data].get("metrics", Config.metrics)

@@ -592,7 +592,8 @@ def test_clips_whose_like_was_seen_are_told_apart(world):
         "never shown": [False, True, False, False],
     }
     for data in (train, test):
-        data.clips = [{"segment": clip["segment"]} for clip in ClipDataset("cc2017", 1, data.split).clips]
+        whole = ClipDataset("cc2017", 1, data.split).clips
+        data.clips = [{name: clip[name] for name in ("segment", "caption")} for clip in whole]
     assert list(evaluate.groups_of(train, test, clips)) == ["without a near-copy"]
     e_img = np.array(train.e_img)
     e_img[[3, 40]], test.e_img = test.e_img[[5, 20]], np.array(test.e_img)  # two test clips are copies ...
