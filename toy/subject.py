@@ -109,7 +109,7 @@ def recordings(response: np.ndarray, repeats: int, seed: list[int]) -> Iterator[
     """The volumes of each showing of one segment, float32 (volumes, voxels), in scanner units around 10,000.
 
     response (clips, voxels). Noise is autoregressive, with a component that all voxels share; drift is a slow
-    random polynomial.
+    random polynomial, most of which the detrending of a run of this length removes (prepare/fmri.py).
     """
     from scipy.signal import lfilter
 
@@ -125,7 +125,7 @@ def recordings(response: np.ndarray, repeats: int, seed: list[int]) -> Iterator[
             lfilter([1.0], [1.0, -0.3], rng.standard_normal((V, n)), axis=1) * 1.5
             + rng.standard_normal(n) * 0.5
         )
-        drift = rng.standard_normal((V, 4)) @ np.stack([t, t**2, t**3, np.sin(np.pi * t)]) * 4
+        drift = rng.standard_normal((V, 4)) @ np.stack([4 * t, 4 * t**2, t**3, np.sin(np.pi * t) / 2])
         yield (10_000 + 100 * (bold + noise + drift)).T.astype(np.float32)
 
 
