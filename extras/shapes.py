@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
 from unittest.mock import patch
@@ -28,8 +29,10 @@ from brain_model import BrainModel
 from heads import Stage1Heads, stage1_loss
 from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories, TopTextMemory
 from prepare import facts
+from prepare.fmri import select_voxels
 from support.readers import read_json
-from toy.subject import AREAS
+from toy import subject, world
+from toy.release import ToyRelease
 from video_decoder import VideoDecoder
 
 ROOT = Path(__file__).parents[1]
@@ -37,13 +40,34 @@ WAN = {  # the DiT of Wan-AI/Wan2.1-T2V-1.3B-Diffusers, transformer/config.json
     "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096,
     "in_channels": 16, "out_channels": 16, "freq_dim": 256, "patch_size": [1, 2, 2],
 }  # fmt: skip
-RESPONSIVE = sum(count for drive, (_, count) in AREAS.items() if drive != "nothing")
-OF_DATA = {  # N, T, D, F and the categories of the data; the paper gives no N: subject 1 as NeuroClips has it
-    "toy": {"voxels": RESPONSIVE, "volumes": 1, "dim": 64, "frames": 8, "classes": 5},
+OF_DATA = {  # N (None: counted), T, D, F, categories; the paper gives no N: subject 1 as NeuroClips has it
+    "toy": {"voxels": None, "volumes": 1, "dim": 64, "frames": 8, "classes": 5},
     "cc2017": {"voxels": 13_447, "volumes": 1, "dim": 768, "frames": 8, "classes": 12},
 }
 SYMBOLS = ("B", "T", "N", "L", "D_txt")  # whole numbers that are sizes
 DEPTH = 1  # layers of Brain Model and DiT that run: more would change no shape
+
+
+class Recorded(ToyRelease):
+    """The recordings of the toy's training segments, without a file: enough to select its voxels."""
+
+    def __init__(self):
+        self.splits = {"train": [f"seg{s + 1}" for s in range(world.TRAIN_SEGMENTS)]}
+        self.clips, self.delay, self.runs = dict.fromkeys(self.splits["train"], world.TRAIN_CLIPS), 2, {}
+        films = world.film("train", 0) + world.film("test", 0)
+        response = subject.responses(films, np.load(subject.VOXELS)["roi"], 0)  # (clips, voxels)
+        for s, segment in enumerate(self.splits["train"]):
+            shown = response[s * world.TRAIN_CLIPS :][: world.TRAIN_CLIPS]
+            self.runs[segment] = [*subject.recordings(shown, world.TRAIN_REPEATS, [0, False, s])]
+
+    def load_run(self, segment: str, repeat: int) -> np.ndarray:
+        return self.runs[segment][repeat]
+
+
+@cache
+def toy_voxels() -> int:
+    """N of the toy: how many voxels its preparation keeps."""
+    return int(select_voxels(Recorded()).mask.sum())
 
 
 def settings(data: str) -> dict[str, object]:
@@ -52,10 +76,10 @@ def settings(data: str) -> dict[str, object]:
     of_data, clips = OF_DATA[data], facts.SIZES[data]["train"]
     return {
         "one": one, "two": two, "data": of_data, "B1": one.batch_size, "B2": two.batch_size,
-        "T": of_data["volumes"], "N": of_data["voxels"], "F": of_data["frames"], "D": of_data["dim"],
-        "classes": of_data["classes"], "L": one.tokens, "D'": one.width, "r": one.rank, "K": two.K,
-        "memories": clips[0] * clips[1], "video": (two.frames, two.height, two.width),
-        "b": two.micro_batch,
+        "T": of_data["volumes"], "N": of_data["voxels"] or toy_voxels(), "F": of_data["frames"],
+        "D": of_data["dim"], "classes": of_data["classes"], "L": one.tokens, "D'": one.width, "r": one.rank,
+        "K": two.K, "memories": clips[0] * clips[1], "b": two.micro_batch,
+        "video": (two.frames, two.height, two.width),
     }  # fmt: skip
 
 

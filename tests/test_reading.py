@@ -2,13 +2,15 @@
 
 import re
 import sys
-from pathlib import Path
+from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPO
 
 from extras import reading, shapes
+from toy.release import write_release
 
 PATHS = [REPO / f"{module}.py" for module in reading.FILES]
 
@@ -133,8 +135,16 @@ def test_meta_shapes_are_those_of_numbers():
     assert forwards == set(reading.FILES) - {"train_stage1"}  # its loop alone is not run
 
 
-def test_the_toys_sizes_are_those_of_its_presets():
+def test_the_voxels_of_the_toy_are_those_that_its_preparation_keeps(tmp_path):
+    """Two segments of the release, from files, against the recordings that shapes.py makes without one."""
+    raw, of_page = tmp_path / "raw", shapes.Recorded()
+    runs = list(islice(write_release(raw), 4))  # seg1, seg2, twice each
+    assert runs == ["seg1_1", "seg1_2", "seg2_1", "seg2_2"]
+    for segment in ("seg1", "seg2"):
+        for repeat in (0, 1):
+            recorded = np.load(raw / "fmri" / f"{segment}_{repeat + 1}.npy")
+            assert np.array_equal(of_page.load_run(segment, repeat), recorded)
     sizes = shapes.settings("toy")
-    config = (Path(REPO) / "toy" / "wan" / "transformer" / "config.json").read_text()
-    assert sizes["L"] == 16 and '"text_dim": 64' in config
-    assert sizes["N"] == 1300 and sizes["memories"] == 2000
+    assert sizes["N"] == shapes.select_voxels(of_page).kept and sizes["memories"] == 2000
+    prepared = REPO / "data" / "toy" / "sub1" / "voxels.npz"
+    assert not prepared.is_file() or sizes["N"] == len(np.load(prepared)["index"])

@@ -1,0 +1,319 @@
+"""The documentation is read as its readers read it: each command parses, each name of a map exists, each equation is
+where it is said to be, each link leads somewhere, and each figure that names its source stands in it.
+
+A figure names its source in a comment, which no reader sees:
+    0.465<!-- docs/results/toy.json: full.action -->   the number before it is the value of that key, rounded as quoted;
+                                                       a percentage is 100 times it
+    <!-- docs/results/toy.json -->                     on a line of its own: each number with a decimal point in the
+                                                       paragraph or table below is a value of that file, rounded
+"""
+
+import argparse
+import ast
+import json
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+PAGES = [*sorted(REPO.glob("*.md")), *sorted((REPO / "docs").glob("*.md")), REPO / "toy" / "README.md"]
+NAMES = [str(page.relative_to(REPO)) for page in PAGES]
+
+# ---------------------------------------------------------------- commands
+
+
+class Parsed(BaseException):
+    """The command line was understood; nothing more is to run."""
+
+
+def commands(text: str) -> Iterator[str]:
+    """What follows `python` or `accelerate launch` in blocks and in spans of code; placeholders become values."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    joined = [block.replace("\\\n", " ") for block in blocks]  # lines that end with a backslash go on
+    for line in [line for block in joined for line in block.splitlines()] + spans:
+        for part in re.split(r"&&|;", re.sub(r"(^|\s+)# .*", "", line)):
+            words = part.strip().removeprefix("OMP_NUM_THREADS=1 ")
+            if (
+                re.match(r"(python3?|accelerate launch) (?!-m venv|-c )", words)
+                and "..." not in words.split()[:3]
+            ):
+                yield words
+
+
+def check_command(command: str, monkeypatch) -> None:
+    """Raises AssertionError where the script does not understand it."""
+    text = re.sub(r"[\[\]]", "", command)  # [--rois visual]: may be left out
+    text = re.sub(r"(--subject|--seed|--delay) [A-Z]\b", r"\1 1", text)
+    text = text.replace("--data NAME", "--data toy")
+    words = [word for word in shlex.split(text) if word != "..."]
+    words = words[1:] if words[0].startswith("python") else words[2:]
+    while words[0].startswith("--"):  # options of accelerate
+        words = words[1 if "=" in words[0] or words[1].startswith("-") or words[1].endswith(".py") else 2 :]
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_args(self, *args, **options):
+        real(self, *args, **options)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "path", [str(REPO), *sys.path])
+    script = words[1] if words[0] == "-m" else words[0]
+    monkeypatch.setattr(sys, "argv", [script, *words[2 if words[0] == "-m" else 1 :]])
+    try:
+        if words[0] == "-m":
+            runpy.run_module(script, run_name="__main__")
+        else:
+            assert (REPO / script).is_file(), f"{command}: {script} is not there"
+            runpy.run_path(str(REPO / script), run_name="__main__")
+    except Parsed:
+        return
+    except SystemExit as end:
+        raise AssertionError(f"{command}: it ends with {end.code}") from end
+    raise AssertionError(f"{command}: it parses no arguments")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_are_understood(page: Path, monkeypatch):
+    for command in dict.fromkeys(commands(page.read_text())):
+        with monkeypatch.context() as patch:
+            check_command(command, patch)
+
+
+def test_a_command_that_is_not_understood_is_told(monkeypatch):
+    text = "```\npip install x && python train_stage1.py --steps 3   # three\n```\nor `python evaluate.py --no-such 1`"
+    good, bad = commands(text)
+    assert (good, bad) == ("python train_stage1.py --steps 3", "python evaluate.py --no-such 1")
+    check_command(good, monkeypatch)
+    check_command(
+        "accelerate launch --num_processes 2 --multi_gpu train_stage2.py --data cc2017", monkeypatch
+    )
+    for command in (
+        bad,
+        "python gone.py",
+        "python train_stage1.py --steps x",
+        "python extras/figures.py paint",
+    ):
+        with pytest.raises(AssertionError):
+            check_command(command, monkeypatch)
+
+
+# ---------------------------------------------------------------- names and equations
+
+
+def named(text: str) -> Iterator[tuple[str, str, str]]:
+    """(file, name, line) of each `file.py`: `name`, `name`."""
+    for line in text.splitlines():
+        for file, rest in re.findall(r"`([\w/]+\.py)`: (`[\w.]+`(?:(?:,| and) `[\w.]+`)*)", line):
+            for name in re.findall(r"`([\w.]+)`", rest):
+                yield file, name, line
+
+
+def definition(file: str, name: str) -> str | None:
+    """The source of a top-level name, or Class.method, of a file; None where it has none."""
+    text = (REPO / file).read_text()
+    body, node = ast.parse(text).body, None
+    for part in name.split("."):
+        node = None
+        for candidate in body:
+            targets = getattr(candidate, "targets", None) or [getattr(candidate, "target", None)]
+            names = [n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)]
+            if part == getattr(candidate, "name", None) or part in names:
+                node = candidate
+        body = getattr(node, "body", [])
+    return ast.get_source_segment(text, node) if node else None
+
+
+def equations(text: str) -> set[int]:
+    """Those named: Eq. 4, and Eq. 6-8."""
+    pairs = re.findall(r"Eq\. (\d+)(?:-(\d+))?", text)
+    return {n for first, last in pairs for n in range(int(first), int(last or first) + 1)}
+
+
+def check_names(text: str) -> None:
+    for file, name, line in named(text):
+        assert (REPO / file).is_file(), f"{file} is not there: {line}"
+        source = definition(file, name)
+        assert source is not None, f"{file} has no {name}: {line}"
+        missing = equations(line.split("`")[0]) - equations(source)
+        assert not missing, f"{file}: {name} does not say Eq. {missing}: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_names_exist_and_equations_are_theirs(page: Path):
+    check_names(page.read_text())
+
+
+def test_the_map_of_the_readme_has_all_equations():
+    mapped = set()
+    for _, _, line in named((REPO / "README.md").read_text()):
+        mapped |= equations(line.split("`")[0])
+    assert mapped == set(range(1, 11))
+
+
+def test_a_wrong_name_is_told():
+    check_names(
+        "| Eq. 5 | `mixture_of_memories.py`: `mixture_scores`, `Integration.forward` |".replace("Eq. 5", "")
+    )
+    for text in (
+        "`heads.py`: `no_such`",
+        "`gone.py`: `x`",
+        "| Eq. 5 | `heads.py`: `info_nce` |",
+        "`heads.py`: `Stage1Heads.gone`",
+    ):
+        with pytest.raises(AssertionError):
+            check_names(text)
+
+
+# ---------------------------------------------------------------- links
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub makes of headings."""
+    found = set()
+    for heading in re.findall(r"^#+ (.+)$", text, re.M):
+        bare = re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower())
+        found.add(bare.strip().replace(" ", "-"))
+    return found | set(re.findall(r'id="([^"]+)"', text))
+
+
+def check_links(page: Path, text: str) -> None:
+    prose = re.sub(r"^```.*?^```|`[^`\n]+`", "", text, flags=re.M | re.S)
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose) + re.findall(r'(?:src|href)="([^"]+)"', prose)
+    for target in targets:
+        if re.match(r"https?:|mailto:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file) if file else page
+        assert there.exists(), f"{page.name}: {target} is not there"
+        if anchor:
+            words = text if there == page else there.read_text()
+            assert anchor in anchors(words), f"{page.name}: {target}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_and_pictures_are_there(page: Path):
+    check_links(page, page.read_text())
+
+
+def test_a_broken_link_is_told():
+    page = REPO / "README.md"
+    check_links(
+        page, "# A `b` c\n[x](docs/metrics.md#glossary) ![y](LICENSE) [z](#a-b-c) [w](https://nowhere)"
+    )
+    for text in ("[x](docs/gone.md)", "![x](figures/gone.png)", "[x](docs/metrics.md#gone)", "[x](#gone)"):
+        with pytest.raises(AssertionError):
+            check_links(page, text)
+
+
+# ---------------------------------------------------------------- figures
+
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+
+
+def values(node: object) -> Iterator[float]:
+    """All numbers of a JSON file."""
+    if isinstance(node, dict | list):
+        for part in node.values() if isinstance(node, dict) else node:
+            yield from values(part)
+    elif isinstance(node, int | float) and not isinstance(node, bool):
+        yield float(node)
+
+
+def is_rounded(quoted: str, value: float, percent: bool = False) -> bool:
+    digits = len(quoted.partition(".")[2])
+    value = 100 * value if percent else value
+    return abs(float(quoted.replace(",", "")) - value) <= 0.5 * 10**-digits * (1 + 1e-6)
+
+
+def check_figures(text: str, root: Path = REPO) -> int:
+    """Returns how many figures were compared."""
+    compared = 0
+    for match in re.finditer(r"<!--\s*(docs/results/[\w./-]+\.json)(?::\s*([^\s>]+))?\s*-->", text):
+        file, key = match.groups()
+        assert (root / file).is_file(), f"{file} is not there"
+        node = json.loads((root / file).read_text())
+        if key:
+            for part in key.split("."):
+                place = int(part) if isinstance(node, list) else part
+                assert isinstance(node, list) or part in node, f"{file} has no {key}"
+                node = node[place]
+            before = re.search(rf"({NUMBER})( ?%)?[*_ ]*$", text[: match.start()])
+            assert before, f"no number stands before {match[0]}"
+            assert is_rounded(before[1], node, bool(before[2])), f"{before[0]} is {node} in {file}: {key}"
+            compared += 1
+        else:
+            block = re.split(r"\n\s*\n", text[match.end() :].lstrip("\n"))[0]
+            known = list(values(node))
+            for quoted in re.findall(r"(?<![\w.])-?\d+\.\d+(?![\w.]*\d)", block):
+                assert any(is_rounded(quoted, value) for value in known), (
+                    f"{quoted} is not in {file}: {block[:80]}"
+                )
+                compared += 1
+    return compared
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_figures_stand_in_their_files(page: Path):
+    check_figures(page.read_text())
+
+
+def test_a_wrong_figure_is_told(tmp_path):
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    stored = {"full": {"action": 0.46497, "ci": [0.41, 0.52]}, "clips": 1200}
+    (tmp_path / "docs" / "results" / "x.json").write_text(json.dumps(stored))
+
+    def check(text: str) -> int:
+        return check_figures(text.replace("@", "docs/results/x.json"), tmp_path)
+
+    assert check("0.465<!-- @: full.action --> and **46.5 %** <!-- @: full.action -->") == 2
+    assert check("1,200 <!-- @: clips --> of 0.52<!-- @: full.ci.1 -->") == 2
+    assert (
+        check("<!-- @ -->\n| a | 0.46 | **0.41** |\n| 3 | v1.2 | 0.5 |\n\n0.99 is of another paragraph") == 3
+    )
+    for text in (
+        "0.466<!-- @: full.action -->",
+        "0.4651<!-- @: full.action -->",
+        "0.465<!-- @: full.gone -->",
+        "none <!-- @: full.action -->",
+        "<!-- @ -->\n| 0.47 |",
+        "1<!-- docs/results/gone.json: x -->",
+    ):
+        with pytest.raises(AssertionError):
+            check(text)
+
+
+# ---------------------------------------------------------------- exercises
+
+
+def changes(text: str) -> Iterator[tuple[str, str, str]]:
+    """(file, line, line in its place) of the blocks of ```diff."""
+    for block in re.findall(r"^```diff\n(.*?)^```", text, re.M | re.S):
+        for part in re.split(r"^--- ", block, flags=re.M)[1:]:
+            file, old, new = part.rstrip("\n").split("\n")
+            yield file.split(",")[0], old.removeprefix("-"), new.removeprefix("+")
+
+
+def test_the_lines_that_exercises_change_are_those_of_the_code():
+    found = [*changes((REPO / "docs" / "exercises.md").read_text())]
+    assert len(found) == 4
+    for file, old, new in found:
+        code = (REPO / file).read_text()
+        assert code.count(old + "\n") == 1, f"{file} has no line {old}"
+        ast.parse(code.replace(old, new))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_python_in_the_pages_imports_what_is_there(page: Path):
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S):
+        for node in ast.parse(block).body:
+            if isinstance(node, ast.ImportFrom) and (REPO / f"{node.module.replace('.', '/')}.py").is_file():
+                for alias in node.names:
+                    assert definition(f"{node.module.replace('.', '/')}.py", alias.name), (
+                        f"{page.name}: {alias.name}"
+                    )
