@@ -115,7 +115,8 @@ def info_nce(f: Tensor, e: Tensor, tau: float = 0.07) -> Tensor:
     f, e = normalize(f.float(), dim=-1), normalize(e.float(), dim=-1)  # (B, D)
     rows, process = rows_of_processes(e)
     own = sum(rows[:process]) + torch.arange(len(f), device=f.device)  # (B,) the column of each row's match
-    return cross_entropy(f @ gather(e, rows).T / tau, own)  # Eq. 2
+    with torch.autocast(f.device.type, enabled=False):  # bf16 would round the logits by 0.03
+        return cross_entropy(f @ gather(e, rows).T / tau, own)  # Eq. 2
 
 
 def focal_bce(logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:

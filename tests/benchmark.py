@@ -445,14 +445,24 @@ def clip_frames(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
     model, pixels = open_clip.CLIP(**size.clip).eval(), size.clip["vision_cfg"]["image_size"]
     yield (model,)
     x = torch.randn(size.frames, 3, pixels, pixels)
-    yield lambda: model.encode_image(x)
+
+    def step() -> None:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            model.encode_image(x)
+
+    yield step
 
 
 def viclip_clips(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
     model, pixels = ViCLIP(size.viclip).eval(), size.viclip.image_size
     yield (model,)
     x = torch.randn(size.films, size.viclip.num_frames, 3, pixels, pixels)
-    yield lambda: model.encode_video(x)
+
+    def step() -> None:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            model.encode_video(x)
+
+    yield step
 
 
 def rows_of(size: Sizes) -> dict[str, tuple[Callable, bool]]:
@@ -514,8 +524,7 @@ def measured(make: Callable, size: Sizes, gradients: bool, device: str) -> tuple
             _, step = make(size, device, torch.bfloat16 if cuda else torch.float32)
 
         def call() -> None:
-            with torch.autocast(device, torch.bfloat16, enabled=cuda and not gradients):
-                step()
+            step()
             if cuda:
                 torch.cuda.synchronize()
 

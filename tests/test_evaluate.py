@@ -13,7 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, environment, run_script, write_prepared
+from conftest import REPO, chatter, environment, run_script, write_prepared
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_metrics import write_classifier
@@ -458,6 +458,7 @@ def test_one_recording_becomes_one_video(world, model, tmp_path, suffix):
         cwd=world,
     )
     assert done.returncode == 0, done.stderr
+    assert not chatter(done)
     assert model.train.clips[model.remember(x[7:8]).indices[0, 0]]["caption"] in done.stdout
     frames = read_video(video).frames.astype(int)
     assert abs(frames - model.reconstruct(x[7:8])[0]).mean() < {"mp4": 3, "gif": 12}[suffix]

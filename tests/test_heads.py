@@ -188,3 +188,10 @@ def test_several_processes_have_the_losses_and_gradients_of_one(tmp_path: Path, 
         for name, value in expected.items():
             message = f"{name} of process {process}"
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=message)
+
+
+def test_autocast_leaves_the_logits_of_eq_2_in_float32():
+    f, e = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = info_nce(f, f + e)
+    assert rounded == info_nce(f, f + e)

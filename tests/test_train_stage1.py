@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, environment, run_script, sha256, write_prepared
+from conftest import REPO, chatter, environment, run_script, sha256, write_prepared
 
 import train_stage1
 from brain_model import BrainModel
@@ -62,6 +62,7 @@ def trained(tmp_path_factory):
 def test_it_writes_all_that_a_run_has(trained):
     folder, done = trained
     assert done.returncode == 0, done.stderr
+    assert not chatter(done)
     out = folder / STAGE1
     config = json.loads((out / "config.json").read_text())
     assert config["step"] == config["steps_in_all"] == 150

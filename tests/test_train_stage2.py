@@ -16,7 +16,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, environment, run_script, sha256, write_prepared
+from conftest import REPO, chatter, environment, run_script, sha256, write_prepared
 from diffusers import WanPipeline
 from safetensors.torch import load_file
 from test_video_decoder import cogvideox_pipeline, wan_pipeline
@@ -464,6 +464,7 @@ def test_four_clips_are_learnt_by_heart_until_the_videos_match():
 def trained(world) -> Path:
     done = stage2(world, "--sample_every", 12, "--sampling_steps", 2, "--samples", 2)
     assert done.returncode == 0, done.stderr
+    assert not chatter(done)
     few, many = map(
         int, re.search(r"48 clips and memories; a clip may retrieve (\d+) to (\d+)", done.stdout).groups()
     )
