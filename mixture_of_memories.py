@@ -292,6 +292,19 @@ class DirectProjection(_Saved):
         return Remembered(self.project(f_e))  # (B,L,D_txt)
 
 
+def make_mom(
+    config, tokens: int, width: int, embed_dim: int, text_dim: int, tau: float, text_rms: float
+) -> MixtureOfMemories | TopTextMemory | DirectProjection:
+    """The Mixture-of-Memories, or what an ablation has in its place. config: mom, integration, K,
+    attention_heads and alpha, options of train_stage2.py."""
+    if not config.integration:
+        return DirectProjection(width, text_dim)
+    if not config.mom:
+        return TopTextMemory(tokens, config.K)
+    how = config.K, config.attention_heads, config.alpha, tau, text_rms
+    return MixtureOfMemories(tokens, width, embed_dim, text_dim, *how)
+
+
 def condition(
     brain_model: nn.Module, heads: nn.Module, mom: nn.Module, pool: MemoryPool,
     x: Tensor, excluded: Tensor | None = None,

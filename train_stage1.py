@@ -3,6 +3,7 @@
     python train_stage1.py                                 the toy world, two to three minutes on a laptop
     python train_stage1.py --data cc2017 --subject 1       the paper's size, on a GPU
     accelerate launch train_stage1.py --data cc2017        on several
+    python train_stage1.py --data cc2017 --plan            memory, hours and disk, counted (docs/gpus.md)
 
 fMRI x, and of the clip watched e_img, e_txt (CLIP), e_act (ViCLIP) and its categories  ->  Brain Model and
 heads in runs/<data>/sub<K>/<run>-s<seed>/stage1/, a table of what can be retrieved from the fMRI of the
@@ -16,16 +17,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from brain_model import BrainModel
 from data import ClipDataset, Split, clips_of_step, far_apart, held_out_clips, hide_voxels
-from heads import Stage1Heads, stage1_loss
+from extras import steps
+from heads import Stage1Heads, Stage1Loss, stage1_loss
 from metrics import retrieval
 from prepare.command import prepare_toy
-from support import experiment
-from support.experiment import RunFolder, Stopped, Stopping
+from support import experiment, training
+from support.experiment import RunFolder, Stopping
 from support.files import write_json, written_whole
 from support.options import option, settings_of
 from support.options import parse as parse_options
@@ -62,9 +64,13 @@ class Config:
     rank: int = option(4, "r, numbers a token keeps of each volume", least=1)
     dropout: float = option(0.0, "share of the voxels hidden while training", least=0, below=1)
     checkpointing: bool = option(True, "recompute blocks in the backward pass, in less memory")
+    micro_batch: int | None = option(None, "clips in the Brain Model at once; none: all of a step", least=1)
+    optimizer: str = option("adamw", "adamw, or adamw8bit of bitsandbytes", choices=training.OPTIMIZERS)
+    compile: bool = option(False, "compile the blocks of the Brain Model")
 
     save_every: int = option(500, "steps between checkpoints", least=1)
     log_every: int = option(20, "steps between lines of log.jsonl", least=1)
+    plan: bool = option(False, "print memory, hours and disk of these options, counted, and write nothing")
 
 
 PRESETS = {
@@ -75,7 +81,8 @@ PRESETS = {
     "cc2017": {},
     "cinebrain": dict(rois="visual,hippocampus"),
 }  # fmt: skip
-MAY_CHANGE = ("checkpointing", "save_every", "log_every")  # while a run goes on
+MAY_CHANGE = ("checkpointing", "micro_batch", "compile", "save_every", "log_every")  # while a run goes on
+LESS_MEMORY = [("checkpointing", True), ("micro_batch", 8), ("optimizer", "adamw8bit")]
 LAST = "test.json"  # the last file that a run writes
 
 
@@ -90,8 +97,51 @@ def parse(argv: list[str]) -> Config:
     return config
 
 
+def build(config: Config, size: dict[str, int]) -> tuple[BrainModel, Stage1Heads]:
+    """The Brain Model f and its heads φ, for data of these sizes."""
+    model = BrainModel(
+        size["voxels"], size["volumes"], config.tokens, config.width, config.layers, config.attention_heads,
+        size["embed_dim"], config.rank, config.dropout,
+    )  # fmt: skip
+    model.gradient_checkpointing = config.checkpointing
+    return model, Stage1Heads(size["embed_dim"], size["frames"], size["classes"])
+
+
+def losses_and_gradients(
+    model: BrainModel, heads: Stage1Heads, x: Tensor, targets: dict[str, Tensor], weights: dict[str, float],
+    micro_batch: int | None, autocast,
+) -> Stage1Loss:  # fmt: skip
+    """Eq. 3 of a batch; its gradients are added to .grad. x (B, T, N); targets and weights of Eq. 3.
+
+    InfoNCE wants the batch whole. In micro-batches f_c is computed without a graph first; the loss leaves its
+    gradient at f_c, and each part, computed again, leads its share of it through the Brain Model.
+    """
+    parts = training.parts(len(x), micro_batch)
+    whole = len(parts) == 1
+    with autocast(), torch.set_grad_enabled(whole):
+        f_c = torch.cat([model(x[part])[0] for part in parts])  # (B, D)
+    if not whole:
+        f_c.requires_grad_()
+    with autocast():
+        losses = stage1_loss(heads, f_c, **targets, **weights)  # Eq. 3
+    losses.loss.backward()
+    for part in () if whole else parts:
+        with autocast():
+            f_part, _ = model(x[part])  # (b, D)
+        f_part.backward(f_c.grad[part].to(f_part.dtype))
+    return losses
+
+
+def weights_of(config: Config) -> dict[str, float]:
+    """The temperature of Eq. 2, and the weights of Eq. 3 with what an ablation switch leaves out."""
+    weights = {"tau": config.tau, "lambda_1": config.lambda_1 * config.action}
+    return weights | {"lambda_2": config.lambda_2 * config.cls}
+
+
 def main(config: Config) -> None:
     """The data and the folder of the run; `learn` does the rest where the run is not finished."""
+    if config.plan:
+        return steps.print_stage1(config, build, losses_and_gradients)
     accelerator = experiment.start()
     if config.batch_size < accelerator.num_processes:
         raise ValueError(f"--batch_size {config.batch_size}: wanted at least a clip for each process")
@@ -104,11 +154,12 @@ def main(config: Config) -> None:
     clips_of_step(split.clips, config.batch_size, config.seed, 0)  # refuses a batch of more clips than these
 
     folder = experiment.run_folder(config.data, config.subject, config.run, config.seed) / "stage1"
-    settings = settings_of(config) | {"sizes": train.sizes}
+    settings = settings_of(config, "plan") | {"sizes": train.sizes}
     with RunFolder(folder, settings, config.steps, LAST, MAY_CHANGE, accelerator.is_main_process) as run:
         if run.finished:
             accelerator.print(f"{folder} is finished; another --run NAME or --seed trains anew")
         else:
+            steps.refuse_stage1(config, train.sizes, build, losses_and_gradients)
             learn(config, accelerator, run, train, test, split)
     accelerator.end_training()
 
@@ -124,65 +175,50 @@ def learn(
 
     # ---- the Brain Model f and its heads φ
     set_seed(config.seed)
-    model = BrainModel(
-        size["voxels"], size["volumes"], config.tokens, config.width, config.layers, config.attention_heads,
-        size["embed_dim"], config.rank, config.dropout,
-    ).to(device)  # fmt: skip
-    model.gradient_checkpointing = config.checkpointing
-    heads = Stage1Heads(size["embed_dim"], size["frames"], size["classes"]).to(device)
+    model, heads = (part.to(device) for part in build(config, size))
+    training.compile_blocks(config.compile, model.blocks)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     accelerator.print(f"{len(split.clips):,} clips, {size['voxels']:,} voxels; {millions:,.1f} M parameters")
 
     # ---- AdamW and OneCycle (§4.1)
-    parameters = [*model.parameters(), *heads.parameters()]
-    optimiser = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+    groups = [{"params": [*model.parameters(), *heads.parameters()], "lr": config.lr}]
+    optimiser = training.adamw(config.optimizer, groups, config.weight_decay, in_8_bit=1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, total_steps=config.steps)
     state = {"model": model, "heads": heads, "optimiser": optimiser, "schedule": schedule}
     models = {"brain_model": model.save_pretrained, "heads": heads.save_pretrained}
     first_step = run.restore(state)
-    f, phi, optimiser = accelerator.prepare(model, heads, optimiser)  # in this process, or in several
 
     # ---- Eq. 3, step by step
     own = experiment.share(range(config.batch_size), accelerator.process_index, accelerator.num_processes)
-    weights = {"tau": config.tau, "lambda_1": config.lambda_1 * config.action}
-    weights["lambda_2"] = config.lambda_2 * config.cls
+    weights = weights_of(config)
     progress = {"desc": "stage 1", "initial": first_step, "total": config.steps, "disable": not chief}
-    with Stopping() as stopping, tqdm(range(first_step, config.steps), **progress) as steps:
-        for step in steps:
+    with Stopping() as stopping, tqdm(range(first_step, config.steps), **progress) as bar:
+        for step in bar:
             whole_batch = clips_of_step(split.clips, config.batch_size, config.seed, step)
             clips = whole_batch[own]
             batch = {name: value.to(device) for name, value in train.batch(clips, config.seed, step).items()}
             x = hide_voxels(batch.pop("x"), config.dropout, config.seed, step, clips)  # (B, T, N)
-            with accelerator.autocast():
-                f_c, _ = f(x)  # (B, D)
-                losses = stage1_loss(phi, f_c, **batch, **weights)  # Eq. 3
-            accelerator.backward(losses.loss)
-            norm = accelerator.clip_grad_norm_(parameters, config.max_norm)
-            if not norm.isfinite():
-                ids = [train.clips[clip]["id"] for clip in whole_batch]
-                raise experiment.diverged(step, norm.item(), ids)
-            optimiser.step()
-            optimiser.zero_grad()
-            schedule.step()
+            how = x, batch, weights, config.micro_batch, accelerator.autocast
+            losses = losses_and_gradients(model, heads, *how)  # Eq. 3
+            ids = [train.clips[clip]["id"] for clip in whole_batch]
+            norm = training.update(accelerator, optimiser, schedule, config.max_norm, step, ids)
 
             stop = stopping.asked(accelerator)
             saving = stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps
             if saving or step % config.log_every == 0:
-                mean = accelerator.reduce(torch.stack(losses).detach(), "mean").tolist()  # of the whole batch
-                row = dict(zip(losses._fields, mean, strict=True))
-                row |= {"norm": norm.item(), "lr": schedule.get_last_lr()[0]}
+                row = training.logged(accelerator, losses._asdict())  # of the whole batch
+                row |= {"norm": norm, "lr": schedule.get_last_lr()[0]}
                 if chief and saving and len(split.held_out):
                     row |= validate(model, heads, train, split.held_out)
                 if chief:
                     run.log(step, row)
-                    steps.set_postfix(loss=f"{row['loss']:.3f}")
+                    bar.set_postfix(loss=f"{row['loss']:.3f}")
             if saving and chief:
                 run.save(step + 1, state, models)
             if saving:
                 accelerator.wait_for_everyone()
             if stop:
-                where = f"saved after step {step + 1} of {config.steps}"
-                raise Stopped(stopping.number, f"{where}; the same command goes on")
+                raise stopping.stopped(step + 1, config.steps)
 
     # ---- the held-out clips, once, with the last weights
     if chief:

@@ -3,6 +3,7 @@
     python train_stage2.py                                 the toy world, about five minutes on a laptop
     python train_stage2.py --data cc2017 --subject 1       the paper's size, on a GPU
     accelerate launch train_stage2.py --data cc2017        on several
+    python train_stage2.py --data cc2017 --plan            memory, hours and disk, counted (docs/gpus.md)
 
 Brain Model and heads of stage 1, and of each clip its fMRI x, embeddings and latents y  ->  Brain Model,
 Mixture-of-Memories and LoRA in runs/<data>/sub<K>/<run>-s<seed>/stage2/, samples (stimulus beside
@@ -17,18 +18,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from brain_model import BrainModel
 from data import ClipDataset, DecoderData, Split, clips_of_step, held_out_clips, hide_voxels, memories, untold
+from extras import steps
 from heads import Stage1Heads, stage1_loss
-from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories, TopTextMemory, condition
+from mixture_of_memories import MemoryPool, condition, make_mom
 from prepare.command import prepare_toy
 from prepare.facts import SCENE_CLIPS, SECONDS
-from support import experiment
-from support.experiment import RunFolder, Stopped, Stopping
+from support import experiment, training
+from support.experiment import RunFolder, Stopping
 from support.options import option, settings_of
 from support.options import parse as parse_options
 from support.pictures import grid_gif, loss_curves, near_copies
@@ -63,6 +65,8 @@ class Config:
     batch_size: int = option(32, "clips a step, over all processes", least=1)
     micro_batch: int = option(1, "clips that are in the decoder at once", least=1)
     checkpointing: bool = option(True, "recompute blocks in the backward pass, in less memory")
+    optimizer: str = option("adamw", "adamw, or adamw8bit for the Brain Model", choices=training.OPTIMIZERS)
+    compile: bool = option(False, "compile the blocks of Brain Model and DiT")
     lr: float = option(1e-6, "highest learning rate of OneCycle, of the Brain Model", above=0)
     lr_fusion: float | None = option(None, "of router and integration (none: as the Brain Model)", above=0)
     lr_lora: float = option(1e-4, "of the LoRA", above=0)
@@ -76,6 +80,7 @@ class Config:
     sample_every: int = option(500, "steps between samples; 0 for none", least=0)
     save_every: int = option(500, "steps between checkpoints", least=1)
     log_every: int = option(10, "steps between lines of log.jsonl", least=1)
+    plan: bool = option(False, "print memory, hours and disk of these options, counted, and write nothing")
 
 
 PRESETS = {
@@ -87,7 +92,7 @@ PRESETS = {
     "cc2017": {},
     "cinebrain": dict(frames=33, height=480, width=720),
 }  # fmt: skip
-MAY_CHANGE = ("micro_batch", "checkpointing", "samples", "sample_every", "save_every", "log_every")
+MAY_CHANGE = ("micro_batch", "checkpointing", "compile", "samples", "sample_every", "save_every", "log_every")
 TEXT = (str, type(None))
 STAGE1 = {  # what stage 2 reads in the config.json of a stage 1
     "data": str, "subject": int, "rois": TEXT, "val_segments": TEXT, "sizes": dict, "tau": float,
@@ -111,7 +116,7 @@ def parse(argv: list[str]) -> Config:
 class Parts(NamedTuple):
     brain_model: BrainModel
     heads: Stage1Heads  # frozen
-    mom: MixtureOfMemories | TopTextMemory | DirectProjection
+    mom: nn.Module  # MixtureOfMemories, or what an ablation has in its place
     decoder: VideoDecoder
     pool: MemoryPool
     empty: Tensor  # (L, D_txt)
@@ -132,15 +137,16 @@ def losses_and_gradients(
     processes' gradients is the whole batch's.
     """
     brain_model, heads, mom, decoder, pool, empty, _ = parts
+    recalled = training.recomputed(condition, brain_model.gradient_checkpointing)  # the DiT has its memory
     with autocast():
-        f_c, remembered = condition(brain_model, heads, mom, pool, x, excluded)  # (B, D), Eq. 4-8
+        f_c, remembered = recalled(brain_model, heads, mom, pool, x, excluded)  # (B, D), Eq. 4-8
         stage1 = stage1_loss(heads, f_c, **targets, **weights)  # Eq. 3
     f_fuse = remembered.f_fuse.float()  # (B, L, D_txt)
     f = f_fuse.detach().requires_grad_()  # (B, L, D_txt)
 
     diffusion = 0
-    for part in torch.arange(len(clips)).split(micro_batch):
-        noise, u, dropped = draw(seed, step, clips[part.numpy()], y.shape[1:], dropout)
+    for part in training.parts(len(clips), micro_batch):
+        noise, u, dropped = draw(seed, step, clips[part], y.shape[1:], dropout)
         with autocast():
             f_part = condition_dropout(f[part], empty, dropped)  # (b, L, D_txt)
             loss = decoder(y[part].to(f.device), f_part, noise, u).sum() / mean_clips  # Eq. 9
@@ -156,32 +162,41 @@ def losses_and_gradients(
 
 
 @torch.no_grad()
-def show(parts: Parts, config: Config, data: ClipDataset, videos: DecoderData, where: np.ndarray, gif: Path):
-    """A GIF of held-out clips, a row each: the stimulus after the VAE's round trip, the reconstruction."""
+def show(
+    parts: Parts, config: Config, accelerator: Accelerator, gif: Path,
+    data: ClipDataset, videos: DecoderData, where: np.ndarray,
+) -> None:  # fmt: skip
+    """A GIF of held-out clips, a row each: the stimulus after the VAE's round trip, the reconstruction. Each
+    process makes its share of the rows."""
     brain_model, heads, mom, decoder, pool, empty, _ = parts
     brain_model.eval()
     some = np.linspace(0, len(where) - 1, min(config.samples, len(where))).round().astype(int)
+    own = experiment.share(some, accelerator.process_index, accelerator.num_processes)
     fmri, rows = data.averaged(where)[some], []
-    for part in torch.arange(len(some)).split(config.micro_batch):
+    for part in torch.arange(len(some))[own].split(config.micro_batch):
         f_fuse = condition(brain_model, heads, mom, pool, fmri[part].to(empty.device))[1].f_fuse
         how = [clip_generator(config.seed, i) for i in part.tolist()], config.sampling_steps, config.guidance
         made = decoder.generate(f_fuse, empty, config.frames, config.height, config.width, *how)
         stimuli = decoder.decode_latents(torch.from_numpy(videos.latents[where[some[part]]]))
         rows += [[*pair] for pair in zip(stimuli.numpy(), made.numpy(), strict=True)]  # (F, H, W, 3) each
     brain_model.train()
+    rows = gather_object(rows) if accelerator.num_processes > 1 else rows
     labels = [[data.clips[clip]["caption"], ""] for clip in where[some]]
-    grid_gif(gif, rows, labels, ["stimulus", "reconstruction"], SECONDS[config.data], 128)
+    if accelerator.is_main_process:
+        grid_gif(gif, rows, labels, ["stimulus", "reconstruction"], SECONDS[config.data], 128)
 
 
 def main(config: Config) -> None:
     """Stage 1, the data and the folder of the run; `learn` does the rest where the run is not finished."""
+    name, subject, size = config.data, config.subject, (config.frames, config.height, config.width)
+    runs = Path("runs") / name / f"sub{subject}"
+    places = [runs / f"{config.stage1}-s{config.seed}" / "stage1", Path(config.stage1) / "stage1"]
+    if config.plan:
+        return steps.print_stage2(config, places, Parts, losses_and_gradients)
     accelerator = experiment.start()
     if config.batch_size < accelerator.num_processes:
         raise ValueError(f"--batch_size {config.batch_size}: wanted at least a clip for each process")
-    name, subject, size = config.data, config.subject, (config.frames, config.height, config.width)
     options = f"--data {name} --subject {subject} --seed {config.seed} --run {config.stage1}"
-    runs = Path("runs") / name / f"sub{subject}"
-    places = [runs / f"{config.stage1}-s{config.seed}" / "stage1", Path(config.stage1) / "stage1"]
     mend = f"python train_stage1.py {options}, or another --stage1"
     stage1, before = experiment.finished_run(places, {"data": name, "subject": subject}, STAGE1, mend)
     with accelerator.main_process_first():
@@ -200,12 +215,13 @@ def main(config: Config) -> None:
         shown = test, test_videos, np.arange(len(test))
 
     folder = experiment.run_folder(name, subject, config.run, config.seed) / "stage2"
-    settings = settings_of(config) | {"sizes": train.sizes, "stage1_config": before}
+    settings = settings_of(config, "plan") | {"sizes": train.sizes, "stage1_config": before}
     total = config.epochs * (len(split.clips) // config.batch_size)
     with RunFolder(folder, settings, total, "losses.png", MAY_CHANGE, accelerator.is_main_process) as run:
         if run.finished:
             accelerator.print(f"{folder} is finished; another --run NAME or --seed trains anew")
         else:
+            steps.refuse_stage2(config, stage1, train.sizes, Parts, losses_and_gradients)
             parts = load_parts(config, accelerator, stage1, before["tau"], train, videos, split)
             learn(config, accelerator, run, parts, train, videos, split, shown)
     accelerator.end_training()
@@ -236,13 +252,8 @@ def load_parts(
     brain_model = load_model(BrainModel, stage1 / "brain_model").train()
     brain_model.gradient_checkpointing = config.checkpointing
     L, D_txt, width = decoder.text_length, decoder.text_width, brain_model.norm.normalized_shape[0]
-    if not config.integration:
-        mom = DirectProjection(width, D_txt)
-    elif not config.mom:
-        mom = TopTextMemory(L, config.K)
-    else:
-        how = config.K, config.attention_heads, config.alpha, tau, pool.text_rms()
-        mom = MixtureOfMemories(L, width, train.sizes["embed_dim"], D_txt, *how)
+    mom = make_mom(config, L, width, train.sizes["embed_dim"], D_txt, tau, pool.text_rms())
+    training.compile_blocks(config.compile, brain_model.blocks, decoder.transformer)
     parts = brain_model, heads, mom, decoder, pool, torch.from_numpy(np.array(videos.empty))
     return Parts(*(part.to(accelerator.device) for part in parts), hidden)
 
@@ -260,8 +271,7 @@ def learn(
     rates = {"brain_model": config.lr, "mom": config.lr_fusion, "lora": config.lr_lora}
     state = {"brain_model": brain_model, "mom": mom, "lora": lora}
     groups = [{"params": [*state[name].parameters()], "lr": lr} for name, lr in rates.items()]
-    parameters = [p for group in groups for p in group["params"]]
-    optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    optimiser = training.adamw(config.optimizer, groups, config.weight_decay, in_8_bit=1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [*rates.values()], total_steps=run.total)
     state |= {"optimiser": optimiser, "schedule": schedule}
     models = {"brain_model": brain_model.save_pretrained, "mixture_of_memories": mom.save_pretrained}
@@ -276,8 +286,8 @@ def learn(
     mean_clips = config.batch_size / accelerator.num_processes
     how = config.micro_batch, config.condition_dropout, accelerator.autocast, mean_clips
     progress = {"desc": "stage 2", "initial": first_step, "total": run.total, "disable": not chief}
-    with Stopping() as stopping, tqdm(range(first_step, run.total), **progress) as steps:
-        for step in steps:
+    with Stopping() as stopping, tqdm(range(first_step, run.total), **progress) as bar:
+        for step in bar:
             whole_batch = clips_of_step(split.clips, config.batch_size, seed, step)
             clips = whole_batch[own]
             batch = {name: value.to(device) for name, value in train.batch(clips, seed, step).items()}
@@ -286,40 +296,31 @@ def learn(
             memory = torch.from_numpy(np.searchsorted(split.clips, clips)).to(device)  # (B,) in the pool
             excluded = parts.pool.excluded(memory, untold(parts.untold, seed, step, clips).to(device))
             row = losses_and_gradients(parts, x, y, batch, clips, memory, excluded, weights, seed, step, *how)
-            for p in parameters if accelerator.num_processes > 1 else ():
-                p.grad = accelerator.reduce(p.grad, "mean")  # once a step, after every backward pass
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_norm)
-            if not norm.isfinite():
-                ids = [train.clips[clip]["id"] for clip in whole_batch]
-                raise experiment.diverged(step, norm.item(), ids)
-            optimiser.step()
-            optimiser.zero_grad()
-            schedule.step()
+            ids = [train.clips[clip]["id"] for clip in whole_batch]
+            norm = training.update(accelerator, optimiser, schedule, config.max_norm, step, ids)
 
             done = step + 1
             stop = stopping.asked(accelerator)
             saving = stop or done % config.save_every == 0 or done == run.total
             if saving or step % config.log_every == 0:
-                mean = accelerator.reduce(torch.stack([*row.values()]), "mean").tolist()  # of the whole batch
-                row = dict(zip(row, mean, strict=True))
-                row |= {"norm": norm.item(), "lr": schedule.get_last_lr()[0]}
+                row = training.logged(accelerator, row)  # of the whole batch
+                row |= {"norm": norm, "lr": schedule.get_last_lr()[0]}
                 if chief:
                     run.log(step, row)
-                    steps.set_postfix(loss=f"{row['loss']:.3f}", diffusion=f"{row['diffusion']:.3f}")
+                    bar.set_postfix(loss=f"{row['loss']:.3f}", diffusion=f"{row['diffusion']:.3f}")
             if chief and saving:
                 run.save(done, state, models)
             sampling = config.sample_every and done % config.sample_every == 0 and done < run.total
-            if chief and sampling and not stop:
-                show(parts, config, *shown, run.folder / "samples" / f"step-{done:06d}.gif")
+            if sampling and not stop:
+                show(parts, config, accelerator, run.folder / "samples" / f"step-{done:06d}.gif", *shown)
             accelerator.wait_for_everyone()
             if stop:
-                where = f"saved after step {done} of {run.total}"
-                raise Stopped(stopping.number, f"{where}; the same command goes on")
+                raise stopping.stopped(done, run.total)
 
     # ---- what it has learnt
+    if config.sample_every:
+        show(parts, config, accelerator, run.folder / "samples" / f"step-{run.total:06d}.gif", *shown)
     if chief:
-        if config.sample_every:
-            show(parts, config, *shown, run.folder / "samples" / f"step-{run.total:06d}.gif")
         near_copies(run.folder, split.threshold, split.best_match, split.told, parts.untold)
         names = {"diffusion": "diffusion, Eq. 9", "w_txt": "W_r, text", "w_img": "W_r, image"}
         names |= {"w_act": "W_r, action", "z_f/z_t": "‖α z_f‖ / ‖z_t‖"}

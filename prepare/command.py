@@ -73,8 +73,8 @@ def prepare_toy(
 
 
 def toy_recipe(subject: int) -> dict:
-    """What makes fmri.npy of the toy world."""
-    return {"release": "toy", "subject": subject, "delay": 2, "window": 1, "detrending": "AFNI's degree"}
+    """What makes fmri.npy of the toy world. world: the version of its films and recordings."""
+    return {"release": "toy", "subject": subject, "delay": 2, "window": 1, "world": 2}
 
 
 def _decoder_is_prepared(stimuli: Path, decoder: str, size: tuple[int, int, int]) -> bool:

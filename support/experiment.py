@@ -243,6 +243,10 @@ class Stopping:
             self.number = int(numbers.max())
         return bool(self.number)
 
+    def stopped(self, done: int, total: int) -> Stopped:
+        """To raise, once the step is saved."""
+        return Stopped(self.number, f"saved after step {done} of {total}; the same command goes on")
+
 
 BAD_INPUT = (
     OSError,

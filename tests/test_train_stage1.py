@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from brain_model import BrainModel
 from data import far_apart
 from heads import Stage1Heads
 from metrics import retrieval
+from support import training
 
 TINY = "--tokens 4 --width 32 --layers 1 --attention_heads 2 --rank 2 --lr 3e-3 --batch_size 16 --log_every 1".split()
 STAGE1 = Path("runs/cc2017/sub1/full-s0/stage1")
@@ -203,15 +205,17 @@ train_stage1.main(train_stage1.parse(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize(("world", "batch"), [(2, 16), (2, 15), (3, 16)])
-def test_several_processes_train_as_one_does(prepared, tmp_path, world, batch):
-    """Dropout included, and where the clips do not divide among them: each is as one, to 1e-5."""
+@pytest.mark.parametrize(
+    ("world", "batch", "more"), [(2, 16, []), (2, 15, []), (3, 16, ["--micro_batch", "2"])]
+)
+def test_several_processes_train_as_one_does(prepared, tmp_path, world, batch, more):
+    """Dropout included, where the clips do not divide among them and in micro-batches: each is as one, to 1e-5."""
     (tmp_path / "several.py").write_text(SEVERAL)
     options = command("--steps", 6, "--lr", 1e-3, "--dropout", 0.4, "--batch_size", batch)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
     how = {"cwd": tmp_path, "env": environment(), "capture_output": True, "text": True, "timeout": 300}
     alone = subprocess.run([sys.executable, "several.py", "one", *options, "--run", "one"], **how)
-    done = subprocess.run([*launch, "several.py", "many", *options], **how)
+    done = subprocess.run([*launch, "several.py", "many", *options, *more], **how)
     assert done.returncode == alone.returncode == 0, done.stderr + alone.stderr
     one, many = (log(STAGE1.parents[1] / f"{name}-s0" / "stage1") for name in ("one", "full"))
     assert len(one) == len(many) == 6
@@ -224,6 +228,50 @@ def test_several_processes_train_as_one_does(prepared, tmp_path, world, batch):
     assert done.stdout.count("24 held-out clips") == 1  # one process prints
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("micro_batch", [1, 3, 8, 16])
+def test_micro_batches_have_the_gradients_of_the_whole_batch(micro_batch, checkpointing):
+    """InfoNCE is over the whole batch, however many clips are in the Brain Model at once."""
+    config = train_stage1.parse(command("--layers", 2, "--micro_batch", micro_batch))
+    size = {"volumes": 2, "voxels": 30, "frames": 3, "embed_dim": 16, "classes": 4}
+    torch.manual_seed(0)
+    model, heads = train_stage1.build(config, size)
+    model.gradient_checkpointing = checkpointing
+    torch.nn.init.normal_(heads.phi_a.mlp[3].weight, std=0.3)
+    x, e_img = torch.randn(16, 2, 30), torch.randn(16, 3, 16)
+    targets = {"e_img": e_img, "e_txt": torch.randn(16, 16), "e_act": torch.randn(16, 16)}
+    targets["categories"] = (torch.rand(16, 4) > 0.7).float()
+    parameters, found = [*model.parameters(), *heads.parameters()], {}
+    for size in (None, micro_batch):
+        how = {"tau": 0.07, "lambda_1": 1.0, "lambda_2": 0.5}, size, nullcontext
+        losses = train_stage1.losses_and_gradients(model, heads, x, targets, *how)
+        found[size] = losses.loss.item(), [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+    assert found[micro_batch][0] == pytest.approx(found[None][0], rel=1e-6)
+    for a, b in zip(found[micro_batch][1], found[None][1], strict=True):
+        assert b.norm() > 0 and (a - b).norm() <= 1e-6 * b.norm()
+
+
+def test_micro_batches_may_change_while_a_run_goes_on(prepared):
+    here("--steps", 6, "--run", "whole")
+    here("--steps", 6, "--run", "parts", "--micro_batch", 5)
+    one, other = (log(STAGE1.parents[1] / f"{name}-s0" / "stage1") for name in ("whole", "parts"))
+    for a, b in zip(one, other, strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+
+
+def test_compiled_blocks_train_as_they_are(prepared):
+    if shutil.which("g++") is None:
+        pytest.skip("no compiler")
+    here("--steps", 3, "--run", "eager")
+    here("--steps", 3, "--run", "compiled", "--compile", "--checkpointing")
+    one, other = (log(STAGE1.parents[1] / f"{name}-s0" / "stage1") for name in ("eager", "compiled"))
+    for a, b in zip(one, other, strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+    assert BrainModel.from_pretrained(STAGE1.parents[1] / "compiled-s0/stage1/brain_model").voxels == 40
+
+
 def test_fewer_clips_than_processes_are_an_error(prepared, monkeypatch):
     monkeypatch.setattr(train_stage1.experiment, "start", lambda: SimpleNamespace(num_processes=3))
     with pytest.raises(ValueError, match="--batch_size 2: wanted at least a clip for each process"):
@@ -231,6 +279,46 @@ def test_fewer_clips_than_processes_are_an_error(prepared, monkeypatch):
 
 
 # ---------------------------------------------------------------- options
+
+
+def test_8_bit_moments_need_bitsandbytes(prepared, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(
+        ValueError, match="--optimizer adamw8bit: bitsandbytes is not there .*pip install bitsandbytes"
+    ):
+        here("--steps", 1, "--optimizer", "adamw8bit")
+    assert not STAGE1.exists()
+
+
+def test_8_bit_moments_train_and_go_on(prepared):
+    """bitsandbytes runs on the CPU, too; it is an extra."""
+    pytest.importorskip("bitsandbytes")
+    here("--steps", 30, "--width", 64, "--optimizer", "adamw8bit")
+    here("--steps", 30, "--width", 64, "--run", "32")
+    rows, other = log(STAGE1), log(STAGE1.parents[1] / "32-s0" / "stage1")
+    assert rows[0]["loss"] == other[0]["loss"] and rows[-1]["loss"] == pytest.approx(
+        other[-1]["loss"], rel=0.02
+    )
+    state = torch.load(STAGE1 / "state" / "state.pt", weights_only=True)["optimiser"]["state"]
+    kept = [of.get("__bnb_optimizer_quant_state__", of)["state1"] for of in state.values()]
+    kinds = {(x.numel() >= 4096, x.dtype) for x in kept}
+    assert kinds == {(True, torch.uint8), (False, torch.float32)}
+    (STAGE1 / "test.json").unlink()
+    here("--steps", 30, "--width", 64, "--optimizer", "adamw8bit")  # its state is read again
+    with pytest.raises(ValueError, match="optimizer 'adamw8bit' .now 'adamw'"):
+        here("--steps", 30, "--width", 64)
+
+
+def test_gradients_travel_in_few_messages(monkeypatch):
+    sent = []
+    monkeypatch.setattr(training.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(training.dist, "all_reduce", lambda x: sent.append(x.numel()) or x.mul_(3))
+    gradients = [torch.randn(n, 3) for n in (5, 1, 7, 200)] + [torch.randn(4, dtype=torch.float64)]
+    before = [g.clone() for g in gradients]
+    monkeypatch.setattr(training, "MESSAGE", 100)
+    training.average(gradients)
+    assert sent == [39, 600, 4]
+    torch.testing.assert_close(gradients, [1.5 * g for g in before])
 
 
 def test_ablation_switches_name_the_run_and_leave_their_loss_out(prepared):
@@ -308,7 +396,7 @@ def test_help_lists_each_option_with_its_default(capsys):
 @pytest.mark.parametrize(
     "option",
     "--lr=0 --lr=nan --tau=1e-4 --seed=-1 --seed=4294967296 --steps=0 --batch_size=0 --tokens=0 --width=0 "
-    "--layers=0 --attention_heads=0 --rank=0 --dropout=1 --dropout=-0.1 --save_every=0 --log_every=0 "
+    "--layers=0 --micro_batch=0 --optimizer=sgd --attention_heads=0 --rank=0 --dropout=1 --dropout=-0.1 --save_every=0 --log_every=0 "
     "--weight_decay=-1 --lambda_1=-1 --max_norm=0 --subject=0".split(),
 )
 def test_a_value_out_of_its_range_is_one_line_that_names_the_option(option, capsys):

@@ -12,9 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from prepare.release import Release, visible
-from support.readers import read_array, read_json_lines, read_npz
+from support.files import write_json
+from support.readers import read_array, read_json, read_json_lines, read_npz
 from support.videos import write_video
-from toy.subject import VOLUMES_BEFORE, VOXELS, recordings, responses
+from toy.subject import VERSION, VOLUMES_BEFORE, VOXELS, recordings, responses
 from toy.world import (
     FRAMES,
     SECONDS,
@@ -81,6 +82,7 @@ def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
     (folder / "stimuli").mkdir(parents=True)
     (folder / "fmri").mkdir()
     seen = set(combinations()[0])
+    write_json(folder / "version.json", {"version": VERSION})
     film_of = {split: film(split, seed) for split in ("train", "test")}
     response = responses(film_of["train"] + film_of["test"], roi, seed)
     with open(folder / "captions.jsonl", "w") as captions:
@@ -116,8 +118,14 @@ def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
 
 def make_toy(raw: Path, seed: int = 0) -> None:
     """Render the films and recordings to `raw`, whole or not at all; nothing where the folder is there.
-    seed: of the films, of what the voxels prefer, and of the noise."""
+    seed: of the films, of what the voxels prefer, and of the noise. Raises ValueError where an older toy
+    world made the folder."""
     if raw.is_dir():
+        version, wanted = raw / "version.json", {"version": VERSION}
+        if not version.is_file() or read_json(version) != wanted:
+            data, runs = raw.parent, Path("runs") / "toy"
+            mend = f"delete {data}, and {runs}, whose runs saw those films"
+            raise ValueError(f"{raw} is of another version of the toy world, wanted {VERSION}: {mend}")
         return
     part = raw.with_name(f".{raw.name}-{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)

@@ -15,6 +15,7 @@ import numpy as np
 from toy.world import BACKGROUNDS, COLOURS, FRAMES, SHAPES, SIZE, Clip, coverage, motion
 
 TR = 2.0
+VERSION = 2  # of the toy world: another makes other films or recordings
 VOXELS = Path(__file__).with_name("voxels.npz")
 VOLUMES_BEFORE = 1  # recorded before the first clip of a run, and ...
 VOLUMES_AFTER = 4  # ... after the last: 245 volumes for 240 clips, as in cc2017
