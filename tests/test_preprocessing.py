@@ -14,10 +14,12 @@ import torch
 from prepare import fmri
 from prepare.captions import read_captions
 from prepare.cc2017 import NeuroClipsRelease, PurdueRelease, load_pt
+from prepare.command import toy_recipe
 from prepare.fmri import detrending_degree, fisher_z, load_response, preprocess_run, reproducible_voxels
 from prepare.release import Release
 from support.videos import check_film, read_clip, read_clips
 from toy.release import ToyRelease, make_toy
+from toy.subject import VERSION
 
 # ---------------------------------------------------------------- preprocessing
 
@@ -443,6 +445,13 @@ def test_the_toy_world_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
     (raw / "captions.jsonl").write_text('{"split": "train"}\n')
     with pytest.raises(ValueError, match="captions.jsonl, line 1: found no segment.*delete the folder"):
         ToyRelease(raw)
+    assert toy_recipe(1)["world"] == VERSION
+    for older in ('{"version": 1}', None):
+        (raw / "version.json").unlink() if older is None else (raw / "version.json").write_text(older)
+        with pytest.raises(
+            ValueError, match=f"raw is of another version of the toy world, wanted {VERSION}: delete"
+        ):
+            make_toy(raw)
 
 
 # ---------------------------------------------------------------- video

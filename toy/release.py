@@ -82,7 +82,6 @@ def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
     (folder / "stimuli").mkdir(parents=True)
     (folder / "fmri").mkdir()
     seen = set(combinations()[0])
-    write_json(folder / "version.json", {"version": VERSION})
     film_of = {split: film(split, seed) for split in ("train", "test")}
     response = responses(film_of["train"] + film_of["test"], roi, seed)
     with open(folder / "captions.jsonl", "w") as captions:
@@ -134,6 +133,7 @@ def make_toy(raw: Path, seed: int = 0) -> None:
             write_release(part, seed), total=60, desc="toy world: films and recordings", unit="run"
         ):
             pass
+        write_json(part / "version.json", {"version": VERSION})
         part.rename(raw)
     except OSError:
         if not raw.is_dir():  # else another process was first
