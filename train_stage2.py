@@ -177,7 +177,7 @@ def show(
         f_fuse = condition(brain_model, heads, mom, pool, fmri[part].to(empty.device))[1].f_fuse
         how = [clip_generator(config.seed, i) for i in part.tolist()], config.sampling_steps, config.guidance
         made = decoder.generate(f_fuse, empty, config.frames, config.height, config.width, *how)
-        stimuli = decoder.decode_latents(torch.from_numpy(videos.latents[where[some[part]]]))
+        stimuli = decoder.decode_latents(torch.from_numpy(videos.latents[where[some[part.numpy()]]]))
         rows += [[*pair] for pair in zip(stimuli.numpy(), made.numpy(), strict=True)]  # (F, H, W, 3) each
     brain_model.train()
     rows = gather_object(rows) if accelerator.num_processes > 1 else rows

@@ -744,7 +744,7 @@ def test_what_does_not_fit_is_said_in_a_line(world, here, trained):
         (["--run", "unfinished"], rf"'step': 3.*wanted .*'step': 9.*finished run: {again} unfinished"),
         (["--run", "old"], rf"no step, wanted step as int: {again} old"),
         (["--frames", 13], r"latents.npy was made with frames = 9, but frames = 13"),
-        (["--K", 40, "--run", "many", "--stage1", "full"], r"may retrieve \d+ to \d+; wanted K = 40"),
+        (["--K", 40, "--run", "many", "--stage1", "full"], r"may retrieve \d+ to \d+ of them; wanted K = 40"),
         (["--batch_size", 64], r"a batch of 64 clips, but only 48"),
         (["--lr_lora", 1e-4], r"lr_lora 0.001 \(now 0.0001\)"),
         (["--guidance", 7], r"guidance 5.0 \(now 7.0\)"),
