@@ -28,10 +28,11 @@ from heads import Stage1Heads, stage1_loss
 from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories, TopTextMemory, condition
 from prepare.decoder import prepare_decoder
 from prepare.release import Release
+from support.training import compile_blocks
 from support.videos import video_frames
 from toy.world import combinations, random_clip, render
 from train_stage2 import Config, Parts, losses_and_gradients, main, parse
-from video_decoder import VideoDecoder, clip_generator, condition_dropout, draw
+from video_decoder import VideoDecoder, clip_generator, condition_dropout, draw, recompute
 
 diffusers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)
@@ -327,6 +328,20 @@ def test_the_one_step_form_is_the_plain_backward_however_the_clips_are_split(wor
     )
     torch.testing.assert_close(logged["loss"], terms)
     assert abs(sum(logged[w] for w in ("w_txt", "w_img", "w_act")) - 1) < 1e-6
+
+
+def test_compiled_blocks_have_the_same_gradients(world, data):
+    """--compile, with what the blocks of Brain Model and DiT recompute."""
+    if shutil.which("g++") is None:
+        pytest.skip("no compiler")
+    logged, grads = one_step(make_parts(world, data), data, 2)
+    parts = make_parts(world, data)
+    parts.brain_model.gradient_checkpointing = True
+    parts.decoder.transformer.enable_gradient_checkpointing(recompute)
+    compile_blocks(True, parts.brain_model.blocks, parts.decoder.transformer)
+    compiled, compiled_grads = one_step(parts, data, 2)
+    torch.testing.assert_close(compiled["loss"], logged["loss"])
+    torch.testing.assert_close(compiled_grads, grads, rtol=1e-3, atol=1e-5)
 
 
 def test_f_fuse_starts_as_the_text_and_eq_9_teaches_router_and_brain_model_after_one_step(world, data):
