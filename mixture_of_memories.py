@@ -153,12 +153,13 @@ class Integration(nn.Module):
     """Eq. 6-8: a cross-attention of f_e to the memories of each of FUSED, and the top-1 text beside it."""
 
     def __init__(
-        self, width: int, embed_dim: int, text_dim: int, attention_heads: int, alpha: float, text_rms: float
-    ):
+        self, width: int, embed_dim: int, text_dim: int, attention_heads: int, alpha: float, text_rms: float,
+        residual: bool,
+    ):  # fmt: skip
         super().__init__()
         if width % attention_heads:
             raise ValueError(f"width {width} is not a multiple of attention_heads {attention_heads}")
-        self.attention_heads, self.alpha = attention_heads, alpha
+        self.attention_heads, self.alpha, self.residual = attention_heads, alpha, residual
         self.W_Q = nn.Linear(width, width, bias=False)  # Q^e, for all modalities
         self.W_K = nn.ModuleDict({m: nn.Linear(embed_dim, width, bias=False) for m in FUSED})
         self.W_V = nn.ModuleDict({m: nn.Linear(embed_dim, width, bias=False) for m in FUSED})
@@ -190,7 +191,9 @@ class Integration(nn.Module):
             e_m = e_mem[:, :, MODALITIES.index(m)]  # (B,K,D)
             K, V = self.per_head(self.W_K[m](e_m)), self.per_head(self.W_V[m](e_m))  # (B,heads,K,D'/heads)
             attended = attended + scaled_dot_product_attention(Q, K, V, log_w)  # (B,heads,L,D'/heads)
-        f_hat = self.W_O(attended.transpose(1, 2).flatten(2))  # (B,L,D_txt)  Eq. 6
+        attended = attended.transpose(1, 2).flatten(2)  # (B,L,D')
+        attended = attended + f_e if self.residual else attended  # (B,L,D'), a deviation, off by default
+        f_hat = self.W_O(attended)  # (B,L,D_txt)  Eq. 6
         z_f = self.Z_fMRI(self.norm(f_hat).mT).mT  # (B,L,D_txt)  Eq. 7
         z_t = self.Z_txt(e_mem_txt.mT).mT + e_mem_txt  # (B,L,D_txt)  Eq. 7
         f_fuse = z_t + self.alpha * z_f  # (B,L,D_txt)  Eq. 8
@@ -234,7 +237,7 @@ class MixtureOfMemories(_Saved):
 
     tokens is L, the decoder's text length (CogVideoX: 226), width D', embed_dim D, text_dim D_txt. text_rms
     comes from `MemoryPool.text_rms()`. tau scales the retrieval log-weights (a choice); it is Eq. 2's, since
-    q was trained with it.
+    q was trained with it. residual adds f_e to what Eq. 6 attends to; the paper does not.
     """
 
     def __init__(
@@ -248,11 +251,12 @@ class MixtureOfMemories(_Saved):
         alpha: float = 1.0,
         tau: float = 0.07,
         text_rms: float = 1.0,
+        residual: bool = False,
     ):
         super().__init__()
         self.tokens, self.K, self.tau = tokens, K, tau
         self.router = Router(width)
-        self.integration = Integration(width, embed_dim, text_dim, attention_heads, alpha, text_rms)
+        self.integration = Integration(width, embed_dim, text_dim, attention_heads, alpha, text_rms, residual)
 
     def forward(self, f_e: Tensor, q: Tensor, pool: MemoryPool, excluded: Tensor | None = None) -> Remembered:
         """f_e (B,L,D'), q (B,3,D), excluded as in `retrieve` -> f_fuse and all else."""
@@ -296,12 +300,12 @@ def make_mom(
     config, tokens: int, width: int, embed_dim: int, text_dim: int, tau: float, text_rms: float
 ) -> MixtureOfMemories | TopTextMemory | DirectProjection:
     """The Mixture-of-Memories, or what an ablation has in its place. config: mom, integration, K,
-    attention_heads and alpha, options of train_stage2.py."""
+    attention_heads, alpha and residual, options of train_stage2.py."""
     if not config.integration:
         return DirectProjection(width, text_dim)
     if not config.mom:
         return TopTextMemory(tokens, config.K)
-    how = config.K, config.attention_heads, config.alpha, tau, text_rms
+    how = config.K, config.attention_heads, config.alpha, tau, text_rms, config.residual
     return MixtureOfMemories(tokens, width, embed_dim, text_dim, *how)
 
 

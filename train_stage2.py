@@ -60,6 +60,7 @@ class Config:
     own_captions: float | None = option(None, "share that may retrieve their own caption", least=0, most=1)
     alpha: float = option(1.0, "weight of z_f, Eq. 8")
     attention_heads: int = option(16, "of the integration, Eq. 6", least=1)
+    residual: bool = option(False, "add f_e to what Eq. 6 attends to; the paper does not")
 
     epochs: int = option(20, "times that each clip is shown", least=1)
     batch_size: int = option(32, "clips a step, over all processes", least=1)

@@ -280,6 +280,19 @@ def test_condition_is_brain_model_queries_and_mixture(pool):
         assert remembered.S.isneginf().any() == (who is not None)
 
 
+def test_the_residual_adds_f_e_to_what_is_attended_to(pool, inputs, tmp_path):
+    with_it = opened(make_mom(residual=True))
+    without = make_mom()
+    without.load_state_dict(with_it.state_dict())
+    seen = []
+    for mom in (with_it, without):
+        mom.integration.norm.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        mom(*inputs, pool)
+    torch.testing.assert_close(seen[0] - seen[1], with_it.integration.W_O(inputs[0]), rtol=1e-4, atol=1e-5)
+    with_it.save_pretrained(tmp_path)
+    assert MixtureOfMemories.from_pretrained(tmp_path).integration.residual
+
+
 def test_measures_are_the_mean_weights_the_likeness_and_the_ratio(pool, inputs):
     clip = torch.arange(B)
     out = opened(make_mom())(*inputs, pool, pool.excluded(clip))
