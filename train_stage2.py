@@ -86,9 +86,9 @@ class Config:
 
 PRESETS = {
     "toy": dict(
-        decoder="toy/wan", epochs=10, frames=17, height=64, width=64, attention_heads=4, micro_batch=32,
-        checkpointing=False, lr=1e-4, lr_fusion=1e-3, guidance=3.0, sampling_steps=16, samples=6,
-        sample_every=200, save_every=100,
+        decoder="toy/wan", epochs=10, batch_size=16, frames=17, height=64, width=64, attention_heads=4,
+        micro_batch=16, checkpointing=False, lr=1e-4, lr_fusion=5e-3, guidance=3.0, sampling_steps=16,
+        samples=6, sample_every=600, save_every=300,
     ),
     "cc2017": {},
     "cinebrain": dict(frames=33, height=480, width=720),
