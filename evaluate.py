@@ -48,8 +48,7 @@ from metrics.table import TOY, Judging, asked
 from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS, raw_folder
 from support import sharing
 from support.experiment import door, run_folder, start
-from support.options import check_options, check_together, option
-from support.options import parse as parse_options
+from support.options import check_options, check_together, option, parse as parse_options
 from support.processes import in_processes
 from support.readers import load_model, read_tensors
 from support.videos import check_writable, read_clip, video_frames, write_video

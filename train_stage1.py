@@ -29,8 +29,7 @@ from prepare.command import prepare_toy
 from support import experiment, training
 from support.experiment import RunFolder, Stopping
 from support.files import write_json, written_whole
-from support.options import option, settings_of
-from support.options import parse as parse_options
+from support.options import option, parse as parse_options, settings_of
 from support.pictures import loss_curves
 
 
@@ -67,6 +66,7 @@ class Config:
     micro_batch: int | None = option(None, "clips in the Brain Model at once; none: all of a step", least=1)
     optimizer: str = option("adamw", "adamw, or adamw8bit of bitsandbytes", choices=training.OPTIMIZERS)
     compile: bool = option(False, "compile the blocks of the Brain Model")
+    attention_kernel: str = option("auto", "of torch, on CUDA", choices=training.KERNELS)
 
     save_every: int = option(500, "steps between checkpoints", least=1)
     log_every: int = option(20, "steps between lines of log.jsonl", least=1)
@@ -81,7 +81,6 @@ PRESETS = {
     "cc2017": {},
     "cinebrain": dict(rois="visual,hippocampus"),
 }  # fmt: skip
-MAY_CHANGE = ("checkpointing", "micro_batch", "compile", "save_every", "log_every")  # while a run goes on
 LESS_MEMORY = [("checkpointing", True), ("micro_batch", 8), ("optimizer", "adamw8bit")]
 LAST = "test.json"  # the last file that a run writes
 
@@ -155,7 +154,8 @@ def main(config: Config) -> None:
 
     folder = experiment.run_folder(config.data, config.subject, config.run, config.seed) / "stage1"
     settings = settings_of(config, "plan") | {"sizes": train.sizes}
-    with RunFolder(folder, settings, config.steps, LAST, MAY_CHANGE, accelerator.is_main_process) as run:
+    chief = accelerator.is_main_process
+    with RunFolder(folder, settings, config.steps, LAST, training.MAY_CHANGE, chief) as run:
         if run.finished:
             accelerator.print(f"{folder} is finished; another --run NAME or --seed trains anew")
         else:
@@ -177,6 +177,7 @@ def learn(
     set_seed(config.seed)
     model, heads = (part.to(device) for part in build(config, size))
     training.compile_blocks(config.compile, model.blocks)
+    training.choose_attention(config.attention_kernel, accelerator, config.width // config.attention_heads)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     accelerator.print(f"{len(split.clips):,} clips, {size['voxels']:,} voxels; {millions:,.1f} M parameters")
 

@@ -31,8 +31,7 @@ from prepare.command import prepare_toy
 from prepare.facts import SCENE_CLIPS, SECONDS
 from support import experiment, training
 from support.experiment import RunFolder, Stopping
-from support.options import option, settings_of
-from support.options import parse as parse_options
+from support.options import option, parse as parse_options, settings_of
 from support.pictures import grid_gif, loss_curves, near_copies
 from support.readers import load_model
 from video_decoder import WAN, VideoDecoder, clip_generator, condition_dropout, draw
@@ -49,7 +48,6 @@ class Config:
     seed: int = option(0, "of the first weights and of all that is drawn", least=0, most=2**32 - 1)
     mom: bool = option(True, "Mixture-of-Memories; without, the top-1 text alone conditions (Table 4)")
     integration: bool = option(True, "retrieval and integration; without, f_e conditions directly (Table 6)")
-
     decoder: str = option(WAN, "text-to-video model of diffusers: a folder or a name on the Hub")
     frames: int = option(57, "of a video", least=1)
     height: int = option(624, "of a video, in pixels", least=1)
@@ -68,6 +66,7 @@ class Config:
     checkpointing: bool = option(True, "recompute blocks in the backward pass, in less memory")
     optimizer: str = option("adamw", "adamw, or adamw8bit for the Brain Model", choices=training.OPTIMIZERS)
     compile: bool = option(False, "compile the blocks of Brain Model and DiT")
+    attention_kernel: str = option("auto", "of torch, on CUDA", choices=training.KERNELS)
     lr: float = option(1e-6, "highest learning rate of OneCycle, of the Brain Model", above=0)
     lr_fusion: float | None = option(None, "of router and integration (none: as the Brain Model)", above=0)
     lr_lora: float = option(1e-4, "of the LoRA", above=0)
@@ -93,7 +92,7 @@ PRESETS = {
     "cc2017": {},
     "cinebrain": dict(frames=33, height=480, width=720),
 }  # fmt: skip
-MAY_CHANGE = ("micro_batch", "checkpointing", "compile", "samples", "sample_every", "save_every", "log_every")
+MAY_CHANGE = (*training.MAY_CHANGE, "samples", "sample_every")
 TEXT = (str, type(None))
 STAGE1 = {  # what stage 2 reads in the config.json of a stage 1
     "data": str, "subject": int, "rois": TEXT, "val_segments": TEXT, "sizes": dict, "tau": float,
@@ -255,6 +254,7 @@ def load_parts(
     L, D_txt, width = decoder.text_length, decoder.text_width, brain_model.norm.normalized_shape[0]
     mom = make_mom(config, L, width, train.sizes["embed_dim"], D_txt, tau, pool.text_rms())
     training.compile_blocks(config.compile, brain_model.blocks, decoder.transformer)
+    training.choose_attention(config.attention_kernel, accelerator, decoder.config["attention_head_dim"])
     parts = brain_model, heads, mom, decoder, pool, torch.from_numpy(np.array(videos.empty))
     return Parts(*(part.to(accelerator.device) for part in parts), hidden)
 

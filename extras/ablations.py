@@ -47,8 +47,12 @@ from prepare.command import prepare_toy  # noqa: E402
 from prepare.facts import ROIS, in_areas  # noqa: E402
 from support.experiment import door, run_folder  # noqa: E402
 from support.files import write_json  # noqa: E402
-from support.options import check_options, option, settings_of  # noqa: E402
-from support.options import parse as parse_options  # noqa: E402
+from support.options import (  # noqa: E402
+    check_options,
+    option,
+    parse as parse_options,  # noqa: E402
+    settings_of,
+)
 from support.readers import read_json, read_npz  # noqa: E402
 
 

@@ -27,8 +27,10 @@ from prepare.command import prepare_toy  # noqa: E402
 from prepare.facts import VIDEO, raw_folder, stimuli_folder  # noqa: E402
 from support.experiment import door  # noqa: E402
 from support.files import write_json  # noqa: E402
-from support.options import option  # noqa: E402
-from support.options import parse as parse_options  # noqa: E402
+from support.options import (
+    option,  # noqa: E402
+    parse as parse_options,  # noqa: E402
+)
 from support.readers import read_json_lines  # noqa: E402
 from support.videos import write_video  # noqa: E402
 from toy.recognise import ATTRIBUTES, recognise, right  # noqa: E402

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +16,9 @@ from support.experiment import diverged
 MESSAGE = 1 << 26  # numbers in a message between processes: 256 MB
 SMALL = 4096  # a parameter of fewer numbers keeps 32-bit moments
 OPTIMIZERS = ("adamw", "adamw8bit")
+# what may change while a run goes on, in both stages
+MAY_CHANGE = ("checkpointing", "micro_batch", "compile", "attention_kernel", "save_every", "log_every")
+KERNELS = ("auto", "flash", "cudnn", "efficient", "math")  # of attention, on CUDA
 
 
 def parts(n: int, size: int | None) -> list[slice]:
@@ -33,6 +37,18 @@ def compile_blocks(on: bool, blocks: Iterable[nn.Module], dit: nn.Module | None 
         block.compile()
     if on and dit is not None:
         dit.compile_repeated_blocks()
+
+
+def choose_attention(kernel: str, accelerator: Accelerator, head: int) -> None:
+    """Have torch's attention run one of KERNELS alone, or with auto the one it takes for the fastest. Prints
+    which one that is for heads of a width."""
+    cuda = torch.backends.cuda
+    switches = cuda.enable_flash_sdp, cuda.enable_cudnn_sdp, cuda.enable_mem_efficient_sdp
+    for name, switch in zip(KERNELS[1:], (*switches, cuda.enable_math_sdp), strict=True):
+        switch(kernel in ("auto", name))
+    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+    q = torch.empty(1, 1, 1024, head, device=accelerator.device, dtype=dtype)
+    accelerator.print(f"attention: {SDPBackend(torch._fused_sdp_choice(q, q, q)).name}")
 
 
 def adamw(name: str, groups: list[dict], weight_decay: float, in_8_bit: int) -> Optimizer:

@@ -485,8 +485,7 @@ def test_frames_that_a_classifier_is_given(tmp_path):
 @pytest.fixture(scope="module")
 def toy_set(tmp_path_factory) -> Path:
     """20 clips of the toy world; `same` are the stimuli themselves."""
-    from toy.world import combinations as kinds
-    from toy.world import random_clip, render
+    from toy.world import combinations as kinds, random_clip, render
 
     rng = np.random.default_rng(3)
     seen, _ = kinds()

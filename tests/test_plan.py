@@ -16,7 +16,7 @@ import train_stage1
 import train_stage2
 from extras import steps
 from prepare.facts import PUBLISHED
-from support import plan
+from support import plan, training
 
 SMALL = "--tokens 63 --width 256 --layers 3 --attention_heads 4 --batch_size 16".split()
 SIZES = {"volumes": 1, "voxels": 3000, "frames": 3, "embed_dim": 64, "classes": 4}
@@ -200,3 +200,16 @@ def test_a_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a step needs .* a card has 0.0 free"):
         train_stage1.main(train_stage1.parse(["--data", "cc2017", *SMALL, "--steps", "1"]))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("kernel", ["math", "flash", "auto"])
+def test_the_attention_kernel_is_chosen_and_named(kernel, capsys):
+    from accelerate import Accelerator
+
+    try:
+        training.choose_attention(kernel, Accelerator(cpu=True), 32)
+        named = capsys.readouterr().out
+        assert named == "attention: MATH\n" if kernel == "math" else "FLASH" in named
+        assert torch.backends.cuda.math_sdp_enabled() == (kernel in ("auto", "math"))
+    finally:
+        training.choose_attention("auto", Accelerator(cpu=True), 32)
