@@ -85,13 +85,16 @@ def stage2(
             p.grad = torch.empty_like(p)  # as from the second part on
         pool = object.__new__(MemoryPool)  # unchecked; its text, which stays on the CPU, takes no memory here
         number, text = torch.empty(N + 1, dtype=torch.long), torch.empty(1, D_txt).expand(N, -1)
-        vars(pool).update(e=torch.empty(N, 3, D), text_tokens=text, text_offsets=number, segment=number[1:])
-        vars(pool).update(position=number[1:], mean_frame=torch.empty(N, D))
+        vars(pool).update(
+            e=torch.empty(N, 3, D), text_tokens=text, text_offsets=number, mean_frame=torch.empty(N, D)
+        )
+        vars(pool).update(dict.fromkeys(("caption", "segment", "position"), number[1:]))
         once = plan.Repeated(decoder, lambda y, f, *_: f.float().mean((1, 2)), counter)
         parts = Parts(brain_model, heads, mom, once, pool, torch.empty(L - 1, D_txt))
         x, targets = inputs(B, sizes)
         y, memory = torch.empty(1, *latents).expand(B, *latents), torch.zeros(B, dtype=torch.long)
-        how = {}, 0, 0, config.micro_batch, config.condition_dropout, plan.bf16, B
+        excluded = torch.zeros(B, N, dtype=torch.bool)
+        how = excluded, {}, 0, 0, config.micro_batch, config.condition_dropout, plan.bf16, B
         gradients(parts, x, y, targets, np.arange(B), memory, *how)
         once.finish()
 
