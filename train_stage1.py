@@ -82,6 +82,7 @@ PRESETS = {
     "cinebrain": dict(rois="visual,hippocampus"),
 }  # fmt: skip
 LESS_MEMORY = [("checkpointing", True), ("micro_batch", 8), ("optimizer", "adamw8bit")]
+MAY_CHANGE = training.MAY_CHANGE
 LAST = "test.json"  # the last file that a run writes
 
 
@@ -155,7 +156,7 @@ def main(config: Config) -> None:
     folder = experiment.run_folder(config.data, config.subject, config.run, config.seed) / "stage1"
     settings = settings_of(config, "plan") | {"sizes": train.sizes}
     chief = accelerator.is_main_process
-    with RunFolder(folder, settings, config.steps, LAST, training.MAY_CHANGE, chief) as run:
+    with RunFolder(folder, settings, config.steps, LAST, MAY_CHANGE, chief) as run:
         if run.finished:
             accelerator.print(f"{folder} is finished; another --run NAME or --seed trains anew")
         else:
