@@ -209,7 +209,8 @@ def run(data: str, shapes: Shapes) -> dict[str, object]:
     s = settings(data)
     one, two, L, D, N = s["one"], s["two"], s["L"], s["D"], s["memories"]
     meta = torch.device("meta")
-    with meta, Unknown():
+    no_autocast = patch.object(torch, "autocast", lambda *args, **options: nullcontext())  # meta has none
+    with meta, Unknown(), no_autocast:
         brain_model = BrainModel(
             s["N"], s["T"], L, s["D'"], DEPTH, one.attention_heads, D, s["r"], one.dropout
         ).train()
@@ -248,7 +249,6 @@ def run(data: str, shapes: Shapes) -> dict[str, object]:
             "dropout": two.condition_dropout, "autocast": nullcontext, "mean_clips": float(len(x)),
         }  # fmt: skip
         wanted = inspect.signature(train_stage2.losses_and_gradients).parameters
-    no_autocast = patch.object(torch, "autocast", lambda *args, **options: nullcontext())  # meta has none
     with Unknown(), no_autocast, shapes.tracing():
         train_stage2.losses_and_gradients(**{name: known[name] for name in wanted})
         f_c, f_e = brain_model(x)
