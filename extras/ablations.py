@@ -160,7 +160,7 @@ class Job(NamedTuple):
         if self.script == "evaluate.py" or not self.done():
             return self.done()
         may_change = sys.modules[self.script.removesuffix(".py")].MAY_CHANGE
-        wanted = json.loads(json.dumps(settings_of(self.config, *may_change)))
+        wanted = json.loads(json.dumps(settings_of(self.config, "plan", *may_change)))
         there = read_json(self.folder / "config.json")
         return all(there.get(name) == value for name, value in wanted.items() if value is not None)
 

@@ -9,6 +9,7 @@ Each in a process of its own. Prints seconds, the peak of resident memory, and w
 are random.
 """
 
+import argparse
 import resource
 import subprocess
 import sys
@@ -52,18 +53,21 @@ def wan() -> tuple[float, list[torch.Tensor]]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="?", choices=["brain", "wan"])
+    part = parser.parse_args().part
+    if part is None:
         for name in ("brain", "wan"):
             subprocess.run([sys.executable, __file__, name], check=True)
     else:
         torch.manual_seed(0)
-        seconds, tensors = {"brain": brain, "wan": wan}[sys.argv[1]]()
+        seconds, tensors = {"brain": brain, "wan": wan}[part]()
         finite = all(x.isfinite().all() for x in tensors)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(
-            f"{sys.argv[1]}: {seconds:.1f} s on {torch.get_num_threads()} threads, {peak:.1f} GiB resident at most"
+            f"{part}: {seconds:.1f} s on {torch.get_num_threads()} threads, {peak:.1f} GiB resident at most"
         )
-        print(
-            f"{sys.argv[1]}: {len(tensors)} tensors and gradients, {'all finite' if finite else 'NOT FINITE'}"
-        )
+        print(f"{part}: {len(tensors)} tensors and gradients, {'all finite' if finite else 'NOT FINITE'}")
         sys.exit(not finite)
