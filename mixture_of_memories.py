@@ -125,7 +125,11 @@ class Router(nn.Module):
 
 def mixture_scores(W_r: Tensor, q: Tensor, e: Tensor) -> Tensor:
     """Eq. 5: W_r (B,3), q (B,3,D) of any length, e (N,3,D) unit rows -> S (B,N), the weighted sum of cosines.
-    The sums over m and D are one matrix product; float32, as near-ties decide the order."""
+
+    The three weighted unit queries end to end are (B,3D), the three embeddings of a memory (N,3D): their dot
+    product is the sum over modalities, so that one matrix product gives S. In float32: rounding must not swap
+    memories with close scores.
+    """
     with torch.autocast(q.device.type, enabled=False):
         q = W_r.float()[..., None] * normalize(q.float(), dim=-1)  # (B,3,D)
         return q.flatten(1) @ e.float().flatten(1).T  # (B,N)  Eq. 5
@@ -313,7 +317,7 @@ def condition(
     brain_model: nn.Module, heads: nn.Module, mom: nn.Module, pool: MemoryPool,
     x: Tensor, excluded: Tensor | None = None,
 ) -> tuple[Tensor, Remembered]:  # fmt: skip
-    """x (B,T,N) z-scored fMRI -> f_c (B,D), and f_fuse with what it was made of. excluded (B,N), in training:
-    the memories that may not be retrieved."""
+    """x (B,T,N) z-scored fMRI of N voxels -> f_c (B,D), and f_fuse with what it was made of. excluded, in
+    training, (B, number of memories): those that may not be retrieved."""
     f_c, f_e = brain_model(x)  # (B,D) (B,L,D')
     return f_c, mom(f_e, heads.queries(f_c), pool, excluded)

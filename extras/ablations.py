@@ -44,7 +44,7 @@ from extras.ablation_tables import PAGE, RESULTS, as_text, made_by, result_of, w
 from metrics.run import evaluation_folder  # noqa: E402
 from metrics.table import asked  # noqa: E402
 from prepare.command import prepare_toy  # noqa: E402
-from prepare.facts import ROIS, in_areas  # noqa: E402
+from prepare.facts import ROIS, in_areas, raw_folder  # noqa: E402
 from support.experiment import door, run_folder  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.options import (  # noqa: E402
@@ -220,11 +220,22 @@ def plan(config: Config) -> Plan:
                 more = shlex.split(config.evaluate) + ["--shuffle"] * control
                 options = [*common, "--run", second.run, *more]
                 third = evaluate.parse(options)
+                check_films(third)
                 folder = evaluation_folder(place, third, settings_of(second), third.clips is None, every)
                 add(2, "evaluate.py", options, folder, third)
                 of_row = controls if control else evaluations.setdefault(row.label, [])
                 of_row.append(folder / "metrics.json")
     return Plan([[*wave.values()] for wave in waves], evaluations, controls)
+
+
+def check_films(third: evaluate.Config) -> None:
+    """Raises FileNotFoundError where the films are not there: before days of training, not after. (The toy
+    world makes its own.)"""
+    films = Path(third.stimuli or raw_folder(third.data, third.subject) / "stimuli")
+    if third.data != "toy" and not films.is_dir():
+        raise FileNotFoundError(
+            f"{films} is not there, whose films the evaluations need: --evaluate '--stimuli FOLDER'"
+        )
 
 
 def full_row(table: int) -> int:
