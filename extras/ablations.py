@@ -220,7 +220,6 @@ def plan(config: Config) -> Plan:
                 more = shlex.split(config.evaluate) + ["--shuffle"] * control
                 options = [*common, "--run", second.run, *more]
                 third = evaluate.parse(options)
-                check_films(third)
                 folder = evaluation_folder(place, third, settings_of(second), third.clips is None, every)
                 add(2, "evaluate.py", options, folder, third)
                 of_row = controls if control else evaluations.setdefault(row.label, [])
@@ -359,6 +358,8 @@ def main(argv: Sequence[str]) -> None:
     if config.dry_run:
         print(listed([job for wave in planned.waves for job in wave if not job.finished()], config.jobs))
         return
+    for job in planned.waves[2]:
+        check_films(job.config)
     place = run_folder(config.data, config.subject, "full", 0).parent
     runner = Runner(config.jobs, place / "ablations")
     for wave in planned.waves:

@@ -321,3 +321,13 @@ def test_options_out_of_range(options, said, capsys):
     with pytest.raises((SystemExit, ValueError)) as stopped:
         ablations.main(options.split())
     assert said in capsys.readouterr().err + str(stopped.value)
+
+
+def test_films_that_are_missing_are_told_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--table", "6", "--data", "cc2017", "--seeds", "0"]
+    with pytest.raises(FileNotFoundError, match="raw/stimuli is not there.*--evaluate '--stimuli FOLDER'"):
+        ablations.main(argv)
+    with pytest.raises(FileNotFoundError, match="elsewhere is not there"):
+        ablations.main([*argv, "--evaluate", "--stimuli elsewhere"])
+    assert not (tmp_path / "runs").exists()
