@@ -81,7 +81,6 @@ PRESETS = {
     "cc2017": {},
     "cinebrain": dict(rois="visual,hippocampus"),
 }  # fmt: skip
-LESS_MEMORY = [("checkpointing", True), ("micro_batch", 8), ("optimizer", "adamw8bit")]
 MAY_CHANGE = training.MAY_CHANGE
 LAST = "test.json"  # the last file that a run writes
 

@@ -29,6 +29,7 @@ from prepare.facts import (  # noqa: E402
     SEGMENT_VOLUMES,
     SIZES,
     cc2017_splits,
+    raw_folder,
 )
 from support.files import read_manifest  # noqa: E402
 from support.readers import read_array, read_json  # noqa: E402
@@ -348,7 +349,8 @@ def main(argv: list[str] | None = None) -> int:
 
         prepared = Prepared(args.data, args.subject, args.root)
         out = args.out or prepared.folder / f"{args.show}.png"
-        show.picture(prepared, args.show, args.stimuli or prepared.stimuli.with_name("raw") / "stimuli", out)
+        films = args.stimuli or raw_folder(args.data, args.subject, args.root) / "stimuli"
+        show.picture(prepared, args.show, films, out)
         print(out)
         return 0
     lines = check(args.data, args.subject, args.root)

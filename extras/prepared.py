@@ -43,9 +43,8 @@ class Prepared:
     def __init__(self, name: str, subject: int, root: Path):
         self.name, self.subject, self.folder = name, subject, root / name / f"sub{subject}"
         self.stimuli = stimuli_folder(name, subject, root)
-        self.command = "python data.py " + (
-            name if name == "toy" else f"{name} --raw RAW --subject {subject}"
-        )
+        raw = "" if name == "toy" else " --raw RAW"
+        self.command = f"python data.py {name}{raw} --subject {subject}"
         self.arrays, self.clips, self.unreadable, self.voxels = {}, {}, [], {}
         files = sorted(file for folder in (self.folder, self.stimuli) for file in folder.rglob("*.np[yz]"))
         self.left_over = [file for file in files if file.name.startswith(".")]

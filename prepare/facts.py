@@ -122,8 +122,6 @@ WAN_1_3B = {
                   "prediction_type": "flow_prediction"},
 }  # fmt: skip
 
-RECORDINGS_DOI = {1: "10.4231/R7X63K3M", 2: "10.4231/R7NS0S1F", 3: "10.4231/R7J101BV"}  # cc2017, by subject
-STIMULI_DOI = "10.4231/R71Z42KK"
 MISSING = {
     "cc2017": """data/cc2017 is not prepared for subject {subject}.
 

@@ -128,7 +128,7 @@ def test_exit_status_of_a_fault_and_of_nothing_there(toy, tmp_path):
     assert (
         "fMRI values" in line
         and "test1-003, voxel 7" in line
-        and line.endswith("delete what is named and run python data.py toy")
+        and line.endswith("delete what is named and run python data.py toy --subject 1")
     )
     lines = check.check("cc2017", 4, tmp_path)
     assert (
@@ -527,3 +527,12 @@ def test_a_picture_without_frames_atlas_or_second_showing(toy, tmp_path):
         out.stat().st_size > 100_000 > (tmp_path / "two.png").stat().st_size > 10_000
         and len(table["roi"]) == 40
     )
+
+
+@pytest.mark.parametrize("subject, raw", [(1, "raw"), (2, "raw-2")])
+def test_a_toy_subjects_picture_is_of_its_own_film(subject, raw, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(show, "picture", lambda prepared, clip, films, out: seen.append(films))
+    argv = ["--data", "toy", "--subject", str(subject), "--root", str(tmp_path), "--show", "seg1-001"]
+    assert check.main(argv) == 0 and seen == [tmp_path / "toy" / raw / "stimuli"]
+    assert check.Prepared("toy", subject, tmp_path).command == f"python data.py toy --subject {subject}"
