@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean, pstdev
 
 from metrics.compare import Runs, check_alike, read_runs
 from metrics.table import METRICS
@@ -17,6 +18,12 @@ MARKS = "<!-- tables: extras/ablations.py --page writes what follows -->", "<!--
 COLUMNS = ("video_2way", "video_50way", "clip_pcc", "dtc", "ms")  # of the paper's tables
 ALL = "all_attributes"  # toy world: share of the clips whose every attribute is recognised
 OF_GROUPS = ("video_50way", ALL)
+OF_STAGE1 = (
+    "image 50-way",
+    "text 50-way",
+    "action 50-way",
+    "category mAP",
+)  # from the fMRI, before any video
 TITLES = {name: f"{METRICS[name].title} {METRICS[name].better}" for name in METRICS}
 TITLES |= {ALL: "all attributes ↑"}
 MODEL = "paper's model, shuffled fMRI"
@@ -37,9 +44,23 @@ def cells(runs: Runs, before: Runs | None, names: Sequence[str], group: str | No
     return of
 
 
-def result_of(rows: Sequence, files: dict[str, list[Path]], controls: list[Path], asked: list[str]) -> dict:
-    """What was measured of a table's rows, from the metrics.json of their runs. files: row's label -> one a
-    seed; controls: of the shuffled runs; asked: the metrics that were asked for."""
+def stage1_cells(files: list[Path], whose: str) -> dict[str, dict]:
+    """Mean and std over the seeds of what stage 1's test.json says of the fMRI, or of the shuffled fMRI."""
+    mend = "python train_stage1.py makes it anew"
+    tests = [read_json(file, keys={"fmri": dict, "shuffled": dict}, mend=mend)[whose] for file in files]
+    of = {}
+    for name in OF_STAGE1:
+        if values := [test[name] for test in tests if name in test]:
+            of[name] = {"mean": fmean(values), "std": pstdev(values) if len(values) > 1 else None}
+    return of
+
+
+def result_of(
+    rows: Sequence, tests: dict[str, list[Path]], files: dict[str, list[Path]], controls: list[Path],
+    asked: list[str],
+) -> dict:  # fmt: skip
+    """What was measured of a table's rows. tests: row's label -> stage 1's test.json, one a seed; files:
+    likewise metrics.json; controls: of the shuffled runs; asked: the metrics that were asked for."""
     of_rows = [read_runs(row.label, files[row.label]) for row in rows if not row.lacks]
     shuffled = read_runs(MODEL, controls)
     check_alike([*of_rows, shuffled])
@@ -58,6 +79,7 @@ def result_of(rows: Sequence, files: dict[str, list[Path]], controls: list[Path]
     for row, runs, before in zip(trained, of_rows, [None, *of_rows[:-1]], strict=True):
         run = runs.results[0]["provenance"]["run"]
         about = {"label": row.label, "run": run, "quoted": row.quoted.split()}
+        about["stage1"] = stage1_cells(tests[row.label], "fmri")
         told.append(about | entry(runs, before))
     for row in (row for row in rows if row.lacks):
         told.insert(rows.index(row), {"label": row.label, "quoted": row.quoted.split(), "lacks": row.lacks})
@@ -68,6 +90,7 @@ def result_of(rows: Sequence, files: dict[str, list[Path]], controls: list[Path]
         "columns": columns,
         "rows": told,
         "shuffled": entry(shuffled, None),
+        "stage1 shuffled": stage1_cells(tests[trained[-1].label], "shuffled"),
         "chance": {name: value for name, value in chance.items() if value},
     }
 
@@ -109,6 +132,19 @@ def more(of: dict | None) -> str:
     return f"{of['more']:+.3f}" + (" [{:.3f}, {:.3f}]".format(*of["ci95"]) if of["ci95"] else "")
 
 
+def judged(columns: Sequence[str], file: Path) -> list[list[str]]:
+    """Rows of what the toy world's judges read right in videos whose content is known (extras/judge.py): no
+    reconstruction can be expected to do better. None where there is no such column or file."""
+    if ALL not in columns or not file.is_file():
+        return []
+    right = read_json(file, keys={"right": dict}, mend="python extras/judge.py makes it anew")["right"]
+    of = {name: shares["all of them"] for name, shares in right.items()}
+    return [
+        [f"judges on: {name}", *(number(x) if column == ALL else "-" for column in columns)]
+        for name, x in of.items()
+    ]
+
+
 def lines_of(result: dict) -> list[list[str]]:
     """A table's rows of cells, the titles first; a row with empty cells is a heading."""
     columns, shuffled = result["columns"], result["shuffled"]
@@ -129,6 +165,7 @@ def lines_of(result: dict) -> list[list[str]]:
     block([(MODEL, shuffled["metrics"])])
     chance = result["chance"]
     lines.append(["chance", *(number(chance[name]) if name in chance else "-" for name in columns)])
+    lines += judged(columns, RESULTS / "judges.json")
     for group, clips in result["groups"].items():
         lines.append([f"{group}, {clips} clips:", *empty])
         block([(row["label"], row["groups"][group]) for row in trained])
@@ -139,39 +176,56 @@ def lines_of(result: dict) -> list[list[str]]:
     return lines
 
 
+def stage1_lines(result: dict) -> list[list[str]]:
+    """What the fMRI of each row's stage 1 tells, a row of cells each, the titles first."""
+    lines = [["stage 1", *OF_STAGE1]]
+    told = [(row["label"], row["stage1"]) for row in result["rows"] if "stage1" in row]
+    for label, of in [*told, ("shuffled fMRI", result["stage1 shuffled"])]:
+        lines.append([label, *(mean(of.get(name)) for name in OF_STAGE1)])
+    return lines
+
+
 def heading(result: dict) -> str:
     seeds = " ".join(map(str, result["seeds"]))
     of = f"Table {result['table']} on {result['data']}, subject {result['subject']}"
     return f"{of}: {result['clips']} held-out clips, mean ± deviation over the seeds {seeds}"
 
 
-def as_text(result: dict) -> str:
-    rows = lines_of(result)
+def aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[k]) for row in rows if any(row[1:])) + 2 for k in range(len(rows[0]))]
     text = []
     for first, *others in rows:
-        aligned = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
-        text.append((f"{first:<{widths[0]}}" + "".join(aligned)).rstrip())
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+        text.append((f"{first:<{widths[0]}}" + "".join(cells)).rstrip())
+    return text
+
+
+def as_text(result: dict) -> str:
     why = "Intervals: 95 %, paired, over blocks of 20 clips, each clip the mean over the seeds."
-    return "\n".join([heading(result), "", *text, "", why])
+    tables = *aligned(lines_of(result)), "", *aligned(stage1_lines(result))
+    return "\n".join([heading(result), "", *tables, "", why])
+
+
+def markdown_table(rows: list[list[str]]) -> list[str]:
+    titles, *rows = rows
+    rows = [[f"*{row[0]}*", *row[1:]] if not any(row[1:]) else row for row in rows]
+    rows = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
+    return ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows]
 
 
 def as_markdown(result: dict) -> str:
     """The table, and what made it."""
-    titles, *rows = lines_of(result)
-    rows = [[f"*{row[0]}*", *row[1:]] if not any(row[1:]) else row for row in rows]
-    rows = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
-    table = ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows]
     took = [minutes for minutes in result["minutes"].values() if minutes is not None]
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     made = f"`{result['command']}`, {result['date']}, commit {result['commit'][:10]}, {versions}"
     took = f"{len(took)} commands took {sum(took):.0f} minutes, one after the other"
-    return "\n".join([f"### {heading(result)}", "", *table, "", f"{made}; {took}."])
+    tables = *markdown_table(lines_of(result)), "", *markdown_table(stage1_lines(result))
+    return "\n".join([f"### {heading(result)}", "", *tables, "", f"{made}; {took}."])
 
 
 KEYS = dict.fromkeys(("table", "subject", "clips"), int) | dict.fromkeys(("seeds", "rows", "columns"), list)
 KEYS |= dict.fromkeys(("data", "quoted_of", "command", "date", "commit"), str)
-KEYS |= dict.fromkeys(("groups", "shuffled", "chance", "versions", "minutes"), dict)
+KEYS |= dict.fromkeys(("groups", "shuffled", "stage1 shuffled", "chance", "versions", "minutes"), dict)
 
 
 def write_page(page: Path = PAGE, results: Path = RESULTS) -> None:

@@ -189,14 +189,15 @@ class Job(NamedTuple):
 
 class Plan(NamedTuple):
     waves: list[list[Job]]  # each wave needs the one before
-    evaluations: dict[str, list[Path]]  # row's label -> metrics.json of each seed
+    stage1: dict[str, list[Path]]  # row's label -> test.json of stage 1, one a seed
+    evaluations: dict[str, list[Path]]  # likewise metrics.json
     controls: list[Path]  # of the paper's model, likewise
 
 
 def plan(config: Config) -> Plan:
     """All jobs of a table, each once: stage 1, stage 2, evaluations."""
     waves: list[dict[Path, Job]] = [{}, {}, {}]
-    evaluations, controls = {}, []
+    tests, evaluations, controls = {}, {}, []
     stage1, stage2 = shlex.split(config.stage1), shlex.split(config.stage2)
     every = evaluate.PRESETS[config.data].get("metrics", evaluate.Config.metrics)
 
@@ -211,6 +212,7 @@ def plan(config: Config) -> Plan:
             options = [*common, *row.stage1, *stage1]
             first = train_stage1.parse(options)
             place = run_folder(config.data, config.subject, first.run, seed)
+            tests.setdefault(row.label, []).append(place / "stage1" / train_stage1.LAST)
             add(0, "train_stage1.py", options, place / "stage1", first)
             options = [*common, "--stage1", first.run, *row.stage2, *stage2]
             second = train_stage2.parse(options)
@@ -224,7 +226,7 @@ def plan(config: Config) -> Plan:
                 add(2, "evaluate.py", options, folder, third)
                 of_row = controls if control else evaluations.setdefault(row.label, [])
                 of_row.append(folder / "metrics.json")
-    return Plan([[*wave.values()] for wave in waves], evaluations, controls)
+    return Plan([[*wave.values()] for wave in waves], tests, evaluations, controls)
 
 
 def check_films(third: evaluate.Config) -> None:
@@ -371,7 +373,7 @@ def main(argv: Sequence[str]) -> None:
     result["minutes"] = {name: minutes and round(minutes, 2) for name, minutes in took.items()}
     rows = rows_of(config.table, config.data, config.subject)
     measured = asked(planned.waves[2][0].config)
-    result |= result_of(rows, planned.evaluations, planned.controls, measured)
+    result |= result_of(rows, planned.stage1, planned.evaluations, planned.controls, measured)
     file = RESULTS / f"table{config.table}-{config.data}-sub{config.subject}.json"
     write_json(file, result)
     print(f"\n{as_text(result)}\n\nwritten: {file}")

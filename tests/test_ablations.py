@@ -242,7 +242,14 @@ def result(tmp_path) -> dict:
             file = write_metrics(tmp_path, "after" if gain else "before", seed, values, right)
             files.setdefault(row.label, []).append(file)
     control = [write_metrics(tmp_path, "shuffled", 0, np.full(CLIPS, 0.05), ~right)]
-    measured = ablation_tables.result_of(rows, files, control, ["video_50way", "ms_flow"])
+    tests = {
+        row.label: [tmp_path / f"stage1-{k}-{seed}.json" for seed in (0, 1)] for k, row in enumerate(rows)
+    }
+    for k, of_row in enumerate(tests.values()):
+        for seed, file in enumerate(of_row):
+            told = {"action 50-way": 0.5 + 0.4 * k + 0.02 * seed, "image top-1": 0.3}
+            file.write_text(json.dumps({"fmri": told, "shuffled": {"action 50-way": 0.02}}))
+    measured = ablation_tables.result_of(rows, tests, files, control, ["video_50way", "ms_flow"])
     about = {"table": 6, "data": "toy", "subject": 2, "seeds": [0, 1], "quoted_of": "cc2017, subject 1"}
     about |= {"command": "python extras/ablations.py --table 6", "minutes": {"a": 1.5, "b": None}}
     measured["base"] = float(base.mean())
@@ -281,6 +288,26 @@ def test_the_table_has_rows_controls_groups_and_what_is_quoted(result):
     del result["rows"][-1]
     text = ablation_tables.as_text(result)
     assert text.startswith("Table 6 on toy, subject 2: 80 held-out clips") and "0.5±0.1" in text
+
+
+def test_stage_1_of_each_row_stands_below(result):
+    titles, first, second, shuffled = ablation_tables.stage1_lines(result)
+    assert titles[3] == "action 50-way" and first == ["w/o", "-", "-", "0.510±0.010", "-"]
+    assert second[3] == "0.910±0.010" and shuffled == ["shuffled fMRI", "-", "-", "0.020±0.000", "-"]
+    assert "0.910±0.010" in ablation_tables.as_text(result) and "0.910±0.010" in ablation_tables.as_markdown(
+        result
+    )
+
+
+def test_what_the_judges_misread_is_told(result, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation_tables, "RESULTS", tmp_path)
+    assert not [row for row in ablation_tables.lines_of(result) if "judges" in row[0]]
+    right = {"stimulus": {"all of them": 0.99}, "VAE": {"all of them": 0.98}}
+    (tmp_path / "judges.json").write_text(json.dumps({"right": right}))
+    told = [(row[0], row[-1]) for row in ablation_tables.lines_of(result) if "judges" in row[0]]
+    assert told == [("judges on: stimulus", "0.990"), ("judges on: VAE", "0.980")]
+    del result["columns"][-1]  # real data: nothing is known of the stimuli
+    assert not ablation_tables.judged(result["columns"], tmp_path / "judges.json")
 
 
 def test_the_page_keeps_the_words_around_its_tables(result, tmp_path):
