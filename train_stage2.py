@@ -73,6 +73,7 @@ class Config:
     weight_decay: float = option(0.01, "of AdamW", least=0)
     max_norm: float = option(1.0, "highest norm of the gradient", above=0)
     condition_dropout: float = option(0.1, "share of the clips that get the empty prompt", least=0, most=1)
+    noise_shift: float = option(1.0, "of the diffusion time; above 1, noisier (1: the decoder's)", above=0)
 
     guidance: float = option(5.0, "classifier-free guidance of the samples", least=0)
     sampling_steps: int = option(50, "of the samples", least=1)
@@ -86,8 +87,8 @@ class Config:
 PRESETS = {
     "toy": dict(
         decoder="toy/wan", epochs=10, batch_size=16, frames=17, height=64, width=64, attention_heads=4,
-        micro_batch=16, checkpointing=False, lr=1e-4, lr_fusion=5e-3, guidance=3.0, sampling_steps=16,
-        samples=6, sample_every=600, save_every=300,
+        micro_batch=16, checkpointing=False, lr=1e-4, lr_fusion=5e-3, noise_shift=5.0, guidance=3.0,
+        sampling_steps=16, samples=6, sample_every=600, save_every=300,
     ),
     "cc2017": {},
     "cinebrain": dict(frames=33, height=480, width=720),
@@ -249,6 +250,7 @@ def load_parts(
         config.decoder, config.lora_rank, config.lora_alpha, dtype=dtype, tiling=config.height > 256,
         load_vae=config.sample_every > 0, gradient_checkpointing=config.checkpointing,
     )  # fmt: skip
+    decoder.noise_shift = config.noise_shift
     brain_model = load_model(BrainModel, stage1 / "brain_model").train()
     brain_model.gradient_checkpointing = config.checkpointing
     L, D_txt, width = decoder.text_length, decoder.text_width, brain_model.norm.normalized_shape[0]
@@ -300,8 +302,7 @@ def learn(
             ids = [train.clips[clip]["id"] for clip in whole_batch]
             norm = training.update(accelerator, optimiser, schedule, config.max_norm, step, ids)
 
-            done = step + 1
-            stop = stopping.asked(accelerator)
+            done, stop = step + 1, stopping.asked(accelerator)
             saving = stop or done % config.save_every == 0 or done == run.total
             if saving or step % config.log_every == 0:
                 row = training.logged(accelerator, row)  # of the whole batch
@@ -311,8 +312,7 @@ def learn(
                     bar.set_postfix(loss=f"{row['loss']:.3f}", diffusion=f"{row['diffusion']:.3f}")
             if chief and saving:
                 run.save(done, state, models)
-            sampling = config.sample_every and done % config.sample_every == 0 and done < run.total
-            if sampling and not stop:
+            if config.sample_every and done % config.sample_every == 0 and done < run.total and not stop:
                 show(parts, config, accelerator, run.folder / "samples" / f"step-{done:06d}.gif", *shown)
             accelerator.wait_for_everyone()
             if stop:

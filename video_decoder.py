@@ -128,6 +128,7 @@ class VideoDecoder(nn.Module):
         self.config = config if pipe.transformer is None else pipe.transformer.config
         self.name = pipe.config.get("_name_or_path") or type(pipe).__name__
         self.is_wan = isinstance(pipe, WanPipeline)
+        self.noise_shift = 1.0  # of the diffusion time in training; above 1, noisier
         self.text_length = text_length  # L
         self.text_width = self.config["text_dim" if self.is_wan else "text_embed_dim"]  # D_txt
         p = self.config["patch_size"]
@@ -173,6 +174,7 @@ class VideoDecoder(nn.Module):
         self._check_latents(y)
         self._check_condition("f_fuse", f_fuse)
         y, noise, u = y.float(), noise.to(y.device).float(), u.to(y.device)  # prepared latents are fp16
+        u = self.noise_shift * u / (1 + (self.noise_shift - 1) * u)  # (B,)
         scheduler = self.scheduler.config
         if self.is_wan:  # flow matching: the DiT predicts a velocity
             s = scheduler.get("flow_shift") or scheduler.get("shift") or 3.0  # UniPC's (Wan 1.3B: 3), Euler's

@@ -91,6 +91,7 @@ class Statement:
     end: int  # its last line, or that of its header
     names: tuple[str, ...] = ()
     returns: bool = False
+    is_with: bool = False
 
 
 @dataclass
@@ -129,7 +130,9 @@ class Shapes:
                     self.note(path, at[0].end, name, frame.f_locals[name])
             if event == "return" and at[0] and at[0].returns:
                 self.note(path, at[0].end, "returns", arg)
-            at[0] = of_file.get(frame.f_lineno) if event == "line" else None
+            to = of_file.get(frame.f_lineno) if event == "line" else None
+            leaves = to and to.is_with and at[0] and at[0].returns  # a `return` passes the head of its `with`
+            at[0] = at[0] if leaves else to
             return line
 
         return line
@@ -157,7 +160,9 @@ def statements(tree: ast.Module) -> dict[int, Statement]:
         names = [part.id for part in inside if isinstance(part, ast.Name) and part.id != "_"]
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
         for number in range(first, max(end, node.lineno) + 1):
-            found[number] = Statement(max(end, node.lineno), tuple(names), isinstance(node, ast.Return))
+            found[number] = Statement(
+                max(end, node.lineno), tuple(names), isinstance(node, ast.Return), isinstance(node, ast.With)
+            )
     return found
 
 
