@@ -56,8 +56,8 @@ def near_copies(
 
 
 def spread(clips: Sequence[int], n: int, groups: dict[str, np.ndarray] | None = None) -> list[int]:
-    """The rule by which pictures choose their clips, whatever came out: of each group equally many, spread
-    evenly over it from its first clip to its last; `n` in all, group after group.
+    """The rule by which pictures choose their clips, whatever came out: of each group equally many, the middle
+    clip of each of as many equal parts of it; `n` in all, group after group.
 
     clips: numbers to choose from; groups: {name: (clips,) bool, by number}, or all are one group.
     """
@@ -65,8 +65,8 @@ def spread(clips: Sequence[int], n: int, groups: dict[str, np.ndarray] | None = 
     parts, chosen = [part for part in parts if part] or [list(clips)], []
     for k, part in enumerate(parts):
         share = n // len(parts) + (k < n % len(parts))
-        places = np.unique(np.linspace(0, len(part) - 1, share).round().astype(int))
-        chosen += [part[place] for place in places]
+        places = (np.arange(share) + 0.5) * len(part) / max(share, 1)  # (share,)
+        chosen += [part[place] for place in np.unique(places.astype(int))]
     return chosen
 
 
