@@ -56,8 +56,8 @@ def near_copies(
 
 
 def spread(clips: Sequence[int], n: int, groups: dict[str, np.ndarray] | None = None) -> list[int]:
-    """The rule by which pictures choose their clips, whatever came out: of each group equally many, the middle
-    clip of each of as many equal parts of it; `n` in all, group after group.
+    """The rule by which pictures choose their clips, whatever came out: of each group equally many, each the
+    middle of one of as many equal parts of it; `n` in all, group after group.
 
     clips: numbers to choose from; groups: {name: (clips,) bool, by number}, or all are one group.
     """
