@@ -54,8 +54,8 @@ EQUATIONS = {  # number: (where it is, the equation, a sentence)
     5: (
         "mixture_of_memories.mixture_scores",
         r"S_i = \sum_{m∈\{txt,img,act\}} w_m · sim ( f^e , e_i^m ) , \br i ∈ \{ 1 , … , N \}",
-        "The score of a memory is the weighted sum of three cosines. Where the paper has f_e the code has q: stage 1 "
-        "aligns f_c, not f_e, with the memories. One matrix product gives all B × N.",
+        "The score of a memory is the weighted sum of three cosines. Where the paper has f_e the code has q: "
+        "stage 1 aligns f_c, not f_e, with the memories. One matrix product gives all B × N.",
     ),
     6: (
         "mixture_of_memories.Integration.forward",
