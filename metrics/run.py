@@ -31,8 +31,10 @@ def read_settings(run: Path, shared: bool = False) -> dict:
     file, mend = run / "stage2" / "config.json", "train stage 2 anew"
     if not file.is_file():
         trained = ", ".join(sorted(folder.parent.name for folder in run.parent.glob("*/stage2"))) or "none"
+        data, sub = run.absolute().parts[-3:-1]
+        of = f" --data {data} --subject {sub[3:]}" if re.fullmatch(r"sub\d+", sub) else ""
         raise FileNotFoundError(
-            f"{file} is not there: python train_stage2.py comes first; trained here: {trained}"
+            f"{file} is not there: python train_stage2.py{of} comes first; trained here: {trained}"
         )
     settings = read_json(file, keys=KEYS, mend=mend)
     check_keys(settings["stage1_config"], f"{file}, stage1_config", {"rois": (str, type(None))}, mend)

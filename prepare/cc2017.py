@@ -86,7 +86,10 @@ class PurdueRelease(PurdueFilms):
             raise ValueError(
                 f"--delay {delay}: wanted 0 to {AFTER} volumes of 2 s, as runs end {AFTER} after the film"
             )
-        self.runs = self._runs_of(subject) or self.raw / f"subject{subject}" / "fmri"
+        self.runs = self._runs_of(subject)
+        if not self.runs:
+            said = f"{self.raw} has no subject{subject}/fmri below it, the recordings of subject {subject}"
+            raise FileNotFoundError(f"{said}: {self._mend()}")
         for segment in chain(*self.splits.values()):
             if not self.files(segment):
                 path = self.run_file(segment, 0)

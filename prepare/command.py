@@ -198,6 +198,11 @@ def main(argv: Sequence[str] | None = None, doc: str | None = __doc__) -> None:
         guide = MISSING["cc2017"].format(subject=args.subject)
         said = "error: give --raw (Purdue release), --fmri-release (NeuroClips release), or both"
         parser.exit(2, f"{said}\n\n{guide}".rstrip() + "\n")
+    for folder in (args.raw, getattr(args, "fmri_release", None)):
+        if folder and not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder} is not there: give the folder of what you downloaded and unpacked"
+            )
     source, captions, delay = open_release(args)
     captions = args.captions or captions
     prepare(source, root, args, {"train": captions[0], "test": captions[-1]}, delay)
@@ -208,10 +213,16 @@ def prepare(
 ) -> None:
     """Recordings, stimuli and, where asked for, what the video decoder needs; then the list of the arrays."""
     from prepare.fmri import prepare_fmri, refuse_twins
-    from prepare.stimuli import prepare_stimuli
+    from prepare.stimuli import describe_clips, prepare_stimuli
 
     folder, stimuli = root / args.name / f"sub{args.subject}", stimuli_folder(args.name, args.subject, root)
     source.check()
+    for split in source.splits:  # what the captions lack is told now, not after the recordings
+        describe_clips(source, split, captions[split])
+    if args.viclip.endswith(".pth") and not Path(args.viclip).is_file():
+        raise FileNotFoundError(
+            f"--viclip {args.viclip} is not there: docs/cc2017.md says how to download it"
+        )
     if not args.allow_duplicate_subject:
         refuse_twins(source, folder)
     recipe = {

@@ -134,6 +134,7 @@ MISSING = {
 3. Captions are not in the archives: take the training and the test list of NEURONS (.json) or of
    Mind-Animator (.h5).
 4. python data.py cc2017 --raw RAW --subject {subject} --captions TRAIN TEST
+   and, for stage 2, --decoder Wan-AI/Wan2.1-T2V-1.3B-Diffusers. docs/cc2017.md has all of it.
 5. python train_stage1.py --data cc2017 --subject {subject}""",
     "cinebrain": """data/cinebrain is not prepared for subject {subject}.
 
@@ -144,6 +145,7 @@ MISSING = {
    Or, for the visual areas alone, sub-{subject:04d}/fMRI_preprocessed_data.tar of Hugging Face:
    RAW/sub-{subject:04d}/visual_audio.
 3. python data.py cinebrain --raw RAW --subject {subject}
+   and, for stage 2, --decoder Wan-AI/Wan2.1-T2V-1.3B-Diffusers. docs/cinebrain.md has all of it.
 4. python train_stage1.py --data cinebrain --subject {subject} [--rois visual]""",
 }
 

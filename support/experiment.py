@@ -15,6 +15,7 @@ import tempfile
 import textwrap
 import time
 import typing
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -292,7 +293,8 @@ def door(main: Callable[[], int | None]) -> typing.NoReturn:
 
 def quiet() -> None:
     """No bar of a library for each model that it reads, nor nibabel's remarks on files: only downloads show
-    how far they are."""
+    how far they are. A warning is its words, without the line of code that it comes from."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     logging.getLogger("nibabel.global").setLevel(logging.ERROR)
     hidden = are_progress_bars_disabled()
     for library in ("diffusers", "transformers"):

@@ -270,10 +270,13 @@ def test_the_neuroclips_release_through_both_commands(tmp_path):
 
 
 def test_a_release_that_is_not_there_says_what_to_do(tmp_path):
-    done = run_script("data.py", "cc2017", "--raw", tmp_path / "nowhere", cwd=tmp_path)
-    assert (
-        done.returncode == 1 and "has no recording of seg1: wanted seg1_1_Atlas.dtseries.nii" in done.stderr
-    )
+    (tmp_path / "empty").mkdir()
+    for name, said in (("nowhere", "nowhere is not there"), ("empty", "empty has no subject1/fmri below it")):
+        done = run_script("data.py", "cc2017", "--raw", tmp_path / name, cwd=tmp_path)
+        assert done.returncode == 1 and said in done.stderr
+    (tmp_path / "subject1" / "fmri").mkdir(parents=True)
+    done = run_script("data.py", "cc2017", "--raw", tmp_path, cwd=tmp_path)
+    assert done.returncode == 1 and "has no recording of seg1: wanted seg1_1_Atlas" in done.stderr
     done = run_script("data.py", "cc2017", cwd=tmp_path)
     assert (
         done.returncode == 2
