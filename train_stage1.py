@@ -1,6 +1,6 @@
 """Stage 1 (§3.1, Eq. 3): teach the Brain Model the semantics of what was watched.
 
-    python train_stage1.py                                 the toy world, two to three minutes on a laptop
+    python train_stage1.py                                 the toy world, a minute or two on a laptop
     python train_stage1.py --data cc2017 --subject 1       the paper's size, on a GPU
     accelerate launch train_stage1.py --data cc2017        on several
     python train_stage1.py --data cc2017 --plan            memory, hours and disk, counted (docs/gpus.md)

@@ -1,6 +1,6 @@
 """Stage 2 (§3.2, Eq. 10): teach the Mixture-of-Memories and the video decoder to show what was watched.
 
-    python train_stage2.py                                 the toy world, about five minutes on a laptop
+    python train_stage2.py                                 the toy world, about four minutes on a laptop
     python train_stage2.py --data cc2017 --subject 1       the paper's size, on a GPU
     accelerate launch train_stage2.py --data cc2017        on several
     python train_stage2.py --data cc2017 --plan            memory, hours and disk, counted (docs/gpus.md)
