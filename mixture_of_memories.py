@@ -124,15 +124,15 @@ class Router(nn.Module):
 
 
 def mixture_scores(W_r: Tensor, q: Tensor, e: Tensor) -> Tensor:
-    """Eq. 5: W_r (B,3), q (B,3,D) of any length, e (N,3,D) unit rows -> S (B,N), the weighted sum of cosines.
+    """Eq. 5: W_r (B,3), q (B,3,D), e (N,3,D) of unit rows -> S (B,N), the weighted sum of cosines.
 
-    The three weighted unit queries end to end are (B,3D), the three embeddings of a memory (N,3D): their dot
+    Concatenate the three weighted unit queries, (B,3D), and the embeddings of each memory, (N,3D): their dot
     product is the sum over modalities, so that one matrix product gives S. In float32: rounding must not swap
     memories with close scores.
     """
     with torch.autocast(q.device.type, enabled=False):
-        q = W_r.float()[..., None] * normalize(q.float(), dim=-1)  # (B,3,D)
-        return q.flatten(1) @ e.float().flatten(1).T  # (B,N)  Eq. 5
+        weighted = W_r.float()[..., None] * normalize(q.float(), dim=-1)  # (B,3,D)
+        return weighted.flatten(1) @ e.float().flatten(1).T  # (B,N)  Eq. 5
 
 
 def retrieve(

@@ -49,13 +49,15 @@ EQUATIONS = {  # number: (where it is, the equation, a sentence)
     4: (
         "mixture_of_memories.Router",
         r"W_r = [ w^{txt} , w^{img} , w^{act} ] \br = softmax ( R ( f^e ) )",
-        "The router says, of each clip, how much to trust each kind of memory. The three weights sum to 1.",
+        "The router says, of each clip, how much to trust each kind of memory. The three weights sum to "
+        "1. On the toy most runs end with most of it on the text, some on the action (docs/integration.md).",
     ),
     5: (
         "mixture_of_memories.mixture_scores",
         r"S_i = \sum_{m∈\{txt,img,act\}} w_m · sim ( f^e , e_i^m ) , \br i ∈ \{ 1 , … , N \}",
-        "The score of a memory is the weighted sum of three cosines. Where the paper has f_e the code has q: "
-        "stage 1 aligns f_c, not f_e, with the memories. One matrix product gives all B × N.",
+        "The score of a memory is the weighted sum of three cosines. Where the paper has f_e the code has q, "
+        "that is f_c and f_a (heads.py, Stage1Heads.queries): stage 1 aligns f_c with the memories, and f_e "
+        "has another width. One matrix product gives all B × N.",
     ),
     6: (
         "mixture_of_memories.Integration.forward",
