@@ -211,7 +211,7 @@ def test_a_missing_segment_is_an_error_and_a_missing_repeat_a_warning(empty_rele
     (empty_release / "stimuli" / "seg18.mp4").unlink()
     with pytest.raises(FileNotFoundError, match="seg18.mp4"):
         PurdueRelease(empty_release, subject=1, test_segments=1)
-    with pytest.raises(FileNotFoundError, match="subject2.*seg1_1_Atlas.dtseries.nii"):
+    with pytest.raises(FileNotFoundError, match="no subject2/fmri below it"):
         PurdueRelease(empty_release, subject=2)
 
 
@@ -292,7 +292,7 @@ def test_a_bundle_that_is_packed_still_is_named(tmp_path):
     (tmp_path / "10_4231_R7X63K3M").mkdir()
     (tmp_path / "10_4231_R7X63K3M" / "bundle.zip").touch()
     with pytest.raises(
-        FileNotFoundError, match="no recording of seg1.*unpack .*R7X63K3M/bundle.zip where it lies"
+        FileNotFoundError, match="no subject1/fmri below it.*unpack .*R7X63K3M/bundle.zip where it lies"
     ):
         PurdueRelease(tmp_path, subject=1)
 
