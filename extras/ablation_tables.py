@@ -18,12 +18,8 @@ MARKS = "<!-- tables: extras/ablations.py --page writes what follows -->", "<!--
 COLUMNS = ("video_2way", "video_50way", "clip_pcc", "dtc", "ms")  # of the paper's tables
 ALL = "all_attributes"  # toy world: share of the clips whose every attribute is recognised
 OF_GROUPS = ("video_50way", ALL)
-OF_STAGE1 = (
-    "image 50-way",
-    "text 50-way",
-    "action 50-way",
-    "category mAP",
-)  # from the fMRI, before any video
+# from the fMRI, before any video
+OF_STAGE1 = ("image 50-way", "text 50-way", "action 50-way", "category mAP")
 TITLES = {name: f"{METRICS[name].title} {METRICS[name].better}" for name in METRICS}
 TITLES |= {ALL: "all attributes ↑"}
 MODEL = "paper's model, shuffled fMRI"

@@ -219,7 +219,8 @@ def prepare(
     source.check()
     for split in source.splits:  # what the captions lack is told now, not after the recordings
         describe_clips(source, split, captions[split])
-    if args.viclip.endswith(".pth") and not Path(args.viclip).is_file():
+    encoded = all((stimuli / split / "e_act.npy").is_file() for split in source.splits)
+    if args.viclip.endswith(".pth") and not encoded and not Path(args.viclip).is_file():
         raise FileNotFoundError(
             f"--viclip {args.viclip} is not there: docs/cc2017.md says how to download it"
         )

@@ -710,6 +710,14 @@ def test_cogvideox_with_a_segment_held_out_learns_and_samples_change_nothing(wor
     assert losses[1] < 0.99 * losses[0], losses
 
 
+@pytest.mark.parametrize("options, expected", [([], 1.0), (["--noise_shift", 2.5], 2.5)])
+def test_the_decoder_trains_at_the_noise_that_is_asked_for(world, here, monkeypatch, options, expected):
+    seen = []
+    monkeypatch.setattr("train_stage2.learn", lambda c, a, run, parts, *rest: seen.append(parts.decoder))
+    here("--run", f"noise-{expected}", "--stage1", "full", *options)
+    assert [decoder.noise_shift for decoder in seen] == [expected]
+
+
 def test_training_stops_before_nan_reaches_a_checkpoint(world, here):
     write_stage1(world, "diverges-s0")
     with pytest.raises(ValueError, match=r"step \d+: .*lower --lr.*Clips of the step: seg\d-\d+"):
