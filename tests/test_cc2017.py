@@ -240,7 +240,10 @@ def test_captions_that_differ_in_number_from_the_clips(release, tmp_path):
         done.returncode == 1
         and "train.json has 959 captions for the 960 train clips of 4 segments" in done.stderr
     )
-    assert not list((tmp_path / "data").rglob("e_*.npy"))
+    lists[0].write_text(json.dumps(["a dog"] * 4 * CLIPS))
+    gone = run_script("data.py", *PURDUE, *options, "--viclip", "gone.pth", cwd=tmp_path)
+    assert gone.returncode == 1 and "--viclip gone.pth is not there" in gone.stderr
+    assert not list((tmp_path / "data").rglob("*.npy"))  # told before the recordings
 
 
 def test_the_neuroclips_release_through_both_commands(tmp_path):
