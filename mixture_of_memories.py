@@ -127,8 +127,8 @@ def mixture_scores(W_r: Tensor, q: Tensor, e: Tensor) -> Tensor:
     """Eq. 5: W_r (B,3), q (B,3,D), e (N,3,D) of unit rows -> S (B,N), the weighted sum of cosines.
 
     Concatenate the three weighted unit queries, (B,3D), and the embeddings of each memory, (N,3D): their dot
-    product is the sum over modalities, so that one matrix product gives S. In float32: rounding must not swap
-    memories with close scores.
+    product is the sum over modalities, so that one matrix product gives S. q is f_c, f_c, φ_a(f_c), not f_e:
+    `Stage1Heads.queries` says why. In float32: rounding must not swap memories with close scores.
     """
     with torch.autocast(q.device.type, enabled=False):
         weighted = W_r.float()[..., None] * normalize(q.float(), dim=-1)  # (B,3,D)
