@@ -67,8 +67,8 @@ class Config:
     optimizer: str = option("adamw", "adamw, or adamw8bit for the Brain Model", choices=training.OPTIMIZERS)
     compile: bool = option(False, "compile the blocks of Brain Model and DiT")
     attention_kernel: str = option("auto", "of torch, on CUDA", choices=training.KERNELS)
-    lr: float = option(1e-6, "highest learning rate of OneCycle, of the Brain Model", above=0)
-    lr_fusion: float | None = option(None, "of router and integration (none: as the Brain Model)", above=0)
+    lr: float = option(1e-6, "highest learning rate of OneCycle, of Brain Model and router", above=0)
+    lr_fusion: float | None = option(None, "of the integration, Eq. 6-7 (none: as the Brain Model)", above=0)
     lr_lora: float = option(1e-4, "of the LoRA", above=0)
     weight_decay: float = option(0.01, "of AdamW", least=0)
     max_norm: float = option(1.0, "highest norm of the gradient", above=0)
@@ -86,7 +86,7 @@ class Config:
 
 PRESETS = {
     "toy": dict(
-        decoder="toy/wan", epochs=10, batch_size=16, frames=17, height=64, width=64, attention_heads=4,
+        decoder="toy/wan", epochs=10, batch_size=16, frames=17, height=64, width=64, K=50, attention_heads=4,
         micro_batch=16, checkpointing=False, lr=1e-4, lr_fusion=5e-3, noise_shift=5.0, guidance=3.0,
         sampling_steps=16, samples=6, sample_every=600, save_every=300,
     ),
@@ -134,8 +134,7 @@ def losses_and_gradients(
     Brain Model and MoM see the batch whole, as InfoNCE wants, the DiT `micro_batch` clips at a time: each
     leaves its share of Eq. 9's gradient in f.grad, and one backward pass leads it through the rest.
     x (B, T, N); y (B, C, f, h, w); targets and weights of Eq. 3; clips (B,) in the dataset, memory (B,) in
-    the pool, excluded (B, N) of it. mean_clips: the mean number of clips a process, so that the mean of the
-    processes' gradients is the whole batch's.
+    the pool, excluded (B, N) of it; mean_clips a process, so that the mean of all gradients is the batch's.
     """
     brain_model, heads, mom, decoder, pool, empty, _ = parts
     recalled = training.recomputed(condition, brain_model.gradient_checkpointing)  # the DiT has its memory
@@ -167,8 +166,7 @@ def show(
     parts: Parts, config: Config, accelerator: Accelerator, gif: Path,
     data: ClipDataset, videos: DecoderData, where: np.ndarray,
 ) -> None:  # fmt: skip
-    """A GIF of held-out clips, a row each: the stimulus after the VAE's round trip, the reconstruction. Each
-    process makes its share of the rows."""
+    """A GIF of held-out clips, a row each: the stimulus after the VAE's round trip, the reconstruction."""
     brain_model, heads, mom, decoder, pool, empty, _ = parts
     brain_model.eval()
     some = np.linspace(0, len(where) - 1, min(config.samples, len(where))).round().astype(int)
@@ -271,11 +269,13 @@ def learn(
 
     # ---- AdamW and OneCycle (§4.1)
     lora = nn.ParameterList(p for p in decoder.parameters() if p.requires_grad)
-    rates = {"brain_model": config.lr, "mom": config.lr_fusion, "lora": config.lr_lora}
-    state = {"brain_model": brain_model, "mom": mom, "lora": lora}
-    groups = [{"params": [*state[name].parameters()], "lr": lr} for name, lr in rates.items()]
+    router = getattr(mom, "router", nn.Identity())  # at a high rate it soon reads one modality alone
+    integration = getattr(mom, "integration", mom)
+    rates = {brain_model: config.lr, router: config.lr, integration: config.lr_fusion, lora: config.lr_lora}
+    groups = [{"params": [*part.parameters()], "lr": lr} for part, lr in rates.items()]
     optimiser = training.adamw(config.optimizer, groups, config.weight_decay, in_8_bit=1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [*rates.values()], total_steps=run.total)
+    state = {"brain_model": brain_model, "mom": mom, "lora": lora}
     state |= {"optimiser": optimiser, "schedule": schedule}
     models = {"brain_model": brain_model.save_pretrained, "mixture_of_memories": mom.save_pretrained}
     models |= {"heads": heads.save_pretrained, "lora": decoder.save_lora}

@@ -27,6 +27,7 @@ from support.videos import read_clip, video_frames, write_video
 COLOURS = dict(zip(MODALITIES, ("#3b6ea5", "#d98324", "#4f9a5b"), strict=True))
 EVALUATE = "python evaluate.py makes it, on a run with memories (not --no-integration)"
 PAGE = Path(__file__).with_suffix(".html")
+PICTURED = 5  # memories of a clip that a picture has room for; the page shows all
 
 
 class Scores(NamedTuple):
@@ -103,9 +104,9 @@ def scores(run: Path, settings: dict, clips: list[int]) -> dict[int, Scores]:
 
 
 def picture(run: Path, clips: dict[int, str], films: Path | None, out: Path) -> None:
-    """A row a clip, {number: its group}: the stimulus, its K memories, each with its score and what each
-    modality adds to it, and the reconstruction. films: the folder of the stimuli, the release's where it is
-    not given."""
+    """A row a clip, {number: its group}: the stimulus, the first PICTURED of its K memories, each with its
+    score and what each modality adds to it, and the reconstruction. films: the folder of the stimuli, the
+    release's where it is not given."""
     from matplotlib import pyplot as plt
 
     settings = settings_of(run, "stage2")
@@ -114,7 +115,7 @@ def picture(run: Path, clips: dict[int, str], films: Path | None, out: Path) -> 
     train = ClipDataset(data, settings["subject"], "train").clips
     test = ClipDataset(data, settings["subject"], "test").clips
     films = films or raw_folder(data, settings["subject"]) / "stimuli"
-    K = max(len(of.retrieved) for of in of_clips.values())
+    K = min(PICTURED, max(len(of.retrieved) for of in of_clips.values()))
     how = {"squeeze": False, "layout": "constrained", "height_ratios": (3.2, 1) * len(clips)}
     figure, axes = plt.subplots(2 * len(clips), K + 2, figsize=(2.6 * (K + 2), 2.5 * len(clips)), **how)
     for n, (clip, of) in enumerate(of_clips.items()):
@@ -124,7 +125,7 @@ def picture(run: Path, clips: dict[int, str], films: Path | None, out: Path) -> 
         draw_router(below[0], of.W_r)
         for ax in [*above[1:-1][len(of.retrieved) :], *below[1:-1][len(of.retrieved) :], below[-1]]:
             ax.axis("off")
-        for k, i in enumerate(of.retrieved):
+        for k, i in enumerate(of.retrieved[:K]):
             film = read_clip(films / train[i]["video"], train[i]["start_s"], SECONDS[data])
             show(above[k + 1], video_frames(film, *size), train[i]["caption"])
             draw_score(below[k + 1], of.W_r * of.cosines[k])

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_video_decoder import cogvideox_pipeline, wan_pipeline
 
+import train_stage2
 from brain_model import BrainModel
 from data import ClipDataset, DecoderData, hide_voxels, memories
 from heads import Stage1Heads, stage1_loss
@@ -716,6 +717,36 @@ def test_the_decoder_trains_at_the_noise_that_is_asked_for(world, here, monkeypa
     monkeypatch.setattr("train_stage2.learn", lambda c, a, run, parts, *rest: seen.append(parts.decoder))
     here("--run", f"noise-{expected}", "--stage1", "full", *options)
     assert [decoder.noise_shift for decoder in seen] == [expected]
+
+
+@pytest.mark.parametrize("ablation", ["full", "no-mom", "no-integration"])
+def test_each_part_learns_at_the_rate_that_is_asked_for(world, here, monkeypatch, ablation):
+    class Enough(Exception):
+        pass
+
+    seen, groups, load = [], [], train_stage2.load_parts
+    monkeypatch.setattr(train_stage2, "load_parts", lambda *of: seen.append(load(*of)) or seen[0])
+
+    def adamw(name, given, *rest, **options):
+        groups.extend(given)
+        raise Enough
+
+    monkeypatch.setattr(train_stage2.training, "adamw", adamw)
+    switch = [] if ablation == "full" else [f"--{ablation}"]
+    rates = ["--lr", 1e-5, "--lr_fusion", 1e-3, "--lr_lora", 1e-2]
+    with pytest.raises(Enough):
+        here("--run", f"rates-{ablation}", "--stage1", "full", *switch, *rates)
+    rate = {p: group["lr"] for group in groups for p in group["params"]}
+    (parts,) = seen
+    assert {rate.pop(p) for p in parts.brain_model.parameters()} == {1e-5} == {groups[0]["lr"]}  # 8 bit: the first
+    assert {rate.pop(p) for p in parts.decoder.parameters() if p.requires_grad} == {1e-2}
+    of_mom = {name: rate.pop(p) for name, p in parts.mom.named_parameters()}
+    assert not rate and len(of_mom) == len(list(parts.mom.parameters()))
+    if ablation == "full":
+        assert {lr for name, lr in of_mom.items() if name.startswith("router.")} == {1e-5}
+        assert {lr for name, lr in of_mom.items() if not name.startswith("router.")} == {1e-3}
+    else:
+        assert set(of_mom.values()) == ({1e-3} if ablation == "no-integration" else set())
 
 
 def test_training_stops_before_nan_reaches_a_checkpoint(world, here):
