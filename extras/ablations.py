@@ -8,10 +8,10 @@
 
 Table 4: L_clip; + L_cls; + L_action; + MoM. 5: visual areas; + hippocampus; + mPFC. 6: without and with
 integration. train_stage1.py, train_stage2.py and evaluate.py run as they do by hand, under their own names
-of runs, so that tables share what they can: the last row of Tables 4 and 6 is the run `full`, and its stage 1
-is also that of the rows without MoM and without integration. What is finished is kept; after Ctrl-C, or a
-kill, the same command goes on where it was. --jobs 2 runs two at once with a thread each: two cores do more
-so.
+of runs, so that tables share what they can: the last row of Tables 4 and 6 is the run `full`, as is the row
+of Table 5 whose areas have all voxels (on the toy the second), and its stage 1 is also that of the rows
+without MoM and without integration. What is finished is kept; after Ctrl-C, or a kill, the same command goes
+on where it was. --jobs 2 runs two at once with a thread each: two cores do more so.
 
 In:  as the three scripts.
 Out: runs/ as of the three scripts, what they printed in runs/<data>/sub<K>/ablations/, and
@@ -81,8 +81,18 @@ class Row(NamedTuple):
     lacks: str = ""  # why it cannot be trained
 
 
-def areas(rois: str, data: str) -> list[str]:
-    """The options of a stage 1 on these areas: where they are a dataset's own, its run is `full`."""
+def prepared(data: str, subject: int) -> np.ndarray | None:
+    """The area of each voxel of the prepared subject, (N,) str; None where it is not prepared."""
+    file = Path("data", data, f"sub{subject}", "voxels.npz")
+    return read_npz(file, {"index": "iu", "roi": "U"})["roi"] if file.is_file() else None
+
+
+def areas(rois: str, data: str, subject: int) -> list[str]:
+    """The options of a stage 1 on these areas. Its run is `full` where they are the dataset's own, and where
+    the prepared subject has no voxel elsewhere."""
+    names, roi = [name for region in rois.split(",") for name in ROIS[region]], prepared(data, subject)
+    if roi is not None and in_areas(roi, names).all():
+        return []
     own = train_stage1.PRESETS[data].get("rois") == rois
     return ["--rois", rois] + ([] if own else ["--run", rois.replace(",", "-")])
 
@@ -90,8 +100,8 @@ def areas(rois: str, data: str) -> list[str]:
 def lacking(region: str, data: str, subject: int) -> str:
     """Why no run can have the voxels of this region: where the prepared subject has none of them. The toy
     subject has mPFC voxels that nothing drives, and none but reproducible voxels are kept."""
-    file = Path("data", data, f"sub{subject}", "voxels.npz")
-    if not file.is_file() or in_areas(read_npz(file, {"index": "iu", "roi": "U"})["roi"], ROIS[region]).any():
+    roi = prepared(data, subject)
+    if roi is None or in_areas(roi, ROIS[region]).any():
         return ""
     return "not trained: no voxel of this region responds reproducibly"
 
@@ -119,7 +129,7 @@ def rows_of(table: int, data: str, subject: int) -> list[Row]:
         rows = []
         for name, regions, printed in zip(names, rois, quoted, strict=True):
             lacks = lacking(regions.split(",")[-1], data, subject)
-            rows.append(Row(name, areas(regions, data), [], printed, lacks))
+            rows.append(Row(name, areas(regions, data, subject), [], printed, lacks))
         return rows
     quoted = "0.830±0.02 0.224±0.05 0.802±0.01 0.920±0.01 0.961±0.01"
     return [Row("w/o integration", [], ["--no-integration"], quoted), Row("w/ integration", [], [], full)]
