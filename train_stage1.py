@@ -232,7 +232,7 @@ def learn(
         with written_whole(run.folder / "test.txt") as part:
             part.write_text(table + "\n")
         write_json(run.folder / LAST, columns)
-        print(f"\n{table}\n\nwritten: {run.folder}/ (brain_model, heads, losses.png, log.jsonl, {LAST})")
+        print(f"\n{table}\n\nwritten: {run.folder}/ (brain_model, heads, losses.png, test.txt, {LAST})")
 
 
 def validate(model: nn.Module, heads: nn.Module, train: ClipDataset, clips: np.ndarray) -> dict[str, float]:

@@ -304,9 +304,12 @@ def check(name: str, subject: int, root: Path = Path("data")) -> list[Line]:
         else:
             lines += one(p)
     failed = {line.what for line in lines if line.level == FAIL}
-    mend = f"; to mend it, delete what is named and run {p.command}"
     kept = [line for line in lines if line.level != OK or line.what not in failed]
-    return [line._replace(found=line.found + mend) if line.level == FAIL else line for line in kept]
+    for i, line in enumerate(kept):
+        if line.level == FAIL:
+            delete = "" if line.found.endswith(" not there") else "delete what is named and "
+            kept[i] = line._replace(found=f"{line.found}; to mend it, {delete}run {p.command}")
+    return kept
 
 
 def print_caption_copies(files: list[Path]) -> int:

@@ -46,8 +46,8 @@ def plan(what: str, encode: Callable[[], object], clips: int, on_cpu: int) -> in
     """Encode one clip to see what it takes, and print it. Returns how many to encode at once: as many as fit
     into half of the GPU's free memory, 64 at most; `on_cpu` where there is no GPU."""
     gpu = torch.cuda.is_available()
+    encode()  # the first takes longer
     if gpu:
-        encode()  # warms up
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -134,7 +134,7 @@ def test_exit_status_of_a_fault_and_of_nothing_there(toy, tmp_path):
     assert (
         lines[0].level == FAIL
         and "sub4/train/fmri.npy" in lines[0].found
-        and "data.py cc2017 --raw RAW --subject 4" in lines[0].found
+        and lines[0].found.endswith("to mend it, run python data.py cc2017 --raw RAW --subject 4")
     )
     assert all(line.level == WARNING and line.found.startswith("not looked at") for line in lines[1:])
 
