@@ -105,9 +105,10 @@ def scores(run: Path, settings: dict, clips: list[int]) -> dict[int, Scores]:
 
 def picture(run: Path, clips: dict[int, str], films: Path | None, out: Path) -> None:
     """A row a clip, {number: its group}: the stimulus, the first PICTURED of its K memories, each with its
-    score and what each modality adds to it, and the reconstruction. films: the folder of the stimuli, the
-    release's where it is not given."""
+    score and what each modality adds to it, the reconstruction, and the attention of Eq. 6 over all K. films:
+    the folder of the stimuli, the release's where it is not given."""
     from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
 
     settings = settings_of(run, "stage2")
     data, size = settings["data"], (settings["frames"], settings["height"], settings["width"])
@@ -123,7 +124,8 @@ def picture(run: Path, clips: dict[int, str], films: Path | None, out: Path) -> 
         show(above[0], frames_of(run, "gt", clip), caption_of(test[clip], clips[clip]))
         show(above[-1], frames_of(run, "recon", clip), "")
         draw_router(below[0], of.W_r)
-        for ax in [*above[1:-1][len(of.retrieved) :], *below[1:-1][len(of.retrieved) :], below[-1]]:
+        draw_attention(below[-1], of.attention)
+        for ax in [*above[1:-1][len(of.retrieved) :], *below[1:-1][len(of.retrieved) :]]:
             ax.axis("off")
         for k, i in enumerate(of.retrieved[:K]):
             film = read_clip(films / train[i]["video"], train[i]["start_s"], SECONDS[data])
@@ -132,7 +134,8 @@ def picture(run: Path, clips: dict[int, str], films: Path | None, out: Path) -> 
     titles = ["stimulus", *(f"memory {k + 1}" for k in range(K)), "reconstruction"]
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=10)
-    draw_legend(axes[1, -1])
+    handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     save(out, figure)
     plt.close(figure)
 
@@ -169,11 +172,17 @@ def draw_router(ax, W_r: np.ndarray) -> None:
     ax.set_title("router weights W_r", fontsize=8)
 
 
-def draw_legend(ax) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [Patch(color=colour, label=f"{name}: weight x cosine") for name, colour in COLOURS.items()]
-    ax.legend(handles=handles, loc="center", fontsize=8)
+def draw_attention(ax, attention: np.ndarray | None) -> None:
+    """Eq. 6's attention (K, len(FUSED)) over the memories, the best score first; off without MoM."""
+    if attention is None:
+        ax.axis("off")
+        return
+    rank = np.arange(1, len(attention) + 1)
+    for m, weights in zip(FUSED, attention.T, strict=True):
+        ax.plot(rank, weights, ".-", color=COLOURS[m], linewidth=0.8, markersize=3)
+    ax.set(ylim=(0, None), xticks=[1, len(attention)], yticks=[])
+    ax.tick_params(labelsize=7)
+    ax.set_title(f"attention over the K = {len(attention)} memories", fontsize=8)
 
 
 # ---------------------------------------------------------------- the page
