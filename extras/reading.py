@@ -157,7 +157,8 @@ NOTES = {  # where: (the paper's symbols, a sentence)
     "train_stage2.load_parts": ("", "Stage 1's models, the memory pool, and the parts that stage 2 adds."),
     "train_stage2.learn": (
         r"min ℒ_{stage2}",
-        "§4.1: Brain Model, router and fusion at one rate, LoRA at another. Each step is one call of Eq. 10.",
+        "§4.1 gives one rate, 1e-6. Here Eq. 6-7 and the LoRA may have their own; the router keeps the Brain "
+        "Model's. Each step is one call of Eq. 10.",
     ),
 }
 
