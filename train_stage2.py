@@ -68,7 +68,7 @@ class Config:
     compile: bool = option(False, "compile the blocks of Brain Model and DiT")
     attention_kernel: str = option("auto", "of torch, on CUDA", choices=training.KERNELS)
     lr: float = option(1e-6, "highest learning rate of OneCycle, of Brain Model and router", above=0)
-    lr_fusion: float | None = option(None, "of the integration, Eq. 6-7 (none: as the Brain Model)", above=0)
+    lr_fusion: float | None = option(None, "of Eq. 6-7, or of --no-integration's Linear (none: lr)", above=0)
     lr_lora: float = option(1e-4, "of the LoRA", above=0)
     weight_decay: float = option(0.01, "of AdamW", least=0)
     max_norm: float = option(1.0, "highest norm of the gradient", above=0)
@@ -269,7 +269,7 @@ def learn(
 
     # ---- AdamW and OneCycle (§4.1)
     lora = nn.ParameterList(p for p in decoder.parameters() if p.requires_grad)
-    router = getattr(mom, "router", nn.Identity())  # at a high rate it soon reads one modality alone
+    router = getattr(mom, "router", nn.Identity())  # slow: a fast one ends on one modality
     integration = getattr(mom, "integration", mom)
     rates = {brain_model: config.lr, router: config.lr, integration: config.lr_fusion, lora: config.lr_lora}
     groups = [{"params": [*part.parameters()], "lr": lr} for part, lr in rates.items()]

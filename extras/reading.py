@@ -50,7 +50,7 @@ EQUATIONS = {  # number: (where it is, the equation, a sentence)
         "mixture_of_memories.Router",
         r"W_r = [ w^{txt} , w^{img} , w^{act} ] \br = softmax ( R ( f^e ) )",
         "The router says, of each clip, how much to trust each kind of memory. The three weights sum to "
-        "1. On the toy most runs end with most of it on the text, some on the action (docs/integration.md).",
+        "1. On the toy it ends near 0.23 for text, 0.25 for image and 0.52 for action (docs/integration.md).",
     ),
     5: (
         "mixture_of_memories.mixture_scores",
