@@ -4,8 +4,8 @@
     python extras/figures.py compare --table 4 --data toy --subject 1 --seed 0    the rows of Table 4: Fig. 6
     python extras/figures.py weights RUN RUN ...   which voxels the first layer of each Brain Model listens to
     python extras/figures.py weights --table 4     without and with L_cls and L_action: Fig. 5
-    python extras/figures.py memories RUN          a clip's memories, their scores (Eq. 5), the attention (Eq. 6)
-    python extras/figures.py memories RUN --html   a page, clip by clip: films that move, attention (Eq. 6)
+    python extras/figures.py memories RUN          a clip's memories, their scores (Eq. 5), attention (Eq. 6)
+    python extras/figures.py memories RUN --html   the same as a page, clip by clip: films that move
 
 In:  runs/<data>/sub<K>/<NAME>-s<seed>, after evaluate.py (`weights`: after train_stage1.py), and the
      prepared data they were trained on. --table takes the runs that extras/ablations.py made.
