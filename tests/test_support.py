@@ -412,7 +412,10 @@ door({"train": train, "wait": wait, "fail": fail}[sys.argv[1]])
 
 def at_the_door(*words: str, number: int = 0) -> tuple[int, str]:
     command = [sys.executable, "-c", SCRIPT, *words]
-    process = subprocess.Popen(command, cwd=REPO, env=environment(), stdout=-1, stderr=-1, text=True)
+    heard = {
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    }  # ignored in a shell's background
+    process = subprocess.Popen(command, cwd=REPO, env=environment(), stdout=-1, stderr=-1, text=True, **heard)
     if number:
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.1)
