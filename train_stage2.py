@@ -134,7 +134,7 @@ def losses_and_gradients(
     Brain Model and MoM see the batch whole, as InfoNCE wants, the DiT `micro_batch` clips at a time: each
     leaves its share of Eq. 9's gradient in f.grad, and one backward pass leads it through the rest.
     x (B, T, N); y (B, C, f, h, w); targets and weights of Eq. 3; clips (B,) in the dataset, memory (B,) in
-    the pool, excluded (B, N) of it; mean_clips a process, so that the mean of all gradients is the batch's.
+    the pool, excluded (B, N) of it. mean_clips, of a process: so the mean of all gradients is the batch's.
     """
     brain_model, heads, mom, decoder, pool, empty, _ = parts
     recalled = training.recomputed(condition, brain_model.gradient_checkpointing)  # the DiT has its memory

@@ -109,10 +109,8 @@ def test_a_region_without_voxels_is_not_trained(tmp_path, monkeypatch):
     np.savez(voxels, index=np.arange(2), roi=np.array(["L_V1", "hippocampus_left"]))
     rows = ablations.rows_of(5, "toy", 1)
     assert [bool(row.lacks) for row in rows] == [False, False, True]
-    assert [row.stage1 for row in rows[:2]] == [
-        ["--rois", "visual", "--run", "visual"],
-        [],
-    ]  # all voxels: `full`
+    visual, all_voxels = (row.stage1 for row in rows[:2])
+    assert visual == ["--rois", "visual", "--run", "visual"] and all_voxels == []  # the run `full`
     assert len(commands("--table", "5", "--seeds", "0")) == 2 + 2 + 3
     np.savez(voxels, index=np.arange(3), roi=np.array(["L_V1", "hippocampus_left", "R_p24"]))
     rows = ablations.rows_of(5, "toy", 1)

@@ -257,12 +257,27 @@ def test_the_rows_of_a_table_are_compared(run, tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("clip", [0, 2])
-def test_memories_shows_stimulus_memories_and_reconstruction(run, tmp_path, clip):
+@pytest.mark.parametrize(("clip", "room"), [(0, 5), (2, 5), (2, 2)])
+def test_memories_shows_stimulus_memories_and_reconstruction(run, tmp_path, monkeypatch, clip, room):
+    """All K memories, or the first for which there is room."""
+    monkeypatch.setattr(memories, "PICTURED", room)
     picture = drawn("memories", run, "--clips", clip, "--out", tmp_path / "picture.png")
-    memories = np.argsort(-np.load(run / "S.npy")[clip])[:K]
-    films = [colour_of("film", i) for i in memories]
+    films = [colour_of("film", i) for i in np.argsort(-np.load(run / "S.npy")[clip])[: min(K, room)]]
     in_a_grid(picture, [[colour_of("gt", clip), *films, colour_of("recon", clip)]])
+
+
+def test_attention_is_drawn_over_all_memories():
+    from matplotlib import pyplot as plt
+
+    attention = np.random.default_rng(0).dirichlet(np.ones(50), 2).T  # (K, 2)
+    _, (ax, without) = plt.subplots(1, 2)
+    memories.draw_attention(ax, attention)
+    for line, weights, colour in zip(ax.lines, attention.T, ("#d98324", "#4f9a5b"), strict=True):  # img, act
+        np.testing.assert_array_equal(line.get_xydata(), np.column_stack([np.arange(1, 51), weights]))
+        assert line.get_color() == colour
+    memories.draw_attention(without, None)
+    assert not without.lines and not without.axison
+    plt.close("all")
 
 
 def test_attention_is_that_of_equation_6(run, monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -412,10 +413,9 @@ door({"train": train, "wait": wait, "fail": fail}[sys.argv[1]])
 
 def at_the_door(*words: str, number: int = 0) -> tuple[int, str]:
     command = [sys.executable, "-c", SCRIPT, *words]
-    heard = {
-        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    }  # ignored in a shell's background
-    process = subprocess.Popen(command, cwd=REPO, env=environment(), stdout=-1, stderr=-1, text=True, **heard)
+    how = {"cwd": REPO, "env": environment(), "stdout": -1, "stderr": -1, "text": True}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores it
+    process = subprocess.Popen(command, **how, preexec_fn=heard)
     if number:
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.1)
