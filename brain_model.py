@@ -3,9 +3,9 @@
     x (B, T, N) ──► voxel regression ──► L tokens of width D' ──► Transformer ──► f_c (B, D)
                                          and one global token                └──► f_e (B, L, D')
 
-f_c is the summary, aligned with CLIP and ViCLIP (heads.py); f_e is the finer context, for the
-Mixture-of-Memories. At the paper's size (L = 512 tokens and the global one, 24 layers of width 2048) it has
-1.24 billion parameters.
+Two outputs, since two things are asked of the fMRI. f_c is one summary, which stage 1 aligns with CLIP and ViCLIP
+(heads.py). f_e keeps the finer context, which the Mixture-of-Memories and the video decoder read. At the paper's
+size (L = 512 tokens and the global one, 24 layers of width 2048) the model has 1.24 billion parameters.
 """
 
 import torch
@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 class VoxelRegression(nn.Module):
-    """N voxels -> L tokens of width D'. The voxel axis is contracted first, then each token is lifted to D'.
+    r"""The "first regression layer": N voxels -> L tokens of width D'. Its weights, a column a voxel, are Fig. 5.
 
-    The usual order lifts every voxel to D' before it contracts, which costs N*D' + N*L*D' multiply-adds a
-    volume; this order costs N*L*r + L*r*D'. With r = 1 both are the same function (tests/benchmark.py).
-    `contract.weight` is what Fig. 5 shows on the cortex.
+    The voxel axis is contracted first, then each token is lifted to D'. The usual order lifts every voxel to D'
+    before it contracts: N·D' + N·L·D' multiply-adds a volume, here N·L·r + L·r·D'. With r = 1 both are the same
+    function.
     """
 
     def __init__(self, voxels: int, volumes: int, tokens: int, width: int, rank: int):
@@ -30,7 +30,7 @@ class VoxelRegression(nn.Module):
         self.lift = nn.Linear(volumes * rank, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, T, N = x.shape  # clips, fMRI frames, voxels
+        B, T, N = x.shape  # clips, fMRI volumes, voxels
         h = self.contract(x)  # (B, T, L*r)
         h = h.view(B, T, -1, self.rank)  # (B, T, L, r)
         h = h.transpose(1, 2).flatten(2)  # (B, L, T*r)
@@ -38,7 +38,7 @@ class VoxelRegression(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: h + attention(h), then h + MLP(h)."""
+    """One Transformer layer, pre-norm: h + attention(h), then h + MLP(h)."""
 
     def __init__(self, width: int, attention_heads: int):
         super().__init__()
@@ -48,7 +48,9 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+            nn.Linear(width, 4 * width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * width, width),
         )
 
     def forward(self, h: Tensor) -> Tensor:
@@ -60,43 +62,28 @@ class Block(nn.Module):
         return h + self.mlp(self.norm_mlp(h))  # (B, L+1, D')
 
 
-MODEL_CARD = "---\n{{ card_data }}\n---\n\nThe Brain Model of CineNeuron (§3.1): fMRI -> f_c and f_e.\n"
+class BrainModel(nn.Module, PyTorchModelHubMixin):
+    r"""$f(x) = (f^c, f^e)$, §3.1. The defaults are the paper's sizes (§4.1) where it gives them.
 
-
-class BrainModel(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
-    """f of §3.1; the defaults are the paper's sizes (§4.1) where it gives them.
-
-    voxels            N of the subject
-    volumes           T, fMRI frames a clip (cc2017: 1, CineBrain: 5)
-    tokens            L, as many as the video decoder has text tokens
-    width             D'
-    layers            Transformer blocks
-    attention_heads   of a block
-    embed_dim         D of CLIP and ViCLIP
-    rank              r, the numbers a token keeps of each volume
-    dropout           share of the voxels that data.hide_voxels hides in training. The model stores the
-                      number, so that stage 2 uses the same
-
-    `save_pretrained(dir)` and `BrainModel.from_pretrained(dir)` keep and restore it with these sizes.
+    `save_pretrained(folder)` and `BrainModel.from_pretrained(folder)` keep and restore it with its sizes.
     """
 
     def __init__(
         self,
-        voxels: int,
-        volumes: int = 1,
-        tokens: int = 512,
-        width: int = 2048,
+        voxels: int,  # N of the subject
+        volumes: int = 1,  # T, fMRI volumes a clip (cc2017: 1, CineBrain: 5)
+        tokens: int = 512,  # L, as many as the video decoder has text tokens
+        width: int = 2048,  # D'
         layers: int = 24,
         attention_heads: int = 16,
-        embed_dim: int = 768,
-        rank: int = 4,
-        dropout: float = 0.0,
+        embed_dim: int = 768,  # D of CLIP and ViCLIP
+        rank: int = 4,  # r, the numbers a token keeps of each volume
     ):
         super().__init__()
-        if width % attention_heads:
-            raise ValueError(f"width {width} is not a multiple of attention_heads {attention_heads}")
-        self.voxels, self.volumes, self.dropout = voxels, volumes, dropout
-        self.gradient_checkpointing = False  # recompute the blocks in the backward pass: it takes less memory
+        self.voxels, self.volumes = voxels, volumes
+        self.gradient_checkpointing = (
+            False  # True: compute the blocks again in the backward pass, in less memory
+        )
         self.regression = VoxelRegression(voxels, volumes, tokens, width, rank)
         self.global_token = nn.Parameter(torch.empty(1, 1, width))
         self.position = nn.Parameter(torch.empty(1, tokens + 1, width))
@@ -104,10 +91,6 @@ class BrainModel(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD
         self.norm = nn.LayerNorm(width)
         self.to_f_c = nn.Linear(width, embed_dim)
         self.initialise_weights()
-
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs):  # the mixin lets weights be missing
-        return super()._from_pretrained(strict=strict, **kwargs)
 
     def initialise_weights(self) -> None:
         """Matrices N(0, 0.02), biases 0; what writes into the residual stream is scaled down by
@@ -122,27 +105,23 @@ class BrainModel(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD
             elif parameter.dim() >= 2:
                 nn.init.normal_(parameter, std=0.02)
         for block in self.blocks:
-            for layer in (block.out, block.mlp[2]):
-                nn.init.normal_(layer.weight, std=0.02 / (2 * len(self.blocks)) ** 0.5)
-        for layer in (self.regression.contract, self.regression.lift):
+            nn.init.normal_(block.out.weight, std=0.02 / (2 * len(self.blocks)) ** 0.5)
+            nn.init.normal_(block.mlp[2].weight, std=0.02 / (2 * len(self.blocks)) ** 0.5)
+        for layer in (self.regression.contract, self.regression.lift, self.to_f_c):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        nn.init.normal_(self.to_f_c.weight, std=self.to_f_c.in_features**-0.5)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, N) z-scored fMRI -> f_c (B, D), f_e (B, L, D'). Raises ValueError if T or N is not the
-        model's."""
-        B, T, N = x.shape  # clips, fMRI frames, voxels
-        if (T, N) != (self.volumes, self.voxels):
-            raise ValueError(
-                f"fMRI of {T} volumes x {N} voxels a clip; this Brain Model was made for {self.volumes} x "
-                f"{self.voxels} (another subject, other --rois or another --window?)"
-            )
-        recompute = self.gradient_checkpointing and self.training
+        """x (B, T, N) z-scored fMRI -> f_c (B, D), f_e (B, L, D')."""
+        B, T, N = x.shape  # clips, fMRI volumes, voxels
+        assert (T, N) == (self.volumes, self.voxels), f"fMRI (B, {T}, {N})"
         h = self.regression(x)  # (B, L, D')
         h = torch.cat([self.global_token.expand(B, -1, -1), h], dim=1)  # (B, L+1, D')
         h = h + self.position  # (B, L+1, D')
         for block in self.blocks:
-            h = checkpoint(block, h, use_reentrant=False) if recompute else block(h)  # (B, L+1, D')
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, use_reentrant=False)  # (B, L+1, D')
+            else:
+                h = block(h)  # (B, L+1, D')
         h = self.norm(h)  # (B, L+1, D')
         f_c = self.to_f_c(h[:, 0])  # (B, D)
         f_e = h[:, 1:]  # (B, L, D')

@@ -1,4 +1,4 @@
-"""What lies in data/ and how it is read (§4.1): the clips of a subject, their batches, and which are alike.
+"""What lies in data/ and how it is read (§4.1): the clips of a subject, and the batch of a training step.
 
     python data.py toy                                     the toy world (train_stage1.py makes it by itself)
     python data.py cc2017 --raw DIR --subject 1            the Purdue release: CIFTI recordings, mp4 films
@@ -7,93 +7,170 @@
 
 They hand over to prepare/, which makes, for N voxels of a subject (cc2017: 4,320 + 1,200 clips, T = 1;
 CineBrain: 4,860 + 540, T = 5), with a manifest.json beside the arrays that says what made each:
+
     data/cc2017/sub1/{train,test}/fmri.npy         float32 (clips, repeats, T, N); NaN where not recorded
     data/cc2017/sub1/voxels.npz                    of each voxel its index in the source, and its area: roi
     data/cc2017/stimuli/{train,test}/clips.jsonl   id, segment, video, start_s, caption, tags, categories
       e_img.npy (clips, F, D), e_txt.npy and e_act.npy (clips, D), categories.npy (clips, K) beside it
+      near_copies.npy, captions.npy                which clips are alike (prepare/copies.py)
       <decoder>/                                   latents and text tokens for a video decoder (--decoder)
+
 Subjects of a dataset share its stimuli, but for CineBrain, whose subjects 1, 2, 6 saw other films.
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from prepare import facts
-from support.files import MissingData, is_made_by, read_manifest, read_prepared
-from support.readers import check_array, damaged, read_json_lines, read_npz
+from prepare.copies import FairRecall
+from support.files import MissingData, is_made_by, read_prepared
+from support.readers import check_array, damaged, read_json_lines, read_npz, reading
 
 LINE = {"id": str, "segment": str, "caption": str, "video": str, "start_s": float, "categories": list}
 ROOT = Path("data")
-Size = tuple[int, int, int] | None  # frames, height, width; None: those of §4.1
-EMBEDDINGS = ("e_img", "e_txt", "e_act")
-SHOWN = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)  # quantiles
-BLOCK = 1024  # rows of a matrix of all clips against all clips that are in memory at once
+SHOWING, VOXELS, CAPTION = range(3)  # what is drawn for a clip
 
 
-class ClipDataset:
+def rng(seed: int, step: int, clip: int, what: int = 0) -> np.random.Generator:
+    """The generator of one thing that a step draws for a clip, whatever the batch, process or restart."""
+    return np.random.default_rng([seed, step, clip, what])
+
+
+def noise_generator(*key: int) -> torch.Generator:
+    """As `rng`, of torch: for the noise of a (seed, step, clip) in training, of a (seed, clip) in sampling."""
+    entropy = [len(key), *key]  # the length, since numpy takes (1,) and (1, 0) for the same
+    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+class Batch(NamedTuple):
+    """One training step of B clips. Whatever is random in it was drawn from (seed, step, clip)."""
+
+    clips: Tensor  # (B,) indices into the data set
+    x: Tensor  # (B, T, N) fMRI of one showing, a share of its voxels hidden
+    e_img: Tensor  # (B, F, D) CLIP of F frames
+    e_txt: Tensor  # (B, D) CLIP of the caption
+    e_act: Tensor  # (B, D) ViCLIP of the video
+    categories: Tensor  # (B, classes) 0 or 1
+    # stage 2
+    excluded: Tensor | None = None  # (B, memories) bool: they may not be retrieved
+    y: Tensor | None = None  # (B, C, f, h, w) latents of the video
+    noise: Tensor | None = None  # (B, C, f, h, w) ε of Eq. 9
+    u: Tensor | None = None  # (B,) the diffusion time, uniform in [0, 1)
+    dropped: Tensor | None = None  # (B, 1, 1) bool: these clips get the empty prompt
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(None if field is None else field.to(device) for field in self))
+
+    def parts(self, size: int | None) -> list[slice]:
+        """The batch in slices of `size` clips; None: all at once."""
+        B = len(self.x)
+        return [slice(start, start + (size or B)) for start in range(0, B, size or B)]
+
+
+class Clips:
     """The clips of one subject and split, as prepared; arrays are memory-mapped.
 
-    fmri (clips, repeats, T, N), e_img (clips, F, D), e_txt and e_act (clips, D), categories (clips, K),
-    clips: the lines of clips.jsonl, roi (N,) the area of each voxel and index (N,) its place in the source,
-    classes: the names of the K categories. rois: "visual,hippocampus" restricts the voxels; None takes all.
-    Raises MissingData where something is not prepared, ValueError that names a damaged file.
+    lines: of clips.jsonl; fmri (clips, repeats, T, N) and recorded (clips, repeats), e_img (clips, F, D), e_txt and
+    e_act (clips, D), categories (clips, K) of `classes`; of each voxel its area, roi (N,), and its place in the
+    source, index (N,). With a decoder also latents (clips, C, f, h, w), texts (clips,) of (n_i, D_txt) and the
+    empty prompt (L, D_txt).
+
+    Raises MissingData where something is not prepared, ValueError that names a damaged file, or an option that
+    does not fit.
     """
 
-    def __init__(self, name: str, subject: int, split: str, rois: str | None = None, root: Path = ROOT):
-        folder, stimuli = root / name / f"sub{subject}", facts.stimuli_folder(name, subject, root) / split
-        self.split, self.fmri_file = split, folder / split / "fmri.npy"
-        files = {array: stimuli / f"{array}.npy" for array in (*EMBEDDINGS, "categories")}
-        for file in (folder / "voxels.npz", self.fmri_file, stimuli / "clips.jsonl", *files.values()):
+    def __init__(
+        self,
+        name: str,
+        subject: int,
+        split: str,
+        rois: str | None = None,  # "visual,hippocampus" restricts the voxels; None takes all
+        decoder: str | None = None,  # of the latents and text tokens; None: without
+        size: tuple[int, int, int] | None = None,  # frames, height, width of the videos; None: those of §4.1
+        root: Path = ROOT,
+        # what a training step draws
+        seed: int = 0,
+        batch_size: int = 1,  # clips a step, over all processes
+        voxel_dropout: float = 0.0,  # share of the voxels hidden
+        condition_dropout: float = 0.0,  # share of the clips that get the empty prompt
+        val_segments: str | None = None,  # "seg17,seg18" holds these out of training
+        caption_share: float | None = None,  # that may retrieve their own caption; None: as the test clips
+    ):
+        self.name, self.subject, self.split, self.seed = name, subject, split, seed
+        self.batch_size, self.voxel_dropout, self.condition_dropout = (
+            batch_size,
+            voxel_dropout,
+            condition_dropout,
+        )
+        self.folder = root / name / f"sub{subject}"
+        self.stimuli = facts.stimuli_folder(name, subject, root) / split
+        with reading(self.folder, advice=f"delete it and run {facts.prepare_command(name, subject)}"):
+            self._read_clips(rois)
+            if decoder:
+                self._read_decoder(decoder, size or facts.VIDEO[name])
+        self.recall, self.held_out = None, np.arange(len(self))
+        if split == "train":
+            segments = [line["segment"] for line in self.lines]
+            self.recall = FairRecall(self.stimuli, segments, val_segments, caption_share)
+            self.held_out = self.recall.held_out
+            facts.check_batch(batch_size, len(self.recall.trained))
+
+    # ---- files
+
+    def _read_clips(self, rois: str | None) -> None:
+        folder, stimuli = self.folder / self.split, self.stimuli
+        names = ("clips.jsonl", "e_img.npy", "e_txt.npy", "e_act.npy", "categories.npy", "near_copies.npy")
+        for file in (self.folder / "voxels.npz", folder / "fmri.npy", *(stimuli / name for name in names)):
             if not file.exists():
-                raise facts.not_prepared(name, subject, file)
-        command = f"python data.py {name} --raw DIR --subject {subject}"
-        self.mend = mend = f"delete it and run {'train_stage1.py' if name == 'toy' else command}"
-        self.clips = read_json_lines(stimuli / "clips.jsonl", LINE, mend)
-        voxels = read_npz(folder / "voxels.npz", {"index": "iu", "roi": "U"}, mend)
-        self.roi, self.index = voxels["roi"], voxels["index"]
-        clips = len(self.clips)
-        self.fmri = read_prepared(self.fmri_file, "f", (clips, None, None, len(self.roi)), mend=mend)
-        self.e_img = read_prepared(files["e_img"], "f", (clips, None, None), True, mend)  # small
-        flat = clips, self.e_img.shape[2]  # (clips, D)
-        self.e_txt = read_prepared(files["e_txt"], "f", flat, True, mend)
-        self.e_act = read_prepared(files["e_act"], "f", flat, True, mend)
-        self.classes = self._read_classes(files["categories"])
-        self.categories = read_prepared(files["categories"], "iu", (clips, len(self.classes)), mend=mend)
+                raise facts.not_prepared(self.name, self.subject, file)
+        self.lines = read_json_lines(stimuli / "clips.jsonl", LINE)
+        voxels = read_npz(self.folder / "voxels.npz", {"index": "iu", "roi": "U"})
+        n, N = len(self.lines), len(voxels["roi"])
+        self.fmri = read_prepared(folder / "fmri.npy", "f", (n, None, None, N))
+        self.recorded = read_prepared(folder / "recorded.npy", "b", (n, self.fmri.shape[1]))
+        self.e_img = read_prepared(stimuli / "e_img.npy", "f", (n, None, None), finite=True)
+        D = self.e_img.shape[2]
+        self.e_txt = read_prepared(stimuli / "e_txt.npy", "f", (n, D), finite=True)
+        self.e_act = read_prepared(stimuli / "e_act.npy", "f", (n, D), finite=True)
+        self.classes = facts.classes_of(stimuli / "categories.npy")
+        self.categories = read_prepared(stimuli / "categories.npy", "iu", (n, len(self.classes)))
         if not np.isin(self.categories, (0, 1)).all():
-            raise damaged(files["categories"], "other numbers", "0 and 1", mend)
-        self.voxels = self._choose(rois, folder) if rois else slice(None)
-        self.roi, self.index = self.roi[self.voxels], self.index[self.voxels]
+            raise damaged(stimuli / "categories.npy", "other numbers", "0 and 1")
+        self.latents = None
+        self.voxels = facts.voxels_of(rois, voxels["roi"], self.folder) if rois else slice(None)
+        self.roi, self.index = voxels["roi"][self.voxels], voxels["index"][self.voxels]
 
-    def _read_classes(self, file: Path) -> list[str]:
-        """The names of the categories, of the manifest."""
-        classes = (read_manifest(file) or {"recipe": {}})["recipe"].get("classes")
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise damaged(file.with_name("manifest.json"), f"classes {classes}", "a list of names", self.mend)
-        return classes
-
-    def _choose(self, rois: str, folder: Path) -> np.ndarray:
-        """Indices of the voxels in these regions. Raises ValueError for an unknown region and for one without
-        a voxel."""
-        unknown = sorted(set(rois.split(",")) - set(facts.ROIS))
-        if unknown:
-            raise ValueError(f"--rois {rois}: {unknown} unknown; there are {', '.join(facts.ROIS)}")
-        inside = {region: facts.in_areas(self.roi, facts.ROIS[region]) for region in rois.split(",")}
-        absent = [region for region, here in inside.items() if not here.any()]
-        if absent:
-            said = f"--rois {rois}: none of the voxels of {folder} lies in {', '.join(absent)}"
-            mend = "; prepare the CIFTI runs, or" if folder.parent.name == "cinebrain" else ":"
-            areas = ", ".join(sorted(set(self.roi))[:9])
-            raise ValueError(f"{said}, they are in {areas} ...{mend} leave it out")
-        return np.flatnonzero(np.any([*inside.values()], 0))
+    def _read_decoder(self, decoder: str, size: tuple[int, int, int]) -> None:
+        folder = self.stimuli / Path(decoder).name
+        latent_recipe, text_recipe = facts.decoder_recipes(decoder, size)
+        recipes = {folder / "latents.npy": latent_recipe, folder / "text_tokens.npy": text_recipe}
+        recipes |= {folder / "text_offsets.npy": text_recipe}
+        empty = self.stimuli.parent / folder.name / "empty_prompt.npy"
+        for file, recipe in (recipes | {empty: text_recipe}).items():
+            if not is_made_by(file, recipe):
+                command = facts.prepare_command(self.name, self.subject, decoder)
+                raise MissingData(f"{file}, for {decoder}, is not there: run {command}")
+        self.size = size
+        self.latents = read_prepared(folder / "latents.npy", "f", (len(self), None, None, None, None))
+        self.empty = read_prepared(empty, "f", (None, None), finite=True)
+        tokens = read_prepared(folder / "text_tokens.npy", "f", (None, self.empty.shape[1]))
+        offsets = read_prepared(folder / "text_offsets.npy", "iu", (len(self) + 1,))
+        lengths = np.diff(offsets.astype(np.int64))
+        if lengths.min() < 1 or lengths.max() > len(self.empty) or [*offsets[[0, -1]]] != [0, len(tokens)]:
+            wanted = f"numbers that rise from 0 to {len(tokens)}, the rows of text_tokens.npy"
+            raise damaged(folder / "text_offsets.npy", offsets, f"{wanted}, by {len(self.empty)} at most")
+        self.texts = np.split(tokens, offsets[1:-1])
+        self.text_file = folder / "text_tokens.npy"
 
     def __len__(self) -> int:
-        return len(self.clips)
+        return len(self.lines)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -101,228 +178,103 @@ class ClipDataset:
         (_, _, T, _), (_, F, D) = self.fmri.shape, self.e_img.shape
         return dict(volumes=T, voxels=len(self.roi), frames=F, embed_dim=D, classes=len(self.classes))
 
-    def showings(self, clips: np.ndarray) -> np.ndarray:
-        """(B, repeats) bool: which were recorded? One that was not is NaN throughout; whether one may be is
-        seen at three voxels. Raises ValueError for a clip of which none was."""
-        repeats, three = np.arange(self.fmri.shape[1]), [0, self.fmri.shape[3] // 2, -1]
-        recorded = ~np.isnan(self.fmri[clips[:, None, None], repeats[:, None], 0, three]).all(-1)
-        for b, repeat in np.argwhere(~recorded):
-            recorded[b, repeat] = not np.isnan(self.fmri[clips[b], repeat]).all()
-        for clip in clips[~recorded.any(1)]:
-            raise damaged(self.fmri_file, f"no showing of {self.clips[clip]['id']}", "one", self.mend)
-        return recorded
+    # ---- batches
 
-    def batch(self, clips: np.ndarray, seed: int, step: int) -> dict[str, Tensor]:
-        """x (B, T, N) of one showing a clip and its `targets`. The showing is drawn from (seed, step, clip),
-        whichever process asks."""
-        draws = [np.random.default_rng([seed, step, clip]) for clip in clips]
-        recorded = [np.flatnonzero(row) for row in self.showings(clips)]
-        showing = [draw.choice(some) for draw, some in zip(draws, recorded, strict=True)]
-        x = self.fmri[clips, showing][..., self.voxels]  # (B, T, N)
-        self.check(x, clips)
-        return {"x": torch.from_numpy(np.ascontiguousarray(x)), **self.targets(clips)}
+    def clips_of_step(self, step: int) -> np.ndarray:
+        """The clips of a step's batch: epoch after epoch, each in an order drawn from (seed, epoch), without the
+        remainder."""
+        epoch, k = divmod(step, len(self.recall.trained) // self.batch_size)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.recall.trained))
+        return self.recall.trained[order[k * self.batch_size : (k + 1) * self.batch_size]]
 
-    def targets(self, clips: np.ndarray | slice = slice(None)) -> dict[str, Tensor]:
-        """e_img (B, F, D), e_txt (B, D), e_act (B, D), categories (B, K) of the clips."""
-        names = (*EMBEDDINGS, "categories")
-        return {name: torch.from_numpy(np.array(getattr(self, name)[clips])) for name in names}
+    def batch(self, step: int, process: int = 0, processes: int = 1) -> Batch:
+        """A training step, or one process's share of it. Whatever is random is drawn here."""
+        b = self.batch_size // processes
+        clips = self.clips_of_step(step)[process * b : (process + 1) * b]
+        batch = self.targets(clips)._replace(x=self._draw_fmri(step, clips))
+        return batch if self.latents is None else self._draw_stage2(batch, step)
+
+    def targets(self, clips: np.ndarray | slice = slice(None)) -> Batch:
+        """What the fMRI of these clips is to tell: a Batch without x."""
+        clips = np.arange(len(self))[clips]
+        return Batch(
+            clips=torch.from_numpy(clips),
+            x=None,
+            e_img=torch.from_numpy(self.e_img[clips]),
+            e_txt=torch.from_numpy(self.e_txt[clips]),
+            e_act=torch.from_numpy(self.e_act[clips]),
+            categories=torch.from_numpy(self.categories[clips]),
+        )
+
+    def _draw_fmri(self, step: int, clips: np.ndarray) -> Tensor:
+        """x (B, T, N) of one showing a clip, a share of its voxels hidden."""
+        T, N = self.fmri.shape[2], len(self.roi)
+        showing, visible = np.empty(len(clips), int), np.empty((len(clips), T, N), bool)
+        for b, clip in enumerate(clips):
+            recorded = np.flatnonzero(self.recorded[clip])
+            showing[b] = rng(self.seed, step, clip, SHOWING).choice(recorded)
+            if self.voxel_dropout:
+                visible[b] = (
+                    rng(self.seed, step, clip, VOXELS).random((T, N), np.float32) >= self.voxel_dropout
+                )
+        x = torch.from_numpy(self._finite(self.fmri[clips, showing][..., self.voxels], clips))  # (B, T, N)
+        return x * torch.from_numpy(visible) / (1 - self.voxel_dropout) if self.voxel_dropout else x
+
+    def _draw_stage2(self, batch: Batch, step: int) -> Batch:
+        """The batch with what Eq. 5 may not retrieve, and what Eq. 9 draws."""
+        clips = batch.clips.numpy()
+        shape = self.latents.shape[1:]  # (C, f, h, w)
+        hidden = np.empty(len(clips), bool)  # these clips may not retrieve their own caption
+        noise, chance = torch.empty(len(clips), *shape), torch.empty(len(clips), 2)
+        for b, clip in enumerate(clips.tolist()):
+            hidden[b] = rng(self.seed, step, clip, CAPTION).random() < self.recall.hidden_captions
+            generator = noise_generator(self.seed, step, clip)
+            chance[b] = torch.rand(2, generator=generator)
+            noise[b] = torch.randn(*shape, generator=generator)
+        return batch._replace(
+            excluded=torch.from_numpy(self.recall.excluded(clips, hidden)),
+            y=torch.from_numpy(self.latents[clips]),
+            noise=noise,
+            u=chance[:, 0],
+            dropped=(chance[:, 1] < self.condition_dropout)[:, None, None],
+        )
 
     def averaged(self, clips: np.ndarray | slice = slice(None)) -> Tensor:
-        """x (clips, T, N): the mean over the showings, z-scored again over these clips, since a mean of ten
-        varies less than one."""
+        """x (clips, T, N): the mean over the showings, z-scored again over these clips, since a mean of ten varies
+        less than one (a choice)."""
         clips = np.arange(len(self))[clips]
-        pairs = zip(clips, self.showings(clips), strict=True)
-        x = np.stack([self.fmri[clip][recorded].mean(0)[..., self.voxels] for clip, recorded in pairs])
-        self.check(x, clips)
+        x = np.empty((len(clips), self.fmri.shape[2], len(self.roi)), np.float32)
+        for b, clip in enumerate(clips):
+            x[b] = self.fmri[clip][self.recorded[clip]].mean(0)[..., self.voxels]
+        self._finite(x, clips)
         return torch.from_numpy((x - x.mean(0)) / x.std(0).clip(1e-6))
 
-    def check(self, x: np.ndarray, clips: np.ndarray) -> None:
-        """Raises ValueError, naming clip and voxel, where x (B, T, N) of these clips is not finite."""
+    def _finite(self, x: np.ndarray, clips: np.ndarray) -> np.ndarray:
+        """x (B, T, N) of these clips. Raises ValueError, naming clip and voxel, where a number is not finite."""
         if not np.isfinite(x).all():
-            b, t, n = (int(i) for i in np.argwhere(~np.isfinite(x))[0])
-            clip = f"{x[b, t, n]} at clip {clips[b]} ({self.clips[clips[b]]['id']})"
-            voxel = f"voxel {n} (source index {self.index[n]}, {self.roi[n]})"
-            mend = "the file is damaged: delete it and prepare the subject again"
-            raise ValueError(f"{self.fmri_file}: {clip}, volume {t}, {voxel}; {mend}")
-
-
-class DecoderData:
-    """What the video decoder needs of the clips of a split, as prepared; arrays are memory-mapped.
-
-    latents (clips, C, f, h, w) float16 of videos of `size` = frames, height, width; text_tokens (rows, D_txt)
-    and text_offsets (clips + 1,), ragged; empty (L, D_txt), the empty prompt. Raises MissingData where
-    something is not prepared, ValueError for another decoder, VAE, text encoder or size, or a damaged file.
-    """
-
-    def __init__(
-        self, name: str, decoder: str, split: str, root: Path = ROOT, size: Size = None, subject: int = 1
-    ):
-        stimuli, folder = facts.stimuli_folder(name, subject, root), Path(decoder).name
-        self.size = size or facts.VIDEO[name]
-        here = stimuli / split / folder
-        latents, tokens, offsets = (here / f"{n}.npy" for n in ("latents", "text_tokens", "text_offsets"))
-        empty = stimuli / folder / "empty_prompt.npy"
-        latent_recipe, text_recipe = facts.decoder_recipes(decoder, self.size)
-        by_hand = f"python data.py {name} --raw DIR --subject {subject} --decoder {decoder}"
-        command = "train_stage2.py" if name == "toy" else by_hand
-        self.tokens_file, self.mend = tokens, f"delete it and run {command}"
-        for file in (latents, tokens, offsets, empty):
-            if not is_made_by(file, latent_recipe if file == latents else text_recipe):
-                raise MissingData(f"{file}, for {decoder}, is not there: run {command}")
-        clips = len(read_json_lines(stimuli / split / "clips.jsonl", {"caption": str}))
-        how = {"mend": self.mend}
-        self.latents = read_prepared(latents, "f", (clips, None, None, None, None), **how)
-        self.empty = read_prepared(empty, "f", (None, None), finite=True, **how)
-        self.text_tokens = read_prepared(tokens, "f", (None, self.empty.shape[1]), **how)
-        self.text_offsets = read_prepared(offsets, "iu", (None,), **how)
-        lengths, rows = np.diff(self.text_offsets.astype(np.int64)), len(self.text_tokens)
-        if len(lengths) != clips:
-            raise damaged(offsets, f"{len(lengths)} captions", f"those of {clips} clips", self.mend)
-        if lengths.min() < 1 or self.text_offsets[[0, -1]].tolist() != [0, rows]:
-            wanted = f"numbers that rise from 0 to {rows}, the rows of text_tokens.npy"
-            raise damaged(offsets, self.text_offsets, wanted, self.mend)
-
-
-def clips_of_step(clips: np.ndarray, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """The clips of a step's whole batch: epoch after epoch, each in an order drawn from (seed, epoch),
-    without the remainder."""
-    steps = len(clips) // batch_size
-    if not steps:
-        said = f"a batch of {batch_size} clips, but only {len(clips)} clips to train on"
-        raise ValueError(f"{said}; choose a smaller --batch_size")
-    epoch, k = divmod(step, steps)
-    order = np.random.default_rng([seed, epoch]).permutation(len(clips))
-    return clips[order[k * batch_size : (k + 1) * batch_size]]
-
-
-def hide_voxels(x: Tensor, share: float, seed: int, step: int, clips: np.ndarray) -> Tensor:
-    """x (B, T, N) with a share of its voxels hidden, drawn from (seed, step, clip) in whatever batch."""
-    if not share:
+            b, t, n = np.argwhere(~np.isfinite(x))[0].tolist()
+            place = f"clip {clips[b]} ({self.lines[clips[b]]['id']}), volume {t}, voxel {n} ({self.roi[n]})"
+            raise damaged(self.folder / self.split / "fmri.npy", f"{x[b, t, n]} at {place}", "finite numbers")
         return x
-    draws = [np.random.default_rng([seed, step, int(clip), 1]) for clip in clips]  # 1: not the showing's draw
-    kept = np.stack([draw.random(x.shape[1:], np.float32) >= share for draw in draws])  # (B, T, N)
-    return x * torch.from_numpy(kept).to(x.device) / (1 - share)
 
 
-def untold(share: float, seed: int, step: int, clips: np.ndarray) -> Tensor:
-    """(B,) bool, of a `share` of the clips: these retrieve no caption that is their own, word for word."""
-    draws = [np.random.default_rng([seed, step, int(clip), 2]) for clip in clips]
-    return torch.tensor([draw.random() < share for draw in draws])
-
-
-# ---------------------------------------------------------------- scenes and near-copies
-
-
-def _far_rows(rows: slice, segment: np.ndarray, clips: int) -> np.ndarray:
-    """Some rows of `far_apart`: segment (n,) is a number for each clip's."""
-    i = np.arange(len(segment))
-    return (segment[rows, None] != segment) | (abs(i[rows, None] - i) > clips)
-
-
-def far_apart(segments: Sequence[str], clips: int = facts.SCENE_CLIPS) -> np.ndarray:
-    """(n, n) bool: are two clips of two scenes, that is of two segments or more than `clips` clips apart?"""
-    return _far_rows(slice(None), np.unique(segments, return_inverse=True)[1], clips)
-
-
-def mean_frames(e_img: np.ndarray) -> np.ndarray:
-    """e_img (clips, F, D) -> unit mean frames (clips, D)."""
-    mean = np.asarray(e_img, np.float32).mean(1)
-    return mean / np.linalg.norm(mean, axis=1, keepdims=True)
-
-
-def best_match(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n,) of each row of a (n, D) its highest cosine to a row of b (m, D), unit rows all."""
-    blocks = [(a[k : k + BLOCK] @ b.T).max(1) for k in range(0, len(a), BLOCK)]
-    return np.concatenate(blocks) if blocks else np.empty(0, a.dtype)
-
-
-def near_copy_threshold(
-    train: np.ndarray, segments: Sequence[str], held_out: np.ndarray
-) -> tuple[float, dict[str, list[float]]]:
-    """The cosine of two mean frames above which one clip copies the other, and the distributions behind it.
-
-    train (N, D) and held_out (M, D) unit mean frames. A clip's best match is its highest cosine: a held-out
-    clip's to all training clips, a training clip's to those left without its neighbours (`far_apart`) and
-    without matches above the threshold. Of the held-out best matches that one becomes the threshold which
-    makes both distributions most alike (least Wasserstein-1 distance); 1.01, above every cosine, where none
-    need go (a choice). Held out are the test clips: only their stimuli enter. Training segments cannot stand
-    in, as film recurs among them (BLIP captions word for word: 58 % of cc2017's training clips, 6 % of its
-    test clips). Distributions as quantiles at 0, 5, 25, 50, 75, 95, 100 %.
-    """
-    levels = np.linspace(0, 1, 41)  # every 2.5 %
-    best_held_out = best_match(held_out, train)  # (M,)
-    wanted = np.quantile(best_held_out, levels)
-    thresholds = [1.01, *wanted[::-1].tolist()]  # falling
-    segment = np.unique(segments, return_inverse=True)[1]
-    best_left = np.empty((len(thresholds), len(train)), train.dtype)  # the best matches, by threshold
-    for rows in (slice(k, k + BLOCK) for k in range(0, len(train), BLOCK)):
-        cosines = train[rows] @ train.T  # (rows, N)
-        cosines[~_far_rows(rows, segment, facts.SCENE_CLIPS)] = -1
-        for best, threshold in zip(best_left, thresholds, strict=True):
-            cosines[cosines > threshold] = -1
-            best[rows] = cosines.max(1)
-    distances = [abs(np.quantile(best, levels) - wanted).mean() for best in best_left]
-    k = int(np.argmin(distances))  # of equals the highest
-    best = {"held out": best_held_out, "training, all": best_left[0], "training, left": best_left[k]}
-    return thresholds[k], {name: np.quantile(x, SHOWN).tolist() for name, x in best.items()}
-
-
-class Split(NamedTuple):
-    """Which training clips are trained on, and which are held out of training."""
-
-    clips: np.ndarray  # indices to train on, rising
-    held_out: np.ndarray  # indices of the clips of the segments held out
-    threshold: float  # of `near_copy_threshold`, as the distributions
-    best_match: dict[str, list[float]]
-    told: float  # share of the test clips whose caption a training clip has, word for word
-
-
-def held_out_clips(train: ClipDataset, test: ClipDataset, val_segments: str | None) -> Split:
-    """Hold the segments val_segments, "seg17,seg18", out of training, and with them every near-copy of their
-    clips. Raises ValueError for a segment that the training clips do not have."""
-    segments = [clip["segment"] for clip in train.clips]
-    named = val_segments.split(",") if val_segments else []
-    if not set(named) <= set(segments):
-        names = ", ".join(dict.fromkeys(segments))
-        raise ValueError(f"--val_segments {val_segments}: the training segments are {names}")
-    frames = mean_frames(train.e_img)
-    threshold, distributions = near_copy_threshold(frames, segments, mean_frames(test.e_img))
-    out = np.isin(segments, named)
-    clips, held_out = np.flatnonzero(~out), np.flatnonzero(out)
-    if len(held_out):
-        clips = clips[best_match(frames[clips], frames[held_out]) <= threshold]
-    captions = {facts.words_of(train.clips[clip]["caption"]) for clip in clips}
-    told = [facts.words_of(clip["caption"]) in captions for clip in test.clips]
-    return Split(clips, held_out, threshold, distributions, float(np.mean(told)))
-
-
-def memories(train: ClipDataset, decoder: DecoderData, phi_v: nn.Module, clips: np.ndarray) -> dict:
-    """The arguments of `MemoryPool`: the memories of these training clips (indices, rising), φ_v the frozen
-    one of stage 1 (§3.2)."""
-    e_img = np.array(train.e_img[clips], np.float32)  # (N, F, D)
+def memories(clips: Clips, phi_v: nn.Module) -> tuple[Tensor, list[Tensor]]:
+    """e (N, 3, D) and captions (n_i, D_txt) of the clips trained on, for mixture_of_memories.MemoryPool (§3.2).
+    φ_v is the one of stage 1, frozen."""
+    e_img = torch.from_numpy(clips.e_img[clips.recall.trained]).float()  # (N, F, D)
+    e_txt = torch.from_numpy(clips.e_txt[clips.recall.trained]).float()  # (N, D)
+    e_act = torch.from_numpy(clips.e_act[clips.recall.trained]).float()  # (N, D)
     with torch.no_grad():
-        image = phi_v(torch.from_numpy(e_img).to(next(phi_v.parameters()).device)).cpu()  # (N, D)
-    text, action = (torch.from_numpy(np.array(e[clips], np.float32)) for e in (train.e_txt, train.e_act))
-    segments = [clip["segment"] for clip in train.clips]
-    captions = [facts.words_of(train.clips[clip]["caption"]) for clip in clips]
-    names, segment = np.unique(segments, return_inverse=True)
-    first = np.array([segments.index(name) for name in names])  # its first clip
-    starts, ends = decoder.text_offsets[clips], decoder.text_offsets[clips + 1]
-    rows = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
-    tokens = check_array(decoder.text_tokens[rows], decoder.tokens_file, finite=True, mend=decoder.mend)
-    return {
-        "e": nn.functional.normalize(torch.stack([text, image, action], 1), dim=-1),  # (N, 3, D)
-        "text_tokens": torch.from_numpy(tokens),  # (rows, D_txt)
-        "text_offsets": torch.from_numpy(np.cumsum([0, *(ends - starts)])),  # (N + 1,)
-        "caption": torch.from_numpy(np.unique(captions, return_inverse=True)[1]),  # equal words, equal number
-        "segment": torch.from_numpy(segment[clips]),
-        "position": torch.from_numpy((np.arange(len(segments)) - first[segment])[clips]),
-        "mean_frame": torch.from_numpy(mean_frames(e_img)),  # (N, D)
-    }
+        e_img_hat = phi_v(e_img)  # (N, D)
+    captions = []
+    for clip in clips.recall.trained:
+        tokens = check_array(np.array(clips.texts[clip]), clips.text_file, finite=True)
+        captions.append(torch.from_numpy(tokens))
+    return normalize(torch.stack([e_txt, e_img_hat, e_act], 1), dim=-1), captions
 
 
 if __name__ == "__main__":
     from prepare.command import main
-    from support.experiment import door
+    from support.runs import door
 
     door(lambda: main(sys.argv[1:], __doc__))

@@ -12,7 +12,7 @@ In:  a run of stage 2, and the test fMRI: averaged over the showings, z-scored o
 Out: runs/<data>/sub<K>/<run>-s<seed>/eval/ (the control eval-shuffled/, pairs DIR/metrics/, and a smaller
      evaluation a folder of its own: eval-4-clips/, eval-steps10/, eval-ssim/)
      gt/NNNN.mp4, recon/NNNN.mp4     stimulus and reconstruction of clip NNNN; existing files are kept
-     retrieved.jsonl                 a line a clip: the memories i_1 ... i_K and the router's weights W_r
+     retrieved.jsonl                 a line a clip: the memories i_1 ... i_K (lines of stage2/memories.json) and W_r
      metrics.json, metrics.csv       of the set and (json) of each clip, and of those whose like was seen in
                                      training and the others; null with a reason where none is
      values/*.jsonl                  the value of each clip and metric; existing values are kept
@@ -25,34 +25,218 @@ Exit status: 0; 1 after an error; 3 where weights of a metric could not be had (
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import mixture_of_memories as mixture
 from brain_model import BrainModel
-from data import ClipDataset, DecoderData, best_match, far_apart, held_out_clips, mean_frames, memories
+from data import Clips, memories, noise_generator
 from heads import Stage1Heads
-from metrics import run as reading
+from metrics import card
 from metrics.compare import compare
-from metrics.pairs import Pair, Source, other_scenes
-from metrics.report import Clips, pictures, report
-from metrics.score import score_all
+from metrics.held_out import Films, HeldOut, write_retrieved
+from metrics.pairs import find_pairs, other_scenes
+from metrics.report import pictures, report
+from metrics.score import in_processes, score_all
 from metrics.table import TOY, Judging, asked
+from mixture_of_memories import (
+    DirectProjection,
+    MemoryPool,
+    MixtureOfMemories,
+    Recalled,
+    TopTextMemory,
+    condition,
+)
+from prepare.copies import far_apart, has_near_copy
 from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS, raw_folder
-from support import sharing
-from support.experiment import door, run_folder, start
+from support import shared
+from support.files import sha256
 from support.options import check_options, check_together, option, parse as parse_options
-from support.processes import in_processes
-from support.readers import load_model, read_tensors
-from support.videos import check_writable, read_clip, video_frames, write_video
-from video_decoder import LORA_FILE, VideoDecoder, clip_generator
+from support.pipelines import load_lora, load_pipeline, save_lora
+from support.readers import damaged, load_model, reading
+from support.runs import claim, door, evaluation_folder, run_folder
+from support.training import start
+from support.videos import check_writable, write_video
+from video_decoder import VideoDecoder
+
+# ---------------------------------------------------------------- a trained run (§3.3)
+
+
+class CineNeuron(nn.Module):
+    """The whole model, in training and inference alike: fMRI in, videos out.
+
+    >>> from data import Clips
+    >>> from evaluate import CineNeuron
+    >>> model = CineNeuron.from_pretrained("runs/toy/sub1/full-s0")
+    >>> x = Clips("toy", 1, "test").averaged()[:2]  # (2, T, N): two clips, each the mean of its ten showings
+    >>> videos = model.reconstruct(x)  # uint8 (2, F, H, W, 3)
+    """
+
+    def __init__(
+        self,
+        settings: dict,  # the options of stage 2, with those of stage 1 as stage1_config
+        brain_model: BrainModel,
+        heads: Stage1Heads,
+        mom: MixtureOfMemories | TopTextMemory | DirectProjection,
+        pool: MemoryPool,
+        decoder: VideoDecoder,
+        empty: Tensor,  # (L, D_txt), the empty prompt
+        lines: list[dict],  # of clips.jsonl, one a memory
+        voxels: dict[str, np.ndarray],  # of each voxel of x its index in the source, and its area: roi
+    ):
+        super().__init__()
+        self.settings, self.lines, self.voxels, self.folder = settings, lines, voxels, None
+        self.brain_model, self.heads, self.mom = brain_model, heads.requires_grad_(False), mom
+        self.pool, self.decoder = pool, decoder
+        self.register_buffer("empty", empty)
+        self.size = (settings["frames"], settings["height"], settings["width"])
+        stage1 = settings["stage1_config"]
+        self.tau, self.lambda_1, self.lambda_2 = (
+            stage1["tau"],
+            stage1["lambda_1"],
+            stage1["lambda_2"],
+        )  # Eq. 2, 3
+
+    @classmethod
+    def from_stage1(cls, stage1: Path, settings: dict, clips: Clips) -> "CineNeuron":
+        """Stage 1's Brain Model and heads, the memories of the clips, a Mixture-of-Memories and a LoRA at their
+        start. Raises ValueError where they do not fit each other."""
+        heads = load_model(Stage1Heads, stage1 / "heads")
+        e, captions = memories(clips, heads.phi_v)
+        text_rms = torch.cat(captions).float().square().mean().sqrt().item()
+        set_seed(settings["seed"])
+        decoder = load_decoder(settings, vae=settings["sample_every"] > 0)
+        brain_model = load_model(BrainModel, stage1 / "brain_model")
+        L, width = brain_model.position.shape[1] - 1, brain_model.position.shape[2]
+        if L != decoder.text_length:
+            wanted = f"the decoder's {decoder.text_length}: train_stage1.py --tokens {decoder.text_length}"
+            raise ValueError(f"{stage1}: a Brain Model of {L} tokens, wanted {wanted}")
+        if not settings["integration"]:
+            mom = DirectProjection(width, decoder.text_width)
+        elif not settings["mom"]:
+            mom = TopTextMemory(L, settings["K"])
+        else:
+            mom = MixtureOfMemories(
+                tokens=L,
+                width=width,
+                embed_dim=e.shape[2],
+                text_dim=decoder.text_width,
+                K=settings["K"],
+                attention_heads=settings["attention_heads"],
+                alpha=settings["alpha"],
+                tau=settings["stage1_config"]["tau"],
+                text_rms=text_rms,
+            )
+        lines = [clips.lines[clip] for clip in clips.recall.trained]
+        empty, voxels = torch.from_numpy(np.array(clips.empty)), {"index": clips.index, "roi": clips.roi}
+        return cls(settings, brain_model, heads, mom, MemoryPool(e, captions), decoder, empty, lines, voxels)
+
+    @classmethod
+    def from_pretrained(cls, name: Path | str, device: torch.device | str = "cpu") -> "CineNeuron":
+        """A run, a shared folder or its name on the Hub, for inference. It needs no data/. Raises FileNotFoundError
+        where a file is missing, ValueError where one is damaged or does not fit the others."""
+        folder = shared.locate(name)
+        with reading(folder, advice="train stage 2 anew, or download the folder again"):
+            settings = shared.read_settings(folder)
+            brain_model = load_model(BrainModel, folder / "brain_model")
+            heads = load_model(Stage1Heads, folder / "heads")
+            kind = MixtureOfMemories if settings["mom"] else TopTextMemory
+            mom = load_model(
+                kind if settings["integration"] else DirectProjection, folder / "mixture_of_memories"
+            )
+            e, captions, empty, lines = shared.read_memories(folder)
+            voxels = shared.read_voxels(folder, brain_model.voxels)
+            on_gpu = torch.device(device).type == "cuda"
+            decoder = load_decoder(settings, vae=True, dtype=torch.bfloat16 if on_gpu else torch.float32)
+            load_lora(decoder, folder / "lora")
+        pool = MemoryPool(e, captions)
+        model = cls(settings, brain_model, heads, mom, pool, decoder, empty, lines, voxels)
+        model.folder = folder
+        return model.to(device).eval().requires_grad_(False)
+
+    def forward(self, x: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Recalled]:
+        """fMRI x (B, T, N) -> f_c (B, D), and f_fuse with what it was made of (Eq. 4-8)."""
+        if (
+            self.brain_model.gradient_checkpointing and torch.is_grad_enabled()
+        ):  # the decoder needs the memory
+            return checkpoint(
+                condition, self.brain_model, self.heads, self.mom, self.pool, x, excluded, use_reentrant=False
+            )
+        return condition(self.brain_model, self.heads, self.mom, self.pool, x, excluded)
+
+    def to(self, device: torch.device | str) -> "CineNeuron":
+        self.decoder.to(device)
+        return super().to(device)
+
+    def writers(self) -> dict[str, Callable[[Path], object]]:
+        """What writes each folder of weights."""
+        return {
+            "brain_model": self.brain_model.save_pretrained,
+            "heads": self.heads.save_pretrained,
+            "mixture_of_memories": self.mom.save_pretrained,
+            "lora": partial(save_lora, self.decoder),
+        }
+
+    def save_memories(self, folder: Path) -> None:
+        """What else a shared folder holds: memories.safetensors, memories.json and voxels.npz."""
+        shared.write_memories(folder, self.pool.e, self.pool.captions, self.empty, self.lines, self.voxels)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Writes a folder that `from_pretrained` reads without data/, with a model card."""
+        card.save(self, Path(folder))
+
+    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
+        """Uploads such a folder to the Hugging Face Hub as "user/name"; returns the commit's address."""
+        return card.push(self, repo_id, private)
+
+    @torch.inference_mode()
+    def remember(self, x: Tensor | np.ndarray) -> Recalled:
+        """fMRI x (B, T, N) -> f_fuse and the memories behind it; a held-out clip may retrieve any."""
+        x = shared.check_fmri(x, self.brain_model.volumes, self.brain_model.voxels)
+        _, recalled = self(x.to(self.empty.device))
+        return recalled
+
+    @torch.inference_mode()
+    def reconstruct(self, x: Tensor, keys=None, steps: int | None = None, guidance: float | None = None):
+        """fMRI x (B, T, N), z-scored -> videos, np.ndarray uint8 (B, F, H, W, 3), end to end (§3.3).
+
+        keys: of each clip the numbers (seed, clip) that its noise is drawn from, so that no video depends on its
+        batch; (0, 0), (0, 1) ... if not given. steps, guidance: the run's if not given. Raises ValueError where x
+        is no z-scored fMRI of this brain.
+        """
+        f_fuse = self.remember(x).f_fuse  # (B, L, D_txt)
+        generators = [noise_generator(*key) for key in keys or [(0, i) for i in range(len(f_fuse))]]
+        steps = self.settings["sampling_steps"] if steps is None else steps
+        guidance = self.settings["guidance"] if guidance is None else guidance
+        return self.decoder.generate(f_fuse, self.empty, self.size, generators, steps, guidance).numpy()
+
+
+def load_decoder(settings: dict, vae: bool, dtype: torch.dtype = torch.float32) -> VideoDecoder:
+    """The pretrained DiT of a run, with a LoRA at its start."""
+    pipe, text_length, config = load_pipeline(
+        settings["decoder"], dtype, transformer=True, vae=vae, tiling=settings["height"] > 256
+    )
+    return VideoDecoder(
+        pipe,
+        text_length,
+        config,
+        lora_rank=settings["lora_rank"],
+        lora_alpha=settings["lora_alpha"],
+        gradient_checkpointing=settings["checkpointing"],
+        noise_shift=settings["noise_shift"],
+    )
+
+
+# ---------------------------------------------------------------- the options
 
 
 @dataclass
@@ -86,248 +270,161 @@ PRESETS = {
     "cinebrain": dict(seconds=SECONDS["cinebrain"], fps=CINEBRAIN_FPS, size="native"),
 }
 MODES = ("fmri", "pairs", "compare")  # in place of a run's held-out clips
-UNUSED = {"fmri": MODES[1:], "pairs": MODES[2:], "steps": MODES[1:], "guidance": MODES[1:]}
-UNUSED |= dict.fromkeys(("shuffle", "clips", "stimuli"), MODES)  # option: the modes that do not use it
+UNUSED = {  # option: the modes that do not use it
+    "fmri": ("pairs", "compare"),
+    "pairs": ("compare",),
+    "steps": ("pairs", "compare"),
+    "guidance": ("pairs", "compare"),
+    "shuffle": MODES,
+    "clips": MODES,
+    "stimuli": MODES,
+}
 NEEDED = {"split": ("pairs",), "skip_bad": ("pairs",), "out": ("fmri", "pairs")}
 
 
-def parse(argv: Sequence[str]) -> Config:
+def parse(arguments: list[str]) -> Config:
     """The command line over the dataset's preset. --pairs takes cc2017's, for its weights, unless told."""
-    given = {word.split("=")[0] for word in argv}
-    argv = [*argv, "--data", "cc2017"] if "--pairs" in given and "--data" not in given else argv
-    return parse_options(Config, PRESETS, __doc__, "evaluate.py", argv)
+    given = {word.split("=")[0] for word in arguments}
+    if "--pairs" in given and "--data" not in given:
+        arguments = [*arguments, "--data", "cc2017"]
+    config = parse_options(Config, PRESETS, __doc__, "evaluate.py", arguments)
+    check_options(config)
+    check_together(config, UNUSED, NEEDED)
+    asked(config)  # --metrics
+    return config
 
 
-# ---------------------------------------------------------------- a trained run (§3.3)
+# ---------------------------------------------------------------- the commands
 
 
-@dataclass
-class CineNeuron:
-    """A trained run: fMRI in, videos out.
-
-    >>> from data import ClipDataset
-    >>> from evaluate import CineNeuron
-    >>> model = CineNeuron.from_pretrained("runs/toy/sub1/full-s0")
-    >>> test = ClipDataset("toy", 1, "test", model.settings["stage1_config"]["rois"])
-    >>> x = test.averaged()[:2]  # (2, T, N): two clips, each the mean of its ten showings
-    >>> videos = model.reconstruct(x)  # uint8 (2, F, H, W, 3)
-    """
-
-    settings: dict  # stage2/config.json
-    train: ClipDataset | sharing.Shown
-    brain_model: BrainModel
-    heads: Stage1Heads
-    mom: mixture.MixtureOfMemories | mixture.TopTextMemory | mixture.DirectProjection
-    pool: mixture.MemoryPool  # all training clips, so that its indices are theirs
-    decoder: VideoDecoder
-    empty: Tensor  # (L, D_txt)
-    folder: Path  # where it was read
-
-    @classmethod
-    def from_pretrained(cls, run: Path | str, device: torch.device | str = "cpu") -> "CineNeuron":
-        """A run, or what `save_pretrained` wrote (a folder, or its name on the Hub), for inference. Raises
-        FileNotFoundError where a file is missing, ValueError where one is damaged or of another subject."""
-        folder, shared = sharing.locate(run)
-        settings, parts = reading.read_settings(folder, shared), folder if shared else folder / "stage2"
-        mend = sharing.MEND if shared else "train stage 2 anew"
-        name, subject, decoder = (settings[key] for key in ("data", "subject", "decoder"))
-        brain_model = load_model(BrainModel, parts / "brain_model", mend)
-        heads = load_model(Stage1Heads, parts / "heads", mend)
-        kind = mixture.MixtureOfMemories if settings["integration"] else mixture.DirectProjection
-        kind = kind if settings["mom"] else mixture.TopTextMemory
-        mom = load_model(kind, parts / "mixture_of_memories", mend)
-        if shared:
-            train, pool, empty = sharing.load(folder, mixture.MemoryPool)
-            decoder = sharing.decoder_at(decoder, folder)
-        else:
-            train = ClipDataset(name, subject, "train", settings["stage1_config"]["rois"])
-            text = DecoderData(name, decoder, "train", size=video_size(settings), subject=subject)
-            pool = mixture.MemoryPool(**memories(train, text, heads.phi_v, np.arange(len(train))))
-            empty = torch.from_numpy(np.array(text.empty))
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        lora = settings["lora_rank"], settings["lora_alpha"]
-        decoder = VideoDecoder.from_pretrained(decoder, *lora, load_vae=True, dtype=dtype).to(device)
-        read_tensors(parts / "lora" / LORA_FILE, mend=mend)  # whole and finite
-        decoder.load_lora(parts / "lora")
-        models = [model.to(device).eval().requires_grad_(False) for model in (brain_model, heads, mom)]
-        return cls(settings, train, *models, pool.to(device), decoder, empty, folder)
-
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Writes a folder that `from_pretrained` reads without data/, with a model card."""
-        sharing.save(self, Path(folder))
-
-    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
-        """Uploads such a folder to the Hugging Face Hub as "user/name"; returns the commit's address."""
-        return sharing.push(self, repo_id, private)
-
-    @torch.inference_mode()
-    def remember(self, x: Tensor) -> mixture.Remembered:
-        """fMRI x (B, T, N) -> f_fuse and the memories behind it; a held-out clip may retrieve any."""
-        return mixture.condition(self.brain_model, self.heads, self.mom, self.pool, x.to(self.pool.e.device))[
-            1
-        ]
-
-    @torch.inference_mode()
-    def reconstruct(self, x: Tensor, seeds=None, steps: int | None = None, guidance: float | None = None):
-        """fMRI x (B, T, N) -> videos, np.ndarray uint8 (B, F, H, W, 3), end to end.
-
-        seeds: of each clip the numbers (seed, clip) that its noise is drawn from, so that no video depends on
-        its batch; (0, 0), (0, 1) ... if not given. steps, guidance: the run's if not given.
-        """
-        generators = [clip_generator(*key) for key in seeds or [(0, i) for i in range(len(x))]]
-        steps = self.settings["sampling_steps"] if steps is None else steps
-        guidance = self.settings["guidance"] if guidance is None else guidance
-        f_fuse, size = self.remember(x).f_fuse, video_size(self.settings)  # (B, L, D_txt)
-        return self.decoder.generate(f_fuse, self.empty, *size, generators, steps, guidance).numpy()
+def load_run(config: Config, accelerator: Accelerator) -> CineNeuron:
+    """The run that is asked for. Raises ValueError where its folder holds the run of another subject."""
+    folder = run_folder(config.data, config.subject, config.run, config.seed)
+    model = CineNeuron.from_pretrained(folder, accelerator.device)
+    data, subject = model.settings["data"], model.settings["subject"]
+    if (data, subject) != (config.data, config.subject):
+        found, wanted = f"a run of {data} sub{subject}", f"one of {config.data} sub{config.subject}"
+        raise damaged(folder / "stage2" / "config.json", found, wanted, "put it into its folder")
+    step, steps = model.settings.get("step"), model.settings.get("steps_in_all")
+    if accelerator.is_main_process and step != steps:
+        tqdm.write(f"{folder}: stage 2 is at step {step} of {steps}: its videos are not yet its best")
+    return model
 
 
-def video_size(settings: dict) -> tuple[int, int, int]:
-    return settings["frames"], settings["height"], settings["width"]
+def made_by(config: Config, settings: dict, run: Path) -> dict:
+    """What the videos of an evaluation are made by."""
+    return {
+        "steps": settings["sampling_steps"] if config.steps is None else config.steps,
+        "guidance": settings["guidance"] if config.guidance is None else config.guidance,
+        "fps": config.fps,
+        "weights": sha256(*sorted((run / "stage2").glob("*/*.safetensors")))[:16],
+    }
 
 
-# ---------------------------------------------------------------- the held-out clips
+def evaluate_recording(config: Config) -> int:
+    """--fmri: one recording -> one video. Returns the exit status, as all commands."""
+    file = Path(config.out or "out.mp4")
+    check_writable(file)
+    model = load_run(config, start())
+    x = shared.read_fmri(Path(config.fmri), model)
+    write_video(file, model.reconstruct(x, [(config.seed, 0)], config.steps, config.guidance)[0], config.fps)
+    memory = model.remember(x).indices
+    recalls = "" if memory is None else f"; it recalls: {model.lines[memory[0, 0]]['caption']}"
+    print(f"written: {file}{recalls}")
+    return 0
 
 
-def stimulus(clip: dict, films: Path, seconds: float, settings: dict) -> np.ndarray:
-    """A line of clips.jsonl -> its frames, uint8 (F, H, W, 3), as the decoder saw them in training."""
-    return video_frames(read_clip(films / clip["video"], clip["start_s"], seconds), *video_size(settings))
+def evaluate_pairs(config: Config) -> int:
+    """--pairs: score anyone's videos."""
+    accelerator, folder = start(), Path(config.pairs)
+    out = Path(config.out or folder / "metrics")
+    sets = find_pairs(folder, config.split, config.skip_bad, out)
+    unavailable = score_all(sets, config, out, accelerator)
+    if accelerator.is_main_process:
+        source = {"pairs": folder.resolve().name, "data": config.data}
+        results, text = report(
+            sets, {method: out / method for method in sets}, out, config, unavailable, source
+        )
+        names = [pair.name for pair in next(iter(sets.values()))]
+        pictures(out, sets, results, lambda i: [names[i], *[""] * len(sets)], config.seconds)
+        print(
+            f"{text}\n\nwritten: {out}/ (METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png)"
+        )
+    accelerator.end_training()
+    return 3 if unavailable else 0
+
+
+def evaluate_run(config: Config) -> int:
+    """The held-out clips of a run: reconstruct, score, report."""
+    accelerator = start()
+    model = load_run(config, accelerator)
+    run = run_folder(config.data, config.subject, config.run, config.seed)
+    test = Clips(config.data, config.subject, "test", model.settings["stage1_config"]["rois"])
+    clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))
+    out = evaluation_folder(
+        run,
+        config,
+        model.settings,
+        len(clips) == len(test),
+        asked(config),
+        asked(Config(**PRESETS[config.data])),
+    )
+    lines = {int(clip): test.lines[clip] for clip in clips}
+    films = Films(config, model.size, [*lines.values(), *model.lines])
+    claim(out, made_by(config, model.settings, run), accelerator.is_main_process)
+
+    # ---- videos
+    x = test.averaged()  # (test clips, T, N)
+    if config.shuffle:
+        x = x[other_scenes(far_apart([line["segment"] for line in test.lines]))]
+
+    def make(rank: int, world: int) -> None:
+        films.write(out / "gt", {clip: lines[clip] for clip in clips[rank::world].tolist()}, silent=rank > 0)
+        reconstruct(model, x, clips, out / "recon", config, rank, world)
+
+    in_processes(make, accelerator, config.processes)
+    accelerator.wait_for_everyone()
+
+    # ---- numbers and pictures
+    held_out = HeldOut(out, lines, config.shuffle)
+    unavailable = score_all(held_out.sets, config, out, accelerator)
+    if accelerator.is_main_process:
+        recalled = write_retrieved(model, x[clips], lines, out / "retrieved.jsonl")
+        near_copy = has_near_copy(test.stimuli, clips)
+        print(held_out.report(config, unavailable, model.lines, recalled, near_copy, films))
+    accelerator.end_training()
+    return 3 if unavailable else 0
 
 
 def reconstruct(
-    model: CineNeuron, x: Tensor, clips: np.ndarray, folder: Path, config: Config, rank=0, world=1
+    model: CineNeuron, x: Tensor, clips: np.ndarray, folder: Path, config: Config, rank: int, world: int
 ) -> None:
-    """x (clips of the test set, T, N) writes the missing folder/NNNN.mp4 of `clips`, this process's share.
+    """x (test clips, T, N) -> the missing folder/NNNN.mp4 of `clips`, this process's share.
 
     A clip's noise comes from (seed, clip). Batches are cut before they are shared out, and one that lacks a
     clip is done whole: even the rounding, which depends on a batch's size, stays the same after a kill.
     """
     batches = [clips[i : i + config.batch_size] for i in range(0, len(clips), config.batch_size)]
     for batch in tqdm(batches[rank::world], desc="reconstructing", unit="batch", disable=rank > 0):
-        files = [folder / f"{i:04d}.mp4" for i in batch]
+        files = [folder / f"{clip:04d}.mp4" for clip in batch]
         if all(file.is_file() for file in files):
             continue
-        seeds = [(config.seed, int(i)) for i in batch]
-        videos = model.reconstruct(x[batch], seeds, config.steps, config.guidance)  # (B, F, H, W, 3)
+        keys = [(config.seed, int(clip)) for clip in batch]
+        videos = model.reconstruct(x[batch], keys, config.steps, config.guidance)  # (B, F, H, W, 3)
         for file, video in zip(files, videos, strict=True):
             if not file.is_file():
                 write_video(file, video, config.fps)
 
 
-def groups_of(train: ClipDataset, test: ClipDataset, clips: np.ndarray) -> dict[str, np.ndarray]:
-    """Test clips whose like was seen in training, and those whose was not: {name: (clips,) bool}. In the toy
-    world the like is the same combination of attributes, else a near-copy (data.near_copy_threshold)."""
-    from toy.recognise import shown_in_training
-
-    named = shown_in_training([test.clips[i] for i in clips], train.clips)
-    if not named:
-        alike = best_match(mean_frames(test.e_img[clips]), mean_frames(train.e_img))
-        copied = alike > held_out_clips(train, test, None).threshold
-        named = {"with a near-copy": copied, "without a near-copy": ~copied}
-    return {name: inside for name, inside in named.items() if inside.any()}
-
-
-# ---------------------------------------------------------------- the commands
-
-
-def evaluate_recording(config: Config, model: CineNeuron) -> int:
-    """Reconstruct one recording. Returns the exit status."""
-    x, file = reading.read_recording(Path(config.fmri), model), Path(config.out or "out.mp4")
-    write_video(file, model.reconstruct(x, [(config.seed, 0)], config.steps, config.guidance)[0], config.fps)
-    memory = model.remember(x).indices
-    recalls = "" if memory is None else f"; it recalls: {model.train.clips[memory[0, 0]]['caption']}"
-    print(f"written: {file}{recalls}")
-    return 0
-
-
-def evaluate_run(config: Config, accelerator: Accelerator) -> int:
-    """Reconstruct one recording, or the held-out clips and score them. Returns the exit status."""
-    chief = accelerator.is_main_process
-    folder = run_folder(config.data, config.subject, config.run, config.seed)
-    model = CineNeuron.from_pretrained(folder, accelerator.device)
-    settings, train = model.settings, model.train.clips
-    step, steps = settings.get("step"), settings.get("steps_in_all")
-    if chief and step != steps:
-        tqdm.write(f"{folder}: stage 2 is at step {step} of {steps}: its videos are not yet its best")
-    if config.fmri:
-        return evaluate_recording(config, model) if chief else 0
-    test = ClipDataset(config.data, config.subject, "test", settings["stage1_config"]["rois"])
-    clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))
-    every = PRESETS[config.data].get("metrics", Config.metrics)
-    out = reading.evaluation_folder(folder, config, settings, len(clips) == len(test), every)
-    films = Path(config.stimuli or raw_folder(config.data, config.subject) / "stimuli")
-    lacking = sorted({clip["video"] for clip in test.clips + train if not (films / clip["video"]).is_file()})
-    if lacking:
-        missing = f"{films / lacking[0]} is not there ({len(lacking)} stimuli are missing)"
-        raise FileNotFoundError(f"{missing}: --stimuli FOLDER")
-    reading.claim(out, folder / "stage2", config, settings, write=chief)
-    shown, scenes = {int(i): test.clips[i] for i in clips}, [clip["segment"] for clip in test.clips]
-    x = test.averaged()  # (clips, T, N)
-    x = x[other_scenes(far_apart(scenes))] if config.shuffle else x
-
-    def videos(rank: int, world: int) -> None:
-        for i in tqdm(clips[rank::world], desc="stimuli", unit="clip", disable=rank > 0):
-            if not (file := out / "gt" / f"{i:04d}.mp4").is_file():
-                write_video(file, stimulus(shown[i], films, config.seconds, settings), config.fps)
-        reconstruct(model, x, clips, out / "recon", config, rank, world)
-
-    in_processes(videos, accelerator, config.processes)
-    accelerator.wait_for_everyone()
-
-    # ---- numbers
-    files = [f"{i:04d}.mp4" for i in shown]
-    gt, recon = ([Source(out / kind / file) for file in files] for kind in ("gt", "recon"))
-    try:
-        others = [gt[k] for k in other_scenes(far_apart([scenes[i] for i in clips]))]
-    except ValueError:  # too few clips for a control
-        others = [None] * len(clips)
-    title = "from shuffled fMRI" if config.shuffle else "reconstruction"
-    sets = {title: [Pair(f"{i:04d}", *of) for i, *of in zip(shown, recon, gt, others, strict=True)]}
-    absent = score_all(sets, config, out, accelerator)
-    if not chief:
-        return 0
-
-    # ---- what was remembered, and what is recognised
-    from toy.recognise import ALL, agreement, right
-
-    groups = groups_of(model.train, test, clips)
-    lines, top_1 = (
-        list(shown.values()),
-        reading.write_retrieved(model, x[clips], shown, out / "retrieved.jsonl"),
-    )
-    judges = config.video_classifier, config.image_classifier
-    seen, recognised = agreement(out, config.shuffle, judges, lines, train, files, top_1, groups)
-    values = {"all_attributes": right(seen, lines)[ALL]} if seen else {}
-    what = {name: getattr(config, name) for name in ("data", "subject", "run", "seed", "shuffle")}
-    results, text = report(sets, {title: out}, out, config, absent, what, Clips(groups, values))
-
-    def texts(i: int) -> list[str]:
-        memory = [] if top_1 is None else [train[top_1[i]]["caption"]]
-        as_seen = " ".join(values[i] for values in seen.values())
-        return [lines[i]["caption"], *memory, f"seen as {as_seen}" if seen else ""]
-
-    recalled = None if top_1 is None else lambda i: stimulus(train[top_1[i]], films, config.seconds, settings)
-    pictures(out, sets, results, texts, config.seconds, recalled, groups)
-    print(f"{recognised}{text}\n\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, sheet.png ...)")
-    return 3 if absent else 0
-
-
 @torch.inference_mode()
 def main(config: Config) -> int:
-    """Returns the exit status. Options that clash, or an --out that no video can have, end it first."""
-    check_options(config)
-    check_together(config, UNUSED, NEEDED)
-    asked(config)  # --metrics
+    """Returns the exit status."""
     if config.compare:
         print(compare(config.compare, config.data))
         return 0
-    if config.fmri:
-        check_writable(Path(config.out or "out.mp4"))
-    accelerator = start(mixed_precision=False)
-    status = (
-        reading.evaluate_pairs(config, accelerator) if config.pairs else evaluate_run(config, accelerator)
-    )
-    accelerator.end_training()
-    return status
+    if config.pairs:
+        return evaluate_pairs(config)
+    return evaluate_recording(config) if config.fmri else evaluate_run(config)
 
 
 if __name__ == "__main__":

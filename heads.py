@@ -1,9 +1,12 @@
-"""Stage-1 heads and losses (§3.1, Eq. 1-3): what the Brain Model's global token is taught.
+r"""Stage-1 heads and losses (§3.1, Eq. 1-3): what the Brain Model's global token is taught.
 
-L_stage1 = L_clip + λ_1 L_action + λ_2 L_cls                                                    Eq. 3
-L_clip   = L_info(f_c, φ_v(e_img)) + L_info(f_c, e_txt)         image and text of CLIP          Eq. 1, 2
-L_action = L_info(φ_a(f_c), e_act)                              action of ViCLIP
-L_cls    = BCE + focal on φ_c(f_c)                              object categories
+    L_stage1 = L_clip + λ_1 L_action + λ_2 L_cls                                                    Eq. 3
+    L_clip   = L_info(f_c, φ_v(e_img)) + L_info(f_c, e_txt)         image and text of CLIP          Eq. 1, 2
+    L_action = L_info(φ_a(f_c), e_act)                              action of ViCLIP
+    L_cls    = BCE + focal on φ_c(f_c)                              object categories
+
+Why four? The fMRI is noisy, and one embedding tells little of a video. Image and text say what it shows, the
+action what happens, the categories which objects are there.
 """
 
 import math
@@ -14,12 +17,14 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize, pad
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
 
 
 class ImageAggregator(nn.Module):
-    """φ_v: the CLIP embeddings of F frames -> one, a learned weighted mean over the frames. It starts as the
-    plain mean."""
+    r"""$\hat{e}^{img} = \varphi_v(e^{img})$: the CLIP embeddings of F frames -> one.
+
+    A learned weighted mean over the frames, which starts as the plain mean.
+    """
 
     def __init__(self, frames: int):
         super().__init__()
@@ -32,8 +37,10 @@ class ImageAggregator(nn.Module):
 
 
 class ActionHead(nn.Module):
-    """φ_a: f_c -> the space of ViCLIP. A residual MLP that starts as the identity, since both spaces have
-    width D."""
+    r"""$f^a = \varphi_a(f^c)$: from the space of CLIP into that of ViCLIP, which knows actions.
+
+    A residual MLP that starts as the identity, since both spaces have width D.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -46,8 +53,10 @@ class ActionHead(nn.Module):
 
 
 class CategoryHead(nn.Module):
-    """φ_c: f_c -> a logit for each category. Its bias is the logit of p = 0.01 at the start, so that rare
-    positives are not drowned (Lin et al. 2017)."""
+    r"""$\varphi_c(f^c)$: a logit, yes or no, for each category of objects.
+
+    Its bias is the logit of p = 0.01 at the start, so that rare positives are not drowned (Lin et al. 2017).
+    """
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
@@ -58,11 +67,8 @@ class CategoryHead(nn.Module):
         return self.linear(f_c)  # (B, classes)
 
 
-MODEL_CARD = "---\n{{ card_data }}\n---\n\nThe stage-1 heads of CineNeuron (§3.1): φ_v, φ_a, φ_c.\n"
-
-
-class Stage1Heads(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD):
-    """φ_v, φ_a and φ_c. Stage 1 trains them, stage 2 keeps them as they are."""
+class Stage1Heads(nn.Module, PyTorchModelHubMixin):
+    """φ_v, φ_a and φ_c. Stage 1 trains them; stage 2 keeps them as they are, so that the memories stay fixed."""
 
     def __init__(self, dim: int = 768, frames: int = 8, classes: int = 12):
         super().__init__()
@@ -70,60 +76,44 @@ class Stage1Heads(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CAR
         self.phi_a = ActionHead(dim)
         self.phi_c = CategoryHead(dim, classes)
 
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs):  # the mixin lets weights be missing
-        return super()._from_pretrained(strict=strict, **kwargs)
-
     def forward(self, f_c: Tensor, e_img: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f_c (B, D), e_img (B, F, D) -> φ_v(e_img) (B, D), φ_a(f_c) (B, D), φ_c(f_c) (B, classes)."""
         return self.phi_v(e_img), self.phi_a(f_c), self.phi_c(f_c)
 
     def queries(self, f_c: Tensor) -> Tensor:
-        """f_c (B, D) -> q (B, 3, D), the fMRI side of Eq. 5 in the order txt, img, act: the embeddings that
-        stage 1 has aligned with the memories."""
+        r"""f_c (B, D) -> q (B, 3, D): the fMRI side of Eq. 5, in the order txt, img, act.
+
+        Eq. 5 compares f_e with the memories. But stage 1 aligns f_c, not f_e, with them, and f_e has another
+        width. So q = f_c, f_c, φ_a(f_c) stands for f_e (a choice).
+        """
         return torch.stack([f_c, f_c, self.phi_a(f_c)], 1)  # (B, 3, D)
 
 
-# ---------------------------------------------------------------- losses
-
-
-def rows_of_processes(e: Tensor) -> tuple[list[int], int]:
-    """How many rows of the batch each process has, and this process's number; e holds its own rows."""
-    if not dist.is_initialized():
-        return [len(e)], 0
-    rows = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=e.device)
-    rows[dist.get_rank()] = len(e)
-    dist.all_reduce(rows)
-    return rows.tolist(), dist.get_rank()
-
-
-def gather(e: Tensor, rows: list[int]) -> Tensor:
-    """e (B, D) of every process below each other, with gradient. `all_gather` needs equal shapes: a
-    process with fewer rows pads with zeros, and the padding is cut off afterwards."""
-    if len(rows) == 1:
-        return e
-    parts = dist_nn.all_gather(pad(e, (0, 0, 0, max(rows) - len(e))).contiguous())
-    return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
+def gather(e: Tensor) -> Tensor:
+    """e (b, D) of every process below each other (B, D), with gradient. One process: e itself."""
+    return torch.cat(dist_nn.all_gather(e)) if dist.is_initialized() else e
 
 
 def info_nce(f: Tensor, e: Tensor, tau: float = 0.07) -> Tensor:
-    """Eq. 2 on unit vectors: each row of f (B, D) is to find its own row among all rows of e (B, D).
-    Temperature tau. Returns a scalar, the mean over the rows of f.
+    r"""Eq. 2: $L_{info}(f, e) = -\frac{1}{B} \sum_i \log \frac{\exp(f_i e_i / \tau)}{\sum_j \exp(f_i e_j / \tau)}$
 
-    With several processes, e is gathered over them: the negatives are those of the whole batch.
+    Each clip's f (b, D) picks its own embedding among those of all B clips, e (B, D): a classification with B
+    classes, hence the cross-entropy. Why InfoNCE and not a distance: f is to be near its own e *and* far from the
+    others, which is what a search in memories needs. On unit vectors; tau is the temperature. Several processes
+    gather e, so that the negatives are those of the whole batch.
     """
-    f, e = normalize(f.float(), dim=-1), normalize(e.float(), dim=-1)  # (B, D)
-    rows, process = rows_of_processes(e)
-    own = sum(rows[:process]) + torch.arange(len(f), device=f.device)  # (B,) the column of each row's match
+    f, e = normalize(f.float(), dim=-1), gather(normalize(e.float(), dim=-1))  # (b, D), (B, D)
+    first = dist.get_rank() * len(f) if dist.is_initialized() else 0  # this process's first row of e
+    target = first + torch.arange(len(f), device=f.device)  # (b,)
     with torch.autocast(f.device.type, enabled=False):  # bf16 would round the logits by 0.03
-        return cross_entropy(f @ gather(e, rows).T / tau, own)  # Eq. 2
+        return cross_entropy(f @ e.T / tau, target)  # Eq. 2
 
 
 def focal_bce(logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:
-    """L_cls of §3.1: BCE + focal loss (Lin et al. 2017), of equal weight, mean over clips and categories.
+    r"""$L_{cls}$ of §3.1: BCE + focal loss (Lin et al. 2017), of equal weight, mean over clips and categories.
 
-    logits (B, classes), targets (B, classes) in {0, 1}. What is already well classified (p of the truth near
-    1) weighs (1 - p)^gamma; positives weigh alpha, negatives 1 - alpha. Returns a scalar.
+    logits (B, classes), targets (B, classes) in {0, 1}. Why focal: most categories are absent from most clips.
+    A well classified one (p of the truth near 1) weighs (1 - p)^gamma; positives alpha, negatives 1 - alpha.
     """
     logits, targets = logits.float(), targets.float()
     bce = binary_cross_entropy_with_logits(logits, targets, reduction="none")  # (B, classes), -log p
@@ -133,7 +123,9 @@ def focal_bce(logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float 
 
 
 class Stage1Loss(NamedTuple):
-    loss: Tensor  # Eq. 3
+    """Eq. 3 and its parts, a number each."""
+
+    loss: Tensor
     image: Tensor
     text: Tensor
     action: Tensor
@@ -141,29 +133,18 @@ class Stage1Loss(NamedTuple):
 
 
 def stage1_loss(
-    heads: nn.Module,
-    f_c: Tensor,
-    e_img: Tensor,
-    e_txt: Tensor,
-    e_act: Tensor,
-    categories: Tensor,
-    tau: float = 0.07,
-    lambda_1: float = 1.0,
-    lambda_2: float = 1.0,
+    heads: nn.Module, f_c: Tensor, batch, tau: float = 0.07, lambda_1: float = 1.0, lambda_2: float = 1.0
 ) -> Stage1Loss:
-    """Eq. 3 and its parts. f_c (B, D), e_img (B, F, D), e_txt and e_act (B, D), categories (B, classes).
-    lambda 0 leaves a task out (Table 4).
+    r"""Eq. 1: $L_{clip} = L_{info}(f^c, \hat{e}^{img}) + L_{info}(f^c, e^{txt})$
+    Eq. 3: $L_{stage1} = L_{clip} + \lambda_1 L_{action} + \lambda_2 L_{cls}$
 
-    With several processes the mean of their losses is the loss of the whole batch in one process: each loss
-    is weighted by the process's number of clips, relative to the mean number.
+    f_c (B, D) of a data.Batch. A λ of 0 leaves a task out (Table 4).
     """
-    rows, process = rows_of_processes(f_c)
-    weight = rows[process] * len(rows) / sum(rows)  # 1 where all have as many
-    e_img_hat, f_a, logits = heads(f_c, e_img)  # (B, D) (B, D) (B, classes)
-    image = weight * info_nce(f_c, e_img_hat, tau)
-    text = weight * info_nce(f_c, e_txt, tau)
+    e_img_hat, f_a, logits = heads(f_c, batch.e_img)  # (B, D), (B, D), (B, classes)
+    image = info_nce(f_c, e_img_hat, tau)
+    text = info_nce(f_c, batch.e_txt, tau)
     l_clip = image + text  # Eq. 1
-    l_action = weight * info_nce(f_a, e_act, tau)
-    l_cls = weight * focal_bce(logits, categories)
+    l_action = info_nce(f_a, batch.e_act, tau)
+    l_cls = focal_bce(logits, batch.categories)
     loss = l_clip + lambda_1 * l_action + lambda_2 * l_cls  # Eq. 3
     return Stage1Loss(loss, image, text, l_action, l_cls)

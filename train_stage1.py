@@ -3,7 +3,6 @@
     python train_stage1.py                                 the toy world, a minute or two on a laptop
     python train_stage1.py --data cc2017 --subject 1       the paper's size, on a GPU
     accelerate launch train_stage1.py --data cc2017        on several
-    python train_stage1.py --data cc2017 --plan            memory, hours and disk, counted (docs/gpus.md)
 
 fMRI x, and of the clip watched e_img, e_txt (CLIP), e_act (ViCLIP) and its categories  ->  Brain Model and
 heads in runs/<data>/sub<K>/<run>-s<seed>/stage1/, a table of what can be retrieved from the fMRI of the
@@ -15,22 +14,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from brain_model import BrainModel
-from data import ClipDataset, Split, clips_of_step, far_apart, held_out_clips, hide_voxels
-from extras import steps
+from data import Batch, Clips
 from heads import Stage1Heads, Stage1Loss, stage1_loss
 from metrics import retrieval
-from prepare.command import prepare_toy
-from support import experiment, training
-from support.experiment import RunFolder, Stopping
-from support.files import write_json, written_whole
+from prepare.copies import far_apart
+from support import training
 from support.options import option, parse as parse_options, settings_of
-from support.pictures import loss_curves
+from support.runs import RunFolder, door, run_folder
 
 
 @dataclass
@@ -65,12 +60,11 @@ class Config:
     checkpointing: bool = option(True, "recompute blocks in the backward pass, in less memory")
     micro_batch: int | None = option(None, "clips in the Brain Model at once; none: all of a step", least=1)
     optimizer: str = option("adamw", "adamw, or adamw8bit of bitsandbytes", choices=training.OPTIMIZERS)
+    precision: str | None = option(None, "bf16 or fp32; none: by device", choices=training.PRECISIONS)
     compile: bool = option(False, "compile the blocks of the Brain Model")
-    attention_kernel: str = option("auto", "of torch, on CUDA", choices=training.KERNELS)
 
     save_every: int = option(500, "steps between checkpoints", least=1)
     log_every: int = option(20, "steps between lines of log.jsonl", least=1)
-    plan: bool = option(False, "print memory, hours and disk of these options, counted, and write nothing")
 
 
 PRESETS = {
@@ -81,168 +75,137 @@ PRESETS = {
     "cc2017": {},
     "cinebrain": dict(rois="visual,hippocampus"),
 }  # fmt: skip
-MAY_CHANGE = training.MAY_CHANGE
+CURVES = {"image": "image, Eq. 2", "text": "text, Eq. 2", "action": "action", "category": "category"}
 LAST = "test.json"  # the last file that a run writes
 
 
-def parse(argv: list[str]) -> Config:
+def parse(arguments: list[str]) -> Config:
     """The command line over the dataset's preset over the defaults."""
-    config = parse_options(Config, PRESETS, __doc__, "train_stage1.py", argv)
+    config = parse_options(Config, PRESETS, __doc__, "train_stage1.py", arguments)
     if config.width % config.attention_heads:
-        heads = config.attention_heads
-        raise ValueError(f"--width {config.width}: wanted a multiple of --attention_heads, which is {heads}")
+        wanted = f"a multiple of --attention_heads, which is {config.attention_heads}"
+        raise ValueError(f"--width {config.width}: wanted {wanted}")
     if config.run is None:
         config.run = "full" + ("" if config.cls else "-no-cls") + ("" if config.action else "-no-action")
+    config.lambda_1 *= config.action  # an ablation leaves its term of Eq. 3 out
+    config.lambda_2 *= config.cls
     return config
 
 
-def build(config: Config, size: dict[str, int]) -> tuple[BrainModel, Stage1Heads]:
+def build(config: Config, sizes: dict[str, int]) -> tuple[BrainModel, Stage1Heads]:
     """The Brain Model f and its heads φ, for data of these sizes."""
-    model = BrainModel(
-        size["voxels"], size["volumes"], config.tokens, config.width, config.layers, config.attention_heads,
-        size["embed_dim"], config.rank, config.dropout,
-    )  # fmt: skip
-    model.gradient_checkpointing = config.checkpointing
-    return model, Stage1Heads(size["embed_dim"], size["frames"], size["classes"])
+    brain_model = BrainModel(
+        voxels=sizes["voxels"],
+        volumes=sizes["volumes"],
+        tokens=config.tokens,
+        width=config.width,
+        layers=config.layers,
+        attention_heads=config.attention_heads,
+        embed_dim=sizes["embed_dim"],
+        rank=config.rank,
+    )
+    brain_model.gradient_checkpointing = config.checkpointing
+    return brain_model, Stage1Heads(sizes["embed_dim"], sizes["frames"], sizes["classes"])
 
 
-def losses_and_gradients(
-    model: BrainModel, heads: Stage1Heads, x: Tensor, targets: dict[str, Tensor], weights: dict[str, float],
-    micro_batch: int | None, autocast,
-) -> Stage1Loss:  # fmt: skip
-    """Eq. 3 of a batch; its gradients are added to .grad. x (B, T, N); targets and weights of Eq. 3.
+def train_step(brain_model: BrainModel, heads: Stage1Heads, batch: Batch, config: Config) -> Stage1Loss:
+    """Eq. 3 of a batch of B clips; its gradients are added to .grad.
 
-    InfoNCE wants the batch whole. In micro-batches f_c is computed without a graph first; the loss leaves its
-    gradient at f_c, and each part, computed again, leads its share of it through the Brain Model.
+    InfoNCE needs all B clips at once, but the Brain Model may have no room for them. In micro-batches f_c is
+    computed without a graph first; the loss leaves its gradient at f_c, and each part, computed again, carries its
+    share of it through the Brain Model.
     """
-    parts = training.parts(len(x), micro_batch)
-    whole = len(parts) == 1
-    with autocast(), torch.set_grad_enabled(whole):
-        f_c = torch.cat([model(x[part])[0] for part in parts])  # (B, D)
-    if not whole:
-        f_c.requires_grad_()
-    with autocast():
-        losses = stage1_loss(heads, f_c, **targets, **weights)  # Eq. 3
+    parts = batch.parts(config.micro_batch)
+    with training.autocast(batch.x, config.precision):
+        with torch.set_grad_enabled(len(parts) == 1):
+            f_c = torch.cat([brain_model(batch.x[part])[0] for part in parts])  # (B, D)
+        if len(parts) > 1:
+            f_c.requires_grad_()
+        losses = stage1_loss(heads, f_c, batch, config.tau, config.lambda_1, config.lambda_2)  # Eq. 3
     losses.loss.backward()
-    for part in () if whole else parts:
-        with autocast():
-            f_part, _ = model(x[part])  # (b, D)
+    for part in parts if len(parts) > 1 else []:
+        with training.autocast(batch.x, config.precision):
+            f_part, _ = brain_model(batch.x[part])  # (b, D)
         f_part.backward(f_c.grad[part].to(f_part.dtype))
     return losses
 
 
-def weights_of(config: Config) -> dict[str, float]:
-    """The temperature of Eq. 2, and the weights of Eq. 3 with what an ablation switch leaves out."""
-    weights = {"tau": config.tau, "lambda_1": config.lambda_1 * config.action}
-    return weights | {"lambda_2": config.lambda_2 * config.cls}
-
-
 def main(config: Config) -> None:
-    """The data and the folder of the run; `learn` does the rest where the run is not finished."""
-    if config.plan:
-        return steps.print_stage1(config, build, losses_and_gradients)
-    accelerator = experiment.start()
-    if config.batch_size < accelerator.num_processes:
-        raise ValueError(f"--batch_size {config.batch_size}: wanted at least a clip for each process")
-    with accelerator.main_process_first():
-        if config.data == "toy":
-            prepare_toy(subject=config.subject)
-    train = ClipDataset(config.data, config.subject, "train", config.rois)
-    test = ClipDataset(config.data, config.subject, "test", config.rois)
-    split = held_out_clips(train, test, config.val_segments)
-    clips_of_step(split.clips, config.batch_size, config.seed, 0)  # refuses a batch of more clips than these
+    """§3.1, from the data to the table of the held-out clips."""
+    accelerator = training.start()
+    training.check_processes(config.batch_size, accelerator)
+    config.precision = training.precision_of(config, accelerator.device)
+    if config.data == "toy":
+        from toy.release import prepare_toy
 
-    folder = experiment.run_folder(config.data, config.subject, config.run, config.seed) / "stage1"
-    settings = settings_of(config, "plan") | {"sizes": train.sizes}
-    chief = accelerator.is_main_process
-    with RunFolder(folder, settings, config.steps, LAST, MAY_CHANGE, chief) as run:
+        with accelerator.main_process_first():
+            prepare_toy(subject=config.subject)
+
+    # ---- the clips
+    train = Clips(
+        config.data,
+        config.subject,
+        "train",
+        config.rois,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        voxel_dropout=config.dropout,
+        val_segments=config.val_segments,
+    )
+    test = Clips(config.data, config.subject, "test", config.rois)
+    folder = run_folder(config.data, config.subject, config.run, config.seed) / "stage1"
+    settings = settings_of(config) | {"sizes": train.sizes}
+    with RunFolder(folder, settings, config.steps, LAST, accelerator, training.MAY_CHANGE) as run:
         if run.finished:
             accelerator.print(f"{folder} is finished; another --run NAME or --seed trains anew")
-        else:
-            steps.refuse_stage1(config, train.sizes, build, losses_and_gradients)
-            learn(config, accelerator, run, train, test, split)
+            return
+        x_test = test.averaged()  # (clips, T, N), read now: a damaged file ends it before the work
+
+        # ---- the Brain Model f, its heads φ, AdamW and OneCycle (§4.1)
+        set_seed(config.seed)
+        brain_model, heads = build(config, train.sizes)
+        brain_model, heads = brain_model.to(accelerator.device), heads.to(accelerator.device)
+        parameters = [*brain_model.parameters(), *heads.parameters()]
+        optimiser, schedule = training.adamw_onecycle(
+            [(parameters, config.lr)], config.optimizer, config.weight_decay, config.steps
+        )
+        if config.compile:
+            training.compile_blocks(brain_model.blocks)
+        run.restore(
+            state={"model": brain_model, "heads": heads, "optimiser": optimiser, "schedule": schedule},
+            models={"brain_model": brain_model.save_pretrained, "heads": heads.save_pretrained},
+        )
+        clips, millions = len(train.recall.trained), sum(p.numel() for p in brain_model.parameters()) / 1e6
+        accelerator.print(f"{clips:,} clips, {train.sizes['voxels']:,} voxels; {millions:,.1f} M parameters")
+
+        # ---- Eq. 3, step by step
+        for step in run.steps():
+            batch = train.batch(step, accelerator.process_index, accelerator.num_processes)
+            losses = train_step(brain_model, heads, batch.to(accelerator.device), config)  # Eq. 3
+            rates = training.update(optimiser, schedule, config.max_norm)
+            run.after_step(step, losses._asdict(), rates, lambda: validate(brain_model, heads, train))
+
+        # ---- the held-out clips, once, with the last weights
+        if accelerator.is_main_process:
+            other = far_apart([line["segment"] for line in test.lines])
+            columns = retrieval.with_controls(brain_model, heads, x_test, test.targets(), other)
+            table = retrieval.table(columns, f"{len(test)} held-out clips, {config.data}")
+            run.finish(CURVES, "Stage 1: the parts of Eq. 3", {"test.txt": table + "\n", LAST: columns})
+            print(f"\n{table}\n\nwritten: {folder}/ (brain_model, heads, losses.png, test.txt, {LAST})")
     accelerator.end_training()
 
 
-def learn(
-    config: Config, accelerator: Accelerator, run: RunFolder,
-    train: ClipDataset, test: ClipDataset, split: Split,
-) -> None:  # fmt: skip
-    """§3.1, from the first step or the last checkpoint to the table of the held-out clips."""
-    device, chief, size = accelerator.device, accelerator.is_main_process, train.sizes
-
-    x_test = test.averaged()  # (clips, T, N), read now: a damaged file ends it before the work
-
-    # ---- the Brain Model f and its heads φ
-    set_seed(config.seed)
-    model, heads = (part.to(device) for part in build(config, size))
-    training.compile_blocks(config.compile, model.blocks)
-    training.choose_attention(config.attention_kernel, accelerator, config.width // config.attention_heads)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    accelerator.print(f"{len(split.clips):,} clips, {size['voxels']:,} voxels; {millions:,.1f} M parameters")
-
-    # ---- AdamW and OneCycle (§4.1)
-    groups = [{"params": [*model.parameters(), *heads.parameters()], "lr": config.lr}]
-    optimiser = training.adamw(config.optimizer, groups, config.weight_decay, in_8_bit=1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, total_steps=config.steps)
-    state = {"model": model, "heads": heads, "optimiser": optimiser, "schedule": schedule}
-    models = {"brain_model": model.save_pretrained, "heads": heads.save_pretrained}
-    first_step = run.restore(state)
-
-    # ---- Eq. 3, step by step
-    own = experiment.share(range(config.batch_size), accelerator.process_index, accelerator.num_processes)
-    weights = weights_of(config)
-    progress = {"desc": "stage 1", "initial": first_step, "total": config.steps, "disable": not chief}
-    with Stopping() as stopping, tqdm(range(first_step, config.steps), **progress) as bar:
-        for step in bar:
-            whole_batch = clips_of_step(split.clips, config.batch_size, config.seed, step)
-            clips = whole_batch[own]
-            batch = {name: value.to(device) for name, value in train.batch(clips, config.seed, step).items()}
-            x = hide_voxels(batch.pop("x"), config.dropout, config.seed, step, clips)  # (B, T, N)
-            how = x, batch, weights, config.micro_batch, accelerator.autocast
-            losses = losses_and_gradients(model, heads, *how)  # Eq. 3
-            ids = [train.clips[clip]["id"] for clip in whole_batch]
-            norm = training.update(accelerator, optimiser, schedule, config.max_norm, step, ids)
-
-            stop = stopping.asked(accelerator)
-            saving = stop or (step + 1) % config.save_every == 0 or step + 1 == config.steps
-            if saving or step % config.log_every == 0:
-                row = training.logged(accelerator, losses._asdict())  # of the whole batch
-                row |= {"norm": norm, "lr": schedule.get_last_lr()[0]}
-                if chief and saving and len(split.held_out):
-                    row |= validate(model, heads, train, split.held_out)
-                if chief:
-                    run.log(step, row)
-                    bar.set_postfix(loss=f"{row['loss']:.3f}")
-            if saving and chief:
-                run.save(step + 1, state, models)
-            if saving:
-                accelerator.wait_for_everyone()
-            if stop:
-                raise stopping.stopped(step + 1, config.steps)
-
-    # ---- the held-out clips, once, with the last weights
-    if chief:
-        names = {"image": "image, Eq. 2", "text": "text, Eq. 2", "action": "action", "category": "category"}
-        log = experiment.read_log(run.log_file)
-        loss_curves(run.folder / "losses.png", log, names, "Stage 1: the parts of Eq. 3")
-        other = far_apart([clip["segment"] for clip in test.clips])
-        columns = retrieval.with_controls(model, heads, x_test, test.targets(), other)
-        table = retrieval.table(columns, f"{len(test)} held-out clips, {config.data}")
-        with written_whole(run.folder / "test.txt") as part:
-            part.write_text(table + "\n")
-        write_json(run.folder / LAST, columns)
-        print(f"\n{table}\n\nwritten: {run.folder}/ (brain_model, heads, losses.png, test.txt, {LAST})")
-
-
-def validate(model: nn.Module, heads: nn.Module, train: ClipDataset, clips: np.ndarray) -> dict[str, float]:
-    """The table's scores of training clips that are held out, with names for the log."""
-    other = far_apart([train.clips[clip]["segment"] for clip in clips])
-    scores = retrieval.scores(model, heads, train.averaged(clips), train.targets(clips), other)
-    shown = [f"{name} {value:.3f}" for name, value in scores.items() if "top" not in name]
-    tqdm.write(f"{len(clips)} clips of the segments held out: {', '.join(shown)}")
+def validate(brain_model: nn.Module, heads: nn.Module, train: Clips) -> dict[str, float]:
+    """The table's scores of the training clips that are held out, with names for the log."""
+    clips = train.recall.held_out
+    if not len(clips):
+        return {}
+    other = far_apart(np.array([line["segment"] for line in train.lines])[clips])
+    scores = retrieval.scores(brain_model, heads, train.averaged(clips), train.targets(clips), other)
+    text = ", ".join(f"{name} {value:.3f}" for name, value in scores.items() if "top" not in name)
+    tqdm.write(f"{len(clips)} clips of the segments held out: {text}")
     return {f"held out, {name}": value for name, value in scores.items()}
 
 
 if __name__ == "__main__":
-    experiment.door(lambda: main(parse(sys.argv[1:])))
+    door(lambda: main(parse(sys.argv[1:])))

@@ -3,38 +3,34 @@
     python train_stage2.py                                 the toy world, about four minutes on a laptop
     python train_stage2.py --data cc2017 --subject 1       the paper's size, on a GPU
     accelerate launch train_stage2.py --data cc2017        on several
-    python train_stage2.py --data cc2017 --plan            memory, hours and disk, counted (docs/gpus.md)
 
-Brain Model and heads of stage 1, and of each clip its fMRI x, embeddings and latents y  ->  Brain Model,
-Mixture-of-Memories and LoRA in runs/<data>/sub<K>/<run>-s<seed>/stage2/, samples (stimulus beside
-reconstruction), pictures of what is learnt. After Ctrl-C, or a kill, the same command goes on where it was.
+Brain Model and heads of stage 1, and of each clip its fMRI x, embeddings and latents y  ->  a finished model in
+runs/<data>/sub<K>/<run>-s<seed>/stage2/, which evaluate.CineNeuron loads: Brain Model, heads, Mixture-of-Memories,
+LoRA, memories; samples (stimulus beside reconstruction), a picture of what is learnt. After Ctrl-C, or a kill, the
+same command goes on where it was.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from brain_model import BrainModel
-from data import ClipDataset, DecoderData, Split, clips_of_step, held_out_clips, hide_voxels, memories, untold
-from extras import steps
-from heads import Stage1Heads, stage1_loss
-from mixture_of_memories import MemoryPool, condition, make_mom
-from prepare.command import prepare_toy
-from prepare.facts import SCENE_CLIPS, SECONDS
-from support import experiment, training
-from support.experiment import RunFolder, Stopping
+from data import Batch, Clips, noise_generator
+from evaluate import CineNeuron
+from heads import stage1_loss
+from mixture_of_memories import Recalled, condition
+from prepare.copies import mean_frames
+from prepare.facts import SECONDS
+from support import training
 from support.options import option, parse as parse_options, settings_of
-from support.pictures import grid_gif, loss_curves, near_copies
-from support.readers import load_model
-from video_decoder import WAN, VideoDecoder, clip_generator, condition_dropout, draw
+from support.pictures import grid_gif
+from support.pipelines import WAN
+from support.runs import RunFolder, door, finished_run, run_folder
 
 
 @dataclass
@@ -58,15 +54,14 @@ class Config:
     own_captions: float | None = option(None, "share that may retrieve their own caption", least=0, most=1)
     alpha: float = option(1.0, "weight of z_f, Eq. 8")
     attention_heads: int = option(16, "of the integration, Eq. 6", least=1)
-    residual: bool = option(False, "add f_e to what Eq. 6 attends to; the paper does not")
 
     epochs: int = option(20, "times that each clip is shown", least=1)
     batch_size: int = option(32, "clips a step, over all processes", least=1)
     micro_batch: int = option(1, "clips that are in the decoder at once", least=1)
     checkpointing: bool = option(True, "recompute blocks in the backward pass, in less memory")
     optimizer: str = option("adamw", "adamw, or adamw8bit for the Brain Model", choices=training.OPTIMIZERS)
+    precision: str | None = option(None, "bf16 or fp32; none: by device", choices=training.PRECISIONS)
     compile: bool = option(False, "compile the blocks of Brain Model and DiT")
-    attention_kernel: str = option("auto", "of torch, on CUDA", choices=training.KERNELS)
     lr: float = option(1e-6, "highest learning rate of OneCycle, of Brain Model and router", above=0)
     lr_fusion: float | None = option(None, "of Eq. 6-7, or of --no-integration's Linear (none: lr)", above=0)
     lr_lora: float = option(1e-4, "of the LoRA", above=0)
@@ -81,7 +76,6 @@ class Config:
     sample_every: int = option(500, "steps between samples; 0 for none", least=0)
     save_every: int = option(500, "steps between checkpoints", least=1)
     log_every: int = option(10, "steps between lines of log.jsonl", least=1)
-    plan: bool = option(False, "print memory, hours and disk of these options, counted, and write nothing")
 
 
 PRESETS = {
@@ -93,243 +87,202 @@ PRESETS = {
     "cc2017": {},
     "cinebrain": dict(frames=33, height=480, width=720),
 }  # fmt: skip
+LAST = "losses.png"  # the last file that a run writes
 MAY_CHANGE = (*training.MAY_CHANGE, "samples", "sample_every")
 TEXT = (str, type(None))
 STAGE1 = {  # what stage 2 reads in the config.json of a stage 1
     "data": str, "subject": int, "rois": TEXT, "val_segments": TEXT, "sizes": dict, "tau": float,
-    "lambda_1": float, "lambda_2": float, "action": bool, "cls": bool,
+    "lambda_1": float, "lambda_2": float, "dropout": float,
 }  # fmt: skip
+CURVES = {
+    "diffusion": "diffusion, Eq. 9",
+    "w_txt": "W_r, text",
+    "w_img": "W_r, image",
+    "w_act": "W_r, action",
+    "z_f/z_t": "‖α z_f‖ / ‖z_t‖",
+}
 
 
-def parse(argv: list[str]) -> Config:
+def parse(arguments: list[str]) -> Config:
     """The command line over the dataset's preset over the defaults."""
-    config = parse_options(Config, PRESETS, __doc__, "train_stage2.py", argv)
+    config = parse_options(Config, PRESETS, __doc__, "train_stage2.py", arguments)
     if not (config.mom or config.integration):
         raise ValueError("--no-mom and --no-integration are two ablations: choose one")
-    named = Path(config.stage1).name.removesuffix(f"-s{config.seed}") if config.stage1 else "full"
-    config.stage1 = config.stage1 or config.run or named
+    name = Path(config.stage1).name.removesuffix(f"-s{config.seed}") if config.stage1 else "full"
+    config.stage1 = config.stage1 or config.run or name
     ablation = ("" if config.mom else "-no-mom") + ("" if config.integration else "-no-integration")
-    config.run = config.run or named + ablation
+    config.run = config.run or name + ablation
     config.lr_fusion = config.lr_fusion or config.lr
     return config
 
 
-class Parts(NamedTuple):
-    brain_model: BrainModel
-    heads: Stage1Heads  # frozen
-    mom: nn.Module  # MixtureOfMemories, or what an ablation has in its place
-    decoder: VideoDecoder
-    pool: MemoryPool
-    empty: Tensor  # (L, D_txt)
-    untold: float = 0.0  # share of the training clips that may not retrieve a caption like their own
+def train_step(model: CineNeuron, batch: Batch, config: Config) -> tuple[dict[str, Tensor], Recalled]:
+    r"""Eq. 10: $L_{stage2} = L_{stage1} + L(\theta)$ of a batch of B clips; its gradients are added to .grad.
 
-
-def losses_and_gradients(
-    parts: Parts, x: Tensor, y: Tensor, targets: dict[str, Tensor], clips: np.ndarray, memory: Tensor,
-    excluded: Tensor, weights: dict[str, float], seed: int, step: int, micro_batch: int, dropout: float,
-    autocast, mean_clips: float,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Eq. 10 of a batch; its gradients are added to .grad. Returns what is logged.
-
-    Brain Model and MoM see the batch whole, as InfoNCE wants, the DiT `micro_batch` clips at a time: each
-    leaves its share of Eq. 9's gradient in f.grad, and one backward pass leads it through the rest.
-    x (B, T, N); y (B, C, f, h, w); targets and weights of Eq. 3; clips (B,) in the dataset, memory (B,) in
-    the pool, excluded (B, N) of it. mean_clips, of a process: so the mean of all gradients is the batch's.
+    InfoNCE needs all B clips at once, but the video decoder has no room for them. So it sees a few clips at a time,
+    and only the gradient of Eq. 9 at f_fuse is kept; one backward pass then carries it through Mixture-of-Memories
+    and Brain Model. The result equals (L_stage1 + L_diffusion).backward(). Returns the losses.
     """
-    brain_model, heads, mom, decoder, pool, empty, _ = parts
-    recalled = training.recomputed(condition, brain_model.gradient_checkpointing)  # the DiT has its memory
-    with autocast():
-        f_c, remembered = recalled(brain_model, heads, mom, pool, x, excluded)  # (B, D), Eq. 4-8
-        stage1 = stage1_loss(heads, f_c, **targets, **weights)  # Eq. 3
-    f_fuse = remembered.f_fuse.float()  # (B, L, D_txt)
+    with training.autocast(batch.x, config.precision):
+        f_c, recalled = model(batch.x, batch.excluded)  # (B, D), Eq. 4-8
+        stage1 = stage1_loss(model.heads, f_c, batch, model.tau, model.lambda_1, model.lambda_2)  # Eq. 3
+    f_fuse = recalled.f_fuse.float()  # (B, L, D_txt)
     f = f_fuse.detach().requires_grad_()  # (B, L, D_txt)
-
     diffusion = 0
-    for part in training.parts(len(clips), micro_batch):
-        noise, u, dropped = draw(seed, step, clips[part], y.shape[1:], dropout)
-        with autocast():
-            f_part = condition_dropout(f[part], empty, dropped)  # (b, L, D_txt)
-            loss = decoder(y[part].to(f.device), f_part, noise, u).sum() / mean_clips  # Eq. 9
+    for part in batch.parts(config.micro_batch):  # b clips
+        with training.autocast(batch.x, config.precision):
+            prompt = torch.where(batch.dropped[part], model.empty, f[part])  # (b, L, D_txt)
+            loss = model.decoder(batch.y[part], prompt, batch.noise[part], batch.u[part])  # (b,)  Eq. 9
+            loss = loss.sum() / len(batch.x)
         loss.backward()
         diffusion = diffusion + loss.detach()
-    # The gradient of (stage1.loss + diffusion).backward() on one graph: f.grad holds ∂diffusion/∂f_fuse
     (stage1.loss + (f_fuse * f.grad).sum()).backward()  # Eq. 10
+    return stage1._asdict() | {"loss": stage1.loss + diffusion, "diffusion": diffusion}, recalled
 
-    logged = stage1._asdict() | {"loss": stage1.loss + diffusion, "diffusion": diffusion}
-    for name, value in remembered.measures(pool, memory).items():
-        logged[name] = value * len(clips) / mean_clips
-    return {name: value.detach().float() for name, value in logged.items()}
+
+def measures(model: CineNeuron, batch: Batch, recalled: Recalled, clips: Clips) -> dict[str, Tensor]:
+    """What the log holds beside the losses: the mean W_r; how alike clips and their first memories look (the cosine
+    of their mean frames), and how often they share a caption; how much the fMRI's stream counts, ‖α z_f‖ / ‖z_t‖."""
+    if recalled.W_r is None:
+        return {}
+    w_txt, w_img, w_act = recalled.W_r.mean(0)
+    first = clips.recall.trained[recalled.indices[:, 0].cpu().numpy()]  # (B,) clips
+    frames, recalled_frames = (
+        mean_frames(batch.e_img.cpu().numpy()),
+        mean_frames(clips.e_img[first]),
+    )  # (B, D)
+    same_caption = clips.recall.captions[first] == clips.recall.captions[batch.clips.cpu().numpy()]
+    values = {
+        "w_txt": w_txt,
+        "w_img": w_img,
+        "w_act": w_act,
+        "alike": (torch.from_numpy(frames) * torch.from_numpy(recalled_frames)).sum(1).mean().to(w_txt),
+        "own_caption": torch.from_numpy(same_caption).float().mean().to(w_txt),
+    }
+    if recalled.z_f is not None:
+        z_f, z_t = recalled.z_f.detach().float(), recalled.z_t.detach().float()
+        values["z_f/z_t"] = (model.mom.integration.alpha * z_f).norm() / z_t.norm()
+    return values
 
 
 @torch.no_grad()
-def show(
-    parts: Parts, config: Config, accelerator: Accelerator, gif: Path,
-    data: ClipDataset, videos: DecoderData, where: np.ndarray,
-) -> None:  # fmt: skip
+def sample(model: CineNeuron, config: Config, accelerator: Accelerator, clips: Clips, file: Path) -> None:
     """A GIF of held-out clips, a row each: the stimulus after the VAE's round trip, the reconstruction."""
-    brain_model, heads, mom, decoder, pool, empty, _ = parts
-    brain_model.eval()
-    some = np.linspace(0, len(where) - 1, min(config.samples, len(where))).round().astype(int)
-    own = experiment.share(some, accelerator.process_index, accelerator.num_processes)
-    fmri, rows = data.averaged(where)[some], []
-    for part in torch.arange(len(some))[own].split(config.micro_batch):
-        f_fuse = condition(brain_model, heads, mom, pool, fmri[part].to(empty.device))[1].f_fuse
-        how = [clip_generator(config.seed, i) for i in part.tolist()], config.sampling_steps, config.guidance
-        made = decoder.generate(f_fuse, empty, config.frames, config.height, config.width, *how)
-        stimuli = decoder.decode_latents(torch.from_numpy(videos.latents[where[some[part.numpy()]]]))
-        rows += [[*pair] for pair in zip(stimuli.numpy(), made.numpy(), strict=True)]  # (F, H, W, 3) each
-    brain_model.train()
+    places = (
+        np.linspace(0, len(clips.held_out) - 1, min(config.samples, len(clips.held_out))).round().astype(int)
+    )
+    x = clips.averaged(clips.held_out)[places]  # (samples, T, N)
+    numbers, rows = clips.held_out[places], []
+    parts = torch.arange(len(places)).split(config.micro_batch)
+    for part in parts[accelerator.process_index :: accelerator.num_processes]:
+        _, recalled = model(x[part].to(accelerator.device))
+        generators = [noise_generator(config.seed, i) for i in part.tolist()]
+        videos = model.decoder.generate(
+            recalled.f_fuse, model.empty, model.size, generators, config.sampling_steps, config.guidance
+        )
+        stimuli = model.decoder.decode_latents(torch.from_numpy(clips.latents[numbers[part.numpy()]]))
+        rows += [[*pair] for pair in zip(stimuli.numpy(), videos.numpy(), strict=True)]  # (F, H, W, 3) each
     rows = gather_object(rows) if accelerator.num_processes > 1 else rows
-    labels = [[data.clips[clip]["caption"], ""] for clip in where[some]]
+    labels = [[clips.lines[clip]["caption"], ""] for clip in numbers]
     if accelerator.is_main_process:
-        grid_gif(gif, rows, labels, ["stimulus", "reconstruction"], SECONDS[config.data], 128)
+        grid_gif(file, rows, labels, ["stimulus", "reconstruction"], SECONDS[config.data], 128)
 
 
 def main(config: Config) -> None:
-    """Stage 1, the data and the folder of the run; `learn` does the rest where the run is not finished."""
-    name, subject, size = config.data, config.subject, (config.frames, config.height, config.width)
-    runs = Path("runs") / name / f"sub{subject}"
-    places = [runs / f"{config.stage1}-s{config.seed}" / "stage1", Path(config.stage1) / "stage1"]
-    if config.plan:
-        return steps.print_stage2(config, places, Parts, losses_and_gradients)
-    accelerator = experiment.start()
-    if config.batch_size < accelerator.num_processes:
-        raise ValueError(f"--batch_size {config.batch_size}: wanted at least a clip for each process")
-    options = f"--data {name} --subject {subject} --seed {config.seed} --run {config.stage1}"
-    mend = f"python train_stage1.py {options}, or another --stage1"
-    stage1, before = experiment.finished_run(places, {"data": name, "subject": subject}, STAGE1, mend)
-    with accelerator.main_process_first():
-        if name == "toy":
-            prepare_toy(decoder=config.decoder, size=size, subject=subject)
-    train, test = (ClipDataset(name, subject, part, before["rois"]) for part in ("train", "test"))
-    if before["sizes"] != train.sizes:
-        mend = "train it again, or choose the stage 1 of this subject, --rois and encoders with --stage1"
-        raise ValueError(f"{stage1}: trained on data of {before['sizes']}, data/ has {train.sizes}: {mend}")
-    videos = DecoderData(name, config.decoder, "train", size=size, subject=subject)
-    split = held_out_clips(train, test, before["val_segments"])
-    clips_of_step(split.clips, config.batch_size, config.seed, 0)  # refuses a batch of more clips than these
-    shown = train, videos, split.held_out
-    if not len(split.held_out):
-        test_videos = DecoderData(name, config.decoder, "test", size=size, subject=subject)
-        shown = test, test_videos, np.arange(len(test))
+    """Stage 1, the clips and the folder of the run; `learn` does the rest where the run is not finished."""
+    accelerator = training.start()
+    training.check_processes(config.batch_size, accelerator)
+    config.precision = training.precision_of(config, accelerator.device)
+    stage1, stage1_config = read_stage1(config)
+    rois, size = stage1_config["rois"], (config.frames, config.height, config.width)
+    if config.data == "toy":
+        from toy.release import prepare_toy
 
-    folder = experiment.run_folder(name, subject, config.run, config.seed) / "stage2"
-    settings = settings_of(config, "plan") | {"sizes": train.sizes, "stage1_config": before}
-    total = config.epochs * (len(split.clips) // config.batch_size)
-    with RunFolder(folder, settings, total, "losses.png", MAY_CHANGE, accelerator.is_main_process) as run:
+        with accelerator.main_process_first():
+            prepare_toy(decoder=config.decoder, size=size, subject=config.subject)
+    train = Clips(
+        config.data,
+        config.subject,
+        "train",
+        rois,
+        config.decoder,
+        size,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        voxel_dropout=stage1_config["dropout"],
+        condition_dropout=config.condition_dropout,
+        val_segments=stage1_config["val_segments"],
+        caption_share=config.own_captions,
+    )
+    test = Clips(config.data, config.subject, "test", rois, config.decoder, size)
+
+    folder = run_folder(config.data, config.subject, config.run, config.seed) / "stage2"
+    settings = settings_of(config) | {"sizes": train.sizes, "stage1_config": stage1_config}
+    total = config.epochs * (len(train.recall.trained) // config.batch_size)
+    with RunFolder(folder, settings, total, LAST, accelerator, MAY_CHANGE) as run:
         if run.finished:
             accelerator.print(f"{folder} is finished; another --run NAME or --seed trains anew")
         else:
-            steps.refuse_stage2(config, stage1, train.sizes, Parts, losses_and_gradients)
-            parts = load_parts(config, accelerator, stage1, before["tau"], train, videos, split)
-            learn(config, accelerator, run, parts, train, videos, split, shown)
+            learn(config, accelerator, run, CineNeuron.from_stage1(stage1, settings, train), train, test)
     accelerator.end_training()
 
 
-def load_parts(
-    config: Config, accelerator: Accelerator, stage1: Path, tau: float,
-    train: ClipDataset, videos: DecoderData, split: Split,
-) -> Parts:  # fmt: skip
-    """Stage 1's Brain Model and heads, the memories, a Mixture-of-Memories and a LoRA at their start."""
-    heads = load_model(Stage1Heads, stage1 / "heads").requires_grad_(False).eval()
-    fields = memories(train, videos, heads.phi_v, split.clips)
-    pool = MemoryPool(**fields, near_copy=split.threshold, scene=SCENE_CLIPS)
-    told = split.told if config.own_captions is None else config.own_captions
-    hidden, fewest, most = pool.untold_share(told)
-    said = f"{len(pool.e):,} clips and memories; a clip may retrieve {fewest:,} to {most:,} of them"
-    if config.integration and fewest < config.K:
-        raise ValueError(f"{said}; wanted K = {config.K}: a lower --K or more training clips")
-    said += f", no near-copies (cosine of mean frames > {split.threshold:.4f}), its own caption in "
-    accelerator.print(f"{said}{1 - hidden:.1%} of the steps (test clips: {split.told:.1%})")
-
-    set_seed(config.seed)
-    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-    decoder = VideoDecoder.from_pretrained(
-        config.decoder, config.lora_rank, config.lora_alpha, dtype=dtype, tiling=config.height > 256,
-        load_vae=config.sample_every > 0, gradient_checkpointing=config.checkpointing,
-    )  # fmt: skip
-    decoder.noise_shift = config.noise_shift
-    brain_model = load_model(BrainModel, stage1 / "brain_model").train()
-    brain_model.gradient_checkpointing = config.checkpointing
-    L, D_txt, width = decoder.text_length, decoder.text_width, brain_model.norm.normalized_shape[0]
-    mom = make_mom(config, L, width, train.sizes["embed_dim"], D_txt, tau, pool.text_rms())
-    training.compile_blocks(config.compile, brain_model.blocks, decoder.transformer)
-    training.choose_attention(config.attention_kernel, accelerator, decoder.config["attention_head_dim"])
-    parts = brain_model, heads, mom, decoder, pool, torch.from_numpy(np.array(videos.empty))
-    return Parts(*(part.to(accelerator.device) for part in parts), hidden)
+def read_stage1(config: Config) -> tuple[Path, dict]:
+    """The folder of the finished stage 1, and its config.json."""
+    runs = Path("runs") / config.data / f"sub{config.subject}"
+    places = [runs / f"{config.stage1}-s{config.seed}" / "stage1", Path(config.stage1) / "stage1"]
+    options = f"--data {config.data} --subject {config.subject} --seed {config.seed} --run {config.stage1}"
+    advice = f"python train_stage1.py {options}, or another --stage1"
+    return finished_run(places, {"data": config.data, "subject": config.subject}, STAGE1, advice)
 
 
 def learn(
-    config: Config, accelerator: Accelerator, run: RunFolder, parts: Parts,
-    train: ClipDataset, videos: DecoderData, split: Split, shown: tuple,
-) -> None:  # fmt: skip
-    """§3.2, from the first step or the last checkpoint to the last sample, of the clips `shown`."""
-    device, chief, seed = accelerator.device, accelerator.is_main_process, config.seed
-    brain_model, heads, mom, decoder, *_ = parts
+    config: Config, accelerator: Accelerator, run: RunFolder, model: CineNeuron, train: Clips, test: Clips
+) -> None:
+    """§3.2, from the first step or the last checkpoint to the last sample."""
+    model.to(accelerator.device)
 
     # ---- AdamW and OneCycle (§4.1)
-    lora = nn.ParameterList(p for p in decoder.parameters() if p.requires_grad)
-    router = getattr(mom, "router", nn.Identity())  # slow: a fast one ends on one modality
-    integration = getattr(mom, "integration", mom)
-    rates = {brain_model: config.lr, router: config.lr, integration: config.lr_fusion, lora: config.lr_lora}
-    groups = [{"params": [*part.parameters()], "lr": lr} for part, lr in rates.items()]
-    optimiser = training.adamw(config.optimizer, groups, config.weight_decay, in_8_bit=1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [*rates.values()], total_steps=run.total)
-    state = {"brain_model": brain_model, "mom": mom, "lora": lora}
-    state |= {"optimiser": optimiser, "schedule": schedule}
-    models = {"brain_model": brain_model.save_pretrained, "mixture_of_memories": mom.save_pretrained}
-    models |= {"heads": heads.save_pretrained, "lora": decoder.save_lora}
-    first_step = run.restore(state)
+    lora = nn.ParameterList(p for p in model.decoder.parameters() if p.requires_grad)
+    router = getattr(model.mom, "router", nn.Identity())  # slow: a fast one ends on one modality
+    fusion = getattr(model.mom, "integration", model.mom)
+    groups = [
+        (model.brain_model.parameters(), config.lr),
+        (router.parameters(), config.lr),
+        (fusion.parameters(), config.lr_fusion),
+        (lora, config.lr_lora),
+    ]
+    optimiser, schedule = training.adamw_onecycle(groups, config.optimizer, config.weight_decay, run.total)
+    if config.compile:
+        training.compile_blocks(model.brain_model.blocks, model.decoder.transformer)
+    held_out = train if len(train.held_out) else test
+    run.restore(
+        state={
+            "brain_model": model.brain_model,
+            "mom": model.mom,
+            "lora": lora,
+            "optimiser": optimiser,
+            "schedule": schedule,
+        },
+        models=model.writers(),
+        write_once=model.save_memories,
+        sample=lambda file: sample(model, config, accelerator, held_out, file),
+    )
+    accelerator.print(train.recall.describe())
 
     # ---- Eq. 10, step by step
-    before = run.settings["stage1_config"]
-    weights = {"tau": before["tau"], "lambda_1": before["lambda_1"] * before["action"]}
-    weights["lambda_2"] = before["lambda_2"] * before["cls"]
-    own = experiment.share(range(config.batch_size), accelerator.process_index, accelerator.num_processes)
-    mean_clips = config.batch_size / accelerator.num_processes
-    how = config.micro_batch, config.condition_dropout, accelerator.autocast, mean_clips
-    progress = {"desc": "stage 2", "initial": first_step, "total": run.total, "disable": not chief}
-    with Stopping() as stopping, tqdm(range(first_step, run.total), **progress) as bar:
-        for step in bar:
-            whole_batch = clips_of_step(split.clips, config.batch_size, seed, step)
-            clips = whole_batch[own]
-            batch = {name: value.to(device) for name, value in train.batch(clips, seed, step).items()}
-            x = hide_voxels(batch.pop("x"), brain_model.dropout, seed, step, clips)  # (B, T, N)
-            y = torch.from_numpy(videos.latents[clips])  # (B, C, f, h, w)
-            memory = torch.from_numpy(np.searchsorted(split.clips, clips)).to(device)  # (B,) in the pool
-            excluded = parts.pool.excluded(memory, untold(parts.untold, seed, step, clips).to(device))
-            row = losses_and_gradients(parts, x, y, batch, clips, memory, excluded, weights, seed, step, *how)
-            ids = [train.clips[clip]["id"] for clip in whole_batch]
-            norm = training.update(accelerator, optimiser, schedule, config.max_norm, step, ids)
+    for step in run.steps():
+        batch = train.batch(step, accelerator.process_index, accelerator.num_processes)
+        batch = batch.to(accelerator.device)
+        losses, recalled = train_step(model, batch, config)  # Eq. 10
+        rates = training.update(optimiser, schedule, config.max_norm)
+        run.after_step(step, losses | measures(model, batch, recalled, train), rates)
 
-            done, stop = step + 1, stopping.asked(accelerator)
-            saving = stop or done % config.save_every == 0 or done == run.total
-            if saving or step % config.log_every == 0:
-                row = training.logged(accelerator, row)  # of the whole batch
-                row |= {"norm": norm, "lr": schedule.get_last_lr()[0]}
-                if chief:
-                    run.log(step, row)
-                    bar.set_postfix(loss=f"{row['loss']:.3f}", diffusion=f"{row['diffusion']:.3f}")
-            if chief and saving:
-                run.save(done, state, models)
-            if config.sample_every and done % config.sample_every == 0 and done < run.total and not stop:
-                show(parts, config, accelerator, run.folder / "samples" / f"step-{done:06d}.gif", *shown)
-            accelerator.wait_for_everyone()
-            if stop:
-                raise stopping.stopped(done, run.total)
-
-    # ---- what it has learnt
-    if config.sample_every:
-        show(parts, config, accelerator, run.folder / "samples" / f"step-{run.total:06d}.gif", *shown)
-    if chief:
-        near_copies(run.folder, split.threshold, split.best_match, split.told, parts.untold)
-        names = {"diffusion": "diffusion, Eq. 9", "w_txt": "W_r, text", "w_img": "W_r, image"}
-        names |= {"w_act": "W_r, action", "z_f/z_t": "‖α z_f‖ / ‖z_t‖"}
-        log = experiment.read_log(run.log_file)
-        loss_curves(run.folder / "losses.png", log, names, "Stage 2: what Eq. 9 teaches")
-        options = f"--data {config.data} --subject {config.subject} --run {config.run} --seed {seed}"
+    if accelerator.is_main_process:
+        run.finish(CURVES, "Stage 2: what Eq. 9 teaches")
+        options = f"--data {config.data} --subject {config.subject} --run {config.run} --seed {config.seed}"
         print(f"\nwritten: {run.folder}/ (samples, losses.png)\nnext: python evaluate.py {options}")
 
 
 if __name__ == "__main__":
-    experiment.door(lambda: main(parse(sys.argv[1:])))
+    door(lambda: main(parse(sys.argv[1:])))

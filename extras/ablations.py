@@ -37,15 +37,16 @@ import numpy as np
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, this file sees the project
+from metrics.run import evaluation_folder  # noqa: E402
+from support.experiment import door, run_folder  # noqa: E402
+
 import evaluate  # noqa: E402
 import train_stage1  # noqa: E402
 import train_stage2  # noqa: E402
 from extras.ablation_tables import PAGE, RESULTS, as_text, made_by, result_of, write_page  # noqa: E402
-from metrics.run import evaluation_folder  # noqa: E402
 from metrics.table import asked  # noqa: E402
 from prepare.command import prepare_toy  # noqa: E402
 from prepare.facts import ROIS, in_areas, raw_folder  # noqa: E402
-from support.experiment import door, run_folder  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.options import (  # noqa: E402
     check_options,

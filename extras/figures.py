@@ -24,12 +24,13 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
+from support.experiment import door  # noqa: E402
+
 from brain_model import BrainModel  # noqa: E402
 from data import ClipDataset  # noqa: E402
 from extras import memories  # noqa: E402
 from extras.runs import chosen, frames_of, names_of, save, settings_of  # noqa: E402
 from prepare.facts import SECONDS  # noqa: E402
-from support.experiment import door  # noqa: E402
 from support.options import Parser, within  # noqa: E402
 from support.pictures import contact_sheet, grid_gif  # noqa: E402
 from support.readers import load_model  # noqa: E402

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from extras import shapes  # noqa: E402
 from support.experiment import door  # noqa: E402
+
+from extras import shapes  # noqa: E402
 from support.files import written_whole  # noqa: E402
 from support.options import Parser  # noqa: E402
 

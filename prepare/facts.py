@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from support.files import MissingData
+from support.files import MissingData, read_manifest
+from support.readers import damaged
 
 # ---------------------------------------------------------------- clips
 
@@ -171,6 +172,47 @@ def _digest(folder: Path) -> str:
             with open(file, "rb") as opened:
                 sha.update(opened.read(1 << 26))
     return sha.hexdigest()[:16]
+
+
+def prepare_command(name: str, subject: int, decoder: str | None = None) -> str:
+    """What prepares a dataset, for a video decoder."""
+    if name == "toy":
+        return "train_stage2.py" if decoder else "train_stage1.py"
+    return f"python data.py {name} --raw DIR --subject {subject}" + (
+        f" --decoder {decoder}" if decoder else ""
+    )
+
+
+def check_batch(batch_size: int, clips: int) -> None:
+    """Raises ValueError where a batch has more clips than the data."""
+    if clips < batch_size:
+        found = f"a batch of {batch_size} clips, but only {clips} clips to train on"
+        raise ValueError(f"{found}; choose a smaller --batch_size")
+
+
+def classes_of(file: Path) -> list[str]:
+    """The names of the categories of categories.npy, of its manifest. Raises ValueError where it has none."""
+    classes = (read_manifest(file) or {"recipe": {}})["recipe"].get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise damaged(file.with_name("manifest.json"), f"classes {classes}", "a list of names")
+    return classes
+
+
+def voxels_of(rois: str, areas: np.ndarray, folder: Path) -> np.ndarray:
+    """Indices of the voxels in regions such as "visual,hippocampus"; areas (N,) of each voxel, prepared in folder.
+    Raises ValueError for an unknown region and for one without a voxel."""
+    regions = rois.split(",")
+    unknown = sorted(set(regions) - set(ROIS))
+    if unknown:
+        raise ValueError(f"--rois {rois}: {unknown} unknown; there are {', '.join(ROIS)}")
+    inside = {region: in_areas(areas, ROIS[region]) for region in regions}
+    empty = [region for region in regions if not inside[region].any()]
+    if empty:
+        found = f"--rois {rois}: none of the voxels of {folder} lies in {', '.join(empty)}"
+        advice = "; prepare the CIFTI runs, or" if folder.parent.name == "cinebrain" else ":"
+        prepared = ", ".join(sorted(set(areas))[:9])
+        raise ValueError(f"{found}, they are in {prepared} ...{advice} leave it out")
+    return np.flatnonzero(np.any([*inside.values()], 0))
 
 
 def not_prepared(name: str, subject: int, file: Path) -> MissingData:

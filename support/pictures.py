@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.files import write_json, written_whole
+from support.files import written_whole
 from support.videos import uniform_frames
 
 
@@ -40,19 +40,17 @@ def loss_curves(file: Path, rows: Sequence[dict], names: dict[str, str], title: 
 
 
 def near_copies(
-    folder: Path, threshold: float, best_match: dict[str, list[float]], told: float, untold: float
+    file: Path, threshold: float, percent: list[float], best_match: dict[str, list[float]]
 ) -> None:
-    """near_copies.json and .png: the cosine above which a clip copies another, and the distributions behind
-    it, as quantiles (data.near_copy_threshold); the share of test clips whose caption a memory has, and that
-    of training clips that may not retrieve theirs."""
-    percent = (0, 5, 25, 50, 75, 95, 100)
-    values = {"threshold": threshold, "percent": percent, "best_match": best_match}
-    values |= {"own caption": {"test clips that have it": told, "training clips without it": untold}}
-    write_json(folder / "near_copies.json", values)
-    labels = {"xlabel": "highest cosine of a clip's mean frame to a memory's", "ylabel": "% of clips below"}
-    title = f"near-copies, not retrieved in training: cosine > {threshold:.4f}"
-    named = {name: (cosines, percent) for name, cosines in best_match.items()}
-    curves(folder / "near_copies.png", named, title=title, **labels)
+    """The cosine above which a clip copies another, and the distributions behind it, as quantiles
+    (prepare.copies.near_copy_threshold)."""
+    curves(
+        file,
+        {name: (cosines, percent) for name, cosines in best_match.items()},
+        title=f"near-copies, not retrieved in training: cosine > {threshold:.4f}",
+        xlabel="highest cosine of a clip's mean frame to a memory's",
+        ylabel="% of clips below",
+    )
 
 
 def spread(clips: Sequence[int], n: int, groups: dict[str, np.ndarray] | None = None) -> list[int]:

@@ -1,71 +1,88 @@
-"""What a step of both training scripts shares: its optimiser, its parts, its gradients over the processes."""
+"""What a step of both training scripts shares: precision, optimiser, gradients over the processes."""
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
-
-from support.experiment import diverged
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 MESSAGE = 1 << 26  # numbers in a message between processes: 256 MB
 SMALL = 4096  # a parameter of fewer numbers keeps 32-bit moments
 OPTIMIZERS = ("adamw", "adamw8bit")
-# what may change while a run goes on, in both stages
-MAY_CHANGE = ("checkpointing", "micro_batch", "compile", "attention_kernel", "save_every", "log_every")
-KERNELS = ("auto", "flash", "cudnn", "efficient", "math")  # of attention, on CUDA
+PRECISIONS = ("bf16", "fp32")
+# options that may change while a run goes on, in both stages
+MAY_CHANGE = ("checkpointing", "micro_batch", "compile", "precision", "save_every", "log_every")
 
 
-def parts(n: int, size: int | None) -> list[slice]:
-    """n clips, `size` at a time (None: all at once)."""
-    return [slice(start, start + (size or n)) for start in range(0, n, size or n)]
+def start() -> Accelerator:
+    """One process or several, on GPUs or the CPU."""
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=30))  # one process may have far more left to do
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[patient]
+    )
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(f"{kind}: wanted plain data parallelism: accelerate launch --multi_gpu")
+    return accelerator
 
 
-def recomputed(call: Callable, on: bool) -> Callable:
-    """`call`, or where `on` one that keeps no activations: the backward pass makes it once more."""
-    return partial(checkpoint, call, use_reentrant=False) if on else call
+def check_processes(batch_size: int, accelerator: Accelerator) -> None:
+    """Raises ValueError where a batch cannot be shared evenly: InfoNCE would weigh clips unequally."""
+    n = accelerator.num_processes
+    if batch_size % n:
+        raise ValueError(f"--batch_size {batch_size}: wanted a multiple of the {n} processes")
 
 
-def compile_blocks(on: bool, blocks: Iterable[nn.Module], dit: nn.Module | None = None) -> None:
+def precision_of(config, device: torch.device) -> str:
+    """bf16 on a GPU and fp32 on a CPU, where --precision does not say."""
+    return config.precision or ("bf16" if device.type == "cuda" else "fp32")
+
+
+def autocast(x: Tensor, precision: str) -> torch.autocast:
+    """Matrix products in bf16, or all in fp32, on the device of x."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def compile_blocks(blocks: Iterable[nn.Module], dit: nn.Module | None = None) -> None:
     """Have torch.compile see to blocks, and to those of a DiT of diffusers, at their first call."""
-    for block in blocks if on else ():
+    for block in blocks:
         block.compile()
-    if on and dit is not None:
+    if dit is not None:
         dit.compile_repeated_blocks()
 
 
-def choose_attention(kernel: str, accelerator: Accelerator, head: int) -> None:
-    """Have torch's attention run one of KERNELS alone, or with auto the one it takes for the fastest. Prints
-    which one that is for heads of a width."""
-    cuda = torch.backends.cuda
-    switches = cuda.enable_flash_sdp, cuda.enable_cudnn_sdp, cuda.enable_mem_efficient_sdp
-    for name, switch in zip(KERNELS[1:], (*switches, cuda.enable_math_sdp), strict=True):
-        switch(kernel in ("auto", name))
-    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
-    q = torch.empty(1, 1, 1024, head, device=accelerator.device, dtype=dtype)
-    accelerator.print(f"attention: {SDPBackend(torch._fused_sdp_choice(q, q, q)).name}")
+def adamw_onecycle(
+    groups: Sequence[tuple[Iterable[nn.Parameter], float]], optimizer: str, weight_decay: float, total: int
+) -> tuple[Optimizer, LRScheduler]:
+    """AdamW with OneCycle over `total` steps (§4.1); groups: parameters, each with its highest rate.
+
+    adamw8bit: that of bitsandbytes, which keeps the moments of the first group in 8 bits (Dettmers et al. 2022).
+    Raises ValueError where that package is not installed.
+    """
+    params = [{"params": [*parameters], "lr": lr} for parameters, lr in groups]
+    if optimizer == "adamw":
+        adamw = torch.optim.AdamW(params, weight_decay=weight_decay, fused=True)
+    else:
+        adamw = _adamw8bit(params, weight_decay)
+    return adamw, OneCycleLR(adamw, [lr for _, lr in groups], total_steps=total)
 
 
-def adamw(name: str, groups: list[dict], weight_decay: float, in_8_bit: int) -> Optimizer:
-    """AdamW, or with adamw8bit that of bitsandbytes, which keeps the moments of the first `in_8_bit` groups
-    in 8 bits (Dettmers et al. 2022). Raises ValueError where that package is not there."""
-    if name == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+def _adamw8bit(params: list[dict], weight_decay: float) -> Optimizer:
     try:
         from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
     except ImportError as error:
-        mend = "pip install bitsandbytes, or choose --optimizer adamw"
-        raise ValueError(f"--optimizer {name}: bitsandbytes is not there ({error}): {mend}") from error
+        advice = "pip install bitsandbytes, or choose --optimizer adamw"
+        raise ValueError(f"--optimizer adamw8bit: no bitsandbytes ({error}): {advice}") from error
     manager = GlobalOptimManager.get_instance()
-    others = [p for group in groups[in_8_bit:] for p in group["params"]]
-    manager.override_config(others, "optim_bits", 32)
-    manager.register_parameters(groups)
-    return AdamW8bit(groups, weight_decay=weight_decay, min_8bit_size=SMALL)
+    in_32_bits = [p for group in params[1:] for p in group["params"]]
+    manager.override_config(in_32_bits, "optim_bits", 32)
+    manager.register_parameters(params)
+    return AdamW8bit(params, weight_decay=weight_decay, min_8bit_size=SMALL)
 
 
 def average(gradients: Sequence[Tensor]) -> None:
@@ -78,32 +95,25 @@ def average(gradients: Sequence[Tensor]) -> None:
                 size = 0
             messages[-1].append(g)
             size += g.numel()
-        for some in messages:
-            flat = torch.cat([g.flatten() for g in some]) / dist.get_world_size()
+        for message in messages:
+            flat = torch.cat([g.flatten() for g in message]) / dist.get_world_size()
             dist.all_reduce(flat)
-            for g, mean in zip(some, flat.split([g.numel() for g in some]), strict=True):
+            for g, mean in zip(message, flat.split([g.numel() for g in message]), strict=True):
                 g.copy_(mean.view_as(g))
 
 
-def update(
-    accelerator: Accelerator, optimiser: Optimizer, schedule, max_norm: float,
-    step: int, names: Sequence[str],
-) -> float:  # fmt: skip
-    """The mean gradient over the processes, clipped, moves the weights. Returns its norm. Raises ValueError
-    where it is not finite; `names` are the clips of the step."""
+def update(optimiser: Optimizer, schedule: LRScheduler, max_norm: float) -> dict[str, float]:
+    """The mean gradient over the processes, clipped, moves the weights. Returns its norm and the rate. Raises
+    ValueError where it is not finite; nothing of that step is saved."""
     parameters = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
-    if accelerator.num_processes > 1:
+    if dist.is_initialized():
         average([p.grad for p in parameters])
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
     if not norm < float("inf"):  # nor NaN
-        raise diverged(step, norm, names)
+        advice = "the last checkpoint is whole; train anew with a lower --lr and another --run NAME"
+        step = schedule.last_epoch
+        raise ValueError(f"step {step}: the gradient's norm is {norm}, training diverged: {advice}")
     optimiser.step()
     optimiser.zero_grad()
     schedule.step()
-    return norm
-
-
-def logged(accelerator: Accelerator, row: dict[str, Tensor]) -> dict[str, float]:
-    """The means over the processes."""
-    means = accelerator.reduce(torch.stack([*row.values()]).detach(), "mean").tolist()
-    return dict(zip(row, means, strict=True))
+    return {"norm": norm, "lr": schedule.get_last_lr()[0]}

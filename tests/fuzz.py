@@ -22,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from support.experiment import BAD_INPUT, RunFolder, read_log  # noqa: E402
 
 from brain_model import BrainModel  # noqa: E402
 from data import ClipDataset, DecoderData  # noqa: E402
@@ -29,7 +30,6 @@ from evaluate import CineNeuron  # noqa: E402
 from heads import Stage1Heads  # noqa: E402
 from metrics.score import known_values  # noqa: E402
 from prepare.captions import read_captions  # noqa: E402
-from support.experiment import BAD_INPUT, RunFolder, read_log  # noqa: E402
 from support.readers import load_model, read_json  # noqa: E402
 from support.videos import read_video, write_video  # noqa: E402
 

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, chatter, environment, run_script, write_prepared
+from metrics.run import read_recording
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_metrics import write_classifier
 from test_video_decoder import wan_pipeline
+from toy.recognise import class_probabilities, recognise, shares
 
 import evaluate
 from brain_model import BrainModel
@@ -25,11 +27,9 @@ from data import ClipDataset, far_apart, held_out_clips, mean_frames
 from evaluate import CineNeuron, Config, main, parse, reconstruct
 from heads import Stage1Heads
 from metrics.pairs import other_scenes
-from metrics.run import read_recording
 from mixture_of_memories import DirectProjection, MixtureOfMemories, TopTextMemory
 from prepare.decoder import prepare_decoder
 from support.videos import read_video, video_frames, write_video
-from toy.recognise import class_probabilities, recognise, shares
 from video_decoder import VideoDecoder
 
 diffusers.utils.logging.set_verbosity_error()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import sha256, write_prepared
 from safetensors.torch import load_file, save_file
+from support.experiment import door
 from test_train_stage2 import RUN, SIZE, WORDS, Films
 from test_video_decoder import wan_pipeline
 
@@ -18,7 +19,6 @@ import evaluate
 import train_stage1
 import train_stage2
 from prepare.decoder import prepare_decoder
-from support.experiment import door
 from support.videos import write_video
 
 STAGE1 = "--data cc2017 --steps 4 --batch_size 8 --tokens 12 --width 24 --layers 1 --attention_heads 4 --save_every 2 --log_every 1"

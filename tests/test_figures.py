@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import press, run_script, wait, write_prepared
 from PIL import Image
+from support.experiment import door
 
 import mixture_of_memories
 from brain_model import BrainModel
@@ -22,7 +23,6 @@ from extras import figures, memories
 from extras.runs import chosen, settings_of
 from heads import Stage1Heads
 from mixture_of_memories import MixtureOfMemories, mixture_scores
-from support.experiment import door
 from support.videos import read_video, write_video
 
 CLIPS, K, W_R = 5, 3, [0.5, 0.3, 0.2]

@@ -12,11 +12,11 @@ import torch
 from conftest import environment
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from support.experiment import brief
 from test_evaluate import RUN, here, model, world  # noqa: F401  fixtures
 
 from evaluate import CineNeuron
 from support import sharing
-from support.experiment import brief
 
 READ = """
 import sys

@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import REPO, environment, sha256
 from safetensors.torch import save_file
+from support.experiment import RunFolder, brief, read_log, run_folder, share
 
 from brain_model import BrainModel
-from support.experiment import RunFolder, brief, read_log, run_folder, share
 from support.files import (
     add_to_manifest,
     hashes,

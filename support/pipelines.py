@@ -1,0 +1,146 @@
+"""Folders of diffusers pipelines, and files of LoRA weights: read whole and finite, or refused in one error.
+
+Weights come from safetensors alone, and no code comes with them.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoModel, CogVideoXPipeline, DiffusionPipeline, WanPipeline
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+PIPELINES = {"WanPipeline": WanPipeline, "CogVideoXPipeline": CogVideoXPipeline}
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
+WANTED = "a WanPipeline with one transformer or a CogVideoXPipeline 1.0, all of it, in safetensors"
+ADVICE = f"download it again, or choose another --decoder, e.g. {WAN}"
+
+
+def load_pipeline(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    transformer: bool = False,
+    vae: bool = False,
+    text_encoder: bool = False,
+    tiling: bool = False,
+) -> tuple[DiffusionPipeline, int, dict]:
+    """A folder or a name on the Hub -> the pipeline with these parts, its text length L, its DiT's config.
+
+    What is not loaded is not downloaded either. tiling: the VAE works in tiles and clip by clip, in less memory.
+    Raises ValueError where the pipeline is of another kind or damaged.
+    """
+    try:
+        kind, config = _kind_and_config(name)
+        if kind == "WanPipeline":  # no config of Wan's DiT has L: the pipeline is called with 512
+            tokenizer = get_tokenizer_config(name, subfolder="tokenizer")
+            L = min(512, int(tokenizer.get("model_max_length", 512)))  # a tiny model says less here
+            dtypes = {"default": dtype, "vae": torch.float32}  # this VAE is meant to run in fp32
+        else:
+            L = config["max_text_seq_length"]
+            dtypes = dtype  # this pipeline wants one throughout
+        parts = {
+            "transformer": transformer,
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "tokenizer": text_encoder,
+        }
+        absent = {part: None for part, load in parts.items() if not load}
+        pipe = PIPELINES[kind].from_pretrained(name, dtype=dtypes, use_safetensors=True, **absent)
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                _check_finite(part)
+    except Exception as error:  # whatever damage makes diffusers, transformers and safetensors say
+        fault = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        raise ValueError(f"{name}: found {fault}, wanted {WANTED}: {ADVICE}") from error
+    if vae and tiling:
+        pipe.vae.enable_tiling()
+        pipe.vae.enable_slicing()
+    return pipe, L, config
+
+
+def _kind_and_config(name: str) -> tuple[str, dict]:
+    """The class of a pipeline and the config of its DiT. Raises ValueError for a pipeline of another kind."""
+    index = DiffusionPipeline.load_config(name)  # model_index.json
+    kind = index["_class_name"]
+    libraries = {value[0] for value in index.values() if isinstance(value, list)}
+    second = index.get("transformer_2", [None])[0]  # Wan2.2 has two transformers
+    if kind not in PIPELINES or second or not libraries <= {None, "diffusers", "transformers"}:
+        raise ValueError(f"a {kind}{' of two transformers' if second else ''}")
+    config = AutoModel.load_config(name, subfolder="transformer")
+    if config.get("patch_size_t"):
+        raise ValueError("a CogVideoXPipeline 1.5, with patch_size_t")
+    return kind, config
+
+
+def _check_finite(model: nn.Module) -> None:
+    for key, weight in model.named_parameters():
+        if weight.is_meta:  # so diffusers leaves a weight that the file lacks
+            raise ValueError(f"no {key}")
+        for block in weight.split(4096):  # in blocks: a text encoder's embedding would double its memory
+            if not block.isfinite().all():
+                raise ValueError(f"no finite {key}")
+
+
+def latent_shape(decoder, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """(C, f, h, w) of a video's latents, of a video_decoder.VideoDecoder with its VAE. Raises ValueError, naming
+    the pipeline, where sizes do not divide."""
+    pipe, config = decoder.pipe, decoder.config
+    time, space, patch = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial, patch_of(decoder)
+    f, h, w = (frames - 1) // time + 1, height // space, width // space
+    step = 4 if decoder.is_wan else 8  # frames beyond k steps Wan's VAE drops, and CogVideoX's adds some
+    rows, columns = space * patch[1], space * patch[2]
+    if frames % step != 1 or f % patch[0] or height % rows or width % columns:
+        wanted = f"{step}k+1 frames, a multiple of {patch[0]} latent frames (now {f})"
+        wanted += f", a height that is a multiple of {rows} and a width of {columns}"
+        video = f"a video of {frames} frames, {height}x{width}"
+        raise ValueError(f"{name_of(decoder)}: {video}, does not fit: wanted {wanted}")
+    return config["in_channels"], f, h, w
+
+
+def patch_of(decoder) -> tuple[int, int, int]:
+    """Latent frames, rows and columns a token of the DiT."""
+    p = decoder.config["patch_size"]
+    return tuple(p) if decoder.is_wan else (1, p, p)
+
+
+def name_of(decoder) -> str:
+    return decoder.pipe.config.get("_name_or_path") or type(decoder.pipe).__name__
+
+
+def save_lora(decoder, folder: Path) -> None:
+    """Writes LORA_FILE, its rank and scale within, for `load_lora_weights` of diffusers."""
+    lora = decoder.transformer.peft_config["default"].to_dict()
+    lora["target_modules"] = sorted(lora["target_modules"])
+    weights = get_peft_model_state_dict(decoder.transformer)
+    type(decoder.pipe).save_lora_weights(
+        folder, weights, weight_name=LORA_FILE, transformer_lora_adapter_metadata=lora
+    )
+
+
+def load_lora(decoder, folder: Path) -> None:
+    """Reads what `save_lora` wrote into the present parameters. Raises ValueError where the file is damaged or of
+    another model, rank or scale."""
+    file, lora = Path(folder) / LORA_FILE, decoder.transformer.peft_config["default"]
+    expected = get_peft_model_state_dict(decoder.transformer)
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
+            weights = {key.removeprefix("transformer."): opened.get_tensor(key) for key in opened.keys()}
+        rank, alpha = metadata["transformer.r"], metadata["transformer.lora_alpha"]
+        shapes = {key: x.shape for key, x in weights.items()}
+        same = shapes == {key: x.shape for key, x in expected.items()}
+        if not same or (rank, alpha) != (lora.r, lora.lora_alpha):
+            raise ValueError(f"{len(weights)} matrices of rank {rank}, alpha {alpha}")
+        for key, weight in weights.items():
+            if not weight.isfinite().all():
+                raise ValueError(f"NaN or infinity in {key}")
+    except Exception as error:  # no such file, a damaged one, none of its metadata
+        fault = str(error)[:200] or type(error).__name__
+        wanted = f"{len(expected)} matrices of rank {lora.r}, alpha {lora.lora_alpha} of {name_of(decoder)}"
+        advice = "load it into the decoder, rank and alpha that it was trained with"
+        raise ValueError(f"{file}: found {fault}, wanted the {wanted}: {advice}") from error
+    set_peft_model_state_dict(decoder.transformer, weights)

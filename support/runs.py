@@ -1,0 +1,420 @@
+"""Folders of runs and evaluations, signals, and the door that every script goes through.
+
+RunFolder     settings, log and weights of a training run, which change only together; the same command goes on
+claim         the settings of an evaluation's folder
+Stopping      Ctrl-C and SIGTERM end a training run after its step, with a checkpoint
+door          bad input ends in one line, a bug in its traceback
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+import typing
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from support.files import MissingData, save_folder, write_json, written_whole
+from support.options import check_name
+from support.readers import check_tensors, damaged, read_json, read_state, reading
+
+# ---------------------------------------------------------------- the settings of a folder
+
+
+def run_folder(data: str, subject: int, run: str, seed: int) -> Path:
+    """runs/<data>/sub<K>/<run>-s<seed>"""
+    return Path("runs") / data / f"sub{subject}" / f"{check_name(run)}-s{seed}"
+
+
+def read_settings(file: Path, settings: dict, may_change: Sequence[str], advice: str) -> dict:
+    """config.json of a folder, {} where there is none. Raises ValueError, naming them, where its settings differ
+    from these in more than what may change."""
+    if not file.exists():
+        return {}
+    stored = read_json(file)
+    names = settings.keys() | stored.keys() - {"step", "steps_in_all"}
+    differ = [name for name in sorted(names - {*may_change}) if stored.get(name) != settings.get(name)]
+    if differ:
+        pairs = [f"{name} {stored.get(name)!r} (now {settings.get(name)!r})" for name in differ[:4]]
+        more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
+        raise ValueError(f"{file.parent} was made with {', '.join(pairs)}{more}: {advice}")
+    return stored
+
+
+def claim(folder: Path, settings: dict, write: bool = True) -> None:
+    """config.json of an evaluation's folder: what its videos are made by. Raises ValueError where others would join
+    them."""
+    file = folder / "config.json"
+    with reading(file, advice=f"to make them anew delete the folder: rm -r {folder}"):
+        read_settings(file, settings, (), f"to make its videos anew delete the folder: rm -r {folder}")
+    if write:
+        write_json(file, settings)
+
+
+def evaluation_folder(
+    run: Path, config, settings: dict, complete: bool, metrics: list[str], all_metrics: list[str]
+) -> Path:
+    """eval or eval-shuffled of a run. Fewer clips than the complete test set, other sampling than the run's settings
+    and fewer than all metrics have a folder of their own, and so never replace the results of all."""
+    name = "eval-shuffled" if config.shuffle else "eval"
+    if not complete:
+        name += f"-{config.clips}-clips"
+    if config.steps not in (None, settings["sampling_steps"]):
+        name += f"-steps{config.steps}"
+    if config.guidance not in (None, settings["guidance"]):
+        name += f"-guidance{config.guidance:g}"
+    if set(all_metrics) - set(metrics):
+        digest = hashlib.sha256(",".join(metrics).encode()).hexdigest()[:6]
+        name += "-" + ("-".join(metrics) if len(metrics) <= 3 else f"{len(metrics)}-metrics-{digest}")
+    return run / name
+
+
+def finished_run(places: Sequence[Path], settings: dict, keys: dict, advice: str) -> tuple[Path, dict]:
+    """The first of these folders that holds a run, and its config.json with `keys` of their types. Raises
+    FileNotFoundError where none does, ValueError where settings are not these or steps are left."""
+    folder = next((place for place in places if (place / "config.json").is_file()), places[0])
+    with reading(folder, advice=advice):
+        stored = read_json(folder / "config.json", keys=keys | {"step": int, "steps_in_all": int})
+        expected = settings | {"step": stored["steps_in_all"]}
+        actual = {name: stored[name] for name in expected}
+        if actual != expected:
+            raise damaged(folder, actual, f"{expected}, a finished run")
+    return folder, stored
+
+
+class FolderLock:
+    """One process group at a time works in a folder. The lock leaves no file, and ends with the process."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.handle = folder, None
+        with suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+
+            folder.mkdir(parents=True, exist_ok=True)
+            self.handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(self.handle)
+                advice = "wait for it, or choose another --run NAME"
+                raise ValueError(f"{folder}: another process works in it: {advice}") from error
+
+    def release(self) -> None:
+        """Give it back, and leave no empty folder."""
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
+            for folder in (self.folder, *self.folder.parents[:4]):
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
+
+
+# ---------------------------------------------------------------- a training run
+
+
+class RunFolder:
+    """The folder of a stage of a run.
+
+    Nothing in it -> new. The same settings -> it goes on. All steps done and `last`, the file written last, in it ->
+    finished. Other settings -> ValueError that names them. Nothing in it changes before the first step has worked.
+
+    folder/config.json      settings and the step of the weights, written last: what it says is true of them
+    folder/state/state.pt   to go on
+    folder/log.jsonl        a line a logged step; TensorBoard's files beside it
+
+        with RunFolder(folder, settings, total, last, accelerator, may_change) as run:
+            run.restore(state, models)
+            for step in run.steps():
+                ...
+                run.after_step(step, losses, norm)
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict,
+        total: int,  # steps
+        last: str,  # the file that is written last
+        accelerator: Accelerator,
+        may_change: Sequence[str] = (),
+    ):
+        self.folder, self.total, self.accelerator = folder, total, accelerator
+        self.chief = accelerator.is_main_process
+        self.settings = json.loads(json.dumps(settings))
+        self.state_file, self.log_file = folder / "state" / "state.pt", folder / "log.jsonl"
+        self.board, self.lock = None, FolderLock(folder) if self.chief else None
+        self.stopping = Stopping()
+        advice = f"choose another --run NAME, or delete {folder}"
+        try:
+            with reading(folder, advice=advice):
+                stored = read_settings(folder / "config.json", self.settings, may_change, advice)
+                self.first_step = stored.get("step", 0)
+                if not isinstance(self.first_step, int) or self.first_step > total:
+                    wanted = f"a step of 0 to {total}"
+                    raise damaged(folder / "config.json", f"step = {self.first_step!r}", wanted)
+        except ValueError:
+            self.__exit__()
+            raise
+        self.finished = self.first_step == total and (folder / last).is_file()
+
+    def __enter__(self) -> "RunFolder":
+        self.stopping.listen()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stopping.end()
+        if self.lock:
+            self.lock.release()
+        if self.board:
+            self.board.close()
+
+    def restore(
+        self,
+        state: dict[str, object],
+        models: dict[str, Callable[[Path], object]],
+        sample: Callable | None = None,
+    ) -> None:
+        """state: what has a state_dict and goes on (models, optimiser, schedule); it is loaded where the run has a
+        checkpoint. models: what writes a folder of weights. sample(file): draws a picture of the state of things."""
+        self.state, self.models, self.sample = state, models, sample
+        if not self.first_step:
+            return
+        keys = {"step": int} | dict.fromkeys(state, dict)
+        with reading(self.state_file, advice=f"delete {self.folder} and train again"):
+            stored = read_state(self.state_file, keys)
+            for name, part in state.items():
+                if all(isinstance(value, Tensor) for value in stored[name].values()):
+                    check_tensors(stored[name], self.state_file)
+                try:
+                    part.load_state_dict(stored[name])
+                except Exception as error:  # other sizes, missing weights
+                    raise damaged(self.state_file, f"{name}: {error}", "what this run saved") from error
+            if not 0 < stored["step"] <= self.total:
+                raise damaged(self.state_file, f"step {stored['step']}", f"a step of 1 to {self.total}")
+        self.first_step = stored["step"]
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, with a bar."""
+        left, name = range(self.first_step, self.total), self.folder.name.replace("stage", "stage ")
+        with tqdm(left, name, self.total, initial=self.first_step, disable=not self.chief) as self.bar:
+            yield from self.bar
+
+    def after_step(
+        self,
+        step: int,
+        losses: dict[str, Tensor],
+        numbers: dict[str, float],
+        validate: Callable | None = None,
+    ) -> None:
+        """Logs, saves, draws a sample, stops: what is due after a step. losses are averaged over the processes;
+        numbers are alike in all; validate() gives more numbers when the weights are saved."""
+        done, stop = step + 1, self.stopping.asked(self.accelerator)
+        saving = stop or done % self.settings["save_every"] == 0 or done == self.total
+        sample_every = self.settings.get("sample_every", 0)
+        sampling = sample_every and (done % sample_every == 0 or done == self.total) and not stop
+        if saving or step % self.settings["log_every"] == 0:
+            values = torch.stack([value.detach().float() for value in losses.values()])
+            means = self.accelerator.reduce(values, "mean").tolist()
+            row = dict(zip(losses, means, strict=True)) | numbers
+            if self.chief:
+                self.log(step, row | (validate() if validate and saving else {}))
+                shown = {name: f"{row[name]:.3f}" for name in ("loss", "diffusion") if name in row}
+                self.bar.set_postfix(shown)
+        if saving and self.chief:
+            self.save(done)
+        if sampling:
+            self.sample(self.folder / "samples" / f"step-{done:06d}.gif")
+        if saving or sampling:
+            self.accelerator.wait_for_everyone()
+        if stop:
+            raise Stopped(
+                self.stopping.number, f"saved after step {done} of {self.total}; the same command goes on"
+            )
+
+    def save(self, step: int) -> None:
+        """Weights, then what is needed to go on, then config.json: a kill between them leaves the run at this step
+        or the last."""
+        if self.write_once and not (self.folder / "config.json").exists():
+            self.write_once(self.folder)
+        for name, write in self.models.items():
+            save_folder(self.folder / name, write)
+        with written_whole(self.state_file) as part:
+            state = {name: member.state_dict() for name, member in self.state.items()}
+            torch.save(state | {"step": step}, part)
+        write_json(self.folder / "config.json", self.settings | {"step": step, "steps_in_all": self.total})
+
+    def finish(self, curves: dict[str, str], title: str, files: dict[str, str | dict] | None = None) -> None:
+        """losses.png with these columns of the log, and files of text or JSON, in order: the run is finished."""
+        from support.pictures import loss_curves  # matplotlib
+
+        loss_curves(self.folder / "losses.png", read_log(self.log_file), curves, title)
+        for name, content in (files or {}).items():
+            if isinstance(content, str):
+                with written_whole(self.folder / name) as part:
+                    part.write_text(content, encoding="utf-8")
+            else:
+                write_json(self.folder / name, content)
+
+    def log(self, step: int, row: dict[str, float]) -> None:
+        """A line of log.jsonl and of TensorBoard; what an earlier start wrote beyond its last checkpoint goes
+        first."""
+        if self.board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.folder.mkdir(parents=True, exist_ok=True)
+            earlier = [row for row in read_log(self.log_file) if row["step"] < self.first_step]
+            with written_whole(self.log_file) as part:
+                part.write_text("".join(json.dumps(row) + "\n" for row in earlier), encoding="utf-8")
+            self.board = SummaryWriter(str(self.folder), purge_step=self.first_step)
+        with open(self.log_file, "a", encoding="utf-8") as log:
+            log.write(json.dumps({"step": step} | row) + "\n")
+        for name, value in row.items():
+            self.board.add_scalar(f"{self.folder.name}/{name}", value, step)
+
+
+def read_log(file: Path) -> list[dict]:
+    """The lines of log.jsonl that are whole; it is for looking at, so a damaged line is passed over."""
+    rows = []
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []:
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------- signals and errors
+
+
+class Stopped(BaseException):
+    """A signal ended the work in good order."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.status = 130 if number == signal.SIGINT else 0
+
+
+class Stopping:
+    """Between listen() and end(), Ctrl-C and SIGTERM are noted; `asked` after a step is true in all processes once
+    one got such a signal."""
+
+    def __init__(self):
+        self.number, self.handlers = 0, {}
+
+    def listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self._note)
+
+    def end(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.number:  # a second one does not wait for the step
+            raise KeyboardInterrupt
+        self.number = number
+
+    def asked(self, accelerator: Accelerator) -> bool:
+        if accelerator.num_processes > 1:
+            numbers = accelerator.gather(torch.tensor([self.number], device=accelerator.device))
+            self.number = int(numbers.max())
+        return bool(self.number)
+
+
+BAD_INPUT = (
+    OSError,
+    ValueError,
+    SafetensorError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    EOFError,
+    HfHubHTTPError.__bases__[0],
+)
+
+
+def door(main: Callable[[], int | None]) -> typing.NoReturn:
+    """Run a script's main and end the process: 0 or what main returns; 1 after bad input, in one `error: ...`
+    line; 130 after Ctrl-C and 0 after SIGTERM, which the same command goes on from. A bug keeps its
+    traceback."""
+    if sys.version_info < (3, 11):  # noqa: UP036  pip installs on older ones, too
+        sys.exit(f"error: this is Python {sys.version.split()[0]}, wanted 3.11 or later")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet()
+
+    def terminated(number: int, frame) -> typing.NoReturn:
+        raise Stopped(number, "terminated; the same command goes on where it was")
+
+    signal.signal(signal.SIGTERM, terminated)
+    try:
+        status = main() or 0
+    except BAD_INPUT as error:
+        say(f"error: {brief(error)}")
+        status = 1
+    except torch.OutOfMemoryError as error:
+        say(
+            f"error: out of GPU memory ({str(error).splitlines()[0]}): python extras/plan.py counts what options need; try --micro_batch 1, --checkpointing or --optimizer adamw8bit"
+        )
+        status = 1
+    except Stopped as stopped:
+        say(str(stopped))
+        status = stopped.status
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on where it was")
+        status = 130
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def quiet() -> None:
+    """No bar of a library for each model that it reads, nor nibabel's remarks on files: only downloads show
+    how far they are. A warning is its words, without the line of code that it comes from."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    logging.getLogger("nibabel.global").setLevel(logging.ERROR)
+    hidden = are_progress_bars_disabled()
+    for library in ("diffusers", "transformers"):
+        if library in sys.modules:
+            sys.modules[library].utils.logging.disable_progress_bar()
+    if not hidden:
+        enable_progress_bars()  # those of downloads, which transformers hides with its own
+
+
+def brief(error: Exception) -> str:
+    """An error in at most three lines; the guide to a missing dataset in as many as it has."""
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, MissingData):
+        return text
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "\n".join(textwrap.shorten(line, 600) for line in lines[:3])
+
+
+def say(text: str) -> None:
+    """Print to stderr, by one process of a launch: the first that has something to say."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        launch = f"cineneuron-{os.environ.get('MASTER_PORT', 0)}-{os.getppid()}"
+        marker = Path(tempfile.gettempdir()) / launch
+        try:
+            os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            if time.time() - marker.stat().st_mtime < 60:  # another process of this launch said it
+                return
+            marker.touch()  # an old launch left it
+    print(text, file=sys.stderr)

@@ -1,0 +1,166 @@
+"""The folder of a finished model: what stage 2 writes, evaluation loads, and a lab shares.
+
+    config.json                  the settings, written last: a folder with it is whole
+    brain_model/ heads/ mixture_of_memories/ lora/
+    memories.safetensors         e and the captions' tokens of the memories, and the decoder's empty prompt
+    memories.json                of each memory its line of clips.jsonl
+    voxels.npz                   of each voxel of x its index in the source, and its area: roi
+
+Where it is shared also README.md, the model card, and eval/metrics.json of the run. The video decoder is not copied:
+its name stands in config.json.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
+from torch import Tensor
+
+from support.files import write_json, written_whole
+from support.readers import check_array, check_keys, damaged, read_array, read_json, read_npz, read_tensors
+
+MEMORIES = "memories.safetensors"
+PROJECT = Path(__file__).parents[1]
+HUB_ID = r"[\w.-]+/[\w.-]+"
+KEYS = {"data": str, "subject": int, "decoder": str, "mom": bool, "integration": bool, "stage1_config": dict}
+KEYS |= dict.fromkeys(("frames", "height", "width", "sampling_steps", "lora_rank"), int)
+KEYS |= {"guidance": float, "lora_alpha": float, "noise_shift": float, "checkpointing": bool}
+STAGE1_KEYS = {"rois": (str, type(None)), "tau": float, "lambda_1": float, "lambda_2": float}
+
+
+def locate(name: Path | str) -> Path:
+    """A run, its stage2/, a shared folder, or a name on the Hub, which is downloaded -> the folder of the model.
+    Raises FileNotFoundError."""
+    folder = Path(name)
+    if not folder.exists() and re.fullmatch(HUB_ID, str(name)) and not folder.parent.exists():
+        return Path(snapshot_download(str(name)))
+    if (folder / MEMORIES).is_file():
+        return folder
+    if not (folder / "stage2" / "config.json").is_file():
+        trained = ", ".join(sorted(stage2.parent.name for stage2 in folder.parent.glob("*/stage2"))) or "none"
+        data, subject = folder.absolute().parts[-3:-1]
+        options = f" --data {data} --subject {subject[3:]}" if re.fullmatch(r"sub\d+", subject) else ""
+        comes_first = f"python train_stage2.py{options} comes first; trained here: {trained}"
+        raise FileNotFoundError(f"{folder}/stage2/config.json is not there: {comes_first}")
+    return folder / "stage2"
+
+
+def read_settings(folder: Path) -> dict:
+    """config.json, checked."""
+    settings = read_json(folder / "config.json", keys=KEYS)
+    check_keys(settings["stage1_config"], f"{folder / 'config.json'}, stage1_config", STAGE1_KEYS)
+    settings["decoder"] = decoder_at(settings["decoder"], folder)
+    return settings
+
+
+def decoder_at(name: str, folder: Path) -> str:
+    """A decoder: a folder here or in the project (toy/wan), or a name on the Hub. Raises ValueError, naming
+    config.json, for a folder that another machine had."""
+    for place in (Path(name), PROJECT / name):
+        if place.is_dir():
+            return str(place)
+    if not re.fullmatch(HUB_ID, name):
+        wanted = "a folder here, or a name on the Hub"
+        advice = "write into that file where this decoder lies here"
+        raise damaged(folder / "config.json", f"decoder = {name!r}", wanted, advice)
+    return name
+
+
+def write_memories(
+    folder: Path, e: Tensor, captions: list[Tensor], empty: Tensor, lines: list[dict], voxels: dict
+) -> None:
+    """memories.safetensors, memories.json and voxels.npz; read by the two functions below."""
+    offsets = np.cumsum([0, *map(len, captions)])
+    tensors = {
+        "e": e.detach().cpu().contiguous(),
+        "text_tokens": torch.cat(captions),
+        "text_offsets": torch.from_numpy(offsets),
+        "empty": empty.detach().cpu().contiguous(),
+    }
+    with written_whole(folder / MEMORIES) as part:
+        save_file(tensors, part)
+    write_json(folder / "memories.json", lines)
+    with written_whole(folder / "voxels.npz") as part:
+        np.savez(part, **voxels)
+
+
+def read_memories(folder: Path) -> tuple[Tensor, list[Tensor], Tensor, list[dict]]:
+    """e (N, 3, D), N captions (n_i, D_txt), the empty prompt (L, D_txt), N lines of clips.jsonl."""
+    file = folder / MEMORIES
+    # memory of their own, which is aligned as the run's is: products round otherwise where it is not
+    tensors = {name: x.clone() for name, x in read_tensors(file).items()}
+    if tensors.keys() != {"e", "text_tokens", "text_offsets", "empty"}:
+        raise damaged(file, f"tensors {', '.join(tensors)}", "e, text_tokens, text_offsets, empty")
+    e, tokens, offsets, empty = (tensors[name] for name in ("e", "text_tokens", "text_offsets", "empty"))
+    fits = e.ndim == 3 and e.shape[1] == 3 and e.dtype == empty.dtype == torch.float32
+    fits = fits and tokens.ndim == empty.ndim == 2 and tokens.shape[1] == empty.shape[1]
+    if not fits or offsets.shape != (len(e) + 1,) or offsets.is_floating_point():
+        shapes = {name: (str(x.dtype), tuple(x.shape)) for name, x in tensors.items()}
+        raise damaged(
+            file, shapes, "e (N, 3, D) and empty (L, D_txt) in float32, N + 1 offsets of the tokens"
+        )
+    lengths = offsets.diff()
+    if offsets[0] != 0 or offsets[-1] != len(tokens) or lengths.min() < 1 or lengths.max() > len(empty):
+        raise damaged(
+            file, "text_offsets", f"numbers that rise from 0 to {len(tokens)}, by {len(empty)} at most"
+        )
+    if not ((e.norm(dim=-1) - 1).abs() < 1e-3).all():
+        raise damaged(file, "rows of e of another length", "unit vectors")
+    lines = read_json(folder / "memories.json", list)
+    if len(lines) != len(e):
+        raise damaged(folder / "memories.json", f"{len(lines)} lines", f"one for each memory of {MEMORIES}")
+    for number, line in enumerate(lines):
+        if not isinstance(line, dict):
+            raise damaged(folder / "memories.json", f"{line!r:.40} as line {number}", "objects {...}")
+        check_keys(line, f"{folder / 'memories.json'}, line {number}", {"id": str, "caption": str})
+    return e, list(tokens.split(lengths.tolist())), empty, lines
+
+
+def read_voxels(folder: Path, N: int) -> dict[str, np.ndarray]:
+    """voxels.npz of a model of N voxels."""
+    voxels = read_npz(folder / "voxels.npz", {"index": "iu", "roi": "U"})
+    if len(voxels["roi"]) != N:
+        raise damaged(folder / "voxels.npz", f"{len(voxels['roi'])} voxels", f"the {N} of the Brain Model")
+    return voxels
+
+
+# ---------------------------------------------------------------- the fMRI that a model is given
+
+
+def check_fmri(x: Tensor | np.ndarray, T: int, N: int) -> Tensor:
+    """x (B, T, N), or (T, N), or (B, N) where T is 1 -> float32 (B, T, N). Raises ValueError where it is of another
+    shape, not finite, or no z-scores."""
+    x = torch.as_tensor(x)
+    if x.ndim == 2:
+        x = x[:, None] if T == 1 else x[None]
+    if x.ndim != 3 or x.shape[1:] != (T, N) or not len(x):
+        raise ValueError(f"x: found the shape {tuple(x.shape)}, wanted (B, {T}, {N}): clips, volumes, voxels")
+    if x.dtype.is_complex or x.dtype == torch.bool or not torch.isfinite(x).all():
+        raise ValueError("x: found NaN, infinity or no real numbers, wanted z-scored fMRI")
+    x = x.float()
+    mean, deviation = x.mean((1, 2)), x.std((1, 2))  # (B,)
+    for b in torch.nonzero((mean.abs() > 3) | (deviation > 5) | (deviation < 0.05)).flatten().tolist():
+        found = f"{mean[b]:.4g} ± {deviation[b]:.4g} in clip {b}"
+        raise ValueError(f"x: found {found}, wanted z-scores over the clips of a run, about 0 ± 1")
+    return x
+
+
+def read_fmri(file: Path, model) -> Tensor:
+    """One recording, .npy (T, N) or (N,) -> x (1, T, N): the voxels of an evaluate.CineNeuron, or all those that are
+    prepared of its subject. Raises FileNotFoundError, ValueError."""
+    T, N, settings = model.brain_model.volumes, model.brain_model.voxels, model.settings
+    x = read_array(file, "fiu")
+    volumes = x[None] if x.ndim == 1 else x  # (T, N)
+    prepared = Path("data") / settings["data"] / f"sub{settings['subject']}" / "voxels.npz"
+    if prepared.is_file() and volumes.shape != (T, N):
+        index = read_npz(prepared, {"index": "iu", "roi": "U"})["index"]
+        if volumes.shape == (T, len(index)):
+            volumes = volumes[:, np.isin(index, model.voxels["index"])]
+    check_array(volumes, file, "fiu", (T, N), finite=True)
+    try:
+        return check_fmri(volumes.astype(np.float32)[None], T, N)
+    except ValueError as error:
+        raise damaged(file, str(error).removeprefix("x: found "), "z-scores") from error
