@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from support.readers import ANEW, check_keys, damaged, read_array, read_json
+from support.readers import FileFault, MissingFile, check_keys, damaged, read_array, read_json, reading
 
 
-class MissingData(FileNotFoundError):
+class MissingData(MissingFile):
     """A dataset that is not prepared: its message is a guide of one screen."""
 
 
@@ -165,25 +165,27 @@ def read_manifest(path: Path) -> dict | None:
     manifest = path.with_name("manifest.json")
     if not (path.exists() and manifest.exists()):
         return None
-    mend = f"delete {path.parent} and prepare it again"
-    entry = read_json(manifest, mend=mend).get(path.name)
-    if entry is None:
-        return None
-    if not isinstance(entry, dict):
-        raise damaged(manifest, f"{path.name}: {str(entry)[:40]}", "an object {...}", mend)
-    return check_keys(entry, f"{manifest}, {path.name}", {"recipe": dict, "inputs": dict}, mend)
+    with reading(manifest, "JSON", f"delete {path.parent} and prepare it again"):
+        entry = read_json(manifest).get(path.name)
+        if entry is None:
+            return None
+        if not isinstance(entry, dict):
+            raise damaged(manifest, f"{path.name}: {str(entry)[:40]}", "an object {...}")
+        return check_keys(entry, f"{manifest}, {path.name}", {"recipe": dict, "inputs": dict})
 
 
 def read_prepared(
-    path: Path, kind: str, shape: Sequence[int | None], finite: bool = False, mend: str = ANEW
+    path: Path, kind: str, shape: Sequence[int | None], finite: bool = False, mend: str | None = None
 ) -> np.ndarray:
     """`read_array` of an array that is still what the manifest says was made: of that dtype and shape."""
-    array, entry = read_array(path, kind, shape, finite, mend), read_manifest(path) or {}
-    made = entry.get("dtype", str(array.dtype)), entry.get("shape", [*array.shape])
-    if (str(array.dtype), [*array.shape]) != made or 0 in array.shape:
-        wanted = f"{made[0]} of shape {made[1]}, as manifest.json beside it says"
-        raise damaged(path, f"{array.dtype} of shape {[*array.shape]}", wanted, mend)
-    return array
+    with reading(path, "a prepared array", mend):
+        array, entry = read_array(path, kind, shape, finite), read_manifest(path) or {}
+        dtype, sizes = str(array.dtype), [*array.shape]
+        recorded = entry.get("dtype", dtype), entry.get("shape", sizes)
+        if (dtype, sizes) != recorded or 0 in sizes:
+            wanted = f"{recorded[0]} of shape {recorded[1]}, as manifest.json beside it says"
+            raise damaged(path, f"{dtype} of shape {sizes}", wanted)
+        return array
 
 
 def is_made_by(path: Path, recipe: dict) -> bool:
@@ -195,9 +197,8 @@ def is_made_by(path: Path, recipe: dict) -> bool:
     for key, wanted in recipe.items():
         made = entry["recipe"].get(key)
         if made != json.loads(json.dumps(wanted)):
-            raise ValueError(
-                f"{path} was made with {key} = {made!r}, but {key} = {wanted!r} is asked for; {ANEW}"
-            )
+            text = f"{key} = {made!r}, but {key} = {wanted!r} is asked for"
+            raise FileFault(f"{path} was made with {text}; delete it and make it anew")
     return True
 
 

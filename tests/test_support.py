@@ -1,5 +1,6 @@
 """support/: readers that name what is wrong, options with ranges, runs never mislabelled, the door."""
 
+import errno
 import json
 import os
 import signal
@@ -29,6 +30,9 @@ from support.files import (
 from support.options import check_name, option, parse
 from support.pictures import spread
 from support.readers import (
+    FileFault,
+    MissingFile,
+    damaged,
     load_model,
     read_array,
     read_json,
@@ -36,6 +40,7 @@ from support.readers import (
     read_npz,
     read_state,
     read_tensors,
+    reading,
 )
 
 # ---------------------------------------------------------------- readers
@@ -180,6 +185,54 @@ def test_damage_is_one_error_that_names_the_file(case: str, tmp_path, monkeypatc
 def test_a_missing_file_is_named(read, tmp_path):
     with pytest.raises(FileNotFoundError, match="absent.* is not there: "):
         read(tmp_path / "absent")
+
+
+def test_advice_is_that_of_the_innermost_reading_that_has_one(tmp_path):
+    path = tmp_path / "a.json"
+    with pytest.raises(MissingFile, match="a.json is not there: delete it and make it anew"):
+        read_json(path)
+    with reading(tmp_path, advice="outer"), pytest.raises(MissingFile, match="a.json is not there: outer$"):
+        read_json(path)
+    path.write_text("[1")
+    with pytest.raises(FileFault, match="a.json: found .*, wanted JSON: inner$"):
+        with reading(tmp_path, "a folder", "outer"), reading(tmp_path, advice="inner"), reading(tmp_path):
+            read_json(path)
+    assert str(damaged(path, "x", "y")).endswith("y: delete it and make it anew")  # none is left behind
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("w"), EOFError(), RuntimeError("two\nlines"), IsADirectoryError(21, "b")]
+)
+def test_whatever_a_library_raises_is_damage(error: Exception):
+    with pytest.raises(FileFault, match="^a: found .*, wanted b: c$"), reading("a", "b", "c"):
+        raise error
+
+
+@pytest.mark.parametrize("file", ["a.npy", "a.npz", "a.json", "a.safetensors", "a.pt"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
+def test_no_file_is_deleted_for_a_fault_of_the_machine(file: str, number: int, tmp_path, monkeypatch):
+    path = tmp_path / file
+    path.write_bytes(b"whole")
+    read = {"a.npy": read_array, "a.json": read_json, "a.safetensors": read_tensors}.get(file)
+    read = read or {"a.npz": partial(read_npz, kinds={"a": "f"}), "a.pt": partial(read_state, keys={})}[file]
+
+    def refuse(name, *_, **__):
+        raise OSError(number, os.strerror(number), str(name))
+
+    for module in ("builtins", "io"):
+        monkeypatch.setattr(f"{module}.open", refuse)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        read(path)
+    assert caught.value.errno == number
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), ImportError(), RuntimeError("<a>: Too many open files (24)")]
+)
+def test_what_is_no_damage_passes_through(error: Exception):
+    with pytest.raises(type(error)) as caught, reading("a", "b", "delete it"):
+        raise error
+    assert caught.value is error
 
 
 def test_what_is_whole_is_read(tmp_path):
