@@ -15,8 +15,8 @@ import torch
 from prepare.cifti import mmp_areas, read_cifti
 from prepare.facts import CC2017_DELAY, CC2017_FPS, CC2017_TR, CORTEX, SEGMENT_VOLUMES, cc2017_splits
 from prepare.release import Release, only, visible
-from support.readers import damaged
-from support.videos import check_film
+from support.readers import FileFault, damaged
+from support.videos import check_film, read_clips
 
 AFTER = 4  # volumes that a run goes on for when the film has ended
 DOWNLOAD = "download it again"
@@ -53,6 +53,9 @@ class PurdueFilms(Release):
 
     def stimulus(self, segment: str) -> list[Path]:
         return [self.films / f"{segment}.mp4"]
+
+    def read_clips(self, segment: str) -> Iterator[np.ndarray]:
+        return read_clips(self.stimulus(segment)[0], SEGMENT_VOLUMES)
 
     def check(self) -> None:
         for segment in self.segments:
@@ -252,9 +255,9 @@ class NeuroClipsWithFilms(PurdueFilms, NeuroClipsRelease):
         self.find_films()
 
 
-def load_pt(path: Path) -> torch.Tensor | np.ndarray | list:
-    """A tensor (memory-mapped), or strings in a list or NumPy array. Raises ValueError where it would need
-    pickle."""
+def load_pt(path: Path) -> torch.Tensor | list:
+    """A tensor (memory-mapped), or strings, published in a list or NumPy array. Raises ValueError where it
+    would need pickle."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is not there: download it from gongzx/cc2017_dataset on Hugging Face"
@@ -262,18 +265,17 @@ def load_pt(path: Path) -> torch.Tensor | np.ndarray | list:
     # The published captions are a NumPy array of fixed-width strings; these names rebuild one, nothing else.
     rebuild = np.empty(0).__reduce__()[0]
     names = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    archive = False
+    names += [np.ndarray, np.dtype, np.dtypes.StrDType, codecs.encode]
+    archive = zipfile.is_zipfile(path)
     try:
-        archive = zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals(
-            [*names, np.ndarray, np.dtype, np.dtypes.StrDType, codecs.encode]
-        ):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        with torch.serialization.safe_globals(names):
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # UnpicklingError, RuntimeError, and whatever damage makes it say
         if archive and "weights_only" in str(error).lower():
-            raise ValueError(
+            raise FileFault(
                 f"{path} needs pickle to load, which can run any code: download it again, or if you trust it "
                 "rewrite it: torch.save(torch.as_tensor(torch.load(FILE, weights_only=False)), FILE)"
             ) from error
         size = f"{path.stat().st_size:,} bytes, truncated or no .pt file"
         raise damaged(path, size, "a tensor, or a list of strings", DOWNLOAD) from error
+    return value.tolist() if isinstance(value, np.ndarray) else value

@@ -65,7 +65,6 @@ class Config:
         "(Wan-AI/Wan2.1-T2V-1.3B-Diffusers)",
     )
 
-
     @property
     def folders(self) -> list[Path]:
         """Those of the release that are given."""
@@ -172,6 +171,8 @@ def prepare(config: Config, root: Path = Path("data")) -> None:
 TOY = Path(__file__).parents[1] / "toy"
 from prepare.facts import raw_folder, decoder_recipes
 from support.files import is_made_by
+
+
 def prepare_toy(
     root: Path = Path("data"), decoder: str | None = None, size: tuple[int, int, int] | None = None,
     subject: int = 1,
