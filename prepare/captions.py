@@ -21,10 +21,11 @@ from prepare.categories import clip_categories
 from prepare.cc2017 import load_pt
 from prepare.facts import words_of
 from prepare.release import Release
-from support.readers import check_keys, damaged, read_json, read_json_lines
+from support.readers import check_keys, damaged, read_json, read_json_lines, reading
 
 WANTED = "captions.jsonl, or the training and the test list of captions (.json, .h5 or .pt)"
 MEND = "mend the list, or give --captions another one"
+NOT_COPIED = {"id", "segment", "clip", "split", "idx", "text"}  # of a row to clips.jsonl
 SHARE = 0.75  # of the clips must be nearer to their own caption than to that of a clip far away
 
 
@@ -37,30 +38,34 @@ def read_captions(path: Path, segments: Sequence[str]) -> list[dict]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: --captions takes {WANTED}")
-    kind = path.suffix.lower()
-    if kind == ".jsonl":
-        rows = read_json_lines(path, {"segment": str, "caption": str}, MEND)
+    with reading(path, WANTED, MEND):
+        rows = [value if isinstance(value, dict) else {"caption": value} for value in _read_list(path)]
+        rows = [{"caption": row["text"], **row} if "text" in row else row for row in rows]
         _check(path, rows)
+        if path.suffix.lower() != ".jsonl":
+            return _in_order(path, rows)
         split = []
         for segment in segments:
             of_segment = [row for row in rows if row["segment"] == segment]
             split += _in_order(f"{path}, {segment}", of_segment)
         return split
-    if kind == ".json":
-        rows = read_json(path, list, mend=f"--captions takes {WANTED}")
-    elif kind in (".h5", ".hdf5"):
-        rows = _read_hdf5(path)
-    elif kind == ".pt":
-        rows = load_pt(path)
-        rows = rows.tolist() if isinstance(rows, np.ndarray) else rows
-    else:
-        raise damaged(path, f"the suffix {path.suffix or '(none)'}", WANTED, "give such a file")
-    if not isinstance(rows, list):
-        raise damaged(path, type(rows).__name__, "a list of captions", MEND)
-    rows = [row if isinstance(row, dict) else {"caption": row} for row in rows]
-    rows = [{"caption": row["text"], **row} if "text" in row else row for row in rows]
-    _check(path, rows)
-    return _in_order(path, rows)
+
+
+def _read_list(path: Path) -> list:
+    match path.suffix.lower():
+        case ".jsonl":
+            return read_json_lines(path, {"segment": str, "caption": str})
+        case ".json":
+            return read_json(path, list)
+        case ".h5" | ".hdf5":
+            return _read_hdf5(path)
+        case ".pt":
+            values = load_pt(path)
+            if not isinstance(values, list):
+                raise damaged(path, type(values).__name__, "a list of captions")
+            return values
+        case suffix:
+            raise damaged(path, f"the suffix {suffix or '(none)'}", WANTED)
 
 
 READ_HDF5 = """
@@ -79,37 +84,38 @@ def _read_hdf5(path: Path) -> list[str]:
     """The only dataset of the file. A process of its own reads it: in a damaged file the HDF5 library can
     loop for ever, or crash."""
     command = [sys.executable, "-c", READ_HDF5, str(path)]
+    wanted = "a whole .h5 file of UTF-8 captions"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        found = json.loads(done.stdout)
-    except (subprocess.SubprocessError, ValueError) as error:
-        said = (getattr(error, "stderr", "") or "").strip().split("\n")[-1] or "no answer"
-        raise damaged(path, said, "a whole .h5 file of UTF-8 captions", "download it again") from error
-    if found["values"] is None:
-        raise damaged(
-            path, f"datasets {', '.join(found['names']) or '(none)'}", "one dataset of captions", MEND
-        )
-    return found["values"]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired as error:
+        raise damaged(path, "no answer in a minute", wanted) from error
+    if process.returncode:
+        raise damaged(path, process.stderr.strip().split("\n")[-1] or "no answer", wanted)
+    answer = json.loads(process.stdout)
+    if answer["values"] is None:
+        raise damaged(path, f"datasets {', '.join(answer['names']) or '(none)'}", "one dataset of captions")
+    return answer["values"]
 
 
 def _check(path: Path, rows: list[dict]) -> None:
     """Raises ValueError where there is no row, or one has no caption, or tags that are no list of strings."""
     if not rows:
-        raise damaged(path, "no caption", "one for each clip", MEND)
+        raise damaged(path, "no caption", "one for each clip")
     for number, row in enumerate(rows, 1):
-        where = f"{path}, entry {number}"
-        check_keys(row, where, {"caption": str}, MEND)
+        place = f"{path}, entry {number}"
+        check_keys(row, place, {"caption": str})
         if not row["caption"].strip():
-            raise damaged(where, "an empty caption", "a sentence", MEND)
+            raise damaged(place, "an empty caption", "a sentence")
         for key in ("tags", "categories"):
             value = row.get(key)
             if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
-                raise damaged(where, f"{key} = {value!r}", "a list of strings", MEND)
-        numbers = [key for key in ("clip", "idx") if row.get(key) is not None]
-        check_keys(row, where, dict.fromkeys(numbers, int), MEND)
+                raise damaged(place, f"{key} = {value!r}", "a list of strings")
+        for key in ("clip", "idx"):
+            if row.get(key) is not None:
+                check_keys(row, place, {key: int})
 
 
-def _in_order(where: Path | str, rows: list[dict]) -> list[dict]:
+def _in_order(place: Path | str, rows: list[dict]) -> list[dict]:
     """The rows by their `clip` or `idx`, where they have one. Raises ValueError for a number that is missing
     or there twice."""
     key = next((key for key in ("clip", "idx") if any(row.get(key) is not None for row in rows)), None)
@@ -117,57 +123,58 @@ def _in_order(where: Path | str, rows: list[dict]) -> list[dict]:
         return rows
     numbers = [row.get(key) for row in rows]
     if None in numbers:
-        raise damaged(where, f"no {key} in entry {numbers.index(None) + 1}", f"a {key} in each", MEND)
-    order = sorted(range(len(rows)), key=numbers.__getitem__)
-    first = 0 if numbers[order[0]] == 0 else 1
-    for wanted, i in enumerate(order, first):
-        if numbers[i] != wanted:
-            wrong = f"{key} {numbers[i]} twice" if numbers[i] == wanted - 1 else f"no {key} {wanted}"
-            raise damaged(where, wrong, f"numbers {first} to {first + len(rows) - 1}, each once", MEND)
-    return [rows[i] for i in order]
+        raise damaged(place, f"no {key} in entry {numbers.index(None) + 1}", f"a {key} in each")
+    rows = sorted(rows, key=lambda row: row[key])
+    first = 0 if rows[0][key] == 0 else 1
+    for number, row in enumerate(rows, first):
+        if row[key] != number:
+            wrong = f"{key} {row[key]} twice" if row[key] == number - 1 else f"no {key} {number}"
+            raise damaged(place, wrong, f"numbers {first} to {first + len(rows) - 1}, each once")
+    return rows
 
 
 def describe_clips(source: Release, split: str, captions: Path) -> list[dict]:
     """The lines of clips.jsonl. Raises ValueError where the captions are not those of the clips, by their
     number or the videos' names."""
     segments = source.splits[split]
-    told = read_captions(captions, segments)
-    clips = [(name, k) for name in segments for k in range(source.window(name)[1] // source.volumes)]
-    videos = [source.video(*clip) for clip in clips]
-    files = {path for path, _ in videos}
-    if told and "video" in told[0] and len(videos) == len(files):  # a file a clip
-        told = _of_videos(captions, told, split, [path.name for path, _ in videos])
-    if len(told) != len(clips):
+    clips = [(segment, k) for segment in segments for k in range(source.clips_of(segment))]
+    videos = [source.video(segment, k) for segment, k in clips]
+    rows = read_captions(captions, segments)
+    files = [path.name for path, _ in videos]
+    if rows and "video" in rows[0] and len(set(files)) == len(files):  # a file a clip
+        rows = _of_videos(captions, rows, split, files)
+    if len(rows) != len(clips):
         raise ValueError(
-            f"{captions} has {len(told)} captions for the {len(clips)} {split} clips of {len(segments)} "
+            f"{captions} has {len(rows)} captions for the {len(clips)} {split} clips of {len(segments)} "
             "segments"
         )
-    rows = []
-    ours = {"id", "segment", "clip", "split", "idx", "text"}
-    for (segment, k), (path, start), row in zip(clips, videos, told, strict=True):
-        more = {key: value for key, value in row.items() if key not in ours}
-        more |= {"video": path.name, "start_s": start, "tags": row.get("tags") or []}
-        more["categories"] = row.get("categories") or clip_categories(row["caption"], row.get("tags"))
-        rows.append({"id": f"{segment}-{k:03d}", "segment": segment} | more)
-    return rows
+    lines = []
+    for (segment, k), (path, start), row in zip(clips, videos, rows, strict=True):
+        line = {"id": f"{segment}-{k:03d}", "segment": segment}
+        line.update((key, value) for key, value in row.items() if key not in NOT_COPIED)
+        line.update(video=path.name, start_s=start, tags=row.get("tags") or [])
+        line["categories"] = row.get("categories") or clip_categories(row["caption"], row.get("tags"))
+        lines.append(line)
+    return lines
 
 
-def _of_videos(captions: Path, told: list[dict], split: str, names: list[str]) -> list[dict]:
+def _of_videos(captions: Path, rows: list[dict], split: str, files: list[str]) -> list[dict]:
     """The rows of the videos with these names, in their order."""
     by_video = {}
-    for number, row in enumerate(told, 1):
-        check_keys(row, f"{captions}, entry {number}", {"video": str}, MEND)
-        name = Path(row["video"]).name
-        if name in by_video:
-            raise damaged(f"{captions}, entry {number}", f"{name} again", "each video once", MEND)
-        by_video[name] = row
-    missing = [name for name in names if name not in by_video]
+    with reading(captions, advice=MEND):
+        for number, row in enumerate(rows, 1):
+            check_keys(row, f"{captions}, entry {number}", {"video": str})
+            name = Path(row["video"]).name
+            if name in by_video:
+                raise damaged(f"{captions}, entry {number}", f"{name} again", "each video once")
+            by_video[name] = row
+    missing = [name for name in files if name not in by_video]
     if missing:
-        others = len(missing) - 1
         raise ValueError(
-            f"{captions} has no caption of {missing[0]} and {others} other {split} clips: download it again"
+            f"{captions} has no caption of {missing[0]} and {len(missing) - 1} other {split} clips: download "
+            "it again"
         )
-    return [by_video[name] for name in names]
+    return [by_video[name] for name in files]
 
 
 def caption_copies(train: Sequence[dict], test: Sequence[dict]) -> tuple[float, float]:
@@ -177,9 +184,9 @@ def caption_copies(train: Sequence[dict], test: Sequence[dict]) -> tuple[float, 
     segments: dict[str, set] = {}
     for row in train:
         segments.setdefault(words_of(row["caption"]), set()).add(row["segment"])
-    again = [len(segments[words_of(row["caption"])]) > 1 for row in train]
+    recurs = [len(segments[words_of(row["caption"])]) > 1 for row in train]
     known = [words_of(row["caption"]) in segments for row in test]
-    return float(np.mean(again)), float(np.mean(known))
+    return float(np.mean(recurs)), float(np.mean(known))
 
 
 def captions_that_fit(e_img: np.ndarray, e_txt: np.ndarray, segments: Sequence[str]) -> tuple[str, list[str]]:
@@ -192,13 +199,15 @@ def captions_that_fit(e_img: np.ndarray, e_txt: np.ndarray, segments: Sequence[s
     frames, segments = np.asarray(e_img, np.float32).mean(1), np.array(segments)
     frames /= np.linalg.norm(frames, axis=1, keepdims=True)  # (clips, D)
     half = len(frames) // 2
-    own, far, before, after = ((frames * np.roll(e_txt, shift, 0)).sum(1) for shift in (0, half, 1, -1))
-    nearer = own > far  # (clips,)
-    said = (
-        f"CLIP cosine of a clip and its own caption {own.mean():.3f}, the caption before "
-        f"{before.mean():.3f}, after {after.mean():.3f}, of one far away {far.mean():.3f}; own above far "
+    matching, far, previous, following = (
+        (frames * np.roll(e_txt, shift, 0)).sum(1) for shift in (0, half, 1, -1)
+    )  # (clips,) each
+    nearer = matching > far  # (clips,)
+    report = (
+        f"CLIP cosine of a clip and its own caption {matching.mean():.3f}, the caption before "
+        f"{previous.mean():.3f}, after {following.mean():.3f}, of one far away {far.mean():.3f}; own above far "
         f"away in {nearer.mean():.0%} of the clips"
     )
-    shifted = own.mean() < max(before.mean(), after.mean())
+    shifted = matching.mean() < max(previous.mean(), following.mean())
     names = list(dict.fromkeys(segments.tolist()))
-    return said, [name for name in names if shifted or nearer[segments == name].mean() < SHARE]
+    return report, [name for name in names if shifted or nearer[segments == name].mean() < SHARE]

@@ -7,7 +7,6 @@ import codecs
 import warnings
 import zipfile
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,27 +15,30 @@ import torch
 from prepare.cifti import mmp_areas, read_cifti
 from prepare.facts import CC2017_DELAY, CC2017_FPS, CC2017_TR, CORTEX, SEGMENT_VOLUMES, cc2017_splits
 from prepare.release import Release, only, visible
-from support.readers import damaged
+from support.readers import FileFault, damaged
 from support.videos import check_film, read_clips
 
 AFTER = 4  # volumes that a run goes on for when the film has ended
+DOWNLOAD = "download it again"
+
+
+def check_delay(delay: int | None) -> None:
+    if not 0 <= (delay or 0) <= AFTER:
+        raise ValueError(
+            f"--delay {delay}: wanted 0 to {AFTER} volumes of 2 s, as runs end {AFTER} after the film"
+        )
 
 
 class PurdueFilms(Release):
     """The films of the Purdue release: stimuli/seg1.mp4 ..., 30 frames a second, somewhere below `raw`."""
 
-    raw: Path
-    mend = "download it from the Purdue release, or use fewer segments (--train-segments, --test-segments)"
-
-    def find_films(self, raw: Path) -> None:
+    def find_films(self) -> None:
         """Raises FileNotFoundError for a segment without its film."""
-        self.raw = Path(raw)
         self.films = self._below("stimuli") or self.raw / "stimuli"
-        for segment in chain(*self.splits.values()):
-            if not self.stimulus(segment)[0].is_file():
-                raise FileNotFoundError(
-                    f"{self.stimulus(segment)[0]}, the stimulus, is not there: {self._mend()}"
-                )
+        for segment in self.segments:
+            (film,) = self.stimulus(segment)
+            if not film.is_file():
+                raise FileNotFoundError(f"{film}, the stimulus, is not there: {self._advice()}")
 
     def _below(self, name: str) -> Path | None:
         """The folder of this name: in raw, or up to three folders further down, as archives unpack."""
@@ -44,9 +46,10 @@ class PurdueFilms(Release):
         folders = {place.resolve(): place for place in places if place.is_dir()}
         return next(iter(only([*folders.values()], f"the release's {name}")), None)
 
-    def _mend(self) -> str:
+    def _advice(self) -> str:
         packed = visible(self.raw, "bundle.zip", "*/bundle.zip")
-        return f"unpack {packed[0]} where it lies" if packed else self.mend
+        download = "download it from the Purdue release, or use fewer segments (--train-segments, "
+        return f"unpack {packed[0]} where it lies" if packed else download + "--test-segments)"
 
     def stimulus(self, segment: str) -> list[Path]:
         return [self.films / f"{segment}.mp4"]
@@ -55,7 +58,7 @@ class PurdueFilms(Release):
         return read_clips(self.stimulus(segment)[0], SEGMENT_VOLUMES)
 
     def check(self) -> None:
-        for segment in chain(*self.splits.values()):
+        for segment in self.segments:
             check_film(self.stimulus(segment)[0], fps=CC2017_FPS, seconds=2 * SEGMENT_VOLUMES, over=5)
 
 
@@ -79,24 +82,23 @@ class PurdueRelease(PurdueFilms):
         train_segments: int = 18,
         test_segments: int = 5,
     ):
+        check_delay(delay)
         self.raw, self.subject = Path(raw), subject
         self.delay = CC2017_DELAY if delay is None else delay
         self.splits = cc2017_splits(train_segments, test_segments)
-        if not 0 <= self.delay <= AFTER:
-            raise ValueError(
-                f"--delay {delay}: wanted 0 to {AFTER} volumes of 2 s, as runs end {AFTER} after the film"
-            )
         self.runs = self._runs_of(subject)
         if not self.runs:
-            said = f"{self.raw} has no subject{subject}/fmri below it, the recordings of subject {subject}"
-            raise FileNotFoundError(f"{said}: {self._mend()}")
-        for segment in chain(*self.splits.values()):
+            raise FileNotFoundError(
+                f"{self.raw} has no subject{subject}/fmri below it, the recordings of subject {subject}: "
+                f"{self._advice()}"
+            )
+        for segment in self.segments:
             if not self.files(segment):
                 path = self.run_file(segment, 0)
                 raise FileNotFoundError(
-                    f"{path.parent} has no recording of {segment}: wanted {path.name}; {self._mend()}"
+                    f"{path.parent} has no recording of {segment}: wanted {path.name}; {self._advice()}"
                 )
-        self.find_films(raw)
+        self.find_films()
 
     def _runs_of(self, subject: int) -> Path | None:
         return self._below(f"subject{subject}/fmri")
@@ -146,6 +148,7 @@ class NeuroClipsRelease(Release):
     """
 
     preprocessed = True
+    name = "NeuroClipsRelease"
 
     def __init__(
         self,
@@ -155,28 +158,27 @@ class NeuroClipsRelease(Release):
         train_segments: int = 18,
         test_segments: int = 5,
     ):
+        check_delay(delay)
         self.folder, self.subject, self.delay = Path(folder), subject, delay
         self.splits = cc2017_splits(train_segments, test_segments)
-        if not 0 <= (delay or 0) <= AFTER:
-            raise ValueError(f"--delay {delay}: wanted 0 to {AFTER} volumes of 2 s")
-        self._fmri = {split: self._load(self._name(split), split) for split in self.splits}
+        self._fmri = {split: self._load(self._recordings(split), split) for split in self.splits}
         train, test = (tuple(self._fmri[split].shape) for split in ("train", "test"))
         if len(train) != 3 or len(test) != 3 or train[2] != test[2]:
             raise ValueError(
                 f"{self.folder} has recordings of {train} and {test}, wanted (clips, showings, N) of one N"
             )
 
-    def _name(self, split: str, subject: int | None = None) -> str:
-        return f"subj{subject or self.subject:02d}_{split}_fmri.pt"
+    def _recordings(self, split: str, subject: int | None = None) -> Path:
+        return self.folder / f"subj{subject or self.subject:02d}_{split}_fmri.pt"
 
-    def _load(self, name: str, split: str) -> torch.Tensor:
-        value, segments = load_pt(self.folder / name), len(self.splits[split])
+    def _load(self, file: Path, split: str) -> torch.Tensor:
+        value, segments = load_pt(file), len(self.splits[split])
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
-            raise damaged(self.folder / name, type(value).__name__, "a tensor", "download it again")
+            raise damaged(file, type(value).__name__, "a tensor", DOWNLOAD)
         if len(value) != SEGMENT_VOLUMES * segments:
             raise ValueError(
-                f"{self.folder / name} has {len(value)} clips, wanted {SEGMENT_VOLUMES * segments} "
-                f"({segments} segments): download it again, or give --train-segments, --test-segments"
+                f"{file} has {len(value)} clips, wanted {SEGMENT_VOLUMES * segments} ({segments} segments): "
+                "download it again, or give --train-segments, --test-segments"
             )
         return value
 
@@ -187,7 +189,8 @@ class NeuroClipsRelease(Release):
         return split, slice(first, first + SEGMENT_VOLUMES)
 
     def repeats(self, segment: str) -> int:
-        return self._fmri[self._place(segment)[0]].shape[1]
+        split, _ = self._place(segment)
+        return self._fmri[split].shape[1]
 
     def window(self, segment: str) -> tuple[int, int]:
         return 0, SEGMENT_VOLUMES
@@ -201,24 +204,30 @@ class NeuroClipsRelease(Release):
         split, clips = self._place(segment)
         run = self._fmri[split][clips, repeat].float().numpy()  # (240, N)
         if not np.isfinite(run).all():
-            clip, voxel = (int(i) for i in np.argwhere(~np.isfinite(run))[0])
+            clip, voxel = np.argwhere(~np.isfinite(run))[0]
             place = f"{run[clip, voxel]} at [{clips.start + clip}, {repeat}, {voxel}]"
-            raise damaged(self.folder / self._name(split), place, "finite numbers", "download it again")
+            raise damaged(self._recordings(split), place, "finite numbers", DOWNLOAD)
         return run[np.minimum(np.arange(len(run)) + (self.delay or 0), len(run) - 1)]
 
     def files(self, segment: str) -> list[Path]:
-        return [self.folder / self._name(self._place(segment)[0])]
+        split, _ = self._place(segment)
+        return [self._recordings(split)]
 
     def recording(self, subject: int) -> list[Path]:
-        return visible(self.folder, self._name("train", subject))
+        return visible(self.folder, self._recordings("train", subject).name)
+
+    @property
+    def captions(self) -> dict[str, Path]:
+        return {split: self.folder / f"GT_{split}_caption.pt" for split in self.splits}
 
     def stimulus(self, segment: str) -> list[Path]:
-        return [self.folder / f"GT_{'test' if segment.startswith('test') else 'train'}_3fps.pt"]
+        split, _ = self._place(segment)
+        return [self.folder / f"GT_{split}_3fps.pt"]
 
     def check(self) -> None:
         for split, segments in self.splits.items():
             (file,) = self.stimulus(segments[0])
-            shape = tuple(self._load(file.name, split).shape)
+            shape = tuple(self._load(file, split).shape)
             if len(shape) != 5 or shape[1:3] != (6, 3):
                 raise ValueError(
                     f"{file} has the shape {shape}, wanted (clips, 6, 3, H, W): 2 s at 3 frames a second"
@@ -226,32 +235,29 @@ class NeuroClipsRelease(Release):
 
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
         (file,), (split, clips) = self.stimulus(segment), self._place(segment)
-        for frames in self._load(file.name, split)[clips]:
+        for frames in self._load(file, split)[clips]:
             if frames.is_floating_point():
                 low, high = float(frames.min()), float(frames.max())
                 if not (low >= 0 and high <= 1):
                     raise ValueError(f"{file} has pixels in [{low:g}, {high:g}], wanted [0, 1]")
                 frames = (frames.float() * 255).round().to(torch.uint8)
             elif frames.dtype != torch.uint8:
-                raise damaged(
-                    file, str(frames.dtype), "uint8, or floating-point in [0, 1]", "download it again"
-                )
+                raise damaged(file, frames.dtype, "uint8, or floating-point in [0, 1]", DOWNLOAD)
             yield frames.permute(0, 2, 3, 1).numpy()
 
 
 class NeuroClipsWithFilms(PurdueFilms, NeuroClipsRelease):
     """The recordings of NeuroClips and the films of Purdue: all that stage 2 and Table 1 need."""
 
-    name = "NeuroClipsRelease"  # its recordings are the same
+    def __init__(self, folder: Path, raw: Path, *recordings, **more):
+        NeuroClipsRelease.__init__(self, folder, *recordings, **more)
+        self.raw = Path(raw)
+        self.find_films()
 
-    def __init__(self, folder: Path, raw: Path, *args, **how):
-        NeuroClipsRelease.__init__(self, folder, *args, **how)
-        self.find_films(raw)
 
-
-def load_pt(path: Path) -> torch.Tensor | np.ndarray | list:
-    """A tensor (memory-mapped), or strings in a list or NumPy array. Raises ValueError where it would need
-    pickle."""
+def load_pt(path: Path) -> torch.Tensor | list:
+    """A tensor (memory-mapped), or strings, published in a list or NumPy array. Raises ValueError where it
+    would need pickle."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is not there: download it from gongzx/cc2017_dataset on Hugging Face"
@@ -259,18 +265,17 @@ def load_pt(path: Path) -> torch.Tensor | np.ndarray | list:
     # The published captions are a NumPy array of fixed-width strings; these names rebuild one, nothing else.
     rebuild = np.empty(0).__reduce__()[0]
     names = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    archive = False
+    names += [np.ndarray, np.dtype, np.dtypes.StrDType, codecs.encode]
+    archive = zipfile.is_zipfile(path)
     try:
-        archive = zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals(
-            [*names, np.ndarray, np.dtype, np.dtypes.StrDType, codecs.encode]
-        ):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        with torch.serialization.safe_globals(names):
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # UnpicklingError, RuntimeError, and whatever damage makes it say
         if archive and "weights_only" in str(error).lower():
-            raise ValueError(
+            raise FileFault(
                 f"{path} needs pickle to load, which can run any code: download it again, or if you trust it "
                 "rewrite it: torch.save(torch.as_tensor(torch.load(FILE, weights_only=False)), FILE)"
             ) from error
         size = f"{path.stat().st_size:,} bytes, truncated or no .pt file"
-        raise damaged(path, size, "a tensor, or a list of strings", "download it again") from error
+        raise damaged(path, size, "a tensor, or a list of strings", DOWNLOAD) from error
+    return value.tolist() if isinstance(value, np.ndarray) else value

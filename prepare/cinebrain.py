@@ -26,11 +26,8 @@ from prepare.facts import (
     in_areas,
 )
 from prepare.release import Release, only, visible
-from support.readers import damaged, read_array, read_text
+from support.readers import damaged, read_array, read_text, reading
 from support.videos import check_film, read_clip
-
-UNPACK = "unpack the archive again"
-FILM = {"fps": CINEBRAIN_FPS, "seconds": SECONDS["cinebrain"], "over": 1}
 
 
 class CineBrainRelease(Release):
@@ -53,7 +50,8 @@ class CineBrainRelease(Release):
     of preprocessed volumes and for two files where one is wanted.
     """
 
-    preprocessed, volumes = True, CLIP_VOLUMES
+    preprocessed = True
+    volumes = CLIP_VOLUMES
 
     def __init__(
         self,
@@ -64,26 +62,25 @@ class CineBrainRelease(Release):
         test_segments: int = 2,
     ):
         self.raw, self.subject = Path(raw), subject
-        self.delay = CINEBRAIN_DELAY if delay is None else delay
         second = 11 if subject in NINTH_SEASON else 21
         episodes = [f"episode{n:02d}" for n in (*range(1, 11), *range(second, second + 10))]
         self.splits = {"train": episodes[:18][:train_segments], "test": episodes[18:][:test_segments]}
         self.run_of = {episode: run for run, episode in enumerate(episodes, 1)}
         self.cifti = bool(self._find(subject, "dtseries/*.dtseries.nii"))
-        if self.delay < 0:
-            raise ValueError(f"--delay {delay}: wanted 0 or more volumes of {CINEBRAIN_TR} s")
-        if not self.cifti and delay is not None:
+        if self.cifti:
+            self.delay = CINEBRAIN_DELAY if delay is None else delay
+            if self.delay < 0:
+                raise ValueError(f"--delay {delay}: wanted 0 or more volumes of {CINEBRAIN_TR} s")
+        elif delay is not None:
             raise ValueError(
                 f"--delay {delay}: the preprocessed volumes of {self.raw} are delayed already; leave it out"
             )
-        if not self.cifti:
-            warnings.warn(
-                f"{self.raw} has no CIFTI runs of subject {subject}: visual areas only, and no hippocampus",
-                stacklevel=2,
-            )
+        else:
+            text = f"{self.raw} has no CIFTI runs of subject {subject}: visual areas only, and no hippocampus"
+            warnings.warn(text, stacklevel=2)
         places = [self.raw / place for place in ("videos", "clips", "videos/clips", "video_annos/clips")]
         self.films = next((place for place in places if (place / "000000.mp4").is_file()), places[0])
-        for episode in chain(*self.splits.values()):
+        for episode in self.segments:
             self._check_files(episode)
 
     def _check_files(self, episode: str) -> None:
@@ -113,12 +110,8 @@ class CineBrainRelease(Release):
             series = only(self._find(subject, f"dtseries/*_run-{run}_*.dtseries.nii"), f"run {run}")
             times = only(self._find(subject, f"beh_data/*_{run}.csv"), f"the times of run {run}")
             return [*series, *times] if series and times else []
-        places = [
-            self._find(subject, "visual_audio/0.npy"),
-            self._find(subject, "0.npy"),
-            [self.raw / "0.npy"],
-        ]
-        (first,) = only(next(filter(None, places)), f"the first volume of subject {subject}")
+        first = self._find(subject, "visual_audio/0.npy") or self._find(subject, "0.npy")
+        (first,) = only(first or [self.raw / "0.npy"], f"the first volume of subject {subject}")
         numbers = range((run - 1) * EPISODE_VOLUMES, run * EPISODE_VOLUMES)
         volumes = [first.with_name(f"{n}.npy") for n in numbers]
         return volumes if all(file.is_file() for file in volumes) else []
@@ -130,8 +123,19 @@ class CineBrainRelease(Release):
         files = self._run(subject, 1)
         return files[:1] if self.cifti else files
 
+    @property
+    def recipe(self) -> dict:
+        if self.cifti:
+            return super().recipe
+        return {**super().recipe, "recordings": "preprocessed volumes"}
+
+    @property
+    def captions(self) -> dict[str, Path]:
+        return dict.fromkeys(self.splits, self.raw / "captions-qwen-2.5-vl-7b.json")
+
     def video(self, segment: str, clip: int) -> tuple[Path, float]:
-        return self.films / f"{(int(segment[-2:]) - 1) * EPISODE_CLIPS + clip:06d}.mp4", 0.0
+        number = (int(segment[-2:]) - 1) * EPISODE_CLIPS + clip
+        return self.films / f"{number:06d}.mp4", 0.0
 
     def stimulus(self, segment: str) -> list[Path]:
         return [self.video(segment, clip)[0] for clip in range(EPISODE_CLIPS)]
@@ -151,21 +155,18 @@ class CineBrainRelease(Release):
     def columns(self) -> dict[tuple[int], slice | np.ndarray]:
         """Where the visual areas are in a published volume, by its shape."""
         areas = mmp_areas()
-        held = areas[in_areas(areas, ROIS["visual"] + AUDITORY_AND_LANGUAGE.split())]  # (18946,)
-        return {(8405,): slice(None), held.shape: in_areas(held, ROIS["visual"])}
+        all_three = areas[in_areas(areas, ROIS["visual"] + AUDITORY_AND_LANGUAGE.split())]  # (18946,)
+        return {(8405,): slice(None), all_three.shape: in_areas(all_three, ROIS["visual"])}
 
     def window(self, segment: str) -> tuple[int, int]:
         """As cifit2npy.py cuts a run, but always 18 minutes long. Raises ValueError where the CSV says other
         than that."""
         if not self.cifti:
             return 0, EPISODE_VOLUMES
-        file, wanted = self.files(segment)[1], "a line of numbers videoStartTime and videoStopTime"
-        text = read_text(file, "download it again")
-        try:
-            row = next(csv.DictReader(text.splitlines()))
+        _, file = self.files(segment)
+        with reading(file, "a line of numbers videoStartTime and videoStopTime", "download it again"):
+            row = next(csv.DictReader(read_text(file).splitlines()), {})
             start, stop = float(row["videoStartTime"]), float(row["videoStopTime"])
-        except (KeyError, ValueError, TypeError, StopIteration, csv.Error) as error:
-            raise damaged(file, error, wanted, "download it again") from error
         if not (start >= 0 and abs(stop - start - EPISODE_VOLUMES * CINEBRAIN_TR) <= 2 * CINEBRAIN_TR):
             raise ValueError(
                 f"{file}: the video lasts {stop - start:.1f} s from {start:.1f} s on, wanted "
@@ -183,11 +184,13 @@ class CineBrainRelease(Release):
                 wanted = f"{start + length}: start, delay and 18 minutes of video"
                 raise ValueError(f"{files[0]} has {len(run)} volumes, wanted {wanted}")
             return run[start : start + length]
-        response = np.empty((len(files), len(self.voxels[0])), np.float32)
+        index, _ = self.voxels
+        response = np.empty((len(files), len(index)), np.float32)
         for row, file in zip(response, files, strict=True):
-            volume = read_array(file, shape=(None,), finite=True, mend=UNPACK)
-            if volume.shape not in self.columns:
-                raise damaged(file, f"{len(volume):,} numbers", "8,405 or 18,946", UNPACK)
+            with reading(file, advice="unpack the archive again"):
+                volume = read_array(file, shape=(None,), finite=True)
+                if volume.shape not in self.columns:
+                    raise damaged(file, f"{len(volume):,} numbers", "8,405 or 18,946")
             row[:] = volume[self.columns[volume.shape]]
         return response
 
@@ -196,8 +199,7 @@ class CineBrainRelease(Release):
         """Mean and standard deviation of each voxel over all volumes of all episodes, (N,) float64 each; one
         run in memory."""
         level, n, total, squares = None, 0, 0.0, 0.0
-        episodes = [*chain(*self.splits.values())]
-        for segment in tqdm(episodes, desc="mean and deviation", unit="episode"):
+        for segment in tqdm(self.segments, desc="mean and deviation", unit="episode"):
             x = self._volumes(segment).astype(np.float64)  # (1350, N)
             level = x[0].copy() if level is None else level  # first, since BOLD is 1e4 +- 1e2
             x -= level
@@ -219,9 +221,12 @@ class CineBrainRelease(Release):
 
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
         for file in self.stimulus(segment):
-            check_film(file, **FILM)
+            self._check_film(file)
             yield read_clip(file, 0.0, SECONDS["cinebrain"])
 
     def check(self) -> None:
-        for segment in chain(*self.splits.values()):
-            check_film(self.stimulus(segment)[0], **FILM)
+        for segment in self.segments:
+            self._check_film(self.stimulus(segment)[0])
+
+    def _check_film(self, file: Path) -> None:
+        check_film(file, fps=CINEBRAIN_FPS, seconds=SECONDS["cinebrain"], over=1)

@@ -1,11 +1,10 @@
-"""The command line of data.py, and the toy world, which the training scripts make where it is not there.
+"""The command line of data.py: a release of recordings and films -> data/<name>/ (§4.1).
 
-Modules that load open_clip or diffusers are imported where something is made, so that a training script whose
-data is prepared starts without them.
+Modules that load open_clip or diffusers are imported where something is made, so that --help is quick.
 """
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,21 +17,160 @@ from prepare.facts import (
     MISSING,
     SEGMENT_VOLUMES,
     SIZES,
-    SUBJECTS,
     VICLIP_HUB,
     VIDEO,
     check_subject,
-    decoder_recipes,
-    raw_folder,
     stimuli_folder,
 )
 from prepare.release import Release
-from support.files import is_made_by
-from support.options import Parser
+from support.files import MissingData
+from support.options import option, parse
 from support.readers import read_array
 
+PRESETS = {"toy": {}, "cc2017": {"test_segments": 5}, "cinebrain": {"window": CLIP_VOLUMES}}
+DELAYS = f"cc2017: {CC2017_DELAY}, of 2 s each; cinebrain: {CINEBRAIN_DELAY}, of 0.8 s each"
+
+
+@dataclass
+class Config:
+    """The options of data.py; the first word of its command line is --data."""
+
+    data: str | None = option(None, "toy (train_stage1.py prepares it by itself), cc2017 or cinebrain")
+    subject: int = option(1, "whose recordings; each subject of the toy world has films of its own")
+    raw: Path | None = option(None, "folder of the release, as docs/cc2017.md and docs/cinebrain.md show it")
+    fmri_release: Path | None = option(
+        None, "cc2017: recordings of the NeuroClips release (subj01_train_fmri.pt ...); --raw: its films"
+    )
+    delay: int | None = option(
+        None, f"haemodynamic delay in volumes ({DELAYS}; none where they come preprocessed)", least=0
+    )
+    window: int = option(1, "T, volumes a clip", least=1, most=SEGMENT_VOLUMES)
+    train_segments: int = option(18, "only so many, from the first on", least=1)
+    test_segments: int = option(2, "likewise", least=1)
+    allow_duplicate_subject: bool = option(False, "go on where another subject has the same recordings")
+    captions: list[Path] = option(
+        [], "one file of captions, or the training and the test list (default: the release's)"
+    )
+    caption_sentences: int | None = option(
+        None,
+        "CLIP and the decoder's text encoder get the first N sentences of a caption (default: all); "
+        "CLIP sees the first 77 tokens of what it gets",
+        least=1,
+    )
+    clip: str = option(CLIP, "open_clip MODEL/PRETRAINED or local-dir:FOLDER")
+    viclip: str = option(VICLIP_HUB, "a folder, the published .pth, or the name on the Hub")
+    decoder: str | None = option(
+        None,
+        "also latents and text tokens for this text-to-video model, for stage 2 "
+        "(Wan-AI/Wan2.1-T2V-1.3B-Diffusers)",
+    )
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those of the release that are given."""
+        return [folder for folder in (self.fmri_release, self.raw) if folder]
+
+
+UNUSED = {"toy": {f.name for f in fields(Config)} - {"data", "subject"}, "cinebrain": {"fmri_release"}}
+
+
+def check(config: Config) -> None:
+    """Raises ValueError, naming the option, for what the dataset does not have, MissingData for no release,
+    FileNotFoundError for a folder that is not there."""
+    name, default = config.data, Config()
+    if name is None:
+        raise ValueError(f"which dataset? wanted python data.py {' or '.join(PRESETS)}")
+    check_subject(name, config.subject)
+    for option_name in sorted(UNUSED.get(name, ())):
+        if getattr(config, option_name) != getattr(default, option_name):
+            raise ValueError(f"--{option_name}: {name} does not use it")
+    for split, (n, _) in SIZES[name].items():
+        segments = getattr(config, f"{split}_segments")
+        if segments > n:
+            raise ValueError(f"--{split}_segments {segments}: {name} has {n}")
+    if len(config.captions) > 2:
+        raise ValueError(
+            "--captions takes one file, or the training and the test list; "
+            f"{len(config.captions)} files are given"
+        )
+    if name != "toy" and not config.folders:
+        either = ", --fmri-release (NeuroClips release), or both" if name == "cc2017" else ""
+        guide = MISSING[name].format(subject=config.subject)
+        raise MissingData(f"give --raw (the release){either}\n\n{guide}")
+    for folder in config.folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder} is not there: give the folder of what you downloaded and unpacked"
+            )
+
+
+# ---------------------------------------------------------------- python data.py ...
+
+
+def open_release(config: Config) -> Release:
+    """The release that is asked for."""
+    from prepare.cc2017 import NeuroClipsRelease, NeuroClipsWithFilms, PurdueRelease
+    from prepare.cinebrain import CineBrainRelease
+
+    if config.data == "cinebrain":
+        kind = CineBrainRelease
+    elif config.fmri_release is None:
+        kind = PurdueRelease
+    else:
+        kind = NeuroClipsWithFilms if config.raw else NeuroClipsRelease
+    return kind(*config.folders, config.subject, config.delay, config.train_segments, config.test_segments)
+
+
+def main(argv: Sequence[str], doc: str | None = __doc__) -> None:
+    """python data.py ARGV: prepare a subject of a dataset below data/, and print what is there then."""
+    words = [*argv]
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--data")
+    config = parse(Config, PRESETS, doc, "data.py", words)
+    check(config)
+    if config.data == "toy":
+        prepare_toy(subject=config.subject)
+    else:
+        prepare(config)
+
+
+def prepare(config: Config, root: Path = Path("data")) -> None:
+    """Recordings, stimuli and, where asked for, what the video decoder needs; then the list of the arrays."""
+    from prepare.fmri import prepare_fmri, refuse_twins
+    from prepare.stimuli import describe_clips, prepare_stimuli
+
+    source, sentences = open_release(config), config.caption_sentences
+    folder = root / config.data / f"sub{config.subject}"
+    stimuli = stimuli_folder(config.data, config.subject, root)
+    captions = source.captions
+    if config.captions:
+        captions = {"train": config.captions[0], "test": config.captions[-1]}
+    source.check()
+    for split in source.splits:  # what the captions lack is told now, not after the recordings
+        describe_clips(source, split, captions[split])
+    encoded = all((stimuli / split / "e_act.npy").is_file() for split in source.splits)
+    if config.viclip.endswith(".pth") and not encoded and not Path(config.viclip).is_file():
+        raise FileNotFoundError(
+            f"--viclip {config.viclip} is not there: docs/cc2017.md says how to download it"
+        )
+    if not config.allow_duplicate_subject:
+        refuse_twins(source, folder)
+    prepare_fmri(source, folder, source.recipe | {"window": config.window}, config.window)
+    prepare_stimuli(source, stimuli, captions, config.clip, config.viclip, sentences=sentences)
+    if config.decoder:
+        from prepare.decoder import prepare_decoder
+
+        prepare_decoder(source, stimuli, config.decoder, VIDEO[config.data], sentences)
+    for file in sorted([*folder.rglob("*.npy"), *stimuli.rglob("*.npy")]):
+        array = read_array(file, "fiu")
+        tqdm.write(f"{file}  {array.dtype} {array.shape}  {file.stat().st_size / 1e6:,.1f} MB")
+    tqdm.write(f"next: python train_stage1.py --data {config.data} --subject {config.subject}")
+
+
+# ---- toy, to go
 TOY = Path(__file__).parents[1] / "toy"
-DELAYS = {"cc2017": f"{CC2017_DELAY}, of 2 s each", "cinebrain": f"{CINEBRAIN_DELAY}, of 0.8 s each"}
+from prepare.facts import raw_folder, decoder_recipes
+from support.files import is_made_by
 
 
 def prepare_toy(
@@ -87,162 +225,3 @@ def _decoder_is_prepared(stimuli: Path, decoder: str, size: tuple[int, int, int]
             is_made_by(stimuli / split / folder / f"text_{name}.npy", text) for name in ("tokens", "offsets")
         ]
     return all(made)
-
-
-# ---------------------------------------------------------------- options
-
-
-def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """A type for argparse: a whole number of at least `least`, and at most `most`."""
-
-    def number(text: str) -> int:
-        wanted = f"a whole number of at least {least}" + ("" if most is None else f" and at most {most}")
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least or most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"{text}: wanted {wanted}")
-        return value
-
-    return number
-
-
-def parser_of(doc: str | None) -> argparse.ArgumentParser:
-    parser = Parser("data.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="name", required=True)
-    text = "make and prepare the toy world (train_stage1.py does it by itself)"
-    toy = commands.add_parser("toy", help=text, allow_abbrev=False)
-    _add_subject(toy, "toy", "who has voxels and films of its own")
-    for name, volumes in (("cc2017", 1), ("cinebrain", CLIP_VOLUMES)):
-        command = commands.add_parser(name, help=f"prepare a subject of {name}", allow_abbrev=False)
-        _add_recordings(command, name, volumes)
-        _add_stimuli(command)
-    return parser
-
-
-def _add_subject(parser: argparse.ArgumentParser, name: str, text: str) -> None:
-    numbers = range(1, SUBJECTS[name] + 1)
-    parser.add_argument("--subject", type=int, choices=numbers, default=1, help=f"{text} (default: 1)")
-
-
-def _add_recordings(parser: argparse.ArgumentParser, name: str, volumes: int) -> None:
-    add = parser.add_argument
-    text = "folder of the release, as docs/cc2017.md and docs/cinebrain.md show it"
-    add("--raw", type=Path, required=name == "cinebrain", help=text)
-    if name == "cc2017":
-        text = "recordings of the NeuroClips release (subj01_train_fmri.pt ...); --raw: its films"
-        add("--fmri-release", type=Path, help=text)
-    _add_subject(parser, name, "whose recordings")
-    text = f"haemodynamic delay in volumes (default: {DELAYS[name]}; none where they come preprocessed)"
-    add("--delay", type=whole_number(0), help=text)
-    text = f"T, volumes a clip (default: {volumes})"
-    add("--window", type=whole_number(1, SEGMENT_VOLUMES), default=volumes, help=text)
-    for split, (n, _) in SIZES[name].items():
-        text = f"only so many, from the first on (default: {n})"
-        add(f"--{split}-segments", type=whole_number(1, n), default=n, help=text)
-    text = "go on where another subject has the same recordings"
-    add("--allow-duplicate-subject", action="store_true", help=text)
-
-
-def _add_stimuli(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    text = "one file of captions, or the training and the test list (default: the release's)"
-    add("--captions", type=Path, nargs="+", help=text)
-    text = "CLIP and the decoder's text encoder get the first N sentences of a caption (default: all); "
-    text += "CLIP sees the first 77 tokens of what it gets"
-    add("--caption-sentences", type=whole_number(1), metavar="N", help=text)
-    add("--clip", default=CLIP, help=f"open_clip MODEL/PRETRAINED or local-dir:FOLDER (default: {CLIP})")
-    text = f"a folder, the published .pth, or the name on the Hub (default: {VICLIP_HUB})"
-    add("--viclip", default=VICLIP_HUB, help=text)
-    text = "also latents and text tokens for this text-to-video model, for stage 2 "
-    add("--decoder", help=text + "(Wan-AI/Wan2.1-T2V-1.3B-Diffusers)")
-
-
-# ---------------------------------------------------------------- python data.py ...
-
-
-def open_release(args: argparse.Namespace) -> tuple[Release, list[Path], int | None]:
-    """The release that is asked for, its captions, and the delay; None: recordings are taken as they are."""
-    segments = {"train_segments": args.train_segments, "test_segments": args.test_segments}
-    if args.name == "cinebrain":
-        from prepare.cinebrain import CineBrainRelease
-
-        brain = CineBrainRelease(args.raw, args.subject, args.delay, **segments)
-        captions = [args.raw / "captions-qwen-2.5-vl-7b.json"]
-        return brain, captions, brain.delay if brain.cifti else None
-    if args.name != "cc2017":
-        raise ValueError(f"{args.name}: no release of this name")
-    from prepare.cc2017 import NeuroClipsRelease, NeuroClipsWithFilms, PurdueRelease
-
-    if not args.fmri_release:
-        purdue = PurdueRelease(args.raw, args.subject, args.delay, **segments)
-        return purdue, [args.raw / "captions.jsonl"], purdue.delay
-    places = [args.fmri_release, *([args.raw] if args.raw else [])]
-    kind = NeuroClipsWithFilms if args.raw else NeuroClipsRelease
-    neuroclips = kind(*places, args.subject, args.delay, **segments)
-    captions = [args.fmri_release / f"GT_{split}_caption.pt" for split in neuroclips.splits]
-    return neuroclips, captions, neuroclips.delay
-
-
-def main(argv: Sequence[str] | None = None, doc: str | None = __doc__) -> None:
-    """python data.py ARGV: prepare a subject of a dataset below data/, and print what is there then."""
-    parser = parser_of(doc)
-    args, root = parser.parse_args(argv), Path("data")
-    if args.name == "toy":
-        return prepare_toy(root, subject=args.subject)
-    if args.captions and len(args.captions) > 2:
-        n = len(args.captions)
-        parser.error(f"--captions takes one file, or the training and the test list; {n} files are given")
-    if args.name == "cc2017" and args.raw is None and args.fmri_release is None:
-        guide = MISSING["cc2017"].format(subject=args.subject)
-        said = "error: give --raw (Purdue release), --fmri-release (NeuroClips release), or both"
-        parser.exit(2, f"{said}\n\n{guide}".rstrip() + "\n")
-    for folder in (args.raw, getattr(args, "fmri_release", None)):
-        if folder and not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder} is not there: give the folder of what you downloaded and unpacked"
-            )
-    source, captions, delay = open_release(args)
-    captions = args.captions or captions
-    prepare(source, root, args, {"train": captions[0], "test": captions[-1]}, delay)
-
-
-def prepare(
-    source: Release, root: Path, args: argparse.Namespace, captions: dict[str, Path], delay: int | None
-) -> None:
-    """Recordings, stimuli and, where asked for, what the video decoder needs; then the list of the arrays."""
-    from prepare.fmri import prepare_fmri, refuse_twins
-    from prepare.stimuli import describe_clips, prepare_stimuli
-
-    folder, stimuli = root / args.name / f"sub{args.subject}", stimuli_folder(args.name, args.subject, root)
-    source.check()
-    for split in source.splits:  # what the captions lack is told now, not after the recordings
-        describe_clips(source, split, captions[split])
-    encoded = all((stimuli / split / "e_act.npy").is_file() for split in source.splits)
-    if args.viclip.endswith(".pth") and not encoded and not Path(args.viclip).is_file():
-        raise FileNotFoundError(
-            f"--viclip {args.viclip} is not there: docs/cc2017.md says how to download it"
-        )
-    if not args.allow_duplicate_subject:
-        refuse_twins(source, folder)
-    recipe = {
-        "release": source.name,
-        "subject": args.subject,
-        "delay": delay,
-        "window": args.window,
-    }
-    if args.name == "cinebrain" and delay is None:
-        recipe["recordings"] = "preprocessed volumes"
-    prepare_fmri(source, folder, recipe, args.window)
-    sentences = args.caption_sentences
-    prepare_stimuli(source, stimuli, captions, args.clip, args.viclip, sentences=sentences)
-    if args.decoder:
-        from prepare.decoder import prepare_decoder
-
-        size = VIDEO[args.name]
-        prepare_decoder(args.name, source, root, args.decoder, *size, args.subject, sentences)
-    for file in sorted([*folder.rglob("*.npy"), *stimuli.rglob("*.npy")]):
-        array = read_array(file, "fiu")
-        tqdm.write(f"{file}  {array.dtype} {array.shape}  {file.stat().st_size / 1e6:,.1f} MB")
-    tqdm.write(f"next: python train_stage1.py --data {args.name} --subject {args.subject}")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from prepare.facts import decoder_recipes, stimuli_folder
+from prepare.facts import decoder_recipes
 from prepare.release import Release
 from prepare.stimuli import clips_from, encode_all, first_sentences, plan
 from support.files import hashes, is_made_by, resumable_arrays, writing_array
@@ -23,48 +23,40 @@ from support.videos import video_frames
 from video_decoder import VideoDecoder
 
 WHOLE = 3e7  # pixels of a video that the VAE encodes at once; a larger one in tiles
+Size = tuple[int, int, int]  # frames, height, width
 
 
 def prepare_decoder(
-    name: str,
-    source: Release,
-    root: Path,
-    decoder: str,
-    frames: int,
-    height: int,
-    width: int,
-    subject: int = 1,
-    sentences: int | None = None,
+    source: Release, stimuli: Path, decoder: str, size: Size, sentences: int | None = None
 ) -> None:
     """Text tokens, empty prompt and latents of all clips, for a decoder: a folder or a name on the Hub.
 
     Text first, then the VAE: the two are never in memory together, and the DiT never is. Clips are streamed,
-    a few at a time. sentences: of a caption that the text encoder reads, from its first on; None for all.
-    Raises ValueError for files that were made by another recipe, and where the decoder does not fit the size.
+    a few at a time. size: of the videos. sentences: of a caption that the text encoder reads, from its first
+    on; None for all. Raises ValueError for files that were made by another recipe, and where the decoder does
+    not fit the size.
     """
-    stimuli, folder = stimuli_folder(name, subject, root), Path(decoder).name
-    size = frames, height, width
     latent_recipe, text_recipe = decoder_recipes(decoder, size)
-    rows = {}
+    rows, folders = {}, {}
     for split in source.splits:
+        folders[split] = stimuli / split / Path(decoder).name
         rows[split] = read_json_lines(stimuli / split / "clips.jsonl", {"segment": str, "caption": str})
-    here = {split: stimuli / split / folder for split in source.splits}
 
-    empty = stimuli / folder / "empty_prompt.npy"  # written last
-    if not is_made_by(empty, text_recipe | {"caption_sentences": sentences}):
+    empty = stimuli / Path(decoder).name / "empty_prompt.npy"  # written last
+    if not is_made_by(empty, {**text_recipe, "caption_sentences": sentences}):
         if sentences is not None:
             text_recipe["caption_sentences"] = sentences
         captions = {}
-        for split in rows:
-            captions[split] = [first_sentences(row["caption"], sentences) for row in rows[split]]
-        _prepare_text(decoder, captions, here, empty, text_recipe)
+        for split, folder in folders.items():
+            captions[folder] = [first_sentences(row["caption"], sentences) for row in rows[split]]
+        _prepare_text(decoder, captions, empty, text_recipe)
 
-    left = [split for split in source.splits if not is_made_by(here[split] / "latents.npy", latent_recipe)]
-    if left:
-        tiling = frames * height * width > WHOLE
-        encoder = _load(decoder, load_vae=True, tiling=tiling)
-        for split in left:
-            _prepare_latents(encoder, source, split, rows[split], here[split], size, latent_recipe)
+    files = {split: folder / "latents.npy" for split, folder in folders.items()}
+    missing = [split for split, file in files.items() if not is_made_by(file, latent_recipe)]
+    if missing:
+        encoder = _load(decoder, load_vae=True, tiling=np.prod(size) > WHOLE)
+        for split in missing:
+            _prepare_latents(encoder, source, rows[split], files[split], latent_recipe)
 
 
 def _load(decoder: str, **parts: bool) -> VideoDecoder:
@@ -79,27 +71,27 @@ def _load(decoder: str, **parts: bool) -> VideoDecoder:
 
 
 @torch.inference_mode()
-def _prepare_text(
-    decoder: str, captions: dict[str, list[str]], here: dict[str, Path], empty: Path, recipe: dict
-) -> None:
-    """text_tokens.npy and text_offsets.npy in the folder of each split, then empty_prompt.npy."""
+def _prepare_text(decoder: str, captions: dict[Path, list[str]], empty: Path, recipe: dict) -> None:
+    """text_tokens.npy and text_offsets.npy of the captions of each folder, then empty_prompt.npy."""
     encoder = _load(decoder, load_text_encoder=True)
     L, D_txt = encoder.text_length, encoder.text_width
-    different = {split: list(dict.fromkeys(texts)) for split, texts in captions.items()}
-    n = sum(map(len, different.values()))
+    n = sum(len(set(texts)) for texts in captions.values())
+    first = next(iter(captions.values()))[:1]
     what = f"{decoder}: text tokens of {n:,} captions, at most {L} x {D_txt} float16 each"
-    at_once = plan(what, lambda: encoder.encode_text(captions["train"][:1]), n, on_cpu=32)
-    for split, texts in captions.items():
-        tokens = _encode_texts(encoder, different[split], at_once, split)
+    at_once = plan(what, lambda: encoder.encode_text(first), n, on_cpu=32)
+    for folder, texts in captions.items():
+        tokens = _encode_texts(encoder, list(dict.fromkeys(texts)), at_once, folder.parent.name)
         if not all(np.isfinite(e).all() for e in tokens.values()):
-            mend = "download it again, or choose another --decoder"
-            raise ValueError(f"{decoder}/text_encoder gives NaN or values beyond float16: {mend}")
+            raise ValueError(
+                f"{decoder}/text_encoder gives NaN or values beyond float16: download it again, or choose "
+                "another --decoder"
+            )
         offsets = np.cumsum([0] + [len(tokens[text]) for text in texts])  # (clips + 1,)
         shape = (int(offsets[-1]), D_txt)
-        with writing_array(here[split] / "text_tokens.npy", shape, "float16", recipe) as array:
+        with writing_array(folder / "text_tokens.npy", shape, "float16", recipe) as array:
             for text, (start, end) in zip(texts, pairwise(offsets), strict=True):
                 array[start:end] = tokens[text]
-        with writing_array(here[split] / "text_offsets.npy", offsets.shape, "int64", recipe) as array:
+        with writing_array(folder / "text_offsets.npy", offsets.shape, "int64", recipe) as array:
             array[:] = offsets
     with writing_array(empty, (L, D_txt), "float32", recipe) as array:
         (e,) = encoder.encode_text([""])  # (n, D_txt)
@@ -119,25 +111,20 @@ def _encode_texts(
 
 
 def _prepare_latents(
-    encoder: VideoDecoder,
-    source: Release,
-    split: str,
-    rows: list[dict],
-    here: Path,
-    size: tuple[int, int, int],
-    recipe: dict,
+    encoder: VideoDecoder, source: Release, rows: list[dict], file: Path, recipe: dict
 ) -> None:
-    """here/latents.npy of videos of `size` = frames, height, width."""
-    shape, n = encoder.latent_shape(*size), len(rows)  # (C, f, h, w)
-    inputs = hashes(map(source.stimulus, source.splits[split]))
-    pixels = "x".join(map(str, size))
-    tqdm.write(f"{split}: {pixels} -> {shape} float16, {2 * np.prod(shape) * n / 1e9:,.2f} GB")
+    """`file` of the latents of a split's clips, as videos of the recipe's size."""
+    size = recipe["frames"], recipe["height"], recipe["width"]
+    shape, split = (len(rows), *encoder.latent_shape(*size)), file.parents[1].name  # (clips, C, f, h, w)
+    tqdm.write(
+        f"{split}: {'x'.join(map(str, size))} -> {shape[1:]} float16, {2 * np.prod(shape) / 1e9:,.2f} GB"
+    )
 
     def encode(batch: np.ndarray) -> tuple[np.ndarray]:  # (b, F, H, W, 3) uint8
         return (encoder.encode_latents(torch.from_numpy(batch)).cpu().numpy(),)  # (b, C, f, h, w)
 
     on_cpu = min(16, max(1, 2_000_000 // int(np.prod(size))))
-    with resumable_arrays({here / "latents.npy": (n, *shape)}, "float16", recipe, inputs) as part:
-        arrays, done, filled = part
-        shown = (video_frames(clip, *size) for clip in clips_from(source, rows, done))
-        encode_all(shown, encode, arrays, done, filled, f"latents, {split}", on_cpu)
+    inputs = hashes(map(source.stimulus, source.splits[split]))
+    with resumable_arrays({file: shape}, "float16", recipe, inputs) as (arrays, done, filled):
+        videos = (video_frames(clip, *size) for clip in clips_from(source, rows, done))
+        encode_all(videos, encode, arrays, done, filled, f"latents, {split}", on_cpu)

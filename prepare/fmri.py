@@ -5,6 +5,7 @@ are kept whose response to a film repeats (Wen et al. 2018). One run is in memor
 """
 
 import filecmp
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,6 @@ import numpy as np
 import scipy.stats
 from tqdm import tqdm
 
-from prepare.cifti import mmp_areas, read_cifti  # noqa: F401  what a release of CIFTI files needs
 from prepare.release import Release
 from support.files import hashes, is_made_by, read_manifest, writing_array, written_whole
 
@@ -60,9 +60,7 @@ class Selection(NamedTuple):
     """What the reproducibility test says of all N voxels of the source."""
 
     mask: np.ndarray  # (N,) bool: kept
-    mean_z: (
-        np.ndarray
-    )  # (N,) mean over the segments of the Fisher z of the two showings; NaN where not tested
+    mean_z: np.ndarray  # (N,) mean over the segments of the Fisher z of two showings; NaN where not tested
     tested: int  # finite in every segment
     dropped: int  # constant or not finite in some segment: not tested
     kept: int  # p < alpha after Bonferroni, and mean_z > 0
@@ -70,9 +68,8 @@ class Selection(NamedTuple):
 
 def fisher_z(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Two showings of a segment, (V, N) from `preprocess_run` -> (N,) Fisher z of each voxel's Pearson r."""
-    r = np.einsum("tn,tn->n", first, second).astype(np.float64) / len(
-        first
-    )  # z-scored: the mean product is r
+    products = np.einsum("tn,tn->n", first, second).astype(np.float64)
+    r = products / len(first)  # of z-scores: the mean product is r
     return np.arctanh(np.clip(r, -1 + 1e-6, 1 - 1e-6))  # r = 1 would be infinite
 
 
@@ -108,11 +105,10 @@ def load_response(
     run = source.load_run(segment, repeat)
     if run is None:
         return None
-    run = run[:, voxels]
     if source.preprocessed:
-        return run
+        return run[:, voxels]
     start, length = source.window(segment)
-    return preprocess_run(run, start, length, detrending_degree(length * source.TR))
+    return preprocess_run(run[:, voxels], start, length, detrending_degree(length * source.TR))
 
 
 def select_voxels(source: Release, alpha: float = 0.05) -> Selection:
@@ -131,28 +127,44 @@ def prepare_fmri(source: Release, folder: Path, recipe: dict, window: int = 1) -
     window: T, the volumes a clip gets (from that of its delay on; at the end of a segment its last is
     repeated).
     """
-    made = {split: is_made_by(folder / split / "fmri.npy", recipe) for split in source.splits}
-    if all(made.values()) and (folder / "voxels.npz").is_file():
+    files = {split: folder / split / "fmri.npy" for split in source.splits}
+    missing = [split for split, file in files.items() if not is_made_by(file, recipe)]
+    if not missing and (folder / "voxels.npz").is_file():
         return
     mask = _choose_voxels(source, folder)
-    for split, segments in source.splits.items():
-        if made[split]:
-            continue
-        lengths = [source.window(segment)[1] for segment in segments]  # volumes
-        repeats = source.repeats(segments[0])
-        shape = (sum(lengths) // source.volumes, repeats, window, int(mask.sum()))
-        inputs = _input_hashes([source.files(segment) for segment in segments])
-        with writing_array(folder / split / "fmri.npy", shape, "float32", recipe, inputs) as fmri:
+    for split in missing:
+        segments = source.splits[split]
+        clips, repeats = sum(map(source.clips_of, segments)), source.repeats(segments[0])
+        inputs = _input_hashes(map(source.files, segments))
+        shape = (clips, repeats, window, int(mask.sum()))
+        with writing_array(files[split], shape, "float32", recipe, inputs) as fmri:
             start = 0
-            for segment, length in zip(
-                segments, tqdm(lengths, desc=f"fMRI, {split}", unit="segment"), strict=True
-            ):
-                first = np.arange(0, length, source.volumes)  # volume of each clip
-                own = np.minimum(first[:, None] + np.arange(window), length - 1)  # (clips, T)
-                for repeat in range(repeats):
-                    response = _finite_response(source, segment, repeat, mask)  # (volumes, N)
-                    fmri[start : start + len(own), repeat] = np.nan if response is None else response[own]
-                start += len(own)
+            for segment in tqdm(segments, desc=f"fMRI, {split}", unit="segment"):
+                end = start + source.clips_of(segment)
+                _fill_segment(fmri[start:end], source, segment, mask)
+                start = end
+
+
+def _fill_segment(fmri: np.ndarray, source: Release, segment: str, mask: np.ndarray) -> None:
+    """The rows of a segment, (clips, repeats, T, N); NaN for a showing that was not recorded. Raises
+    ValueError, naming the release's file, where a voxel that is kept has no signal in it."""
+    _, length = source.window(segment)
+    first = np.arange(0, length, source.volumes)  # volume of each clip
+    volumes = np.minimum(first[:, None] + np.arange(fmri.shape[2]), length - 1)  # (clips, T)
+    for repeat in range(fmri.shape[1]):
+        response = load_response(source, segment, repeat, mask)  # (length, N)
+        if response is None:
+            fmri[:, repeat] = np.nan
+            continue
+        lost = np.flatnonzero(~np.isfinite(response).all(0))
+        if len(lost):  # the selection looks at the training runs alone
+            index, _ = source.voxels
+            raise ValueError(
+                f"{source.run_file(segment, repeat)}: {len(lost):,} of the {mask.sum():,} voxels kept are "
+                f"constant or not finite in showing {repeat + 1} of {segment}, the first at index "
+                f"{index[mask][lost[0]]}: download it again, or move it away"
+            )
+        fmri[:, repeat] = response[volumes]
 
 
 def _choose_voxels(source: Release, folder: Path) -> np.ndarray:
@@ -178,22 +190,7 @@ def _choose_voxels(source: Release, folder: Path) -> np.ndarray:
     return mask
 
 
-def _finite_response(source: Release, segment: str, repeat: int, mask: np.ndarray) -> np.ndarray | None:
-    """`load_response` of the voxels kept. Raises ValueError, naming the release's file, where one has no
-    signal: the selection looks at the training runs alone."""
-    response = load_response(source, segment, repeat, mask)
-    if response is None or np.isfinite(response).all():
-        return response
-    lost = np.flatnonzero(~np.isfinite(response).all(0))
-    voxel = source.voxels[0][np.flatnonzero(mask)[lost[0]]]
-    raise ValueError(
-        f"{source.run_file(segment, repeat)}: {len(lost):,} of the {mask.sum():,} voxels kept are constant "
-        f"or not finite in showing {repeat + 1} of {segment}, the first at index {voxel}: download it again, "
-        "or move it away"
-    )
-
-
-def _input_hashes(segments: list[list[Path]]) -> dict[str, str]:
+def _input_hashes(segments: Iterable[list[Path]]) -> dict[str, str]:
     """A SHA-256 for each file; one for all of a segment that has a file a volume."""
     groups = []
     for files in segments:
@@ -204,22 +201,22 @@ def _input_hashes(segments: list[list[Path]]) -> dict[str, str]:
 def refuse_twins(source: Release, folder: Path) -> None:
     """Raises ValueError where the first recording of this subject (folder: data/<name>/sub<K>) is another's,
     raw or prepared: folders were swapped, or the release is at fault."""
-    mine = source.recording(source.subject)
-    digests = set(_input_hashes([mine]).values())
-    for other in range(1, 7):
-        if other == source.subject or not mine:
-            continue
-        theirs, prepared = source.recording(other), folder.with_name(f"sub{other}") / "train" / "fmri.npy"
+    ours = source.recording(source.subject)
+    if not ours:
+        return
+    digests = set(_input_hashes([ours]).values())
+    for subject in {*range(1, 7)} - {source.subject}:
+        theirs, prepared = source.recording(subject), folder.with_name(f"sub{subject}") / "train" / "fmri.npy"
         manifest = read_manifest(prepared) or {"inputs": {}}
-        raw = bool(theirs) and theirs != mine and all(map(_equal, mine, theirs))
+        raw = bool(theirs) and theirs != ours and all(map(_equal, ours, theirs))
         if raw or digests & {*manifest["inputs"].values()}:
             raise ValueError(
-                f"subjects {source.subject} and {other} have identical recordings, {mine[0]} and "
+                f"subjects {source.subject} and {subject} have identical recordings, {ours[0]} and "
                 f"{theirs[0] if raw else prepared}: one is a copy of the other. Download both again "
                 "(CineBrain's preprocessed sub_005 is published as a copy of sub_001: take the CIFTI runs), "
                 "delete what was prepared of the wrong one, or go on with --allow-duplicate-subject"
             )
 
 
-def _equal(one: Path, other: Path) -> bool:
-    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+def _equal(file: Path, copy: Path) -> bool:
+    return file.is_file() and copy.is_file() and filecmp.cmp(file, copy, shallow=False)

