@@ -12,15 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from toy.world import BACKGROUNDS, COLOURS, FRAMES, SHAPES, SIZE, Clip, coverage, motion
+from toy.world import ATTRIBUTES, FRAMES, SIZE, Clip, coverage, motion
 
 TR = 2.0
 VERSION = 2  # of the toy world: another makes other films or recordings
 VOXELS = Path(__file__).with_name("voxels.npz")
 VOLUMES_BEFORE = 1  # recorded before the first clip of a run, and ...
 VOLUMES_AFTER = 4  # ... after the last: 245 volumes for 240 clips, as in cc2017
-
-
 AREAS = {  # what drives the voxels of an area, the MMP areas, voxels in all
     "light": (("V1", "V2", "V3"), 480),
     "colour": (("V4", "V8"), 160),
@@ -41,8 +39,8 @@ def write_voxel_table(path: Path) -> None:
     names = np.array([str(hcp.mmp.labels[k]) for k in hcp.mmp.map_all])
     index = []
     for areas, count in AREAS.values():
-        here = np.flatnonzero(np.isin(names, [p + a for a in areas for p in ("L_", "R_", "")]))
-        index.append(rng.choice(here, count, replace=False))
+        in_area = np.isin(names, [side + area for area in areas for side in ("L_", "R_", "")])
+        index.append(rng.choice(np.flatnonzero(in_area), count, replace=False))
     index = np.sort(np.concatenate(index))
     np.savez_compressed(path, index=index, roi=names[index])
 
@@ -51,51 +49,53 @@ def responses(clips: list[Clip], roi: np.ndarray, seed: int) -> np.ndarray:
     """Neural response of each voxel to each clip, (clips, voxels): mean 0 and variance 1 over the clips; 0
     where nothing drives it."""
     rng = np.random.default_rng([seed, 7])
-    V, area = len(roi), np.array([r.removeprefix("L_").removeprefix("R_") for r in roi])
-    where = {drive: np.flatnonzero(np.isin(area, names)) for drive, (names, _) in AREAS.items()}
+    V = len(roi)
+    area = np.array([name.removeprefix("L_").removeprefix("R_") for name in roi])
+    voxels = {drive: np.flatnonzero(np.isin(area, areas)) for drive, (areas, _) in AREAS.items()}
     # each voxel's preferences, drawn for every voxel whatever its area
     centre, width = rng.uniform(8, 56, (V, 2)), rng.uniform(3, 9, V)
     direction = rng.uniform(0, 2 * np.pi, V)
     flow = rng.integers(0, 4, V)  # translation, rotation, expansion, contraction
-    like = [
-        rng.uniform(0, 0.3, (V, n)) + 0.8 * np.eye(n)[rng.integers(0, n, V)]
-        for n in map(len, (SHAPES, COLOURS, BACKGROUNDS))
-    ]
+    tuning = {}  # (voxels, values) of each attribute but the action
+    for attribute in ("shape", "colour", "background"):
+        n = len(ATTRIBUTES[attribute])
+        tuning[attribute] = rng.uniform(0, 0.3, (V, n)) + 0.8 * np.eye(n)[rng.integers(0, n, V)]
 
-    lit, moved = where["light"], where["motion"]
-    grid = np.arange(SIZE) + 0.5
-    distances = (grid - c[:, None] for c in centre[lit].T)  # (480, 64) each, in x and y
-    gx, gy = (np.exp(-(d**2) / (2 * width[lit, None] ** 2)) for d in distances)
-    fields = (gy[:, :, None] * gx[:, None, :]).reshape(len(lit), -1)  # receptive fields
-    fields = fields.astype(np.float32)  # (480, 4096)
+    response = np.zeros((len(clips), V), np.float32)
+    lit, moving = voxels["light"], voxels["motion"]
+    response[:, lit] = light_response(clips, centre[lit], width[lit])
+    for i, clip in enumerate(clips):
+        preferred = {}  # (voxels,) how much each voxel likes the clip's shape, colour and background
+        for attribute, values in tuning.items():
+            preferred[attribute] = values[:, ATTRIBUTES[attribute].index(getattr(clip, attribute))]
+        colour, shape = preferred["colour"], preferred["shape"]
+        conjunction = (0.5 + shape) * (0.5 + colour)
+        drives = {"colour": colour, "object": shape, "place": preferred["background"]}
+        for drive, value in {**drives, "conjunction": conjunction}.items():
+            response[i, voxels[drive]] = value[voxels[drive]]
+        response[i, moving] = motion_response(clip, direction[moving], flow[moving])
+    response -= response.mean(0)
+    return response / np.where(response.std(0) > 0, response.std(0), 1)
+
+
+def light_response(clips: list[Clip], centre: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """The light in each voxel's receptive field, a Gaussian around `centre` (voxels, 2): (clips, voxels)."""
+    distance = np.arange(SIZE) + 0.5 - centre[:, :, None]  # (voxels, 2, 64) pixels, in x and y
+    gx, gy = np.exp(-(distance**2) / (2 * width[:, None, None] ** 2)).swapaxes(0, 1)
+    fields = (gy[:, :, None] * gx[:, None, :]).reshape(len(centre), -1).astype(np.float32)  # (voxels, 4096)
     light = np.stack([coverage(clip, 5).mean(0).ravel() for clip in clips])  # (clips, 4096)
-    u, steps = np.linspace(0, 1, FRAMES), FRAMES - 1
-    out = np.zeros((len(clips), V), np.float32)
-    out[:, lit] = np.sqrt(light @ fields.T) / width[lit]
-    for row, clip in zip(out, clips, strict=True):
-        pairs = ((SHAPES, clip.shape), (COLOURS, clip.colour), (BACKGROUNDS, clip.background))
-        shape, colour, place = (
-            tuning[:, list(names).index(name)] for tuning, (names, name) in zip(like, pairs, strict=True)
-        )
-        x, y, size, angle = (
-            np.diff(v) * steps for v in motion(clip, u)
-        )  # speeds, a clip's length the unit of time
-        toward = np.exp(2 * np.cos(np.arctan2(y, x) - direction[moved, None]) - 2)  # (240, times)
-        translation = (np.hypot(x, y) * toward).mean(1) / 24
-        others = [
-            np.full(len(moved), s)
-            for s in (abs(angle).mean() / 2.4, max(0, size.mean()) / 16, max(0, -size.mean()) / 16)
-        ]
-        row[moved] = np.stack([translation, *others])[flow[moved], np.arange(len(moved))] + 0.3 * translation
-        for drive, value in (
-            ("colour", colour),
-            ("object", shape),
-            ("place", place),
-            ("conjunction", (0.5 + shape) * (0.5 + colour)),
-        ):
-            row[where[drive]] = value[where[drive]]
-    out -= out.mean(0)
-    return out / np.where(out.std(0) > 0, out.std(0), 1)
+    return np.sqrt(light @ fields.T) / width
+
+
+def motion_response(clip: Clip, direction: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """What voxels (voxels,) that prefer a kind of flow, and a direction (radians), make of a clip's motion."""
+    # speeds, a clip's length the unit of time
+    x, y, size, angle = np.diff(motion(clip, np.linspace(0, 1, FRAMES))) * (FRAMES - 1)
+    toward = np.exp(2 * np.cos(np.arctan2(y, x) - direction[:, None]) - 2)  # (voxels, times)
+    translation = (np.hypot(x, y) * toward).mean(1) / 24
+    rotation, expansion = abs(angle).mean() / 2.4, size.mean() / 16
+    kinds = [translation, rotation, max(0, expansion), max(0, -expansion)]
+    return np.choose(flow, kinds) + 0.3 * translation
 
 
 def hrf() -> np.ndarray:
@@ -121,19 +121,17 @@ def recordings(response: np.ndarray, repeats: int, seed: list[int]) -> Iterator[
     neural[:, VOLUMES_BEFORE : VOLUMES_BEFORE + clips] = response.T
     bold = lfilter(hrf(), [1.0], neural, axis=1)
     t = np.linspace(-1, 1, n)
+    slow = np.stack([4 * t, 4 * t**2, t**3, np.sin(np.pi * t) / 2])  # (4, n)
     for _ in range(repeats):
-        noise = (
-            lfilter([1.0], [1.0, -0.3], rng.standard_normal((V, n)), axis=1) * 1.5
-            + rng.standard_normal(n) * 0.5
-        )
-        drift = rng.standard_normal((V, 4)) @ np.stack([4 * t, 4 * t**2, t**3, np.sin(np.pi * t) / 2])
+        noise = 1.5 * lfilter([1.0], [1.0, -0.3], rng.standard_normal((V, n)), axis=1)
+        noise += 0.5 * rng.standard_normal(n)
+        drift = rng.standard_normal((V, 4)) @ slow
         yield (10_000 + 100 * (bold + noise + drift)).T.astype(np.float32)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--voxels", action="store_true", required=True, help="write toy/voxels.npz")
     parser.parse_args()
     write_voxel_table(VOXELS)

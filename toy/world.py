@@ -33,9 +33,14 @@ BACKGROUNDS = {  # name: colour at the top, colour at the bottom
     "on sand": ((172, 142, 102), (138, 108, 74)),
     "in the sea": ((8, 56, 76), (10, 96, 106)),
 }
+ATTRIBUTES = {  # in the order of a combination
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "action": ACTIONS,
+    "background": tuple(BACKGROUNDS),
+}
 TRAIN_SEGMENTS, TRAIN_CLIPS, TRAIN_REPEATS = 20, 100, 2
 TEST_SEGMENTS, TEST_CLIPS, TEST_REPEATS = 2, 80, 10
-# ---------------------------------------------------------------- stimuli
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,8 @@ def combinations() -> tuple[list[tuple], list[tuple]]:
     with_held_out = set(rng.permutation(len(objects))[:80].tolist())
     seen, unseen = [], []
     for i, (shape, colour, background) in enumerate(objects):
-        actions = [
-            a for a in ACTIONS if not (a == "rotates" and shape in ("circle", "ring"))
-        ]  # their rotation cannot be seen
+        round_shape = shape in ("circle", "ring")  # whose rotation cannot be seen
+        actions = [action for action in ACTIONS if not (round_shape and action == "rotates")]
         held_out = set(rng.permutation(len(actions))[:2].tolist()) if i in with_held_out else set()
         for j, action in enumerate(actions):
             (unseen if j in held_out else seen).append((shape, colour, action, background))
@@ -82,28 +86,25 @@ def combinations() -> tuple[list[tuple], list[tuple]]:
 
 
 def random_clip(combination: tuple[str, str, str, str], rng: np.random.Generator) -> Clip:
-    shape, colour, action, background = combination
     x, y = SIZE / 2 + rng.uniform(-5, 5, 2)
-    size = rng.uniform(30, 34) if action in ("grows", "shrinks") else rng.uniform(28, 38)
-    return Clip(
-        shape, colour, action, background, x, y, size, rng.uniform(-0.15, 0.15), int(rng.choice([-1, 1]))
-    )
+    size = rng.uniform(30, 34) if combination[2] in ("grows", "shrinks") else rng.uniform(28, 38)
+    return Clip(*combination, x, y, size, rng.uniform(-0.15, 0.15), int(rng.choice([-1, 1])))
 
 
 def motion(clip: Clip, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """x, y, size (pixels) and angle (radians) of the object at the times u (0 = start of the clip, 1 =
     end)."""
-    x, y, size, angle = (np.full(len(u), v) for v in (clip.x, clip.y, clip.size, clip.angle))
-    way = 24 * (u - 0.5)
+    x, y, size, angle = (np.full(len(u), start) for start in (clip.x, clip.y, clip.size, clip.angle))
+    path = 24 * (u - 0.5)
     match clip.action:
         case "moves left":
-            x = SIZE / 2 - way
+            x = SIZE / 2 - path
         case "moves right":
-            x = SIZE / 2 + way
+            x = SIZE / 2 + path
         case "moves up":
-            y = SIZE / 2 - way
+            y = SIZE / 2 - path
         case "moves down":
-            y = SIZE / 2 + way
+            y = SIZE / 2 + path
         case "jumps":
             y = SIZE / 2 + 9 - 20 * np.sin(np.pi * u)
         case "rotates":
@@ -136,34 +137,35 @@ def coverage(clip: Clip, frames: int = FRAMES) -> np.ndarray:
     return np.clip(0.5 - distance, 0, 1)
 
 
+def ground(background: str) -> np.ndarray:
+    """The background as a float32 (64, 1, 3): each row of pixels between the colours at top and bottom."""
+    top, bottom = np.array(BACKGROUNDS[background], np.float32)
+    return top + (bottom - top) * np.linspace(0, 1, SIZE, dtype=np.float32)[:, None, None]
+
+
 def render(clip: Clip) -> np.ndarray:
     """The clip as uint8 (17, 64, 64, 3)."""
-    top, bottom = (np.array(c, np.float32) for c in BACKGROUNDS[clip.background])
-    ground = (top + (bottom - top) * np.linspace(0, 1, SIZE, dtype=np.float32)[:, None])[
-        None, :, None, :
-    ]  # (1, 64, 1, 3)
+    behind = ground(clip.background)
     alpha = coverage(clip)[..., None].astype(np.float32)
-    return (ground + alpha * (np.array(COLOURS[clip.colour], np.float32) - ground)).round().astype(np.uint8)
+    return (behind + alpha * (np.array(COLOURS[clip.colour], np.float32) - behind)).round().astype(np.uint8)
 
 
 def film(split: str, seed: int) -> list[Clip]:
     """All clips of the training or test film in order: scenes of four clips."""
     rng = np.random.default_rng([seed, split == "test"])
-    seen, unseen = combinations()
-    actions: dict[
-        tuple, tuple[list, list]
-    ] = {}  # of an object before a background: (seen actions, held-out ones)
-    for held_out, pool in enumerate((seen, unseen)):
+    actions: dict[tuple, tuple[list, list]] = {}  # (shape, colour, background) -> seen actions, held-out ones
+    for held_out, pool in enumerate(combinations()):
         for shape, colour, action, background in pool:
             actions.setdefault((shape, colour, background), ([], []))[held_out].append(action)
     objects = [o for o in actions if split == "train" or len(actions[o][1]) == 2]
     scenes = (TRAIN_SEGMENTS * TRAIN_CLIPS if split == "train" else TEST_SEGMENTS * TEST_CLIPS) // 4
-    order = np.concatenate([rng.permutation(len(objects)) for _ in range(-(-scenes // len(objects)))])[
-        :scenes
-    ]
+    order = []
+    while len(order) < scenes:
+        order += rng.permutation(len(objects)).tolist()
     clips = []
-    for shape, colour, background in (objects[i] for i in order):
-        old, new = actions[shape, colour, background]
-        chosen = [*rng.permutation(old)[: 4 if split == "train" else 2], *(new if split == "test" else ())]
+    for i in order[:scenes]:
+        shape, colour, background = objects[i]
+        seen, unseen = actions[objects[i]]
+        chosen = [*rng.permutation(seen)[:2], *unseen] if split == "test" else rng.permutation(seen)[:4]
         clips += [random_clip((shape, colour, str(a), background), rng) for a in rng.permutation(chosen)]
     return clips
