@@ -57,7 +57,7 @@ from mixture_of_memories import (
     condition,
 )
 from prepare.copies import far_apart, has_near_copy
-from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS, raw_folder
+from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS
 from support import shared
 from support.files import sha256
 from support.options import check_options, check_together, option, parse as parse_options

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data import Batch, Clips, noise_generator
 from evaluate import CineNeuron
 from heads import stage1_loss
-from mixture_of_memories import Recalled, condition
+from mixture_of_memories import Recalled
 from prepare.copies import mean_frames
 from prepare.facts import SECONDS
 from support import training

@@ -37,15 +37,11 @@ import numpy as np
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, this file sees the project
-from metrics.run import evaluation_folder  # noqa: E402
-from support.experiment import door, run_folder  # noqa: E402
-
 import evaluate  # noqa: E402
 import train_stage1  # noqa: E402
 import train_stage2  # noqa: E402
 from extras.ablation_tables import PAGE, RESULTS, as_text, made_by, result_of, write_page  # noqa: E402
 from metrics.table import asked  # noqa: E402
-from prepare.command import prepare_toy  # noqa: E402
 from prepare.facts import ROIS, in_areas, raw_folder  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.options import (  # noqa: E402
@@ -55,6 +51,12 @@ from support.options import (  # noqa: E402
     settings_of,
 )
 from support.readers import read_json, read_npz  # noqa: E402
+from support.runs import (  # noqa: E402
+    door,
+    evaluation_folder,  # noqa: E402
+    run_folder,
+)
+from toy.release import prepare_toy  # noqa: E402
 
 
 @dataclass

@@ -31,14 +31,13 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support.experiment import door  # noqa: E402
-
 from prepare.captions import read_captions  # noqa: E402
 from prepare.categories import COCO, category_table, clip_categories, merge_rare  # noqa: E402
 from prepare.facts import SEGMENT_VOLUMES, cc2017_splits  # noqa: E402
 from support.files import write_json, written_whole  # noqa: E402
 from support.options import Parser  # noqa: E402
 from support.readers import read_json, read_json_lines  # noqa: E402
+from support.runs import door  # noqa: E402
 from support.videos import read_clips, uniform_frames, video_info  # noqa: E402
 from toy.release import ToyRelease  # noqa: E402
 

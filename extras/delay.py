@@ -16,13 +16,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np  # noqa: E402
-from support.experiment import door  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from data import ClipDataset, mean_frames  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.options import option, parse  # noqa: E402
 from support.pictures import curves  # noqa: E402
+from support.runs import door  # noqa: E402
 
 
 @dataclass

@@ -24,8 +24,6 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
-from support.experiment import door  # noqa: E402
-
 from brain_model import BrainModel  # noqa: E402
 from data import ClipDataset  # noqa: E402
 from extras import memories  # noqa: E402
@@ -34,6 +32,7 @@ from prepare.facts import SECONDS  # noqa: E402
 from support.options import Parser, within  # noqa: E402
 from support.pictures import contact_sheet, grid_gif  # noqa: E402
 from support.readers import load_model  # noqa: E402
+from support.runs import door  # noqa: E402
 
 # of Glasser et al. 2016: "MT+ complex and neighbouring visual areas", and "ventral stream visual cortex"
 LATERAL = "MT MST FST V4t V3CD LO1 LO2 LO3 PH".split()

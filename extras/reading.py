@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support.experiment import door  # noqa: E402
-
 from extras import shapes  # noqa: E402
 from support.files import written_whole  # noqa: E402
 from support.options import Parser  # noqa: E402
+from support.runs import door  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 STYLE = Path(__file__).with_name("reading.css")

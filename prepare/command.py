@@ -136,6 +136,7 @@ def main(argv: Sequence[str], doc: str | None = __doc__) -> None:
 
 def prepare(config: Config, root: Path = Path("data")) -> None:
     """Recordings, stimuli and, where asked for, what the video decoder needs; then the list of the arrays."""
+    from prepare.copies import prepare_copies, prepare_recorded
     from prepare.fmri import prepare_fmri, refuse_twins
     from prepare.stimuli import describe_clips, prepare_stimuli
 
@@ -156,7 +157,9 @@ def prepare(config: Config, root: Path = Path("data")) -> None:
     if not config.allow_duplicate_subject:
         refuse_twins(source, folder)
     prepare_fmri(source, folder, source.recipe | {"window": config.window}, config.window)
+    prepare_recorded(folder)
     prepare_stimuli(source, stimuli, captions, config.clip, config.viclip, sentences=sentences)
+    prepare_copies(stimuli)
     if config.decoder:
         from prepare.decoder import prepare_decoder
 
@@ -169,7 +172,7 @@ def prepare(config: Config, root: Path = Path("data")) -> None:
 
 # ---- toy, to go
 TOY = Path(__file__).parents[1] / "toy"
-from prepare.facts import raw_folder, decoder_recipes
+from prepare.facts import decoder_recipes, raw_folder
 from support.files import is_made_by
 
 

@@ -18,6 +18,7 @@ from prepare.facts import decoder_recipes
 from prepare.release import Release
 from prepare.stimuli import clips_from, encode_all, first_sentences, plan
 from support.files import hashes, is_made_by, resumable_arrays, writing_array
+from support.pipelines import latent_shape, load_pipeline
 from support.readers import read_json_lines
 from support.videos import video_frames
 from video_decoder import VideoDecoder
@@ -54,7 +55,7 @@ def prepare_decoder(
     files = {split: folder / "latents.npy" for split, folder in folders.items()}
     missing = [split for split, file in files.items() if not is_made_by(file, latent_recipe)]
     if missing:
-        encoder = _load(decoder, load_vae=True, tiling=np.prod(size) > WHOLE)
+        encoder = _load(decoder, vae=True, tiling=np.prod(size) > WHOLE)
         for split in missing:
             _prepare_latents(encoder, source, rows[split], files[split], latent_recipe)
 
@@ -62,7 +63,8 @@ def prepare_decoder(
 def _load(decoder: str, **parts: bool) -> VideoDecoder:
     """Text encoder or VAE, on the GPU where there is one."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    loaded = VideoDecoder.from_pretrained(decoder, load_transformer=False, dtype=dtype, **parts).to(device)
+    pipe, text_length, config = load_pipeline(decoder, dtype, **parts)
+    loaded = VideoDecoder(pipe, text_length, config).to(device)
     if device == "cpu" and loaded.pipe.vae is not None:  # convolutions are quicker there with channels last
         for layer in loaded.pipe.vae.modules():
             if isinstance(layer, torch.nn.Conv3d):
@@ -73,7 +75,7 @@ def _load(decoder: str, **parts: bool) -> VideoDecoder:
 @torch.inference_mode()
 def _prepare_text(decoder: str, captions: dict[Path, list[str]], empty: Path, recipe: dict) -> None:
     """text_tokens.npy and text_offsets.npy of the captions of each folder, then empty_prompt.npy."""
-    encoder = _load(decoder, load_text_encoder=True)
+    encoder = _load(decoder, text_encoder=True)
     L, D_txt = encoder.text_length, encoder.text_width
     n = sum(len(set(texts)) for texts in captions.values())
     first = next(iter(captions.values()))[:1]
@@ -115,7 +117,7 @@ def _prepare_latents(
 ) -> None:
     """`file` of the latents of a split's clips, as videos of the recipe's size."""
     size = recipe["frames"], recipe["height"], recipe["width"]
-    shape, split = (len(rows), *encoder.latent_shape(*size)), file.parents[1].name  # (clips, C, f, h, w)
+    shape, split = (len(rows), *latent_shape(encoder, *size)), file.parents[1].name  # (clips, C, f, h, w)
     tqdm.write(
         f"{split}: {'x'.join(map(str, size))} -> {shape[1:]} float16, {2 * np.prod(shape) / 1e9:,.2f} GB"
     )

@@ -189,11 +189,13 @@ class RunFolder:
         self,
         state: dict[str, object],
         models: dict[str, Callable[[Path], object]],
-        sample: Callable | None = None,
+        write_once: Callable[[Path], object] | None = None,
+        sample: Callable[[Path], object] | None = None,
     ) -> None:
         """state: what has a state_dict and goes on (models, optimiser, schedule); it is loaded where the run has a
-        checkpoint. models: what writes a folder of weights. sample(file): draws a picture of the state of things."""
-        self.state, self.models, self.sample = state, models, sample
+        checkpoint. models: what writes a folder of weights; write_once(folder): what stays as it is. sample(file)
+        draws what the model can."""
+        self.state, self.models, self.write_once, self.sample = state, models, write_once, sample
         if not self.first_step:
             return
         keys = {"step": int} | dict.fromkeys(state, dict)

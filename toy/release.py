@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from prepare.copies import prepare_copies, prepare_recorded
+from prepare.facts import VIDEO, check_subject, decoder_recipes, raw_folder, stimuli_folder
 from prepare.release import Release, visible
-from support.files import write_json
+from support.files import is_made_by, write_json
 from support.readers import read_array, read_json, read_json_lines, read_npz
 from support.videos import write_video
 from toy.subject import VERSION, VOLUMES_BEFORE, VOXELS, recordings, responses
@@ -140,3 +142,61 @@ def make_toy(raw: Path, seed: int = 0) -> None:
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+TOY = Path(__file__).parents[1] / "toy"
+
+
+def prepare_toy(
+    root: Path = Path("data"), decoder: str | None = None, size: tuple[int, int, int] | None = None,
+    subject: int = 1,
+) -> None:  # fmt: skip
+    """Make the toy world and prepare it as a real release, in about a minute; what is whole is kept. Each
+    subject has voxels and films of its own.
+
+    With a decoder also its latents of videos of `size` = frames, height, width, and its text tokens. Raises
+    ValueError where these were made by another decoder or of another size.
+    """
+    check_subject("toy", subject)
+    folder, raw = root / "toy" / f"sub{subject}", raw_folder("toy", subject, root)
+    stimuli = stimuli_folder("toy", subject, root)
+    wanted = [folder / "voxels.npz"]
+    for split in ("train", "test"):
+        names = ("clips.jsonl", "categories.npy", "e_txt.npy", "e_img.npy", "e_act.npy", "near_copies.npy")
+        wanted.append(folder / split / "recorded.npy")
+        wanted += [stimuli / split / name for name in names]
+    recipe = toy_recipe(subject)
+    recordings = [is_made_by(folder / split / "fmri.npy", recipe) for split in ("train", "test")]
+    if not all(recordings) or not all(file.is_file() for file in wanted):
+        from prepare.fmri import prepare_fmri
+        from prepare.stimuli import prepare_stimuli
+
+        make_toy(raw, seed=subject - 1)
+        source = ToyRelease(raw, subject)
+        prepare_fmri(source, folder, recipe)
+        prepare_recorded(folder)
+        captions = dict.fromkeys(source.splits, raw / "captions.jsonl")
+        prepare_stimuli(source, stimuli, captions, f"local-dir:{TOY / 'clip'}", str(TOY / "viclip"))
+        prepare_copies(stimuli)
+    if decoder is not None and not _decoder_is_prepared(stimuli, decoder, size or VIDEO["toy"]):
+        from prepare.decoder import prepare_decoder
+
+        make_toy(raw, seed=subject - 1)
+        prepare_decoder(ToyRelease(raw, subject), stimuli, decoder, size or VIDEO["toy"])
+
+
+def toy_recipe(subject: int) -> dict:
+    """What makes fmri.npy of the toy world. world: the version of its films and recordings."""
+    return {"release": "toy", "subject": subject, "delay": 2, "window": 1, "world": 2}
+
+
+def _decoder_is_prepared(stimuli: Path, decoder: str, size: tuple[int, int, int]) -> bool:
+    latents, text = decoder_recipes(decoder, size)
+    folder = Path(decoder).name
+    made = [is_made_by(stimuli / folder / "empty_prompt.npy", text)]
+    for split in ("train", "test"):
+        made.append(is_made_by(stimuli / split / folder / "latents.npy", latents))
+        made += [
+            is_made_by(stimuli / split / folder / f"text_{name}.npy", text) for name in ("tokens", "offsets")
+        ]
+    return all(made)
