@@ -3,6 +3,7 @@ beside this file.
 
     python -m toy.pretrain clip      open_clip CLIP: a frame and its caption              -> toy/clip/
     python -m toy.pretrain viclip    ViCLIP: eight frames and their caption               -> toy/viclip/
+    python -m toy.pretrain gates     what both recognise
 
 Both learn from the 752 combinations of attributes that training clips may show and are tested on the 160 held
 out: which of the captions is the clip's? A frame does not show what its object does, so CLIP is asked for
@@ -10,8 +11,6 @@ shape, colour and background only. On two cores, about five minutes each. The se
 rounding may change the last digit.
 """
 
-import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,192 +18,131 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from prepare.encoders import encode_actions, encode_images, encode_texts, load_clip
-from prepare.viclip import ViCLIP, ViCLIPConfig
-from support.videos import uniform_frames
-from toy.world import ACTIONS, BACKGROUNDS, COLOURS, SHAPES, Clip, combinations, random_clip, render
-
-HERE = Path(__file__).parent
-CLIP = {
-    "embed_dim": 64,
-    "vision_cfg": {"image_size": 64, "layers": 3, "width": 128, "head_width": 32, "patch_size": 16},
-    "text_cfg": {
-        "context_length": 16,
-        "vocab_size": 40,
-        "width": 64,
-        "heads": 2,
-        "layers": 2,
-        "hf_tokenizer_name": "tokenizer.json",
-    },
-}
-VICLIP = {
-    "image_size": 64,
-    "patch_size": 32,
-    "vision_width": 128,
-    "vision_layers": 3,
-    "vision_heads": 4,
-    "embed_dim": 64,
-}
-VICLIP_TEXT = {"text_width": 64, "text_layers": 2, "text_heads": 2, "vocab_size": 40, "context_length": 16}
+from prepare.viclip import ViCLIP
+from toy.fit import HERE, command, configured, fit, one_cycle, pixels, rendered
+from toy.world import ACTIONS, Clip, combinations, random_clip
 
 
-def shown(pool: list[tuple], copies: int, seed: int) -> tuple[list[Clip], np.ndarray]:
-    """`copies` random clips of each combination, and their eight frames, uint8 (clips, 8, 64, 64, 3)."""
+def clips_of(pool: list[tuple], copies: int, seed: int) -> list[Clip]:
+    """Random clips of each combination: the pool, `copies` times over."""
     rng = np.random.default_rng(seed)
-    clips = [random_clip(combination, rng) for _ in range(copies) for combination in pool]
-    pick = uniform_frames(17, 8)
-    return clips, np.stack([render(clip)[pick] for clip in tqdm(clips, desc="rendering")])
+    return [random_clip(combination, rng) for combination in pool * copies]
 
 
-def contrast(video: torch.Tensor, text: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:
+def contrast(video: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
     """CLIP's loss: InfoNCE in both directions. video, text (B, D)."""
     logits = log_scale.exp() * F.normalize(video, dim=-1) @ F.normalize(text, dim=-1).T
-    own = torch.arange(len(logits))
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    diagonal = torch.arange(len(logits))
+    return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
 
 
-def train(
-    parameters: list[nn.Parameter], loss_of, clips: int, combinations: int, steps: int, batch: int, lr: float
-) -> None:
-    """AdamW, OneCycle; a batch never has the same combination twice (the clips lie combination by
-    combination, copy after copy)."""
-    optimiser = torch.optim.AdamW(parameters, lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
-    rng = np.random.default_rng(0)
-    progress = tqdm(range(steps))
-    for _ in progress:
-        pick = rng.permutation(combinations)[:batch] + combinations * rng.integers(
-            0, clips // combinations, batch
-        )
-        loss = loss_of(pick, rng)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
+def pick(pool: int, clips: int, batch: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of `batch` clips (of `clips_of`) of which no two show the same combination."""
+    return rng.permutation(pool)[:batch] + pool * rng.integers(0, clips // pool, batch)
 
 
-def pixels(frames: np.ndarray, mean: list[float], std: list[float]) -> torch.Tensor:
-    """uint8 (..., H, W, 3) -> normalised (..., 3, H, W)."""
-    x = torch.from_numpy(frames).movedim(-1, -3).float() / 255
-    return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-
-
-def top_1(e: np.ndarray, e_txt: np.ndarray, own: list, of_text: list) -> float:
-    """Share of the clips whose most similar caption says what the clip shows."""
-    return float(np.mean([own[i] == of_text[j] for i, j in enumerate((e @ e_txt.T).argmax(1))]))
-
-
-def pretrain_clip(steps: int = 1500, batch: int = 192) -> None:
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    folder = HERE / "clip"
-    folder.mkdir(exist_ok=True)
-    words = " ".join(["a", *SHAPES, *COLOURS, *ACTIONS, *BACKGROUNDS]).split()
-    vocabulary = {
-        word: i for i, word in enumerate(dict.fromkeys(["<pad>", "<unk>", "<bos>", *words, "<eos>"]))
-    }
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    ends = [(token, vocabulary[token]) for token in ("<bos>", "<eos>")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=ends)
-    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    stats = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": CLIP, "preprocess_cfg": stats}, indent=2) + "\n"
-    )
-
+def pretrain_clip(out: Path, steps: int = 1500, batch: int = 192, lr: float = 1e-3) -> None:
+    folder = configured(out / "clip", "clip")
     torch.manual_seed(0)
-    model = open_clip.CLIP(**{k: dict(v) if isinstance(v, dict) else v for k, v in CLIP.items()})
-    seen, unseen = combinations()
-    clips, frames = shown(seen, 6, seed=1)
-    encode = open_clip.get_tokenizer(f"local-dir:{HERE / 'clip'}")
-    tokens = encode([clip.caption for clip in clips[: len(seen)]])
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    seen, rng = combinations()[0], np.random.default_rng(0)
+    clips = clips_of(seen, 6, seed=1)
+    frames = rendered(clips, 8)
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")([clip.caption for clip in clips[: len(seen)]])
 
-    def loss_of(pick: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-        x = pixels(frames[pick, rng.integers(0, 8, len(pick))], **stats)
-        return contrast(model.encode_image(x), model.encode_text(tokens[pick % len(seen)]), model.logit_scale)
+    def loss_of(step: int) -> tuple[Tensor, dict]:
+        i = pick(len(seen), len(clips), batch, rng)
+        x = pixels(frames[i, rng.integers(0, 8, batch)], mean, std)
+        return contrast(
+            model.encode_image(x), model.encode_text(tokens[i % len(seen)]), model.logit_scale
+        ), {}
 
-    train(list(model.parameters()), loss_of, len(clips), len(seen), steps, batch, lr=1e-3)
-    save_file(
-        {k: v.half().contiguous() for k, v in model.state_dict().items()},
-        folder / "open_clip_model.safetensors",
-    )
+    parameters = list(model.parameters())
+    fit("clip", parameters, loss_of, [one_cycle(parameters, lr, steps)], steps)
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")
 
 
-def pretrain_viclip(steps: int = 700, batch: int = 96, caption_weight: float = 0.3) -> None:
+def pretrain_viclip(out: Path, steps: int = 700, batch: int = 96, lr: float = 1e-3) -> None:
     """An embedding of what happens more than of how it looks, as ViCLIP is there for (§3.1): each clip is to
     find the words for its action among the eight, and, weighing less, its caption. Patches of 32: with 16 no
     training found out left from right."""
+    config = ViCLIP.from_pretrained(HERE / "viclip").config
     torch.manual_seed(0)
-    model = ViCLIP(ViCLIPConfig(**VICLIP, **VICLIP_TEXT))
-    nn.init.normal_(
-        model.vision_encoder.temporal_positional_embedding, std=0.3
-    )  # at 0 no frame is before another
-    seen, unseen = combinations()
-    clips, frames = shown(seen, 12, seed=2)
+    model = ViCLIP(config)
+    # at 0 no frame is before another
+    nn.init.normal_(model.vision_encoder.temporal_positional_embedding, std=0.3)
+    seen, rng = combinations()[0], np.random.default_rng(0)
+    clips = clips_of(seen, 12, seed=2)
+    frames = rendered(clips, 8)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{HERE / 'clip'}")
-    captions, actions = tokenizer([clip.caption for clip in clips[: len(seen)]]), tokenizer(list(ACTIONS))
-    own_action = torch.tensor([ACTIONS.index(clip.action) for clip in clips])
-    log_scale, c = nn.Parameter(torch.tensor(2.66)), model.config
+    actions, captions = tokenizer(list(ACTIONS)), tokenizer([clip.caption for clip in clips[: len(seen)]])
+    action_of = torch.tensor([ACTIONS.index(clip.action) for clip in clips])
+    log_scale = nn.Parameter(torch.tensor(2.66))
 
-    def loss_of(pick: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-        video = model.encode_video(pixels(frames[pick], c.image_mean, c.image_std))  # (B, D)
-        text = model.encode_text(torch.cat([actions, captions[pick % len(seen)]]))  # (8 + B, D)
-        by_action = (
-            log_scale.exp() * F.normalize(video, dim=-1) @ F.normalize(text[: len(ACTIONS)], dim=-1).T
-        )  # (B, 8)
-        return F.cross_entropy(by_action, own_action[pick]) + caption_weight * contrast(
-            video, text[len(ACTIONS) :], log_scale
-        )
+    def loss_of(step: int) -> tuple[Tensor, dict]:
+        i = pick(len(seen), len(clips), batch, rng)
+        video = model.encode_video(
+            pixels(frames[i], config.image_mean, config.image_std)
+        )  # (B, D)
+        text = model.encode_text(torch.cat([actions, captions[i % len(seen)]]))  # (8 + B, D)
+        action, caption = text.split([len(ACTIONS), batch])
+        logits = log_scale.exp() * F.normalize(video, dim=-1) @ F.normalize(action, dim=-1).T  # (B, 8)
+        return F.cross_entropy(logits, action_of[i]) + 0.3 * contrast(video, caption, log_scale), {}
 
-    train([*model.parameters(), log_scale], loss_of, len(clips), len(seen), steps, batch, lr=1e-3)
+    parameters = [*model.parameters(), log_scale]
+    fit("viclip", parameters, loss_of, [one_cycle(parameters, lr, steps)], steps)
     model.temp.data = 1 / log_scale.data.exp()
-    model.save_pretrained(HERE / "viclip")
+    model.save_pretrained(out / "viclip")
 
 
-def gates() -> None:
-    """What the shipped encoders recognise of the held-out combinations."""
-    clips, frames = shown(combinations()[1], 4, seed=3)
-    clip, _, tokenizer = load_clip(f"local-dir:{HERE / 'clip'}")
-    captions = [c.caption for c in clips[: len(clips) // 4]]
-    looks = [(c.shape, c.colour, c.background) for c in clips]
-    e_txt = encode_texts(clip, tokenizer, captions)
-    frame_accuracy = top_1(encode_images(clip, frames).mean(1), e_txt, looks, looks[: len(captions)])
-    print(
-        f"CLIP, held-out clips: shape, colour, background of the nearest of {len(captions)} captions right "
-        f"in {frame_accuracy:.1%}"
+def top_1(e: np.ndarray, e_text: np.ndarray, shown: list, described: list) -> float:
+    """Share of the clips whose most similar text describes what the clip shows."""
+    return float(np.mean([shown[i] == described[j] for i, j in enumerate((e @ e_text.T).argmax(1))]))
+
+
+def clip_gate(out: Path) -> None:
+    """What CLIP recognises of the held-out combinations."""
+    clips = clips_of(combinations()[1], 4, seed=3)
+    clip, _, tokenizer = load_clip(f"local-dir:{out / 'clip'}")
+    e_text = encode_texts(clip, tokenizer, [clip.caption for clip in clips[:160]])
+    looks = [(clip.shape, clip.colour, clip.background) for clip in clips]
+    right = top_1(encode_images(clip, rendered(clips, 8)).mean(1), e_text, looks, looks[:160])
+    print("CLIP, held-out clips: shape, colour, background of the nearest of 160 captions right in", end=" ")
+    print(f"{right:.1%} (chance 1.2%: 80 different looks)")
+
+
+@torch.inference_mode()
+def viclip_gate(out: Path) -> None:
+    """What ViCLIP recognises of the held-out combinations."""
+    clips = clips_of(combinations()[1], 4, seed=3)
+    viclip, tokenizer = (
+        ViCLIP.from_pretrained(out / "viclip"),
+        open_clip.get_tokenizer(f"local-dir:{HERE / 'clip'}"),
     )
-    viclip = ViCLIP.from_pretrained(HERE / "viclip")
-    with torch.inference_mode():
-        e_text = F.normalize(viclip.encode_text(tokenizer(captions)), dim=-1).numpy()
-    shows = [c.combination for c in clips]
-    all_right = top_1(encode_actions(viclip, frames), e_text, shows, shows[: len(captions)])
-    print(
-        f"ViCLIP, held-out clips: all four attributes of the nearest of {len(captions)} captions right in "
-        f"{all_right:.1%}"
-    )
-    with torch.inference_mode():
-        e_action = F.normalize(viclip.encode_text(tokenizer(list(ACTIONS))), dim=-1).numpy()
-    action_right = top_1(encode_actions(viclip, frames), e_action, [c.action for c in clips], list(ACTIONS))
-    print(f"ViCLIP, held-out clips: the nearest of the eight actions right in {action_right:.1%}")
-    print("chance: 1.2% (80 different looks), 0.6% and 12.5%")
+    e = encode_actions(viclip, rendered(clips, 8))
+    actions, shown = [clip.action for clip in clips], [clip.combination for clip in clips]
+
+    def right(texts: list[str], shown: list, described: list) -> float:
+        e_text = F.normalize(viclip.encode_text(tokenizer(texts)), dim=-1).numpy()
+        return top_1(e, e_text, shown, described)
+
+    captions = [clip.caption for clip in clips[:160]]
+    print("ViCLIP, held-out clips: all four attributes of the nearest of 160 captions right in", end=" ")
+    print(f"{right(captions, shown, shown[:160]):.1%} (chance 0.6%)")
+    print("ViCLIP, held-out clips: the nearest of the eight actions right in", end=" ")
+    print(f"{right(list(ACTIONS), actions, list(ACTIONS)):.1%} (chance 12.5%)")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=("clip", "viclip", "gates"))
-    what = parser.parse_args().what
-    if what != "gates":
-        {"clip": pretrain_clip, "viclip": pretrain_viclip}[what]()
-    if what != "clip":
-        gates()
+    network, out, recipe = command(__doc__, ("clip", "viclip", "gates"))
+    if network != "gates":
+        {"clip": pretrain_clip, "viclip": pretrain_viclip}[network](out, **recipe)
+    if network != "viclip":
+        clip_gate(out)
+    if network != "clip":
+        viclip_gate(out)

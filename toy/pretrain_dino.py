@@ -12,62 +12,50 @@ they tell colours and backgrounds apart, shapes hardly, so DTC on the toy world 
 one of shape.
 """
 
-import argparse
 from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTModel
 
-from support.videos import uniform_frames
-from toy.pretrain_classifiers import ATTRIBUTES, HERE, Stage, normalise
-from toy.world import SIZE, combinations, random_clip, render
+from toy.fit import HERE, Stage, command, configured, fit, one_cycle, pixels, rendered
+from toy.world import ATTRIBUTES, SIZE, combinations, random_clip
 
-WIDTH, PROTOTYPES, LOCALS = 48, 128, 4
+PROTOTYPES, LOCALS = 128, 4
 
 
-class WithHead(torch.nn.Module):
+class WithHead(nn.Module):
     """x (B, 3, h, w) -> (B, PROTOTYPES): cosines of the CLS token, through a projection that is thrown away
     later, to prototypes."""
 
     def __init__(self):
         super().__init__()
-        size = {
-            "hidden_size": WIDTH,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 3,
-            "intermediate_size": 2 * WIDTH,
-        }
-        self.vit = ViTModel(
-            ViTConfig(image_size=SIZE, patch_size=8, initializer_range=0.08, **size), add_pooling_layer=False
-        )
-        self.head = torch.nn.Sequential(
-            torch.nn.Linear(WIDTH, 128), torch.nn.GELU(), torch.nn.Linear(128, 32)
-        )
-        self.prototypes = torch.nn.Parameter(torch.randn(PROTOTYPES, 32))
+        config = ViTConfig.from_pretrained(HERE / "dino")
+        self.vit = ViTModel(config, add_pooling_layer=False)
+        self.head = nn.Sequential(nn.Linear(config.hidden_size, 128), nn.GELU(), nn.Linear(128, 32))
+        self.prototypes = nn.Parameter(torch.randn(PROTOTYPES, 32))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         f = self.vit(x, interpolate_pos_encoding=True).last_hidden_state[:, 0]
         return F.normalize(self.head(f), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
 
 
-def crops(x: torch.Tensor, size: int, smallest: float, largest: float) -> torch.Tensor:
+def crops(x: Tensor, size: int, smallest: float, largest: float) -> Tensor:
     """x (B, 3, 64, 64) -> (B, 3, size, size): of each, a random square of between `smallest` and `largest` of
     its area."""
     side = torch.empty(len(x)).uniform_(smallest, largest).sqrt()
     shift = (torch.rand(2, len(x)) * 2 - 1) * (1 - side)
-    zero = torch.zeros(len(x))
-    theta = torch.stack(
-        [torch.stack([side, zero, shift[0]], -1), torch.stack([zero, side, shift[1]], -1)], 1
-    )  # (B, 2, 3)
-    where = F.affine_grid(theta, (len(x), 3, size, size), align_corners=False)
-    return F.grid_sample(x, where, padding_mode="reflection", align_corners=False)
+    theta = torch.zeros(len(x), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = side
+    theta[:, :, 2] = shift.T
+    grid = F.affine_grid(theta, (len(x), 3, size, size), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
-def assignments(t: torch.Tensor) -> torch.Tensor:
+def assignments(t: Tensor) -> Tensor:
     """The teacher's cosines (B, PROTOTYPES) -> soft assignments, rows of sum 1, columns nearly of the same
     sum: sharpened and centred."""
     p = (t / 0.05).exp()
@@ -77,85 +65,66 @@ def assignments(t: torch.Tensor) -> torch.Tensor:
     return p
 
 
-def pretrain_dino(steps: int, batch: int, lr: float, out: Path = HERE) -> None:
+def pretrain_dino(out: Path, steps: int = 900, batch: int = 96, lr: float = 2e-3) -> None:
     torch.manual_seed(0)
     student = WithHead()
     teacher = deepcopy(student).requires_grad_(False)
-    stage, pool, rng = Stage(40, 1, uniform_frames(17, 16)), combinations()[0], np.random.default_rng(2)
-    optimiser = torch.optim.AdamW(student.parameters(), lr, weight_decay=0.04)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
-    progress = tqdm(range(steps), desc="dino", mininterval=20)
-    for step in progress:
-        x = stage.clips([pool[i] for i in rng.integers(len(pool), size=batch)], one_frame=True)[:, 0]
-        globals_ = torch.cat([crops(x, SIZE, 0.5, 1) for _ in range(2)])
-        locals_ = torch.cat([crops(x, SIZE // 2, 0.2, 0.5) for _ in range(LOCALS)])
+    stage, pool, rng = Stage(40), combinations()[0], np.random.default_rng(2)
+    # of a global crop and another one
+    pairs = [(i, j) for i in range(2) for j in range(2 + LOCALS) if i != j]
+
+    def loss_of(step: int) -> tuple[Tensor, dict]:
+        chosen = [pool[i] for i in rng.integers(len(pool), size=batch)]
+        x = stage.clips(chosen, one_frame=True)[:, 0]  # (B, 3, 64, 64)
+        large = torch.cat([crops(x, SIZE, 0.5, 1) for _ in range(2)])
+        small = torch.cat([crops(x, SIZE // 2, 0.2, 0.5) for _ in range(LOCALS)])
         with torch.no_grad():
-            p = assignments(teacher(globals_)).chunk(2)
-        s = [*student(globals_).chunk(2), *student(locals_).chunk(LOCALS)]
-        log_q = [(v / 0.1).log_softmax(-1) for v in s]
-        pairs = [(i, j) for i in range(2) for j in range(2 + LOCALS) if i != j]
-        loss = -sum((p[i] * log_q[j]).sum(-1).mean() for i, j in pairs) / len(pairs)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 3.0)
-        optimiser.step()
-        schedule.step()
-        keep = 1 - 0.01 * (1 + np.cos(np.pi * step / steps)) / 2  # 0.99 to 1
+            p = assignments(teacher(large)).chunk(2)
+        cosines = [*student(large).chunk(2), *student(small).chunk(LOCALS)]
+        log_q = [(v / 0.1).log_softmax(-1) for v in cosines]
+        return -sum((p[i] * log_q[j]).sum(-1).mean() for i, j in pairs) / len(pairs), {}
+
+    def move_teacher(step: int) -> None:
+        weight = 0.01 * (1 + np.cos(np.pi * step / steps)) / 2  # of the student: 0.01 to 0
         for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
-            slow.lerp_(fast.detach(), 1 - keep)
-        if step % 100 == 99:
-            progress.write(f"{step + 1} loss {loss.item():.3f}")
-    whole = {"height": SIZE, "width": SIZE}
-    ViTImageProcessor(size=whole, image_mean=[0.45] * 3, image_std=[0.225] * 3).save_pretrained(out / "dino")
-    teacher.vit.half().save_pretrained(out / "dino")
+            slow.lerp_(fast.detach(), weight)
+
+    parameters = list(student.parameters())
+    schedule = one_cycle(parameters, lr, steps, weight_decay=0.04)
+    fit("dino", parameters, loss_of, [schedule], steps, max_norm=3.0, after=move_teacher)
+    teacher.vit.half().save_pretrained(configured(out / "dino", "dino"))
 
 
 @torch.inference_mode()
-def dino_gate(out: Path = HERE, bank: int = 3, queries: int = 2, k: int = 5) -> dict[str, float]:
+def dino_gate(out: Path, k: int = 5) -> None:
     """Clips of the 160 held-out combinations by the votes of their k nearest of the 752; cosines of frames
     within and across clips."""
     model = ViTModel.from_pretrained(out / "dino", add_pooling_layer=False, dtype=torch.float32).eval()
     rng, (seen, unseen) = np.random.default_rng(4), combinations()
 
-    def features(chosen: list[tuple], frames: list[int]) -> torch.Tensor:  # (clips, frames, D), unit
-        x = [
-            normalise(torch.from_numpy(render(random_clip(c, rng))[frames]).movedim(-1, 1) / 255)
-            for c in chosen
-        ]
-        f = torch.cat([model(torch.cat(x[i : i + 32])).last_hidden_state[:, 0] for i in range(0, len(x), 32)])
+    def features(pool: list[tuple], frames: list[int]) -> Tensor:  # (clips, frames, D), unit
+        x = pixels(rendered([random_clip(combination, rng) for combination in pool], frames))
+        f = torch.cat([model(clips.flatten(0, 1)).last_hidden_state[:, 0] for clips in x.split(32)])
         return F.normalize(f, dim=-1).unflatten(0, (len(x), -1))
 
-    known, asked = seen * bank, unseen * queries
-    votes = (features(asked, [8])[:, 0] @ features(known, [8])[:, 0].T).topk(k).indices  # (clips, k)
-    scores = {}
-    for a, name in enumerate(ATTRIBUTES):
-        values = sorted({c[a] for c in known})
-        of = torch.tensor([values.index(c[a]) for c in known])[votes]
-        scores[name] = float(
-            np.mean([values[int(v)] == c[a] for v, c in zip(of.mode(1).values, asked, strict=True)])
-        )
-        print(f"nearest {k}: {name} {scores[name]:.3f} (chance {1 / len(values):.3f})")
+    known, asked = seen * 3, unseen * 2
+    cosines = features(asked, [8])[:, 0] @ features(known, [8])[:, 0].T
+    nearest = cosines.topk(k).indices  # (clips, k)
+    for a, (name, values) in enumerate(ATTRIBUTES.items()):
+        value = torch.tensor([sorted(values).index(combination[a]) for combination in known])
+        truth = torch.tensor([sorted(values).index(combination[a]) for combination in asked])
+        right = (value[nearest].mode(1).values == truth).float().mean()
+        print(f"nearest {k}: {name} {right:.3f} (chance {1 / len(values):.3f})")
     f = features(unseen, list(range(17)))  # (160, 17, D)
-    scores["within"] = float((f[:, 1:] * f[:, :1]).sum(-1).mean())
-    other = torch.stack([(f[:, 0] * f.roll(s, 0)[:, 8]).sum(-1) for s in range(1, 160)])  # (159, 160)
-    scores["across"] = float(other.mean())
-    scores["closer"] = float(((f[:, 0] * f[:, 8]).sum(-1) > other).float().mean())
-    print(
-        "cosine of frames: within a clip {within:.3f}, across {across:.3f}; "
-        "own is closer in {closer:.1%} of pairs".format(**scores)
-    )
-    return scores
+    within = (f[:, 1:] * f[:, :1]).sum(-1).mean()
+    across = torch.stack([(f[:, 0] * f.roll(s, 0)[:, 8]).sum(-1) for s in range(1, 160)])  # (159, 160)
+    closer = ((f[:, 0] * f[:, 8]).sum(-1) > across).float().mean()
+    print(f"cosine of frames: within a clip {within:.3f}, across {across.mean():.3f}; ", end="")
+    print(f"the own clip's is closer in {closer:.1%} of pairs")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--out", type=Path, default=HERE)
-    args = parser.parse_args()
+    _, out, recipe = command(__doc__)
     torch.set_num_threads(1)
-    pretrain_dino(args.steps, args.batch, args.lr, args.out)
-    dino_gate(args.out)
+    pretrain_dino(out, **recipe)
+    dino_gate(out)

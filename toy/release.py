@@ -1,4 +1,4 @@
-"""The toy world as a release: its files, made here, and read as cc2017's are."""
+"""The toy world as a release: its files are made here, and read and prepared as those of cc2017 are."""
 
 import json
 import os
@@ -32,7 +32,8 @@ from toy.world import (
     render,
 )
 
-MEND = "delete the folder and run the command again: it makes the toy world anew"
+HERE = Path(__file__).parent
+ANEW = "delete the folder and run the command again: it makes the toy world anew"
 
 
 class ToyRelease(Release):
@@ -40,7 +41,7 @@ class ToyRelease(Release):
 
     def __init__(self, raw: Path, subject: int = 1, delay: int = 2):
         self.raw, self.subject, self.delay = raw, subject, delay
-        rows = read_json_lines(raw / "captions.jsonl", {"split": str, "segment": str}, MEND)
+        rows = read_json_lines(raw / "captions.jsonl", {"split": str, "segment": str}, ANEW)
         self.clips = Counter(row["segment"] for row in rows)
         self.splits = {}
         for split in ("train", "test"):
@@ -62,7 +63,7 @@ class ToyRelease(Release):
         return self.raw / "fmri" / f"{segment}_{repeat + 1}.npy"
 
     def load_run(self, segment: str, repeat: int) -> np.ndarray:
-        return read_array(self.run_file(segment, repeat), shape=(None, None), mend=MEND)
+        return read_array(self.run_file(segment, repeat), shape=(None, None), mend=ANEW)
 
     def files(self, segment: str) -> list[Path]:
         return visible(self.raw / "fmri", f"{segment}_*.npy")
@@ -80,41 +81,38 @@ def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
 
     stimuli/seg1.mp4, fmri/seg1_1.npy float32 (volumes, voxels), captions.jsonl (a line a clip, in order).
     """
-    roi = np.load(VOXELS)["roi"]
     (folder / "stimuli").mkdir(parents=True)
     (folder / "fmri").mkdir()
     seen = set(combinations()[0])
-    film_of = {split: film(split, seed) for split in ("train", "test")}
-    response = responses(film_of["train"] + film_of["test"], roi, seed)
+    clips = film("train", seed) + film("test", seed)
+    response = responses(clips, np.load(VOXELS)["roi"], seed)
+    start = 0
     with open(folder / "captions.jsonl", "w") as captions:
-        start = 0
-        for split, prefix, segments, clips, repeats in (
+        for split, prefix, segments, length, repeats in (
             ("train", "seg", TRAIN_SEGMENTS, TRAIN_CLIPS, TRAIN_REPEATS),
             ("test", "test", TEST_SEGMENTS, TEST_CLIPS, TEST_REPEATS),
         ):
             for s in range(segments):
-                segment = f"{prefix}{s + 1}"
-                shown = film_of[split][s * clips : (s + 1) * clips]
-                for i, clip in enumerate(shown):
-                    facts = {
+                segment, part = f"{prefix}{s + 1}", slice(start, start + length)
+                for i, clip in enumerate(clips[part]):
+                    line = {
                         "split": split,
                         "segment": segment,
                         "clip": i,
                         "caption": clip.caption,
                         "categories": [clip.shape],
+                        "seen": clip.combination in seen,
+                        **asdict(clip),
                     }
-                    captions.write(
-                        json.dumps(facts | {"seen": clip.combination in seen} | asdict(clip)) + "\n"
-                    )
-                frames = np.concatenate([render(clip) for clip in shown])
-                film_file = folder / "stimuli" / f"{segment}.mp4"
-                write_video(film_file, frames, FRAMES / SECONDS, keyframe_every=FRAMES)
-                for k, run in enumerate(
-                    recordings(response[start : start + clips], repeats, [seed, split == "test", s])
-                ):
-                    np.save(folder / "fmri" / f"{segment}_{k + 1}.npy", run)
-                    yield f"{segment}_{k + 1}"
-                start += clips
+                    captions.write(json.dumps(line) + "\n")
+                frames = np.concatenate([render(clip) for clip in clips[part]])
+                mp4 = folder / "stimuli" / f"{segment}.mp4"
+                write_video(mp4, frames, FRAMES / SECONDS, keyframe_every=FRAMES)
+                runs = recordings(response[part], repeats, [seed, split == "test", s])
+                for k, volumes in enumerate(runs, 1):
+                    np.save(folder / "fmri" / f"{segment}_{k}.npy", volumes)
+                    yield f"{segment}_{k}"
+                start += length
 
 
 def make_toy(raw: Path, seed: int = 0) -> None:
@@ -122,18 +120,16 @@ def make_toy(raw: Path, seed: int = 0) -> None:
     seed: of the films, of what the voxels prefer, and of the noise. Raises ValueError where an older toy
     world made the folder."""
     if raw.is_dir():
-        version, wanted = raw / "version.json", {"version": VERSION}
-        if not version.is_file() or read_json(version) != wanted:
-            data, runs = raw.parent, Path("runs") / "toy"
-            mend = f"delete {data}, and {runs}, whose runs saw those films"
-            raise ValueError(f"{raw} is of another version of the toy world, wanted {VERSION}: {mend}")
+        version = raw / "version.json"
+        if not version.is_file() or read_json(version) != {"version": VERSION}:
+            advice = f"delete {raw.parent}, and {Path('runs/toy')}, whose runs saw those films"
+            raise ValueError(f"{raw} is of another version of the toy world, wanted {VERSION}: {advice}")
         return
     part = raw.with_name(f".{raw.name}-{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
+    runs = tqdm(write_release(part, seed), total=60, desc="toy world: films and recordings", unit="run")
     try:
-        for _ in tqdm(
-            write_release(part, seed), total=60, desc="toy world: films and recordings", unit="run"
-        ):
+        for _ in runs:
             pass
         write_json(part / "version.json", {"version": VERSION})
         part.rename(raw)
@@ -144,13 +140,17 @@ def make_toy(raw: Path, seed: int = 0) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-TOY = Path(__file__).parents[1] / "toy"
+def toy_recipe(subject: int) -> dict:
+    """What makes fmri.npy of the toy world. world: the version of its films and recordings."""
+    return {"release": "toy", "subject": subject, "delay": 2, "window": 1, "world": VERSION}
 
 
 def prepare_toy(
-    root: Path = Path("data"), decoder: str | None = None, size: tuple[int, int, int] | None = None,
+    root: Path = Path("data"),
+    decoder: str | None = None,
+    size: tuple[int, int, int] | None = None,
     subject: int = 1,
-) -> None:  # fmt: skip
+) -> None:
     """Make the toy world and prepare it as a real release, in about a minute; what is whole is kept. Each
     subject has voxels and films of its own.
 
@@ -158,45 +158,42 @@ def prepare_toy(
     ValueError where these were made by another decoder or of another size.
     """
     check_subject("toy", subject)
-    folder, raw = root / "toy" / f"sub{subject}", raw_folder("toy", subject, root)
-    stimuli = stimuli_folder("toy", subject, root)
-    wanted = [folder / "voxels.npz"]
-    for split in ("train", "test"):
-        names = ("clips.jsonl", "categories.npy", "e_txt.npy", "e_img.npy", "e_act.npy", "near_copies.npy")
-        wanted.append(folder / split / "recorded.npy")
-        wanted += [stimuli / split / name for name in names]
-    recipe = toy_recipe(subject)
-    recordings = [is_made_by(folder / split / "fmri.npy", recipe) for split in ("train", "test")]
-    if not all(recordings) or not all(file.is_file() for file in wanted):
+    raw, stimuli = raw_folder("toy", subject, root), stimuli_folder("toy", subject, root)
+    folder, recipe = root / "toy" / f"sub{subject}", toy_recipe(subject)
+    size = size or VIDEO["toy"]
+    # what loads open_clip or diffusers is imported only where something is to be made
+    if not _is_prepared(folder, stimuli, recipe):
         from prepare.fmri import prepare_fmri
         from prepare.stimuli import prepare_stimuli
 
         make_toy(raw, seed=subject - 1)
-        source = ToyRelease(raw, subject)
-        prepare_fmri(source, folder, recipe)
+        release, captions = ToyRelease(raw, subject), raw / "captions.jsonl"
+        prepare_fmri(release, folder, recipe)
         prepare_recorded(folder)
-        captions = dict.fromkeys(source.splits, raw / "captions.jsonl")
-        prepare_stimuli(source, stimuli, captions, f"local-dir:{TOY / 'clip'}", str(TOY / "viclip"))
+        lists = {"train": captions, "test": captions}
+        prepare_stimuli(release, stimuli, lists, f"local-dir:{HERE / 'clip'}", str(HERE / "viclip"))
         prepare_copies(stimuli)
-    if decoder is not None and not _decoder_is_prepared(stimuli, decoder, size or VIDEO["toy"]):
+    if decoder is not None and not _decoder_is_prepared(stimuli, decoder, size):
         from prepare.decoder import prepare_decoder
 
         make_toy(raw, seed=subject - 1)
-        prepare_decoder(ToyRelease(raw, subject), stimuli, decoder, size or VIDEO["toy"])
+        prepare_decoder(ToyRelease(raw, subject), stimuli, decoder, size)
 
 
-def toy_recipe(subject: int) -> dict:
-    """What makes fmri.npy of the toy world. world: the version of its films and recordings."""
-    return {"release": "toy", "subject": subject, "delay": 2, "window": 1, "world": 2}
+def _is_prepared(folder: Path, stimuli: Path, recipe: dict) -> bool:
+    names = ("clips.jsonl", "categories.npy", "e_txt.npy", "e_img.npy", "e_act.npy", "near_copies.npy")
+    files = [folder / split / "recorded.npy" for split in ("train", "test")]
+    files += [stimuli / split / name for split in ("train", "test") for name in names]
+    runs = [is_made_by(folder / split / "fmri.npy", recipe) for split in ("train", "test")]
+    return all(runs) and all(file.is_file() for file in [folder / "voxels.npz", *files])
 
 
 def _decoder_is_prepared(stimuli: Path, decoder: str, size: tuple[int, int, int]) -> bool:
     latents, text = decoder_recipes(decoder, size)
-    folder = Path(decoder).name
-    made = [is_made_by(stimuli / folder / "empty_prompt.npy", text)]
+    name = Path(decoder).name
+    recipes = {stimuli / name / "empty_prompt.npy": text}
     for split in ("train", "test"):
-        made.append(is_made_by(stimuli / split / folder / "latents.npy", latents))
-        made += [
-            is_made_by(stimuli / split / folder / f"text_{name}.npy", text) for name in ("tokens", "offsets")
-        ]
-    return all(made)
+        folder = stimuli / split / name
+        recipes[folder / "latents.npy"] = latents
+        recipes[folder / "text_tokens.npy"] = recipes[folder / "text_offsets.npy"] = text
+    return all([is_made_by(file, recipe) for file, recipe in recipes.items()])

@@ -88,7 +88,7 @@ def light_response(clips: list[Clip], centre: np.ndarray, width: np.ndarray) -> 
 
 
 def motion_response(clip: Clip, direction: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """What voxels (voxels,) that prefer a kind of flow, and a direction (radians), make of a clip's motion."""
+    """Response to a clip's motion, (voxels,): each voxel prefers a direction (radians) and a kind of flow."""
     # speeds, a clip's length the unit of time
     x, y, size, angle = np.diff(motion(clip, np.linspace(0, 1, FRAMES))) * (FRAMES - 1)
     toward = np.exp(2 * np.cos(np.arctan2(y, x) - direction[:, None]) - 2)  # (voxels, times)
