@@ -1,0 +1,136 @@
+"""What do classifiers see in a video of the toy world, and is it what the clip shows?
+
+The names of the classes hold the attributes: "a red circle moves right". Used by evaluate.py where the clips
+have such attributes.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from metrics.classes import Classifier
+from support.files import write_json
+from support.readers import read_json
+from support.videos import read_video, uniform_frames
+
+ATTRIBUTES = ("colour", "shape", "action", "background")  # of a line of clips.jsonl
+FRAMES = 16  # that the toy world's classifiers were trained on
+ALL = "all of them"
+COLUMNS = ("reconstruction", "top-1 memory", "shuffled fMRI", "stimulus", "chance")  # of the printed table
+
+
+class Recognised(NamedTuple):
+    """What is recognised in the reconstructions; empty where the clips have no attributes."""
+
+    values: dict[str, list[str]] = {}  # attribute: of each clip the value
+    right: np.ndarray | None = None  # (clips,) bool: are all of them the clip's own?
+    table: str = ""
+
+
+@torch.inference_mode()
+def class_probabilities(
+    videos: Iterable[np.ndarray], classifiers: Sequence[str | Path]
+) -> list[tuple[np.ndarray, list[str]]]:
+    """Videos uint8 (F, H, W, 3) -> of each classifier probabilities (clips, classes), of 16 uniform frames
+    (their mean), and the classes' names. Each video is read once."""
+    judges = [Classifier(classifier) for classifier in classifiers]
+    p = [[] for _ in judges]
+    for video in videos:
+        frames = video[uniform_frames(len(video), FRAMES)]
+        for judge, rows in zip(judges, p, strict=True):
+            rows.append(judge(frames).mean(0))
+    return [(np.stack(rows), judge.names) for judge, rows in zip(judges, p, strict=True)]
+
+
+def recognise(
+    videos: Sequence[Path], classifiers: Sequence[str], values: dict[str, list[str]]
+) -> dict[str, list[str]]:
+    """Of each attribute the most probable of its `values` in each video, where P(red) is the sum over the red
+    classes. The first classifier whose classes' names hold an attribute's values is asked for it."""
+    recognised: dict[str, list[str]] = {}
+    for p, names in class_probabilities((read_video(file).frames for file in videos), classifiers):
+        for attribute in values.keys() - recognised.keys():
+            holds = np.zeros((len(names), len(values[attribute])), bool)
+            for i, name in enumerate(names):
+                holds[i] = [f" {value} " in f" {name} " for value in values[attribute]]
+            if holds.any():
+                recognised[attribute] = [values[attribute][i] for i in (p @ holds).argmax(1)]
+    return {attribute: recognised[attribute] for attribute in values if attribute in recognised}
+
+
+def shown_in_training(clips: Sequence[dict], train: Sequence[dict]) -> dict[str, np.ndarray]:
+    """Which clips show a combination of attributes that a training clip shows, and which do not: {name:
+    (clips,) bool}; nothing where the clips have no attributes."""
+    names = [name for name in ATTRIBUTES if name in train[0]]
+    trained = {tuple(clip[name] for name in names) for clip in train}
+    known = np.array([tuple(clip[name] for name in names) in trained for clip in clips])
+    return {"shown in training": known, "never shown": ~known} if names else {}
+
+
+def right(recognised: dict[str, list[str]], clips: Sequence[dict]) -> dict[str, np.ndarray]:
+    """(clips,) bool: is the clip's attribute recognised? Of each attribute and of all together."""
+    hits = {}
+    for name, values in recognised.items():
+        hits[name] = np.array(values) == np.array([clip[name] for clip in clips])
+    return {**hits, ALL: np.all(list(hits.values()), 0)}
+
+
+def shares(
+    recognised: dict[str, list[str]], clips: Sequence[dict], groups: dict[str, np.ndarray] | None = None
+) -> dict[str, float]:
+    """Share of the clips whose attribute is recognised, of each attribute, of all together, and of all
+    together in each group of clips."""
+    hits = right(recognised, clips)
+    for group, members in (groups or {}).items():
+        if members.any():
+            hits[f"{ALL}, {group}"] = hits[ALL][members]
+    return {name: float(values.mean()) for name, values in hits.items()}
+
+
+def agreement(
+    out: Path,
+    classifiers: Sequence[str],
+    clips: dict[int, dict],
+    train: list[dict],
+    top_1: np.ndarray | None,
+    groups: dict[str, np.ndarray] | None = None,
+) -> Recognised:
+    """What is recognised in out/recon/NNNN.mp4 of `clips` {number: line of clips.jsonl}, beside chance, the
+    stimuli, the top-1 memories (indices into `train`) and the run's other reconstructions. Writes
+    out/recognised.json; nothing where the clips have no attributes or no classifier is a local folder."""
+    names = [name for name in ATTRIBUTES if name in train[0]]
+    classifiers = [name for name in classifiers if Path(name).is_dir()]
+    if not (names and classifiers):
+        return Recognised()
+    lines, files = list(clips.values()), [f"{number:04d}.mp4" for number in clips]
+    values = {name: sorted({clip[name] for clip in train}) for name in names}
+    stimuli = recognise([out / "gt" / file for file in files], classifiers, values)
+    recognised = recognise([out / "recon" / file for file in files], classifiers, values)
+    shuffled = out.name.startswith("eval-shuffled")
+    this, kinds = "shuffled fMRI" if shuffled else "reconstruction", ("eval", "eval-shuffled")
+    columns = {this: shares(recognised, lines, groups), "stimulus": shares(stimuli, lines, groups)}
+    if top_1 is not None:
+        memories = {name: [train[i][name] for i in top_1] for name in recognised}
+        columns["top-1 memory"] = shares(memories, lines, groups)
+    chance = {name: 1 / len(values[name]) for name in recognised}
+    by_chance = float(np.prod(list(chance.values())))
+    columns["chance"] = {name: chance.get(name, by_chance) for name in columns[this]}
+    write_json(out / "recognised.json", {"shares": columns, "videos": files, "seen": recognised})
+    kinds = kinds[::-1] if shuffled else kinds
+    other = out.with_name(out.name.replace(*kinds, 1)) / "recognised.json"
+    theirs = read_json(other, keys={"shares": dict})["shares"] if other.is_file() else {}
+    # the memories and stimuli in the table are those of the reconstruction
+    columns = {**columns, **theirs} if shuffled else {**theirs, **columns}
+    return Recognised(recognised, right(recognised, lines)[ALL], _table(columns, len(files)))
+
+
+def _table(columns: dict[str, dict[str, float]], clips: int) -> str:
+    names = [name for name in COLUMNS if name in columns]
+    lines = [f"{f'{clips} held-out clips, seen as shown':<36}" + "".join(f"{name:>16}" for name in names)]
+    for row in columns["chance"]:
+        cells = [f"{columns[name].get(row, np.nan):>16.3f}" for name in names]
+        lines.append(f"{row:<36}" + "".join(cells))
+    return "\n".join(lines)
