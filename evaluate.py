@@ -42,14 +42,14 @@ from heads import Stage1Heads
 from metrics import run as reading
 from metrics.compare import compare
 from metrics.pairs import Pair, Source, other_scenes
-from metrics.report import Clips, pictures, report
+from metrics.parallel import in_processes
+from metrics.report import Clips, Evaluation, pictures, report
 from metrics.score import score_all
 from metrics.table import TOY, Judging, asked
 from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS, raw_folder
 from support import sharing
 from support.experiment import door, run_folder, start
 from support.options import check_options, check_together, option, parse as parse_options
-from support.processes import in_processes
 from support.readers import load_model, read_tensors
 from support.videos import check_writable, read_clip, video_frames, write_video
 from video_decoder import LORA_FILE, VideoDecoder, clip_generator
@@ -216,7 +216,7 @@ def reconstruct(
 def groups_of(train: ClipDataset, test: ClipDataset, clips: np.ndarray) -> dict[str, np.ndarray]:
     """Test clips whose like was seen in training, and those whose was not: {name: (clips,) bool}. In the toy
     world the like is the same combination of attributes, else a near-copy (data.near_copy_threshold)."""
-    from toy.recognise import shown_in_training
+    from metrics.attributes import shown_in_training
 
     named = shown_in_training([test.clips[i] for i in clips], train.clips)
     if not named:
@@ -287,7 +287,7 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
         return 0
 
     # ---- what was remembered, and what is recognised
-    from toy.recognise import ALL, agreement, right
+    from metrics.attributes import agreement
 
     groups = groups_of(model.train, test, clips)
     lines, top_1 = (
@@ -295,19 +295,19 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
         reading.write_retrieved(model, x[clips], shown, out / "retrieved.jsonl"),
     )
     judges = config.video_classifier, config.image_classifier
-    seen, recognised = agreement(out, config.shuffle, judges, lines, train, files, top_1, groups)
-    values = {"all_attributes": right(seen, lines)[ALL]} if seen else {}
-    what = {name: getattr(config, name) for name in ("data", "subject", "run", "seed", "shuffle")}
-    results, text = report(sets, {title: out}, out, config, absent, what, Clips(groups, values))
-
-    def texts(i: int) -> list[str]:
+    recognised = agreement(out, judges, shown, train, top_1, groups)
+    texts = []
+    for i, line in enumerate(lines):
         memory = [] if top_1 is None else [train[top_1[i]]["caption"]]
-        as_seen = " ".join(values[i] for values in seen.values())
-        return [lines[i]["caption"], *memory, f"seen as {as_seen}" if seen else ""]
-
+        as_seen = " ".join(values[i] for values in recognised.values.values())
+        texts.append([line["caption"], *memory, f"seen as {as_seen}" if as_seen else ""])
+    values = {} if recognised.right is None else {"all_attributes": recognised.right}
     recalled = None if top_1 is None else lambda i: stimulus(train[top_1[i]], films, config.seconds, settings)
-    pictures(out, sets, results, texts, config.seconds, recalled, groups)
-    print(f"{recognised}{text}\n\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, sheet.png ...)")
+    what = {name: getattr(config, name) for name in ("data", "subject", "run", "seed", "shuffle")}
+    evaluation = Evaluation(sets, out, config, absent, what, Clips(groups, values, texts, recalled))
+    results, text = report(evaluation)
+    pictures(evaluation, results)
+    print(f"{recognised.table}{text}\n\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, sheet.png ...)")
     return 3 if absent else 0
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
 from evaluate import stimulus  # noqa: E402
+from metrics.attributes import ATTRIBUTES, recognise, right  # noqa: E402
 from metrics.table import TOY  # noqa: E402
 from prepare.command import prepare_toy  # noqa: E402
 from prepare.facts import VIDEO, raw_folder, stimuli_folder  # noqa: E402
@@ -33,7 +34,6 @@ from support.options import (
 )
 from support.readers import read_json_lines  # noqa: E402
 from support.videos import write_video  # noqa: E402
-from toy.recognise import ATTRIBUTES, recognise, right  # noqa: E402
 from video_decoder import VideoDecoder, clip_generator  # noqa: E402
 
 

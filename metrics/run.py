@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from metrics.pairs import find_pairs
-from metrics.report import pictures, report
+from metrics.report import Evaluation, pictures, report
 from metrics.score import score_all
 from metrics.table import asked
 from support.files import sha256, write_json, written_whole
@@ -120,8 +120,8 @@ def evaluate_pairs(config, accelerator: Accelerator) -> int:
     if not accelerator.is_main_process:  # a launcher ends all processes when one fails
         return 0
     what = {"pairs": folder.resolve().name, "data": config.data}
-    results, text = report(sets, {method: out / method for method in sets}, out, config, absent, what)
-    names = [pair.name for pair in next(iter(sets.values()))]
-    pictures(out, sets, results, lambda i: [names[i], *[""] * len(sets)], config.seconds)
+    evaluation = Evaluation(sets, out, config, absent, what)
+    results, text = report(evaluation)
+    pictures(evaluation, results)
     print(f"{text}\n\nwritten: {out}/ (METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png)")
     return 3 if absent else 0

@@ -24,12 +24,12 @@ from brain_model import BrainModel
 from data import ClipDataset, far_apart, held_out_clips, mean_frames
 from evaluate import CineNeuron, Config, main, parse, reconstruct
 from heads import Stage1Heads
+from metrics.attributes import class_probabilities, recognise, shares
 from metrics.pairs import other_scenes
 from metrics.run import read_recording
 from mixture_of_memories import DirectProjection, MixtureOfMemories, TopTextMemory
 from prepare.decoder import prepare_decoder
 from support.videos import read_video, video_frames, write_video
-from toy.recognise import class_probabilities, recognise, shares
 from video_decoder import VideoDecoder
 
 diffusers.utils.logging.set_verbosity_error()
