@@ -24,16 +24,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this f
 from evaluate import stimulus  # noqa: E402
 from metrics.attributes import ATTRIBUTES, recognise, right  # noqa: E402
 from metrics.table import TOY  # noqa: E402
+from prepare.command import prepare_toy  # noqa: E402
 from prepare.facts import VIDEO, raw_folder, stimuli_folder  # noqa: E402
+from support.experiment import door  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.options import (
     option,  # noqa: E402
     parse as parse_options,  # noqa: E402
 )
 from support.readers import read_json_lines  # noqa: E402
-from support.runs import door  # noqa: E402
 from support.videos import write_video  # noqa: E402
-from toy.release import prepare_toy  # noqa: E402
 from video_decoder import VideoDecoder, clip_generator  # noqa: E402
 
 

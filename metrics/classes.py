@@ -30,14 +30,14 @@ def n_way_top_k(
     G). Raises ValueError where there are fewer than n-1 others.
     """
     probs, gt = np.asarray(pred_probs, np.float64), np.asarray(gt_classes)
-    others = np.ones(probs.shape, bool)
-    np.put_along_axis(others, gt, False, 1)
-    M = others.sum(1)  # (clips,)
+    candidates = np.ones(probs.shape, bool)
+    np.put_along_axis(candidates, gt, False, 1)
+    M = candidates.sum(1)  # (clips,)
     if M.min() < n - 1:
-        few = f"{n}-way: only {M.min()} classes beside those of the GT, wanted {n - 1}"
-        raise ValueError(f"{few}: a classifier of more classes")
+        classes = f"only {M.min()} classes beside those of the GT, wanted {n - 1}"
+        raise ValueError(f"{n}-way: {classes}: a classifier of more classes")
     best = np.take_along_axis(probs, gt, 1).max(1, keepdims=True)  # (clips, 1)
-    above = (others & ~(probs < best)).sum(1)  # (clips,) M minus those below
+    above = (candidates & ~(probs < best)).sum(1)  # (clips,) M minus those below
     return scipy.stats.hypergeom.cdf(k - 1, M, above, n - 1).clip(0, 1)  # its rounding may exceed 1
 
 
@@ -57,7 +57,8 @@ class Classifier:
     """
 
     def __init__(self, weights: str | Path, device: torch.device | str = "cpu"):
-        self.weights, self.by_frames = weights, {}
+        self.weights = weights
+        self.models: dict[int, nn.Module] = {}  # by the number of frames
         config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
         self.of_video = type(config) in MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING
         self.least = int(np.ravel(getattr(config, "tubelet_size", 1))[0])  # frames that become one
@@ -74,21 +75,22 @@ class Classifier:
     def _model_for(self, frames: int) -> nn.Module:
         """The same weights in a model for so many frames. Raises ValueError where they are not independent of
         it."""
-        if frames == getattr(self.model.config, "num_frames", frames):
+        trained = getattr(self.model.config, "num_frames", frames)
+        if frames == trained:
             return self.model
-        if frames not in self.by_frames:
+        if frames not in self.models:
             config = deepcopy(self.model.config)
             config.num_frames = frames
             model = type(self.model)(config).eval()
             try:
                 model.load_state_dict(self.model.state_dict(), assign=True)
             except RuntimeError as error:  # positions that were learnt
+                advice = "--classifier-frames 16, or another --video-classifier"
                 raise ValueError(
-                    f"{self.weights} takes {self.model.config.num_frames} frames, found {frames}: "
-                    "--classifier-frames 16, or another --video-classifier"
+                    f"{self.weights} takes {trained} frames, found {frames}: {advice}"
                 ) from error
-            self.by_frames[frames] = model
-        return self.by_frames[frames]
+            self.models[frames] = model
+        return self.models[frames]
 
 
 def load_published(
@@ -99,13 +101,13 @@ def load_published(
     No code of the folder is run, and of a folder only .safetensors are read. Raises OSError where there is no
     such model, ValueError naming the folder where it is damaged or of another kind.
     """
-    local = Path(weights).is_dir()
+    folder, advice = Path(weights), "download it again"
     try:
         model, info = kind.from_pretrained(
             weights,
             dtype=dtype,
             trust_remote_code=False,
-            use_safetensors=True if local else None,
+            use_safetensors=True if folder.is_dir() else None,
             ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
             **options,
@@ -113,11 +115,12 @@ def load_published(
     except (OSError, ImportError):
         raise
     except Exception as error:  # SafetensorError, and what a damaged config.json makes transformers say
-        raise damaged(Path(weights), error, f"a model for {kind.__name__}", "download it again") from error
-    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
-    lacking = sorted([*info["missing_keys"], *mismatched])
-    if lacking:
-        found = f"no fitting {', '.join(lacking[:3])} ({len(lacking)} in all)"
-        raise damaged(Path(weights), found, f"all weights of {type(model).__name__}", "download it again")
-    check_tensors(model.state_dict(), Path(weights), mend="download it again")
+        raise damaged(folder, error, f"a model for {kind.__name__}", advice) from error
+    missing = sorted(info["missing_keys"])
+    for key in info["mismatched_keys"]:
+        missing.append(key[0] if isinstance(key, tuple) else key)
+    if missing:
+        found = f"no fitting {', '.join(missing[:3])} ({len(missing)} in all)"
+        raise damaged(folder, found, f"all weights of {type(model).__name__}", advice)
+    check_tensors(model.state_dict(), folder, mend=advice)
     return model.eval().requires_grad_(False)

@@ -1,7 +1,6 @@
 """Is a video one scene? Cosines between unit vectors e (F, D) of its frames, by CLIP and by DINO (§4.1).
 
-"CLIP-pcc" has three definitions in circulation: of adjacent frames, of all pairs (NEURONS), and gated
-(Mind-Animator).
+Three definitions of "CLIP-pcc" circulate: adjacent frames, all pairs (NEURONS), gated (Mind-Animator).
 """
 
 from collections.abc import Callable, Sequence
@@ -29,11 +28,10 @@ def all_pairs(e: np.ndarray) -> float:
 
 
 def gated(e: np.ndarray, e_gt: np.ndarray) -> float:
-    """That of adjacent frames, but 0 where the mean vectors of prediction and GT have a cosine of 0.6 or
-    less."""
+    """As `adjacent`, but 0 where the mean vectors of prediction and GT have a cosine of 0.6 or less."""
     mean, mean_gt = e.mean(0), e_gt.mean(0)  # (D,)
-    alike = mean @ mean_gt / np.linalg.norm(mean) / np.linalg.norm(mean_gt)
-    return adjacent(e) if alike > 0.6 else 0.0
+    cosine = mean @ mean_gt / np.linalg.norm(mean) / np.linalg.norm(mean_gt)
+    return adjacent(e) if cosine > 0.6 else 0.0
 
 
 def dtc(e: np.ndarray) -> float:
@@ -46,9 +44,9 @@ def dtc(e: np.ndarray) -> float:
 
 def clip_frames(weights: str, device: torch.device | str) -> Callable:
     """CLIP of open_clip: frames uint8 (F, H, W, 3) -> unit vectors (F, D)."""
-    model = load_clip(weights)[0].to(device)
-    check_tensors(model.state_dict(), weights, mend="download it again")
-    return lambda frames: encode_images(model, frames[None])[0]
+    model, *_ = load_clip(weights)
+    check_tensors(model.to(device).state_dict(), weights, mend="download it again")
+    return lambda frames: encode_images(model, frames[None]).squeeze(0)
 
 
 def dino_frames(weights: str, device: torch.device | str) -> Callable:
@@ -62,13 +60,12 @@ def dino_features(
     model: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], frames: np.ndarray
 ) -> np.ndarray:
     """Unit vectors (F, D) of frames uint8 (F, H, W, 3), prepared as VBench does: the short side becomes
-    `size`, bilinear, not antialiased. The frame is not cut to a square: the positions of another side are
-    interpolated (by transformers here, by DINO's own code in VBench: on frames that are not square the two
-    differ a little)."""
+    `size`, bilinear, not antialiased, and nothing is cut off. Positions beyond the square are interpolated by
+    transformers; by DINO's own code in VBench, which differs a little."""
     x = resize(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), size, antialias=False) / 255
     x = (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)  # (F, 3, h, w)
     e = []
-    for part in x.split(32):
-        tokens = model(part.to(model.device), interpolate_pos_encoding=True).last_hidden_state  # (f, n, D)
+    for batch in x.split(32):
+        tokens = model(batch.to(model.device), interpolate_pos_encoding=True).last_hidden_state  # (f, n, D)
         e.append(tokens[:, 0])
     return nn.functional.normalize(torch.cat(e), dim=-1).cpu().numpy()

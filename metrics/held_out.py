@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics.attributes import ALL, agreement, right, shown_in_training
+from metrics.attributes import agreement, shown_in_training
 from metrics.pairs import Pair, Source, other_scenes
-from metrics.report import Clips, pictures, report
+from metrics.report import Clips
 from prepare.copies import far_apart
 from prepare.facts import raw_folder
 from support.files import written_whole
@@ -57,57 +57,42 @@ def write_retrieved(model, x: Tensor, lines: dict[int, dict], file: Path) -> np.
     return indices[:, 0]
 
 
-class HeldOut:
-    """Clips of the test set, {number: line of clips.jsonl}, with gt/ and recon/ in the folder of an evaluation."""
+def pairs_of(out: Path, lines: dict[int, dict], method: str) -> dict[str, list[Pair]]:
+    """Reconstruction and stimulus of these clips, {number: line of clips.jsonl}, in the folder of an evaluation; the
+    control is the stimulus of another scene, none where there are too few clips."""
+    names = [f"{clip:04d}" for clip in lines]
+    stimuli = [Source(out / "gt" / f"{name}.mp4") for name in names]
+    try:
+        others = other_scenes(far_apart([line["segment"] for line in lines.values()]))
+        controls = [stimuli[k] for k in others]
+    except ValueError:
+        controls = [None] * len(stimuli)
+    reconstructions = [Source(out / "recon" / f"{name}.mp4") for name in names]
+    pairs = zip(names, reconstructions, stimuli, controls, strict=True)
+    return {method: [Pair(*pair) for pair in pairs]}
 
-    def __init__(self, out: Path, lines: dict[int, dict], shuffle: bool):
-        self.out, self.lines, self.shuffle = out, list(lines.values()), shuffle
-        self.files = [f"{clip:04d}.mp4" for clip in lines]
-        stimuli = [Source(out / "gt" / file) for file in self.files]
-        controls = self._controls(stimuli)
-        pairs = []
-        for file, stimulus, control in zip(self.files, stimuli, controls, strict=True):
-            pairs.append(Pair(file.removesuffix(".mp4"), Source(out / "recon" / file), stimulus, control))
-        self.sets = {"from shuffled fMRI" if shuffle else "reconstruction": pairs}
 
-    def _controls(self, stimuli: list[Source]) -> list[Source | None]:
-        """Of each clip the stimulus of another scene; none where there are too few clips."""
-        try:
-            others = other_scenes(far_apart([line["segment"] for line in self.lines]))
-        except ValueError:
-            return [None] * len(stimuli)
-        return [stimuli[k] for k in others]
-
-    def report(
-        self,
-        config,
-        unavailable: dict[str, str],
-        memories: list[dict],  # lines of clips.jsonl
-        top_1: np.ndarray | None,  # (clips,) of the memories
-        near_copy: np.ndarray,  # (clips,) bool
-        films: Films,
-    ) -> str:
-        """Writes metrics.json, recognised.json and the pictures; returns the tables."""
-        groups = shown_in_training(self.lines, memories)
-        groups = groups or {"with a near-copy": near_copy, "without a near-copy": ~near_copy}
-        groups = {name: inside for name, inside in groups.items() if inside.any()}
-        judges = (config.video_classifier, config.image_classifier)
-        seen, recognised = agreement(
-            self.out, self.shuffle, judges, self.lines, memories, self.files, top_1, groups
-        )
-        values = {"all_attributes": right(seen, self.lines)[ALL]} if seen else {}
-        source = {name: getattr(config, name) for name in ("data", "subject", "run", "seed", "shuffle")}
-        folders = {next(iter(self.sets)): self.out}
-        results, table = report(
-            self.sets, folders, self.out, config, unavailable, source, Clips(groups, values)
-        )
-
-        def texts(i: int) -> list[str]:
-            memory = [] if top_1 is None else [memories[top_1[i]]["caption"]]
-            as_seen = " ".join(value[i] for value in seen.values())
-            return [self.lines[i]["caption"], *memory, f"seen as {as_seen}" if seen else ""]
-
-        recalled = None if top_1 is None else lambda i: films.frames(memories[top_1[i]])
-        pictures(self.out, self.sets, results, texts, config.seconds, recalled, groups)
-        written = f"written: {self.out}/ (gt, recon, retrieved.jsonl, metrics.json, sheet.png ...)"
-        return f"{recognised}{table}\n\n{written}"
+def describe(
+    config,
+    out: Path,
+    lines: dict[int, dict],  # of the clips
+    memories: list[dict],  # lines of clips.jsonl
+    top_1: np.ndarray | None,  # (clips,) of the memories
+    near_copy: np.ndarray,  # (clips,) bool
+    films: Films,
+) -> tuple[Clips, str]:
+    """What is known of the clips beside their videos, and the table of what classifiers see in them. The toy's groups
+    are clips whose combination of attributes training shows, and the others; elsewhere near-copies decide."""
+    groups = shown_in_training(list(lines.values()), memories)
+    groups = groups or {"with a near-copy": near_copy, "without a near-copy": ~near_copy}
+    groups = {name: members for name, members in groups.items() if members.any()}
+    judges = (config.video_classifier, config.image_classifier)
+    recognised = agreement(out, judges, lines, memories, top_1, groups)
+    texts = []
+    for i, line in enumerate(lines.values()):
+        memory = [] if top_1 is None else [memories[top_1[i]]["caption"]]
+        as_seen = " ".join(values[i] for values in recognised.values.values())
+        texts.append([line["caption"], *memory, f"seen as {as_seen}" if as_seen else ""])
+    values = {} if recognised.right is None else {"all_attributes": recognised.right}
+    recalled = None if top_1 is None else lambda i: films.frames(memories[top_1[i]])
+    return Clips(groups, values, texts, recalled), recognised.table

@@ -44,12 +44,10 @@ def delta_dynamic(w: np.ndarray, w_gt: np.ndarray) -> float:
 
 
 def smoothness(between: np.ndarray, frames: np.ndarray) -> float:
-    """VBench's motion smoothness: how well what was put `between` the even frames agrees with the odd
-    frames."""
-    errors = [
-        np.abs(np.subtract(x, y, dtype=np.int16)).mean() for x, y in zip(between, frames[1::2], strict=False)
-    ]
-    return 1 - np.mean(errors) / 255
+    """VBench's motion smoothness: how well pictures put `between` the even frames agree with the odd ones."""
+    odd = frames[1::2][: len(between)]
+    errors = np.abs(np.subtract(between, odd, dtype=np.int16)).mean((1, 2, 3))  # (pictures,)
+    return 1 - errors.mean() / 255
 
 
 def flow_smoothness(w: np.ndarray, frames: np.ndarray) -> float:
@@ -58,18 +56,20 @@ def flow_smoothness(w: np.ndarray, frames: np.ndarray) -> float:
 
 
 def warped_half_way(w: np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """What lies between each frame uint8 (K, H, W, 3) and the next, both moved half way along the flow w
-    (K - 1, 2, H, W): uint8 (K - 1, H, W, 3)."""
+    """Each frame uint8 (K, H, W, 3) and the next, moved half way along the flow w (K - 1, 2, H, W), and
+    averaged: uint8 (K - 1, H, W, 3)."""
     half = torch.from_numpy(w).float() / 2  # (K - 1, 2, H, W)
-    x = torch.from_numpy(frames).permute(0, 3, 1, 2).float()  # (K, 3, H, W)
+    x = tensor(frames)  # (K, 3, H, W)
     *_, H, W = half.shape
-    here = torch.stack(torch.meshgrid(torch.arange(W), torch.arange(H), indexing="xy"))  # (2, H, W)
+    grid = torch.stack(torch.meshgrid(torch.arange(W), torch.arange(H), indexing="xy"))  # (2, H, W)
     scale = torch.tensor([max(W - 1, 1), max(H - 1, 1)]) / 2
-    moved = 0
-    for sign, y in ((-1, x[:-1]), (1, x[1:])):
-        there = (here + sign * half).permute(0, 2, 3, 1) / scale - 1  # (K - 1, H, W, 2) in -1 ... 1
-        moved = moved + nn.functional.grid_sample(y, there, padding_mode="border", align_corners=True)
-    return (moved / 2).round().byte().permute(0, 2, 3, 1).numpy()
+
+    def moved(frames: Tensor, half: Tensor) -> Tensor:
+        places = (grid + half).permute(0, 2, 3, 1) / scale - 1  # (K - 1, H, W, 2) in -1 ... 1
+        return nn.functional.grid_sample(frames, places, padding_mode="border", align_corners=True)
+
+    between = (moved(x[:-1], -half) + moved(x[1:], half)) / 2
+    return between.round().byte().permute(0, 2, 3, 1).numpy()
 
 
 # ---------------------------------------------------------------- the networks, and the flow without one
@@ -84,56 +84,57 @@ def load_flow(kind: str, device: torch.device | str) -> Callable:
 
 def farneback_flow(frames: np.ndarray) -> np.ndarray:
     """OpenCV's, with the settings of Mind-Animator's public code."""
+    F, H, W, _ = frames.shape
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    flows = [
-        cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 15, 3, 5, 1.2, 0)
-        for a, b in zip(gray[:-1], gray[1:], strict=True)
-    ]
-    _, H, W, _ = frames.shape
-    return np.reshape(flows, (len(flows), H, W, 2)).transpose(0, 3, 1, 2).astype(np.float32)
+    w = np.zeros((F - 1, H, W, 2), np.float32)
+    for t in range(F - 1):
+        w[t] = cv2.calcOpticalFlowFarneback(gray[t], gray[t + 1], None, 0.5, 3, 15, 3, 5, 1.2, 0)
+    return w.transpose(0, 3, 1, 2)
 
 
 def raft_flow(model: nn.Module, frames: np.ndarray) -> np.ndarray:
     """RAFT's, after 20 iterations, as VBench."""
     if len(frames) < 2:
         return np.zeros((0, 2, *frames.shape[1:3]), np.float32)
-    device = next(model.parameters()).device
-    x, inside = padded(torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1, 8)
-    flows = []
-    for a, b in zip(x[:-1].split(16), x[1:].split(16), strict=True):
-        flows.append(model(a.to(device), b.to(device), num_flow_updates=20)[-1][inside].cpu())
-    return torch.cat(flows).numpy()
+    x = tensor(frames).to(next(model.parameters()).device) / 127.5 - 1
+    return of_neighbours(lambda a, b: model(a, b, num_flow_updates=20)[-1], x, 8, 16).numpy()
 
 
 def load_amt(weights: str, device: torch.device | str) -> Callable:
     """AMT-S of the package vbench: see `amt_between`. docs/metrics.md says how to install it."""
     file = Path(weights).expanduser()
-    mend = f"hf download {AMT_HUB} amt-s.pth --local-dir {Path(weights).parent}"
-    state = read_state(file, {"state_dict": dict}, mend)["state_dict"]
+    advice = f"hf download {AMT_HUB} amt-s.pth --local-dir {Path(weights).parent}"
+    state = read_state(file, {"state_dict": dict}, advice)["state_dict"]
     model = importlib.import_module("vbench.third_party.amt.networks.AMT-S").Model()
     try:
-        model.load_state_dict(check_tensors(state, file, mend=mend))
+        model.load_state_dict(check_tensors(state, file, mend=advice))
     except RuntimeError as error:
-        raise damaged(file, error, "the weights of AMT-S", mend) from error
+        raise damaged(file, error, "the weights of AMT-S", advice) from error
     return partial(amt_between, model.eval().to(device))
 
 
 def amt_between(model: nn.Module, frames: np.ndarray) -> np.ndarray:
-    """What AMT puts between each frame uint8 (K, H, W, 3) and the next: uint8 (K - 1, H, W, 3), cut to whole
+    """AMT's picture between each frame uint8 (K, H, W, 3) and the next: uint8 (K - 1, H, W, 3), cut to whole
     numbers as VBench does."""
-    device = next(model.parameters()).device
-    x, inside = padded(torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255, 16)
-    half = torch.full((1, 1, 1, 1), 0.5, device=device)
-    made = []
-    for a, b in zip(x[:-1].split(1), x[1:].split(1), strict=True):
-        made.append(model(a.to(device), b.to(device), half, eval=True)["imgt_pred"])
-    return (torch.cat(made)[inside] * 255).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    x = tensor(frames).to(next(model.parameters()).device) / 255
+    half = x.new_full((1, 1, 1, 1), 0.5)
+    between = of_neighbours(lambda a, b: model(a, b, half, eval=True)["imgt_pred"], x, 16, 1)
+    return (between * 255).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
-def padded(x: Tensor, to: int) -> tuple[Tensor, tuple]:
-    """x (..., H, W) with its border repeated on all sides until `to` divides both, and where the picture lies
-    in it."""
+def tensor(frames: np.ndarray) -> Tensor:
+    """uint8 (F, H, W, 3) -> float (F, 3, H, W) in 0 ... 255."""
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float()
+
+
+def of_neighbours(network: Callable, x: Tensor, multiple: int, batch: int) -> Tensor:
+    """network(frames, next frames) of a video x (F, 3, H, W), so many at once -> (F - 1, C, H, W). Borders
+    are repeated on all sides until H and W are such multiples, and cut off again."""
     *_, H, W = x.shape
-    top, left, h, w = -H % to // 2, -W % to // 2, -H % to, -W % to
+    h, w = -H % multiple, -W % multiple
+    top, left = h // 2, w // 2
     x = nn.functional.pad(x, (left, w - left, top, h - top), mode="replicate")
-    return x, (..., slice(top, top + H), slice(left, left + W))
+    outputs = []
+    for a, b in zip(x[:-1].split(batch), x[1:].split(batch), strict=True):
+        outputs.append(network(a, b)[..., top : top + H, left : left + W].cpu())
+    return torch.cat(outputs)

@@ -41,16 +41,13 @@ def class_frames(judge: classes.Classifier, config, *videos) -> list[np.ndarray]
 
 def eight_a_second(judge: Callable, config, *videos) -> list[np.ndarray]:
     """Every so many frames that eight a second remain, as large as they are, as VBench takes them."""
-    seen = []
-    for video in videos:
-        picks = tuple(range(0, len(video), max(1, round(video.fps / 8))))
-        seen.append(video.seen(picks, judge=judge))
-    return seen
+    steps = [max(1, round(video.fps / 8)) for video in videos]
+    return [v.seen(range(0, len(v), step), judge=judge) for v, step in zip(videos, steps, strict=True)]
 
 
 def even_frames(judge: Callable, config, video) -> list[np.ndarray]:
     """What the judge makes of the even frames, and all frames, as large as they are, as VBench takes them."""
-    return [video.seen(tuple(range(0, len(video), 2)), judge=judge), video.seen()]
+    return [video.seen(range(0, len(video), 2), judge=judge), video.seen()]
 
 
 # ---------------------------------------------------------------- the rows
@@ -83,7 +80,7 @@ class Metric(NamedTuple):
 
 GATE = "; mean-pooled in the gate, in ViFi-CLIP's place"
 VIDEO, IMAGE, LARGE = "video_classifier", "image_classifier", "clip_large"
-SHARE, ANY = (0, 1), (0, float("inf"))
+SHARE, ANY = (0, 1), (0, 1e9)  # a metric's range
 two_way, fifty_way = partial(classes.accuracy, 2), partial(classes.accuracy, 50)
 METRICS = {
     "video_2way": Metric("2-way video", "↑", VIDEO, class_frames, two_way, True, 1, SHARE, 3 / 4),
@@ -129,16 +126,12 @@ class Judging:
     metrics: str = option(",".join(name for name in NAMES if name != "ms_flow"), "which, with commas between")
     size: str = option("256", "of SSIM, PSNR and EPE (256 x 256)", choices=("256", "native"))
     classifier_frames: str = option("own", "of a clip that a video classifier sees", choices=("own", "16"))
-    trials: int = option(
-        0, "n-way accuracies from so many trials, as the peers' code (100); 0: exact", least=0
-    )
-    video_classifier: str = option(
-        "MCG-NJU/videomae-base-finetuned-kinetics", "transformers folder or Hub name"
-    )
+    trials: int = option(0, "of n-way accuracies, as the peers' code (100); 0: exact", least=0)
+    video_classifier: str = option("MCG-NJU/videomae-base-finetuned-kinetics", "a folder or Hub name")
     image_classifier: str = option("google/vit-base-patch16-224", "likewise")
     clip: str = option("ViT-B-32-quickgelu/openai", "open_clip MODEL/PRETRAINED or local-dir:PATH")
     clip_large: str = option("ViT-L-14-quickgelu/openai", "likewise, of clip_pcc_all_pairs")
-    dino: str = option("facebook/dino-vitb16", "transformers folder or Hub name")
+    dino: str = option("facebook/dino-vitb16", "a folder or Hub name")
     flow: str = option("raft", "torchvision's raft_large; farneback: OpenCV's", choices=tuple(motion.FLOWS))
     amt: str = option("~/.cache/vbench/amt_model/amt-s.pth", f"AMT-S (huggingface.co/{motion.AMT_HUB})")
 

@@ -26,6 +26,7 @@ from brain_model import BrainModel
 from data import ClipDataset, far_apart, held_out_clips, mean_frames
 from evaluate import CineNeuron, Config, main, parse, reconstruct
 from heads import Stage1Heads
+from metrics.attributes import class_probabilities, recognise, shares
 from metrics.pairs import other_scenes
 from mixture_of_memories import DirectProjection, MixtureOfMemories, TopTextMemory
 from prepare.decoder import prepare_decoder

@@ -690,7 +690,7 @@ def test_side_by_side_videos_are_cut(three):
 @pytest.mark.parametrize("suffix", ["npy", "gif", "mp4"])
 def test_the_border_of_make_grid_is_cut_off(tmp_path, capsys, suffix):
     """The field's GIFs: two videos of 256 x 256 in 518 x 260."""
-    metrics.pairs._say_once.cache_clear()
+    metrics.pairs._write_once.cache_clear()
     both = [np.clip(moving(3, 256, 256, 1, seed), 40, 255) for seed in (0, 1)]
     frames = []
     for pair in zip(*both, strict=True):
@@ -874,9 +874,9 @@ def test_damaged_weights_are_refused(tmp_path, how):
     assert Judges(Config(video_classifier=str(folder)), "cpu")("video_classifier")
     spoil(folder, how)
     judges = Judges(Config(video_classifier=str(folder)), "cpu")
-    assert judges("video_classifier") is None and str(folder) in judges.absent["video_classifier"]
+    assert judges("video_classifier") is None and str(folder) in judges.unavailable["video_classifier"]
     named = {"missing": "classifier.weight", "mismatched": "classifier.bias", "nan": "NaN or infinity"}
-    assert named.get(how, "") in judges.absent["video_classifier"]
+    assert named.get(how, "") in judges.unavailable["video_classifier"]
     assert not (folder / "ran").exists()
 
 

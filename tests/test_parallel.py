@@ -3,13 +3,16 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import REPO
 
-from support.processes import in_processes
+from metrics.parallel import in_processes
 
 ALONE = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies take Linux")
@@ -28,8 +31,8 @@ def test_each_copy_does_its_share_with_one_thread_and_they_return_in_order():
 @pytest.mark.parametrize("place", [dict(device=torch.device("cuda")), dict(num_processes=2, process_index=1)])
 def test_a_gpu_and_a_launch_of_several_are_not_copied(place):
     accelerator = SimpleNamespace(**(vars(ALONE) | place))
-    (done,) = in_processes(lambda *of: (os.getpid(), of), accelerator, 3)
-    assert done == (os.getpid(), (accelerator.process_index, accelerator.num_processes))
+    (result,) = in_processes(lambda *of: (os.getpid(), of), accelerator, 3)
+    assert result == (os.getpid(), (accelerator.process_index, accelerator.num_processes))
 
 
 def test_an_error_in_a_copy_is_raised_here_and_ends_the_others():
@@ -46,3 +49,38 @@ def test_an_error_in_a_copy_is_raised_here_and_ends_the_others():
 def test_a_copy_that_is_killed_is_an_error():
     with pytest.raises(RuntimeError, match="status -9"):
         in_processes(lambda k, n: os.kill(os.getpid(), signal.SIGKILL), ALONE, 2)
+
+
+SCRIPT = f"""import os, signal, sys
+sys.path.insert(0, {str(REPO)!r})
+from tests.test_parallel import ALONE, in_processes
+from support.experiment import door
+
+def work(k, n):
+    print(os.getpid(), flush=True)
+    signal.pause()
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+door(lambda: in_processes(work, ALONE, 2))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_copy_outlives_its_parent(number):
+    """Ctrl-C goes to all of them, as in a terminal; the others only to the parent."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPO / "tests",
+        start_new_session=True,
+    )
+    copies = [int(parent.stdout.readline()) for _ in range(2)]
+    os.killpg(parent.pid, number) if number == signal.SIGINT else parent.send_signal(number)
+    assert "Traceback" not in parent.communicate(timeout=60)[1]
+    assert parent.returncode == {signal.SIGINT: 130, signal.SIGTERM: 0, signal.SIGKILL: -9}[number]
+    for _ in range(100):
+        alive = [pid for pid in copies if os.path.exists(f"/proc/{pid}")]
+        time.sleep(0.1 if alive else 0)
+    assert not alive
