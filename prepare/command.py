@@ -210,7 +210,7 @@ def prepare_toy(
         from toy.release import ToyRelease, make_toy
 
         make_toy(raw, seed=subject - 1)
-        prepare_decoder("toy", ToyRelease(raw, subject), root, decoder, *(size or VIDEO["toy"]), subject)
+        prepare_decoder(ToyRelease(raw, subject), stimuli, decoder, size or VIDEO["toy"])
 
 
 def toy_recipe(subject: int) -> dict:

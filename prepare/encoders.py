@@ -9,14 +9,14 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from prepare.viclip import ViCLIP
-from support.readers import check_keys, check_tensors, damaged, read_json, read_state, read_tensors
+from prepare.viclip import ViCLIP, read_weights
+from support.readers import MissingFile, check_keys, damaged, read_json, reading
 
 CONFIG, WEIGHTS = "open_clip_config.json", ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-DOWNLOAD = "download the folder again"
+Tokenizer = Callable[[list[str]], Tensor]
 
 
-def load_clip(name: str) -> tuple[nn.Module, dict, Callable[[list[str]], Tensor]]:
+def load_clip(name: str) -> tuple[nn.Module, dict, Tokenizer]:
     """A frozen open_clip model, its image statistics {"size", "mean", "std"} and its tokenizer.
 
     name: "MODEL/PRETRAINED" ("ViT-L-14-quickgelu/openai"), or "local-dir:FOLDER" of open_clip_config.json,
@@ -25,60 +25,55 @@ def load_clip(name: str) -> tuple[nn.Module, dict, Callable[[list[str]], Tensor]
     """
     schema, colon, place = name.partition(":")
     if schema == "local-dir":
-        return _load_folder(Path(place))
-    model_name, pretrained = (name, None) if colon else name.partition("/")[::2]
-    try:
-        model = open_clip.create_model_from_pretrained(model_name, pretrained, return_transform=False)
-        config = {"hf_tokenizer_name": colon} if colon else open_clip.get_model_config(model_name)["text_cfg"]
-        tokenizer = _load_tokenizer(model_name, config)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"--clip {name}: {error}") from error
+        with reading(place, advice="download the folder again"):
+            model, tokenizer = _load_folder(Path(place))
+    else:
+        model_name, pretrained = (name, None) if colon else name.partition("/")[::2]
+        try:
+            model = open_clip.create_model_from_pretrained(model_name, pretrained, return_transform=False)
+            config = {"hf_tokenizer_name": colon}
+            if not colon:
+                config = open_clip.get_model_config(model_name)["text_cfg"]
+            tokenizer = _load_tokenizer(model_name, config)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"--clip {name}: {error}") from error
     return model.eval().requires_grad_(False), image_stats(model), tokenizer
 
 
-def _load_tokenizer(name: str, text_cfg: dict) -> Callable[[list[str]], Tensor]:
+def _load_tokenizer(name: str, text_cfg: dict) -> Tokenizer:
     """By open_clip; one of transformers runs no code of the folder that it is read from."""
     safe = {"trust_remote_code": False} if text_cfg.get("hf_tokenizer_name") else {}
     return open_clip.get_tokenizer(name, **safe)
 
 
-def _load_folder(folder: Path) -> tuple[nn.Module, dict, Callable[[list[str]], Tensor]]:
+def _load_folder(folder: Path) -> tuple[nn.Module, Tokenizer]:
     config, name = folder / CONFIG, f"local-dir:{folder}"
     if not config.is_file():
-        raise FileNotFoundError(f"CLIP: {config} not found, wanted with {WEIGHTS[0]} and tokenizer.json")
-    model_cfg = read_json(config, keys={"model_cfg": dict}, mend=DOWNLOAD)["model_cfg"]
-    check_keys(model_cfg, config, {"text_cfg": dict, "vision_cfg": dict}, DOWNLOAD)
+        raise MissingFile(f"CLIP: {config} not found, wanted with {WEIGHTS[0]} and tokenizer.json")
+    model_cfg = read_json(config, keys={"model_cfg": dict})["model_cfg"]
+    check_keys(model_cfg, config, {"text_cfg": dict, "vision_cfg": dict})
     _refuse_code(model_cfg, config)
-    quiet = logging.root.manager.disable
+    level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # open_clip warns that it reads no weights: they are read below
     try:
-        model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
-        tokenizer = _load_tokenizer(name, model_cfg["text_cfg"])
-    except (
-        Exception
-    ) as error:  # whatever sizes of another type, or damaged files of the tokenizer, make it say
-        raise damaged(config, error, "the sizes and the tokenizer of a CLIP", DOWNLOAD) from error
+        with reading(config, "the sizes and the tokenizer of a CLIP"):
+            model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
+            tokenizer = _load_tokenizer(name, model_cfg["text_cfg"])
     finally:
-        logging.disable(quiet)
-    weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), folder / WEIGHTS[0])
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
-    if weights.suffix == ".safetensors":
-        state = read_tensors(weights, wanted, DOWNLOAD)
-    else:
-        state = read_state(weights, dict.fromkeys(wanted, Tensor), DOWNLOAD)
-        check_tensors(state, weights, wanted, DOWNLOAD)
-    model.load_state_dict(state)
-    return model.eval().requires_grad_(False), image_stats(model), tokenizer
+        logging.disable(level)
+    files = [folder / name for name in WEIGHTS if (folder / name).is_file()] or [folder / WEIGHTS[0]]
+    model.load_state_dict(read_weights(files[0], model))
+    return model, tokenizer
 
 
 def _refuse_code(value: object, config: Path) -> None:
     """Raises ValueError where a config, at any depth, asks to run code of its folder or of another one."""
     if isinstance(value, dict):
+        other = str(value.get("hf_model_name") or "")
         if value.get("trust_remote_code"):
             raise damaged(
                 config, "trust_remote_code", "a CLIP that brings no code of its own", "choose another"
             )
-        other = str(value.get("hf_model_name") or "")
         if other and Path(other).exists():
             raise damaged(config, f"hf_model_name {other}", "no model of another folder", "choose another")
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def encode_all(
     what: str,
     on_cpu: int,
 ) -> None:
-    """Fill the arrays side by side from row `done` on: encode(some clips) gives the same rows of each.
+    """Fill the arrays side by side from row `done` on: encode(batch of clips) gives the same rows of each.
 
     clips: (F, H, W, 3) uint8 each, from number `done` on. arrays, done, filled: of `resumable_arrays`.
     on_cpu: how many clips to encode at once where there is no GPU. Raises ValueError where clips are missing.
@@ -90,14 +91,14 @@ def encode_all(
     clips = chain([first], clips)
     with tqdm(total=n, initial=done, desc=what, unit="clip") as progress:
         while done < n:
-            some = [*islice(clips, at_once)]
-            if not some:
+            batch = [*islice(clips, at_once)]
+            if not batch:
                 raise ValueError(f"{what}: the films have {done} clips, wanted {n}: download them again")
-            for array, rows in zip(arrays, encode(np.stack(some)), strict=True):
-                array[done : done + len(some)] = rows
-            done += len(some)
+            for array, rows in zip(arrays, encode(np.stack(batch)), strict=True):
+                array[done : done + len(batch)] = rows
+            done += len(batch)
             filled(done)
-            progress.update(len(some))
+            progress.update(len(batch))
 
 
 def prepare_stimuli(
@@ -116,24 +117,30 @@ def prepare_stimuli(
     first on; None for all. What is whole is kept. Raises ValueError where it was made by another recipe.
     """
     rows = {split: describe_clips(source, split, captions[split]) for split in source.splits}
-    classes = _say_categories(folder, rows)
+    classes = _report_categories(folder, rows)
     encoders = None
     for split in source.splits:
-        here = folder / split
-        recipe = {"clip": clip_name, "viclip": viclip_name, "frames": frames}
-        recipe["captions"] = hashes([[captions[split]]])
-        asked = recipe | {"caption_sentences": sentences}
-        made = [is_made_by(here / f"{name}.npy", asked) for name in ("e_txt", "e_img", "e_act")]
-        _write_clips(here, rows[split], classes)
-        if all(made):
+        recipe = {
+            "clip": clip_name,
+            "viclip": viclip_name,
+            "frames": frames,
+            "captions": hashes([[captions[split]]]),
+            "caption_sentences": sentences,
+        }
+        files = [folder / split / f"{name}.npy" for name in ("e_txt", "e_img", "e_act")]
+        encoded = [is_made_by(file, recipe) for file in files]
+        _write_clips(folder / split, rows[split], classes)
+        if all(encoded):
             continue
-        encoders = encoders or _load_encoders(clip_name, viclip_name)
-        _encode_split(
-            source, here, rows[split], encoders, recipe if sentences is None else asked, captions[split]
-        )
+        if sentences is None:
+            del recipe["caption_sentences"]
+        encoders = encoders or Encoders.load(clip_name, viclip_name)
+        doubts = _encode_split(source, folder / split, rows[split], encoders, recipe)
+        if doubts:
+            warnings.warn(f"{captions[split]}: {doubts}", stacklevel=2)
 
 
-def _say_categories(folder: Path, rows: dict[str, list[dict]]) -> list[str]:
+def _report_categories(folder: Path, rows: dict[str, list[dict]]) -> list[str]:
     """The classes of the category head; their table into categories.txt and onto the screen."""
     labels = [row["categories"] for row in rows["train"]]
     classes = merge_rare(labels)
@@ -148,43 +155,48 @@ def _say_categories(folder: Path, rows: dict[str, list[dict]]) -> list[str]:
     return classes
 
 
-def _write_clips(here: Path, rows: list[dict], classes: list[str]) -> None:
-    with written_whole(here / "clips.jsonl") as part:
+def _write_clips(folder: Path, rows: list[dict], classes: list[str]) -> None:
+    with written_whole(folder / "clips.jsonl") as part:
         part.write_text("".join(json.dumps(row) + "\n" for row in rows))
     labels = category_matrix([row["categories"] for row in rows], classes)
-    with writing_array(here / "categories.npy", labels.shape, "uint8", {"classes": classes}) as array:
+    with writing_array(folder / "categories.npy", labels.shape, "uint8", {"classes": classes}) as array:
         array[:] = labels
 
 
-def _load_encoders(clip_name: str, viclip_name: str) -> tuple:
-    """CLIP, its tokenizer, ViCLIP; on the GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    clip, _, tokenizer = load_clip(clip_name)
-    return clip.to(device), tokenizer, ViCLIP.from_pretrained(viclip_name).to(device)
+class Encoders(NamedTuple):
+    clip: torch.nn.Module
+    tokenizer: Callable
+    viclip: ViCLIP
+
+    @classmethod
+    def load(cls, clip_name: str, viclip_name: str) -> "Encoders":
+        """On the GPU where there is one."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        clip, _, tokenizer = load_clip(clip_name)
+        return cls(clip.to(device), tokenizer, ViCLIP.from_pretrained(viclip_name).to(device))
 
 
 def _encode_split(
-    source: Release, here: Path, rows: list[dict], encoders: tuple, recipe: dict, captions: Path
-) -> None:
-    """here/e_txt.npy, e_img.npy and e_act.npy, and whether the captions fit the frames."""
-    clip, tokenizer, viclip = encoders
-    split, n, F = here.name, len(rows), recipe["frames"]
+    source: Release, folder: Path, rows: list[dict], encoders: Encoders, recipe: dict
+) -> str | None:
+    """folder/e_txt.npy, e_img.npy and e_act.npy of a split. Returns a doubt whether the captions fit."""
+    split, n, F = folder.name, len(rows), recipe["frames"]
     inputs = hashes(map(source.stimulus, source.splits[split]))
-    seen = [first_sentences(row["caption"], recipe.get("caption_sentences")) for row in rows]
-    e_txt = encode_texts(clip, tokenizer, seen)  # (n, D)
-    with writing_array(here / "e_txt.npy", e_txt.shape, "float32", recipe, inputs) as array:
+    captions = [first_sentences(row["caption"], recipe.get("caption_sentences")) for row in rows]
+    e_txt = encode_texts(encoders.clip, encoders.tokenizer, captions)  # (n, D)
+    with writing_array(folder / "e_txt.npy", e_txt.shape, "float32", recipe, inputs) as array:
         array[:] = e_txt
 
     def encode(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (b, F, H, W, 3) uint8
-        images = encode_images(clip, batch, batch=max(128, len(batch) * F))
-        return images, encode_actions(viclip, batch, batch=max(16, len(batch)))
+        images = encode_images(encoders.clip, batch, batch=max(128, len(batch) * F))
+        return images, encode_actions(encoders.viclip, batch, batch=max(16, len(batch)))
 
-    shapes = {here / "e_img.npy": (n, F, e_txt.shape[1]), here / "e_act.npy": e_txt.shape}
+    shapes = {folder / "e_img.npy": (n, F, e_txt.shape[1]), folder / "e_act.npy": e_txt.shape}
     with resumable_arrays(shapes, "float32", recipe, inputs) as (arrays, done, filled):
-        shown = (film[uniform_frames(len(film), F)] for film in clips_from(source, rows, done))
-        encode_all(shown, encode, arrays, done, filled, f"CLIP and ViCLIP, {split}", on_cpu=16)
-        said, doubtful = captions_that_fit(arrays[0], e_txt, [row["segment"] for row in rows])
-    tqdm.write(f"{split}: {said}")
+        clips = (clip[uniform_frames(len(clip), F)] for clip in clips_from(source, rows, done))
+        encode_all(clips, encode, arrays, done, filled, f"CLIP and ViCLIP, {split}", on_cpu=16)
+        report, doubtful = captions_that_fit(arrays[0], e_txt, [row["segment"] for row in rows])
+    tqdm.write(f"{split}: {report}")
     if doubtful:
-        order = f"the captions of {', '.join(doubtful)} may be in another order than the clips"
-        warnings.warn(f"{captions}: {order} ({said})", stacklevel=2)
+        return f"the captions of {', '.join(doubtful)} may be in another order than the clips ({report})"
+    return None

@@ -17,9 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prepare.facts import VICLIP_FILE, VICLIP_HUB
-from support.readers import check_keys, check_tensors, damaged, read_json, read_state, read_tensors
-
-DOWNLOAD = "download it again"
+from support.readers import check_keys, check_tensors, read_json, read_state, read_tensors, reading
 
 
 @dataclass
@@ -83,10 +81,15 @@ class ViCLIP(nn.Module):
     def __init__(self, config: ViCLIPConfig | None = None):
         super().__init__()
         self.config = c = config or ViCLIPConfig()
-        text = {"width": c.text_width, "heads": c.text_heads, "layers": c.text_layers}
         self.vision_encoder = VideoTransformer(c)
         self.text_encoder = TextTransformer(
-            c.context_length, c.vocab_size, **text, output_dim=c.embed_dim, act_layer=QuickGELU
+            c.context_length,
+            c.vocab_size,
+            width=c.text_width,
+            heads=c.text_heads,
+            layers=c.text_layers,
+            output_dim=c.embed_dim,
+            act_layer=QuickGELU,
         )
         self.temp = nn.Parameter(torch.tensor(0.01))
 
@@ -107,19 +110,13 @@ class ViCLIP(nn.Module):
         Raises FileNotFoundError that says what to download, and ValueError that names a damaged file.
         """
         folder, weights = _find(Path(path))
-        source = folder / "config.json" if folder else weights
-        try:
-            config = ViCLIPConfig(**_read_sizes(source)) if folder else config
-            with torch.device("meta"):  # sizes only: what a damaged config asks for takes no memory yet
-                wanted = {name: value.shape for name, value in cls(config).state_dict().items()}
-        except (TypeError, ArithmeticError, RuntimeError, AssertionError) as error:
-            raise damaged(source, error, "the sizes of a ViCLIP", DOWNLOAD) from error
-        if weights.suffix == ".safetensors":
-            state = read_tensors(weights, wanted, DOWNLOAD)
-        else:
-            state = read_state(weights, {}, DOWNLOAD)
-            state = state.get("model", state.get("module", state))
-            check_tensors(check_keys(state, weights, dict.fromkeys(state, Tensor)), weights, wanted, DOWNLOAD)
+        with reading(weights, advice="download it again"):
+            source = folder / "config.json" if folder else weights
+            with reading(source, "the sizes of a ViCLIP"):
+                config = ViCLIPConfig(**_read_sizes(source)) if folder else config
+                with torch.device("meta"):  # what a damaged config asks for takes no memory yet
+                    wanted = cls(config)
+            state = read_weights(weights, wanted)
         model = cls(config)
         model.load_state_dict(state)
         return model.eval().requires_grad_(False)
@@ -132,10 +129,20 @@ class ViCLIP(nn.Module):
         save_file(state, Path(path, "model.safetensors"))
 
 
+def read_weights(file: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The weights that `model` has, no more and no fewer: of .safetensors, or of a checkpoint of torch."""
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    if file.suffix == ".safetensors":
+        return read_tensors(file, shapes)
+    state = read_state(file, {})
+    state = state.get("model", state.get("module", state))  # as ViCLIP's is published
+    return check_tensors(check_keys(state, file, dict.fromkeys(state, Tensor)), file, shapes)
+
+
 def _read_sizes(file: Path) -> dict:
-    values = read_json(file, mend=DOWNLOAD)
+    values = read_json(file)
     kinds = {name: list if name in ("image_mean", "image_std") else int for name in values}
-    return check_keys(values, file, kinds, DOWNLOAD)
+    return check_keys(values, file, kinds)
 
 
 def _find(path: Path) -> tuple[Path | None, Path]:
@@ -147,10 +154,10 @@ def _find(path: Path) -> tuple[Path | None, Path]:
         except OSError as error:  # what all errors of the Hub are: no network, terms not accepted
             reason = error
     files = [path / "config.json", path / "model.safetensors"] if path.is_dir() else [path]
-    absent = [str(file) for file in files if not file.is_file()]
-    if absent:
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
         raise FileNotFoundError(
-            f"ViCLIP: {', '.join(absent)} not found; wanted: config.json and model.safetensors in a "
+            f"ViCLIP: {', '.join(missing)} not found; wanted: config.json and model.safetensors in a "
             f"directory, or the published weights: `hf download {VICLIP_HUB} {VICLIP_FILE} --local-dir "
             "weights` (`hf auth login` first if it asks you to accept its terms), then name "
             f"weights/{VICLIP_FILE}"
