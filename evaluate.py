@@ -43,10 +43,11 @@ from data import Clips, memories, noise_generator
 from heads import Stage1Heads
 from metrics import card
 from metrics.compare import compare
-from metrics.held_out import Films, HeldOut, write_retrieved
+from metrics.held_out import Films, describe, pairs_of, write_retrieved
 from metrics.pairs import find_pairs, other_scenes
-from metrics.report import pictures, report
-from metrics.score import in_processes, score_all
+from metrics.parallel import in_processes
+from metrics.report import Evaluation, pictures, report
+from metrics.score import score_all
 from metrics.table import TOY, Judging, asked
 from mixture_of_memories import (
     DirectProjection,
@@ -342,13 +343,11 @@ def evaluate_pairs(config: Config) -> int:
     unavailable = score_all(sets, config, out, accelerator)
     if accelerator.is_main_process:
         source = {"pairs": folder.resolve().name, "data": config.data}
-        results, text = report(
-            sets, {method: out / method for method in sets}, out, config, unavailable, source
-        )
-        names = [pair.name for pair in next(iter(sets.values()))]
-        pictures(out, sets, results, lambda i: [names[i], *[""] * len(sets)], config.seconds)
+        evaluation = Evaluation(sets, out, config, unavailable, source)
+        results, table = report(evaluation)
+        pictures(evaluation, results)
         print(
-            f"{text}\n\nwritten: {out}/ (METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png)"
+            f"{table}\n\nwritten: {out}/ (METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png)"
         )
     accelerator.end_training()
     return 3 if unavailable else 0
@@ -386,12 +385,17 @@ def evaluate_run(config: Config) -> int:
     accelerator.wait_for_everyone()
 
     # ---- numbers and pictures
-    held_out = HeldOut(out, lines, config.shuffle)
-    unavailable = score_all(held_out.sets, config, out, accelerator)
+    sets = pairs_of(out, lines, "from shuffled fMRI" if config.shuffle else "reconstruction")
+    unavailable = score_all(sets, config, out, accelerator)
     if accelerator.is_main_process:
-        recalled = write_retrieved(model, x[clips], lines, out / "retrieved.jsonl")
+        top_1 = write_retrieved(model, x[clips], lines, out / "retrieved.jsonl")
         near_copy = has_near_copy(test.stimuli, clips)
-        print(held_out.report(config, unavailable, model.lines, recalled, near_copy, films))
+        described, recognised = describe(config, out, lines, model.lines, top_1, near_copy, films)
+        source = {name: getattr(config, name) for name in ("data", "subject", "run", "seed", "shuffle")}
+        evaluation = Evaluation(sets, out, config, unavailable, source, described)
+        results, table = report(evaluation)
+        pictures(evaluation, results)
+        print(f"{recognised}{table}\n\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, ...)")
     accelerator.end_training()
     return 3 if unavailable else 0
 

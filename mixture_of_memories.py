@@ -62,7 +62,8 @@ class Router(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.R = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 3))
+        logits = nn.Linear(width, 3)
+        self.R = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), logits)
 
     def forward(self, f_e: Tensor) -> Tensor:
         return self.R(f_e.mean(1)).float().softmax(-1)  # (B, 3)  Eq. 4
@@ -89,12 +90,11 @@ class CrossAttention(nn.Module):
         self.W_K = nn.Linear(embed_dim, width, bias=False)
         self.W_V = nn.Linear(embed_dim, width, bias=False)
 
-    def forward(self, Q: Tensor, e_mem: Tensor, log_w: Tensor) -> Tensor:
-        """Q (B, heads, L, d), memories (B, K, D), their log-weights (B, K) -> (B, L, D')."""
+    def forward(self, Q: Tensor, e_mem: Tensor, bias: Tensor) -> Tensor:
+        """Q (B, heads, L, d), memories (B, K, D), what is added to the logits (B, heads, L, K) -> (B, L, D')."""
         heads = Q.shape[1]
         keys = self.W_K(e_mem).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, K, d)
         values = self.W_V(e_mem).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, K, d)
-        bias = log_w[:, None, None].to(Q.dtype).expand(-1, heads, Q.shape[2], -1)  # (B, heads, L, K)
         attended = scaled_dot_product_attention(Q, keys, values, bias)  # (B, heads, L, d)
         return attended.transpose(1, 2).flatten(2)  # (B, L, D')
 
@@ -132,7 +132,8 @@ class Integration(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """f_e (B, L, D'), text (B, L, D_txt), image and action memories (B, K, D) -> f_fuse, z_f, z_t."""
         Q = self.W_Q(f_e).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, d)
-        attended = self.img(Q, e_mem_img, log_w) + self.act(Q, e_mem_act, log_w)  # (B, L, D')
+        bias = log_w[:, None, None].to(Q.dtype).expand(*Q.shape[:3], -1)  # (B, heads, L, K)
+        attended = self.img(Q, e_mem_img, bias) + self.act(Q, e_mem_act, bias)  # (B, L, D')
         f_hat = self.W_O(attended)  # (B, L, D_txt)  Eq. 6
         z_f = self.Z_fMRI(self.norm(f_hat).mT).mT  # (B, L, D_txt)  Eq. 7
         z_t = self.Z_txt(e_mem_txt.mT).mT + e_mem_txt  # (B, L, D_txt)  Eq. 7

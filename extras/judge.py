@@ -21,12 +21,13 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
+from support.experiment import door  # noqa: E402
+
 from evaluate import stimulus  # noqa: E402
 from metrics.attributes import ATTRIBUTES, recognise, right  # noqa: E402
 from metrics.table import TOY  # noqa: E402
 from prepare.command import prepare_toy  # noqa: E402
 from prepare.facts import VIDEO, raw_folder, stimuli_folder  # noqa: E402
-from support.experiment import door  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.options import (
     option,  # noqa: E402

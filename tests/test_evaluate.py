@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_metrics import write_classifier
 from test_video_decoder import wan_pipeline
-from toy.recognise import class_probabilities, recognise, shares
 
 import evaluate
 from brain_model import BrainModel

@@ -235,7 +235,9 @@ def test_a_truncated_cifti_file_is_an_error_that_names_it(empty_release):
     for length in (size - 1, size // 2, 600_000, 300_000, 5_000, 545, 300, 0):  # in data, XML and header
         with path.open("r+b") as file:
             file.truncate(length)
-        with pytest.raises(ValueError, match="seg1_2_Atlas.dtseries.nii: found .*wanted .*: download it again"):
+        with pytest.raises(
+            ValueError, match="seg1_2_Atlas.dtseries.nii: found .*wanted .*: download it again"
+        ):
             source.load_run("seg1", 1)
 
 

@@ -86,9 +86,7 @@ def pretrain_viclip(out: Path, steps: int = 700, batch: int = 96, lr: float = 1e
 
     def loss_of(step: int) -> tuple[Tensor, dict]:
         i = pick(len(seen), len(clips), batch, rng)
-        video = model.encode_video(
-            pixels(frames[i], config.image_mean, config.image_std)
-        )  # (B, D)
+        video = model.encode_video(pixels(frames[i], config.image_mean, config.image_std))  # (B, D)
         text = model.encode_text(torch.cat([actions, captions[i % len(seen)]]))  # (8 + B, D)
         action, caption = text.split([len(ACTIONS), batch])
         logits = log_scale.exp() * F.normalize(video, dim=-1) @ F.normalize(action, dim=-1).T  # (B, 8)
