@@ -25,7 +25,7 @@ from torch import Tensor, nn
 KINDS = {"f": "floating-point", "u": "whole", "iu": "whole", "fiu": "real", "b": "true-or-false"}
 Shape = Sequence[int | None] | None  # None: any, or of any size
 Type = type | tuple[type, ...]
-# faults of the machine, which no file is deleted for: their texts, which libraries hand on in their own errors
+# faults of the machine, which no file is deleted for: the texts that libraries hand on in errors of their own
 _MACHINE = ("EACCES", "EPERM", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EDQUOT", "EIO")
 _MACHINE_TEXTS = [os.strerror(getattr(errno, name)) for name in _MACHINE]
 _NO_DAMAGE = (MemoryError, torch.OutOfMemoryError, ImportError, ConnectionError, TimeoutError)
