@@ -9,6 +9,9 @@ import numpy as np
 from support.files import written_whole
 from support.videos import uniform_frames, write_gif
 
+Pictures = list[list[np.ndarray]]  # rows of pictures uint8 (H, W, 3), or of videos (F, H, W, 3)
+Labels = list[list[str]]
+
 
 def curves(file: Path, named: dict[str, tuple[Sequence[float], Sequence[float]]], **labels) -> None:
     """Named curves (x, y) in one picture; labels: xlabel, ylabel, title, yscale ... of matplotlib's axes."""
@@ -39,10 +42,20 @@ def loss_curves(file: Path, log: Sequence[dict], labels: dict[str, str], title: 
 
 
 def near_copies(
-    file: Path, threshold: float, percent: Sequence[float], best_match: dict[str, list[float]]
+    file: Path, threshold: float, percent: Sequence[float], best_match: dict[str, list[float]], *old: float
 ) -> None:
     """The cosine above which a clip copies another, and the distributions behind it: of each the quantiles at
     `percent`."""
+    if (
+        old
+    ):  # TRANSITIONAL: train_stage2.py's call, until prepare/copies.py draws; then this block and *old go
+        from support.files import write_json
+
+        folder, best_match, percent, told = file, percent, (0, 5, 25, 50, 75, 95, 100), best_match
+        shares = {"test clips that have it": told, "training clips without it": old[0]}
+        values = {"threshold": threshold, "percent": percent, "best_match": best_match, "own caption": shares}
+        write_json(folder / "near_copies.json", values)
+        file = folder / "near_copies.png"
     curves(
         file,
         {name: (cosines, percent) for name, cosines in best_match.items()},
@@ -68,9 +81,9 @@ def spread(clips: Sequence[int], n: int, groups: dict[str, np.ndarray] | None = 
     return chosen
 
 
-def page(pictures: list[list[np.ndarray]], labels: list[list[str]], titles: list[str], height: int):
-    """Pictures uint8 (H, W, 3) in rows and columns, a label below each (three lines at most), a title above
-    each column -> PIL image."""
+def page(pictures: Pictures, labels: Labels, titles: list[str], height: int):
+    """Pictures in rows and columns, a label of three lines at most below each, a title above each column
+    -> PIL image."""
     from PIL import Image, ImageDraw, ImageFont
 
     gap, line = 8, 16  # pixels
@@ -101,21 +114,14 @@ def strip(video: np.ndarray) -> np.ndarray:
     return np.concatenate(np.pad(frames, ((0, 0), (0, 0), (1, 1), (0, 0)), constant_values=255), 1)
 
 
-def contact_sheet(
-    file: Path, videos: list[list[np.ndarray]], labels: list[list[str]], titles: list[str], height: int = 112
-) -> None:
-    """Of each video uint8 (F, H, W, 3) three moments, a row a clip, a column a method."""
+def contact_sheet(file: Path, videos: Pictures, labels: Labels, titles: list[str], height: int = 112) -> None:
+    """Of each video three moments, a row a clip, a column a method."""
     with written_whole(file) as part:
         page([[strip(video) for video in row] for row in videos], labels, titles, height).save(part)
 
 
 def grid_gif(
-    file: Path,
-    videos: list[list[np.ndarray]],
-    labels: list[list[str]],
-    titles: list[str],
-    seconds: float,
-    height: int = 144,
+    file: Path, videos: Pictures, labels: Labels, titles: list[str], seconds: float, height: int = 144
 ) -> None:
     """The videos themselves in rows and columns, as one GIF that lasts `seconds` and repeats."""
     n = max(len(video) for row in videos for video in row)

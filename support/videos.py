@@ -6,8 +6,7 @@
     write_video     mp4 or gif, by the name's suffix
 
 A file's own times decide, not its frame numbers: a GIF whose equal frames were merged, a recording of
-irregular rate and a trimmed mp4 give what is seen at each moment. Every reader raises ValueError, naming the
-file, where it is no whole video.
+irregular rate and a trimmed mp4 give what is seen at each moment. Readers raise MissingFile or FileFault.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,9 +45,6 @@ class VideoInfo(NamedTuple):
 
     fps: float
     duration: float  # s
-
-
-# ---------------------------------------------------------------- reading
 
 
 def read_video(path: Path, seconds: float = 2.0) -> Video:
@@ -127,8 +123,7 @@ def video_info(path: Path) -> VideoInfo:
 
 
 def check_film(film: Path, fps: float, seconds: float, over: float) -> None:
-    """Raises ValueError where a film has another frame rate, or lasts less than `seconds` or more than `over`
-    s longer."""
+    """Raises FileFault where a film has another frame rate, is shorter or more than `over` s longer."""
     info = video_info(film)
     if abs(info.fps - fps) > 0.01 * fps or not -0.1 <= info.duration - seconds <= over:
         found = f"{info.duration:.1f} s at {info.fps:.2f} frames a second"
@@ -180,9 +175,7 @@ def _decode(path: Path, start: float = 0.0) -> Iterator:
         raise broken(path, error) from error
 
 
-def _complete(
-    film: Path, info: VideoInfo, frames: list[np.ndarray], start: float, seconds: float
-) -> np.ndarray:
+def _complete(film: Path, info: VideoInfo, frames: list, start: float, seconds: float) -> np.ndarray:
     """The frames of a clip as one array (frames, H, W, 3), where they are as many as there must be."""
     if len(frames) < int(COMPLETE * seconds * info.fps) or not frames:
         found = f"{len(frames)} frames in the {seconds:g} s from {start:.1f} s on"
@@ -191,8 +184,7 @@ def _complete(
 
 
 def _gif_is_whole(path: Path) -> bool:
-    """Does the chain of a GIF's blocks reach its trailer? What follows it does not matter (GIF89a
-    specification)."""
+    """Does the chain of a GIF's blocks reach its trailer (GIF89a)? What follows it does not matter."""
     with reading(path, "a whole video", DOWNLOAD):
         data = path.read_bytes()
     i = 13 + _table_size(data[10]) if len(data) >= 13 else len(data)
@@ -214,20 +206,15 @@ def _table_size(flags: int) -> int:
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-# ---------------------------------------------------------------- frames of frames
-
-
 def uniform_frames(n_available: int, F: int) -> np.ndarray:
-    """Indices (F,) of the middle frames of F equal parts of a clip; they repeat where it has fewer than F
-    frames."""
+    """Indices (F,) of the middle frames of F equal parts of a clip; they repeat where it has fewer frames."""
     if n_available < 1:
         raise ValueError(f"a clip of {n_available} frames has none to pick, wanted at least 1")
     return (2 * np.arange(F) + 1) * n_available // (2 * F)
 
 
 def resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (F, H, W, 3) -> (F, *size, 3), bicubic, antialiased; frame by frame, since it is done in
-    float32."""
+    """uint8 (F, H, W, 3) -> (F, *size, 3), bicubic, antialiased; frame by frame, as float32 is large."""
     if frames.shape[1:3] == tuple(size):
         return frames
     out = np.empty((len(frames), *size, 3), np.uint8)
@@ -240,8 +227,7 @@ def resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def video_frames(clip: np.ndarray, frames: int, height: int, width: int) -> np.ndarray:
     """uint8 (n, H, W, 3) -> (frames, height, width, 3): the middle frames at an even stride (57 of 60: all
-    but 3), the largest centred rectangle of the wanted shape, resized. Raises ValueError where the clip has
-    too few frames."""
+    but 3), the largest centred rectangle of that shape, resized. Raises ValueError for too few frames."""
     n, H, W, _ = clip.shape
     if n < frames:
         raise ValueError(
@@ -255,24 +241,16 @@ def video_frames(clip: np.ndarray, frames: int, height: int, width: int) -> np.n
     return resized(clip[first::stride][:frames, top : top + h, left : left + w], (height, width))
 
 
-# ---------------------------------------------------------------- writing
-
-
 def check_writable(path: Path) -> None:
-    """Raises ValueError where a video cannot be written under this name: ask before hours of work."""
+    """Raises FileFault where a video cannot be written under this name: ask before hours of work."""
     if path.suffix.lower() not in (".mp4", ".gif"):
         raise damaged(path, f"the suffix {path.suffix or '(none)'}", ".mp4 or .gif", "name the video so")
     if path.is_dir():
         raise damaged(path, "a folder", "the name of a video", "choose another --out")
 
 
-def write_video(path: Path, frames: np.ndarray, fps: float, keyframe_every: int | None = None) -> None:
-    """frames uint8 (F, H, W, 3) -> H.264, nearly lossless, or a GIF that repeats. Raises ValueError for
-    another suffix.
-
-    Small videos are kept in 4:4:4: 4:2:0 would halve the resolution of their colours. keyframe_every: so many
-    frames, to seek to.
-    """
+def write_video(path: Path, frames: np.ndarray, fps: float, keyframe_every: int = 250) -> None:
+    """frames uint8 (F, H, W, 3) -> H.264, nearly lossless, or a GIF. keyframe_every: frames, to seek to."""
     check_writable(path)
     if path.suffix.lower() == ".gif":
         from PIL import Image
@@ -284,14 +262,9 @@ def write_video(path: Path, frames: np.ndarray, fps: float, keyframe_every: int 
     with written_whole(path) as part, av.open(str(part), "w", format="mp4") as out:
         stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = H, W
-        options = {
-            "crf": "8",
-            "preset": "veryfast",
-            "mbtree": "0",
-        }  # with mbtree the bytes differ now and then
-        if keyframe_every:
-            options["g"] = str(keyframe_every)
-        stream.options = options
+        # with mbtree the bytes differ now and then; 250 is x264's own interval of key frames
+        stream.options = {"crf": "8", "preset": "veryfast", "mbtree": "0", "g": str(keyframe_every)}
+        # 4:2:0 would halve the resolution of the colours of small videos
         stream.pix_fmt = "yuv444p" if min(H, W) < 256 or H % 2 or W % 2 else "yuv420p"
         for frame in frames:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
