@@ -28,15 +28,10 @@ class DiskFull(OSError):
     """Its message names the file that was written, its size and the room on the disk."""
 
 
-# ---------------------------------------------------------------- writing
-
-
 @contextmanager
 def written_whole(path: Path, keep: bool = False) -> Iterator[Path]:
-    """A temporary name to write a file or a folder to. When the block ends, the file becomes `path`, or the
-    files of the folder replace those of the folder `path` one by one: a kill leaves whole files. If the block
-    fails, it is removed, unless to `keep`. Raises DiskFull, whatever a library raises then.
-    """
+    """A temporary name to write a file or a folder to. When the block ends, it becomes `path`; of a folder,
+    file by file. If the block fails, it is removed, unless to `keep`. Raises DiskFull where it is that."""
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if part.is_dir():  # of an earlier start
@@ -85,8 +80,7 @@ def save_folder(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def new_array(part: Path, shape: tuple[int, ...], dtype: str) -> np.memmap:
-    """A memory-mapped array on disk space that is its own: a full disk is an OSError now, not a crash while
-    it is filled."""
+    """A memory-mapped array on reserved space: a full disk is an error now, no crash while it is filled."""
     array = np.lib.format.open_memmap(part, "w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):  # Linux
         with open(part, "r+b") as file:
@@ -94,22 +88,16 @@ def new_array(part: Path, shape: tuple[int, ...], dtype: str) -> np.memmap:
     return array
 
 
-def _close(array: np.memmap) -> None:
-    """Windows does not rename a file that is mapped. The array's memory is gone after this."""
-    array.flush()
-    array._mmap.close()
-
-
 @contextmanager
 def writing_array(
     path: Path, shape: tuple[int, ...], dtype: str, recipe: dict, inputs: dict[str, str] | None = None
 ) -> Iterator[np.memmap]:
-    """A memory-mapped array to fill inside the block; afterwards it is `path`, and the manifest says what
-    made it."""
+    """A memory-mapped array to fill in the block; then it is `path`, and the manifest says what made it."""
     with written_whole(path) as part:
         array = new_array(part, shape, dtype)
         yield array
-        _close(array)
+        array.flush()
+        array._mmap.close()  # Windows does not rename what is mapped; the array is not to be touched again
     add_to_manifest(path, array, recipe, inputs)
 
 
@@ -117,12 +105,9 @@ def writing_array(
 def resumable_arrays(
     shapes: dict[Path, tuple[int, ...]], dtype: str, recipe: dict, inputs: dict[str, str]
 ) -> Iterator[tuple[list[np.memmap], int, Callable[[int], None]]]:
-    """As `writing_array`, for arrays that take hours, filled side by side clip by clip: after a kill they go
-    on.
-
-    Yields the arrays, how many clips an earlier start has filled by the same recipe from the same inputs, and
-    a function to be told how many are filled now.
-    """
+    """As `writing_array`, for arrays that take hours: after a kill they go on. Yields the arrays, how many
+    clips an earlier start has filled by this recipe from these inputs, and a function to call with how many
+    are filled now."""
     first = next(iter(shapes))
     state = first.with_name(f".{first.stem}.part.json")
     request = {"shapes": [*shapes.values()], "dtype": dtype, "recipe": recipe, "inputs": inputs}
@@ -139,14 +124,14 @@ def resumable_arrays(
         filled(done)
         yield arrays, done, filled
         for path, array in zip(shapes, arrays, strict=True):
-            _close(array)
+            array.flush()
+            array._mmap.close()
             add_to_manifest(path, array, recipe, inputs)
     state.unlink()
 
 
 def _earlier_arrays(state: Path, request: dict, parts: Iterable[Path]) -> tuple[int, list[np.memmap]]:
-    """How many clips an earlier start filled, and its arrays; 0 and none where they are of another request or
-    not whole."""
+    """How many clips an earlier start filled, and its arrays; none if not whole or of another request."""
     try:
         note = read_json(state, keys={"asked": dict, "done": int})
         if note["asked"] == request:
@@ -154,9 +139,6 @@ def _earlier_arrays(state: Path, request: dict, parts: Iterable[Path]) -> tuple[
     except (ValueError, FileNotFoundError):
         pass
     return 0, []
-
-
-# ---------------------------------------------------------------- what made a file
 
 
 def sha256(*files: Path) -> str:
@@ -170,19 +152,16 @@ def sha256(*files: Path) -> str:
 
 
 def hashes(groups: Iterable[Sequence[Path]]) -> dict[str, str]:
-    """The SHA-256 of each group of files, by the name of its only file or of its first and last; a group that
-    recurs once."""
+    """The SHA-256 of each group of files, by the name of its only file or of its first and last."""
     digests: dict[str, str] = {}
     for files in groups:
         name = files[0].name + (f" ... {files[-1].name}" if len(files) > 1 else "")
-        if name not in digests:
-            digests[name] = sha256(*files)
+        digests[name] = digests.get(name) or sha256(*files)  # once, where it recurs
     return digests
 
 
 def read_manifest(path: Path) -> dict | None:
-    """What manifest.json in the folder of `path` says of it; None where either is missing or `path` is not
-    finished."""
+    """What manifest.json beside `path` says of it; None where it says nothing, or `path` is not finished."""
     manifest = path.with_name("manifest.json")
     if not (path.exists() and manifest.exists()):
         return None

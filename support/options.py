@@ -15,8 +15,7 @@ RANGE_WORDS = {"least": "at least", "most": "at most", "choices": "one of"}
 
 
 def option(default, text: str, **ranges):
-    """A field of a Config: its default, its sentence in --help, its range: above, least, below, most a
-    number, or choices."""
+    """A field of a Config: its default, its sentence in --help, its range (of RANGES)."""
     assert ranges.keys() <= RANGES.keys()
     metadata = {"help": text, "ranges": ranges}
     if isinstance(default, list):
@@ -97,8 +96,7 @@ def _range_text(ranges: dict) -> str:
 
 
 def check_options(config) -> None:
-    """Raises ValueError, naming the option, where a number is not finite or a value lies outside its declared
-    range."""
+    """Raises ValueError, naming the option, where a value lies outside its range or is not finite."""
     for f in fields(config):
         value, ranges = getattr(config, f.name), f.metadata["ranges"]
         for item in value if isinstance(value, list) else [value]:
@@ -127,8 +125,7 @@ def within(kind: type, **ranges) -> Callable[[str], float]:
 
 
 def check_name(name: str, option_name: str = "--run") -> str:
-    """A name that is one folder: letters, digits, and . _ + - after the first. Raises ValueError for
-    another."""
+    """The name itself, where it can be that of one folder. Raises ValueError for another."""
     if not re.fullmatch(r"[\w+][\w.+-]{0,99}", name):
         wanted = "at most 100 letters, digits and . _ + -, no dot first"
         raise ValueError(f"{option_name} {name[:120]}: wanted {wanted}")
@@ -141,8 +138,8 @@ def settings_of(config, *without: str) -> dict:
 
 
 def check_together(config, unused: dict[str, Sequence[str]], needed: dict[str, Sequence[str]]) -> None:
-    """Raises ValueError, naming both options, where one is given beside another that does not use it
-    (`unused`: option -> those), or without any of the others that do (`needed`)."""
+    """Raises ValueError, naming both options, where one is given beside one that does not use it (`unused`:
+    option -> those), or without any that does (`needed`)."""
     values = settings_of(config)
     given = [name for name in values if values[name] not in (None, []) and values[name] is not False]
     for name in given:

@@ -1,10 +1,9 @@
 """Readers that turn any damage into one error: a file's name, what it holds, what was wanted and what to do.
 
-    read_array, read_npz            .npy and .npz of numbers or text
-    read_text, read_json, read_json_lines
-    read_tensors, read_state        .safetensors, and .pt checkpoints of plain values
-    load_model                      a model of config.json and model.safetensors
-    reading                         the same for what a library raises, and advice for the readers inside
+    read_array, read_npz, read_text, read_json, read_json_lines
+    read_tensors, read_state    .safetensors, and .pt checkpoints of plain values
+    load_model                  a model of config.json and model.safetensors
+    reading                     the same for what a library raises, and advice for the readers inside
 
 A reader raises MissingFile, or the FileFault of `damaged`. Nothing that a file holds is ever executed.
 """
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 KINDS = {"f": "floating-point", "u": "whole", "iu": "whole", "fiu": "real", "b": "true-or-false"}
 Shape = Sequence[int | None] | None  # None: any, or of any size
 Type = type | tuple[type, ...]
-# faults of the machine, which no file is deleted for: their texts, which libraries hand on in their own errors
+# faults of the machine, which no file is deleted for: the texts that libraries hand on in errors of their own
 _MACHINE = ("EACCES", "EPERM", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EDQUOT", "EIO")
 _MACHINE_TEXTS = [os.strerror(getattr(errno, name)) for name in _MACHINE]
 _NO_DAMAGE = (MemoryError, torch.OutOfMemoryError, ImportError, ConnectionError, TimeoutError)
@@ -42,11 +41,10 @@ class MissingFile(FileNotFoundError):
 
 
 def damaged(path: Path | str, found: object, wanted: str, advice: str | None = None) -> FileFault:
-    """The one form of an error about a file. A library's message is cut to a line, without its advice to
-    unpickle. Without `advice`, that of the innermost `reading` is given."""
+    """The one form of an error about a file. `found` may be a library's error; advice: that of `reading`."""
     text = str(found).strip().split("\n")[0][:160] or type(found).__name__
     if any(words in text for words in ("pickle", "Weights only load", "mmap can only")):
-        text = "a damaged file, or Python objects, which could run code"
+        text = "a damaged file, or Python objects, which could run code"  # the library advises to load them
     return FileFault(f"{path}: found {text}, wanted {wanted}: {advice or _advice.get()}")
 
 
@@ -72,9 +70,6 @@ def reading(path: Path | str, wanted: str = "a whole file", advice: str | None =
         raise damaged(path, error, wanted) from error
     finally:
         _advice.reset(token)
-
-
-# ---------------------------------------------------------------- arrays
 
 
 def check_array(
@@ -103,8 +98,7 @@ def check_array(
 def read_array(
     path: Path, kind: str = "f", shape: Shape = None, finite: bool = False, mend: str | None = None
 ) -> np.ndarray:
-    """An .npy array, memory-mapped and read-only: a header that promises more than the file holds takes no
-    memory."""
+    """An .npy array, memory-mapped: a header that promises more than the file holds takes no memory."""
     with reading(path, "a whole .npy file", mend):
         return check_array(np.lib.format.open_memmap(path, "r"), path, kind, shape, finite)
 
@@ -122,9 +116,6 @@ def read_npz(path: Path, kinds: dict[str, str], mend: str | None = None) -> dict
         if len({shape[:1] for shape in shapes.values()}) > 1:
             raise damaged(path, shapes, "arrays of one length")
     return arrays
-
-
-# ---------------------------------------------------------------- text
 
 
 def read_text(path: Path, mend: str | None = None) -> str:
@@ -147,8 +138,7 @@ def _names(kind: Type) -> str:
 
 
 def check_keys(row: dict, path: Path | str, keys: dict[str, Type], mend: str | None = None) -> dict:
-    """The row itself, where each key is there and of its type; a float may be a whole number, but not NaN or
-    infinite."""
+    """The row itself, where each key is there and of its type; a float must be finite."""
     for key, kind in keys.items():
         value = row.get(key)
         if key not in row or not _fits(value, kind):
@@ -176,14 +166,10 @@ def read_json(
 
 
 def read_json_lines(path: Path, keys: dict[str, Type] | None = None, mend: str | None = None) -> list[dict]:
-    """A JSON object a line. Lines end at \\n alone (a caption may hold U+2028); blank lines at the end are no
-    lines."""
+    """A JSON object a line. Lines end at \\n alone: a caption may hold U+2028."""
     with reading(path, advice=mend):
         lines = enumerate(read_text(path).rstrip().split("\n"), 1)
         return [_parse_json(line, f"{path}, line {number}", dict, keys) for number, line in lines]
-
-
-# ---------------------------------------------------------------- weights
 
 
 def read_tensors(
@@ -223,8 +209,7 @@ def read_state(path: Path, keys: dict[str, Type], mend: str | None = None) -> di
 
 
 def load_model(kind: type, folder: Path, mend: str | None = None) -> nn.Module:
-    """kind.from_pretrained(folder) of a model with config.json and model.safetensors: its own weights, all of
-    them, finite."""
+    """kind.from_pretrained(folder) of config.json and model.safetensors: all its weights, finite."""
     weights = folder / "model.safetensors"
     with reading(folder, f"a {kind.__name__}", mend):  # its sizes, names and weights
         read_json(folder / "config.json")
