@@ -62,7 +62,7 @@ def allowed(name: str) -> list[str]:
         "prepare.release": ["support.", "prepare.facts"],
         "prepare.decoder": ["support.", "prepare.", "video_decoder"],
         "prepare.command": ["support.", "prepare.", "toy.release"],
-        "toy.release": ["toy.world", "toy.subject", "prepare.release", "prepare.facts", "support."],
+        "toy.release": ["toy.world", "toy.subject", "prepare.", "support."],
         "toy.recognise": ["support.", "metrics."],
         "toy.world": [],
         "toy.subject": ["toy.world"],
