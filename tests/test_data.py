@@ -36,6 +36,7 @@ from prepare.fmri import prepare_fmri
 from prepare.release import Release
 from prepare.stimuli import encode_all, first_sentences, prepare_stimuli
 from support.files import MissingData, hashes, is_made_by, writing_array, written_whole
+from toy import release
 from video_decoder import VideoDecoder
 
 # ---------------------------------------------------------------- written whole
@@ -777,7 +778,7 @@ def test_bad_input_is_one_line_and_no_traceback(tmp_path):
 def test_reading_imports_no_encoder(tmp_path):
     """Reading prepared data, and asking whether the toy world is prepared, load neither open_clip nor
     diffusers."""
-    code = "import sys, data, prepare.command; print(sorted({'open_clip', 'diffusers'} & {*sys.modules}))"
+    code = "import sys, data, prepare.command, toy.release; print(sorted({'open_clip', 'diffusers'} & {*sys.modules}))"
     (tmp_path / "look.py").write_text(code)
     done = run_script(str(tmp_path / "look.py"), cwd=tmp_path)
     assert done.stdout.strip() == "[]", done.stderr
@@ -793,19 +794,20 @@ def test_a_prepared_toy_world_is_left_as_it_is(tmp_path, monkeypatch):
         (tmp_path / "toy" / name).touch()
     for split in ("train", "test"):
         file = tmp_path / "toy" / "sub1" / split / "fmri.npy"
-        with writing_array(file, (1, 2, 1, 3), "float32", command.toy_recipe(1)) as fmri:
+        with writing_array(file, (1, 2, 1, 3), "float32", release.toy_recipe(1)) as fmri:
             fmri[:] = 0
-    for name in ("prepare.fmri", "prepare.stimuli", "prepare.decoder", "toy.release"):
+    for name in ("prepare.fmri", "prepare.stimuli", "prepare.decoder"):
         monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
-    command.prepare_toy(tmp_path)
+    monkeypatch.setattr(release, "make_toy", None)
+    release.prepare_toy(tmp_path)
     with pytest.raises(ValueError, match="--subject 10: toy has subjects 1 to 9"):
-        command.prepare_toy(tmp_path, subject=10)
+        release.prepare_toy(tmp_path, subject=10)
     with pytest.raises(ImportError):  # the second subject is not there
-        command.prepare_toy(tmp_path, subject=2)
+        release.prepare_toy(tmp_path, subject=2)
     assert not (tmp_path / "toy" / "raw").exists()
     (tmp_path / "toy" / "stimuli" / "test" / "e_act.npy").unlink()
     with pytest.raises(ImportError):
-        command.prepare_toy(tmp_path)
+        release.prepare_toy(tmp_path)
 
 
 # ---------------------------------------------------------------- order of the clips

@@ -14,11 +14,10 @@ import torch
 from prepare import fmri
 from prepare.captions import read_captions
 from prepare.cc2017 import NeuroClipsRelease, PurdueRelease, load_pt
-from prepare.command import toy_recipe
 from prepare.fmri import detrending_degree, fisher_z, load_response, preprocess_run, reproducible_voxels
 from prepare.release import Release
 from support.videos import check_film, read_clip, read_clips
-from toy.release import ToyRelease, make_toy
+from toy.release import ToyRelease, make_toy, toy_recipe
 from toy.subject import VERSION
 
 # ---------------------------------------------------------------- preprocessing

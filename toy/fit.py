@@ -8,7 +8,7 @@ networks, losses and gates. Sizes, tokenizers and image processors stand in the 
 import argparse
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from support.options import within
 from support.training import average
 from support.videos import uniform_frames
-from toy.world import COLOURS, Clip, combinations, coverage, ground, random_clip, render
+from toy.world import ATTRIBUTES, COLOURS, Clip, combinations, coverage, ground, random_clip, render
 
 HERE = Path(__file__).parent
 MEAN, STD = 0.45, 0.225  # of the pixels that the classifiers and DINO see
@@ -36,12 +36,17 @@ def random_clips(pool: Sequence[tuple], count: int, rng: np.random.Generator) ->
     return [random_clip(pool[i], rng) for i in rng.integers(len(pool), size=count)]
 
 
+def values_of(pool: Sequence[tuple]) -> dict[str, Tensor]:
+    """Of each attribute the number of its value in each combination, (combinations,)."""
+    columns = zip(ATTRIBUTES.items(), zip(*pool, strict=True), strict=True)
+    return {name: torch.tensor([values.index(v) for v in column]) for (name, values), column in columns}
+
+
 def rendered(clips: list[Clip], frames: int | Sequence[int]) -> np.ndarray:
     """uint8 (clips, F, 64, 64, 3): so many uniform frames of each, or those."""
     chosen = uniform_frames(17, frames) if isinstance(frames, int) else frames
-    return np.stack(
-        [render(clip)[chosen] for clip in tqdm(clips, desc="rendering", disable=len(clips) < 1000)]
-    )
+    progress = tqdm(clips, desc="rendering", disable=len(clips) < 1000)
+    return np.stack([render(clip)[chosen] for clip in progress])
 
 
 def pixels(frames: np.ndarray, mean: float | list[float] = MEAN, std: float | list[float] = STD) -> Tensor:
@@ -88,7 +93,7 @@ class Stage:
 
 
 def one_cycle(
-    parameters: list,
+    parameters: Iterable,
     lr: float,
     steps: int,
     warm_up: float = 0.1,
@@ -112,8 +117,7 @@ def flat_then_cosine(optimiser: Optimizer, steps: int, tail: int) -> LRScheduler
 
 def fit(
     name: str,
-    parameters: list[nn.Parameter],
-    loss_of: Callable[[int], tuple[Tensor, dict[str, Tensor]]],
+    losses: Callable[[], dict[str, Tensor]],
     schedules: Sequence[LRScheduler],
     steps: int,
     max_norm: float = 1.0,
@@ -121,17 +125,19 @@ def fit(
 ) -> None:
     """The training loop: each step's gradients, averaged over the processes and clipped, move the weights.
 
-    loss_of(step): the loss, and what else stands in the log line, as means over 50 steps. schedules: of the
-    optimisers, each of which moves its part of the parameters. after(step): what follows a step.
+    losses(): the "loss" of new clips, and what else stands in the log line, as means over 50 steps.
+    schedules: of the optimisers, each of which moves its part of the weights. after(step): follows a step.
     """
     start, rows = time.time(), []
+    groups = [group for schedule in schedules for group in schedule.optimizer.param_groups]
+    parameters = [p for group in groups for p in group["params"]]
     first = not dist.is_initialized() or dist.get_rank() == 0
     progress = tqdm(range(steps), desc=name, mininterval=20, disable=not first)
     for step in progress:
-        loss, numbers = loss_of(step)
+        numbers = losses()
         for schedule in schedules:
             schedule.optimizer.zero_grad()
-        loss.backward()
+        numbers["loss"].backward()
         if dist.is_initialized():
             average([p.grad for p in parameters])
         nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -140,7 +146,7 @@ def fit(
             schedule.step()
         if after:
             after(step)
-        rows.append({key: value.item() for key, value in {"loss": loss, **numbers}.items()})
+        rows.append({key: value.item() for key, value in numbers.items()})
         if first and (step % 50 == 49 or step == steps - 1):
             means = [f"{key} {np.mean([row[key] for row in rows]):.3f}" for key in rows[0]]
             progress.write(f"{name} {step + 1} {' '.join(means)} {time.time() - start:.0f} s")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from prepare.encoders import encode_actions, encode_images, encode_texts, load_clip
 from prepare.viclip import ViCLIP
+from support.readers import read_json
 from toy.fit import HERE, command, configured, fit, one_cycle, pixels, rendered
 from toy.world import ACTIONS, Clip, combinations, random_clip
 
@@ -47,22 +48,20 @@ def pick(pool: int, clips: int, batch: int, rng: np.random.Generator) -> np.ndar
 def pretrain_clip(out: Path, steps: int = 1500, batch: int = 192, lr: float = 1e-3) -> None:
     folder = configured(out / "clip", "clip")
     torch.manual_seed(0)
-    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    model = open_clip.CLIP(**read_json(folder / "open_clip_config.json")["model_cfg"])
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     seen, rng = combinations()[0], np.random.default_rng(0)
     clips = clips_of(seen, 6, seed=1)
     frames = rendered(clips, 8)
     tokens = open_clip.get_tokenizer(f"local-dir:{folder}")([clip.caption for clip in clips[: len(seen)]])
 
-    def loss_of(step: int) -> tuple[Tensor, dict]:
+    def losses() -> dict[str, Tensor]:
         i = pick(len(seen), len(clips), batch, rng)
         x = pixels(frames[i, rng.integers(0, 8, batch)], mean, std)
-        return contrast(
-            model.encode_image(x), model.encode_text(tokens[i % len(seen)]), model.logit_scale
-        ), {}
+        image, text = model.encode_image(x), model.encode_text(tokens[i % len(seen)])
+        return {"loss": contrast(image, text, model.logit_scale)}
 
-    parameters = list(model.parameters())
-    fit("clip", parameters, loss_of, [one_cycle(parameters, lr, steps)], steps)
+    fit("clip", losses, [one_cycle(model.parameters(), lr, steps)], steps)
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
 
@@ -74,8 +73,8 @@ def pretrain_viclip(out: Path, steps: int = 700, batch: int = 96, lr: float = 1e
     config = ViCLIP.from_pretrained(HERE / "viclip").config
     torch.manual_seed(0)
     model = ViCLIP(config)
-    # at 0 no frame is before another
-    nn.init.normal_(model.vision_encoder.temporal_positional_embedding, std=0.3)
+    time = model.vision_encoder.temporal_positional_embedding
+    nn.init.normal_(time, std=0.3)  # at 0 no frame is before another
     seen, rng = combinations()[0], np.random.default_rng(0)
     clips = clips_of(seen, 12, seed=2)
     frames = rendered(clips, 8)
@@ -84,23 +83,23 @@ def pretrain_viclip(out: Path, steps: int = 700, batch: int = 96, lr: float = 1e
     action_of = torch.tensor([ACTIONS.index(clip.action) for clip in clips])
     log_scale = nn.Parameter(torch.tensor(2.66))
 
-    def loss_of(step: int) -> tuple[Tensor, dict]:
+    def losses() -> dict[str, Tensor]:
         i = pick(len(seen), len(clips), batch, rng)
         video = model.encode_video(pixels(frames[i], config.image_mean, config.image_std))  # (B, D)
         text = model.encode_text(torch.cat([actions, captions[i % len(seen)]]))  # (8 + B, D)
         action, caption = text.split([len(ACTIONS), batch])
         logits = log_scale.exp() * F.normalize(video, dim=-1) @ F.normalize(action, dim=-1).T  # (B, 8)
-        return F.cross_entropy(logits, action_of[i]) + 0.3 * contrast(video, caption, log_scale), {}
+        loss = F.cross_entropy(logits, action_of[i]) + 0.3 * contrast(video, caption, log_scale)
+        return {"loss": loss}
 
-    parameters = [*model.parameters(), log_scale]
-    fit("viclip", parameters, loss_of, [one_cycle(parameters, lr, steps)], steps)
+    fit("viclip", losses, [one_cycle([*model.parameters(), log_scale], lr, steps)], steps)
     model.temp.data = 1 / log_scale.data.exp()
     model.save_pretrained(out / "viclip")
 
 
-def top_1(e: np.ndarray, e_text: np.ndarray, shown: list, described: list) -> float:
-    """Share of the clips whose most similar text describes what the clip shows."""
-    return float(np.mean([shown[i] == described[j] for i, j in enumerate((e @ e_text.T).argmax(1))]))
+def top_1(e: np.ndarray, e_text: np.ndarray, clips: list, texts: list) -> float:
+    """Share of the clips whose most similar text says what the clip shows."""
+    return float(np.mean([clips[i] == texts[j] for i, j in enumerate((e @ e_text.T).argmax(1))]))
 
 
 def clip_gate(out: Path) -> None:
@@ -110,30 +109,23 @@ def clip_gate(out: Path) -> None:
     e_text = encode_texts(clip, tokenizer, [clip.caption for clip in clips[:160]])
     looks = [(clip.shape, clip.colour, clip.background) for clip in clips]
     right = top_1(encode_images(clip, rendered(clips, 8)).mean(1), e_text, looks, looks[:160])
-    print("CLIP, held-out clips: shape, colour, background of the nearest of 160 captions right in", end=" ")
-    print(f"{right:.1%} (chance 1.2%: 80 different looks)")
+    question = "shape, colour, background of the nearest of 160 captions right (chance 1.2%: 80 looks)"
+    print(f"CLIP, held-out clips: {question} in {right:.1%}")
 
 
 @torch.inference_mode()
 def viclip_gate(out: Path) -> None:
     """What ViCLIP recognises of the held-out combinations."""
-    clips = clips_of(combinations()[1], 4, seed=3)
-    viclip, tokenizer = (
-        ViCLIP.from_pretrained(out / "viclip"),
-        open_clip.get_tokenizer(f"local-dir:{HERE / 'clip'}"),
-    )
+    clips, viclip = clips_of(combinations()[1], 4, seed=3), ViCLIP.from_pretrained(out / "viclip")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{HERE / 'clip'}")
     e = encode_actions(viclip, rendered(clips, 8))
-    actions, shown = [clip.action for clip in clips], [clip.combination for clip in clips]
-
-    def right(texts: list[str], shown: list, described: list) -> float:
+    captions, actions = [clip.caption for clip in clips], [clip.action for clip in clips]
+    for question, texts, answers in (
+        ("all four attributes of the nearest of 160 captions right (chance 0.6%)", captions[:160], captions),
+        ("the nearest of the eight actions right (chance 12.5%)", list(ACTIONS), actions),
+    ):
         e_text = F.normalize(viclip.encode_text(tokenizer(texts)), dim=-1).numpy()
-        return top_1(e, e_text, shown, described)
-
-    captions = [clip.caption for clip in clips[:160]]
-    print("ViCLIP, held-out clips: all four attributes of the nearest of 160 captions right in", end=" ")
-    print(f"{right(captions, shown, shown[:160]):.1%} (chance 0.6%)")
-    print("ViCLIP, held-out clips: the nearest of the eight actions right in", end=" ")
-    print(f"{right(list(ACTIONS), actions, list(ACTIONS)):.1%} (chance 12.5%)")
+        print(f"ViCLIP, held-out clips: {question} in {top_1(e, e_text, answers, texts):.1%}")
 
 
 if __name__ == "__main__":

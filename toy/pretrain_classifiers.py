@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, VideoMAEForVideoClassification, ViTForImageClassification
 
 from metrics.classes import Classifier
-from toy.fit import HERE, Stage, command, configured, fit, one_cycle, rendered
+from toy.fit import HERE, Stage, command, configured, fit, one_cycle, rendered, values_of
 from toy.world import ATTRIBUTES, combinations, random_clip
 
 
@@ -48,13 +48,10 @@ def pretrain_classifier(kind: str, out: Path, steps: int, batch: int, lr: float 
     config = AutoConfig.from_pretrained(HERE / kind)
     truth = torch.tensor([config.label2id[class_of(combination, kind)] for combination in pool])  # (912,)
     model = {"videomae": VideoMAEForVideoClassification, "vit": ViTForImageClassification}[kind](config)
-    stage, rng, tables = (
-        Stage(60),
-        np.random.default_rng(2),
-        classes_of_values(list(config.id2label.values())),
-    )
+    tables = classes_of_values(list(config.id2label.values()))
+    stage, rng = Stage(60), np.random.default_rng(2)
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses() -> dict[str, Tensor]:
         i = rng.integers(len(pool), size=batch)
         x = stage.clips([pool[k] for k in i], kind == "vit")  # (B, F, 3, 64, 64)
         with torch.autocast("cpu", torch.bfloat16):
@@ -62,45 +59,35 @@ def pretrain_classifier(kind: str, out: Path, steps: int, batch: int, lr: float 
         log_p = logits.float().log_softmax(-1)  # (B, classes)
         loss = F.nll_loss(log_p, truth[i])
         right = {"class": (log_p.argmax(1) == truth[i]).float().mean()}
-        for (
-            attribute,
-            table,
-        ) in tables.items():  # and of each attribute: P(red) is the sum over the red classes
+        for attribute, table in tables.items():  # P(red) is the sum over the red classes
             p, value = log_p.exp() @ table, table[truth[i]].argmax(1)
             loss = loss + F.nll_loss(p.clamp_min(1e-6).log(), value)
             right[attribute] = (p.argmax(1) == value).float().mean()
-        return loss, right
+        return {"loss": loss, **right}
 
-    parameters = list(model.parameters())
-    matrices = {"params": [p for p in parameters if p.dim() > 1]}
-    rest = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0}
-    schedule = one_cycle([matrices, rest], lr, steps, warm_up=0.15, beta=0.98)
-    fit(kind, parameters, loss_of, [schedule], steps)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices}, {"params": rest, "weight_decay": 0}]
+    schedule = one_cycle(groups, lr, steps, warm_up=0.15, beta=0.98)
+    fit(kind, losses, [schedule], steps)
     model.half().save_pretrained(configured(out / kind, kind))
 
 
 @torch.inference_mode()
-def classifier_gate(kind: str, out: Path) -> dict[str, float]:
-    """What the classifier sees in 640 new clips of the held-out combinations: share of the clips whose class,
-    and each attribute of it, is right."""
-    judge, rng = Classifier(out / kind), np.random.default_rng(4)
-    clips = [random_clip(combination, rng) for combination in combinations()[1] * 4]
-    p = torch.tensor(np.stack([judge(video).mean(0) for video in rendered(clips, 16)]))  # (clips, classes)
-    scores = {
-        "class": [
-            judge.names[i] == class_of(c.combination, kind) for i, c in zip(p.argmax(1), clips, strict=True)
-        ]
-    }
+def classifier_gate(kind: str, out: Path, copies: int = 4) -> None:
+    """What the classifier sees in new clips of the held-out combinations: in how many the class, and each
+    attribute of it, is right."""
+    judge, rng, pool = Classifier(out / kind), np.random.default_rng(4), combinations()[1] * copies
+    videos = rendered([random_clip(combination, rng) for combination in pool], 16)
+    p = torch.tensor(np.stack([judge(video).mean(0) for video in videos]))  # (clips, classes)
+    truth = torch.tensor([judge.names.index(class_of(combination, kind)) for combination in pool])
+    scores = {"class": p.argmax(1) == truth}
     for attribute, table in classes_of_values(judge.names).items():
-        values = [ATTRIBUTES[attribute][i] for i in (p @ table).argmax(1)]
-        scores[attribute] = [value == getattr(c, attribute) for value, c in zip(values, clips, strict=True)]
-    shares = {name: float(np.mean(right)) for name, right in scores.items()}
+        scores[attribute] = (p @ table).argmax(1) == values_of(pool)[attribute]
+    shares = ", ".join(f"{name} {right.float().mean():.1%}" for name, right in scores.items())
     size = sum(file.stat().st_size for file in (out / kind).iterdir()) / 1e6
-    text = (
-        f"{kind}, {len(clips)} new clips of held-out combinations, {len(judge.names)} classes, {size:.2f} MB:"
-    )
-    print(text, ", ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
-    return shares
+    print(f"{kind}, {len(pool)} new clips of held-out combinations, {len(judge.names)} classes, ", end="")
+    print(f"{size:.2f} MB: {shares}", flush=True)
 
 
 if __name__ == "__main__":

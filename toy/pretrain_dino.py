@@ -73,7 +73,7 @@ def pretrain_dino(out: Path, steps: int = 900, batch: int = 96, lr: float = 2e-3
     # of a global crop and another one
     pairs = [(i, j) for i in range(2) for j in range(2 + LOCALS) if i != j]
 
-    def loss_of(step: int) -> tuple[Tensor, dict]:
+    def losses() -> dict[str, Tensor]:
         chosen = [pool[i] for i in rng.integers(len(pool), size=batch)]
         x = stage.clips(chosen, one_frame=True)[:, 0]  # (B, 3, 64, 64)
         large = torch.cat([crops(x, SIZE, 0.5, 1) for _ in range(2)])
@@ -82,16 +82,15 @@ def pretrain_dino(out: Path, steps: int = 900, batch: int = 96, lr: float = 2e-3
             p = assignments(teacher(large)).chunk(2)
         cosines = [*student(large).chunk(2), *student(small).chunk(LOCALS)]
         log_q = [(v / 0.1).log_softmax(-1) for v in cosines]
-        return -sum((p[i] * log_q[j]).sum(-1).mean() for i, j in pairs) / len(pairs), {}
+        return {"loss": -sum((p[i] * log_q[j]).sum(-1).mean() for i, j in pairs) / len(pairs)}
 
     def move_teacher(step: int) -> None:
         weight = 0.01 * (1 + np.cos(np.pi * step / steps)) / 2  # of the student: 0.01 to 0
         for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
             slow.lerp_(fast.detach(), weight)
 
-    parameters = list(student.parameters())
-    schedule = one_cycle(parameters, lr, steps, weight_decay=0.04)
-    fit("dino", parameters, loss_of, [schedule], steps, max_norm=3.0, after=move_teacher)
+    schedule = one_cycle(student.parameters(), lr, steps, weight_decay=0.04)
+    fit("dino", losses, [schedule], steps, max_norm=3.0, after=move_teacher)
     teacher.vit.half().save_pretrained(configured(out / "dino", "dino"))
 
 
@@ -111,9 +110,10 @@ def dino_gate(out: Path, k: int = 5) -> None:
     cosines = features(asked, [8])[:, 0] @ features(known, [8])[:, 0].T
     nearest = cosines.topk(k).indices  # (clips, k)
     for a, (name, values) in enumerate(ATTRIBUTES.items()):
-        value = torch.tensor([sorted(values).index(combination[a]) for combination in known])
-        truth = torch.tensor([sorted(values).index(combination[a]) for combination in asked])
-        right = (value[nearest].mode(1).values == truth).float().mean()
+        values = sorted(values)  # of equally many votes the first counts
+        votes = torch.tensor([values.index(combination[a]) for combination in known])[nearest].mode(1).values
+        truth = torch.tensor([values.index(combination[a]) for combination in asked])
+        right = (votes == truth).float().mean()
         print(f"nearest {k}: {name} {right:.3f} (chance {1 / len(values):.3f})")
     f = features(unseen, list(range(17)))  # (160, 17, D)
     within = (f[:, 1:] * f[:, :1]).sum(-1).mean()

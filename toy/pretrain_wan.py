@@ -26,7 +26,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from support.pictures import contact_sheet
-from toy.fit import HERE, configured, fit, flat_then_cosine, one_cycle, parser_of, random_clips, rendered
+from toy.fit import (
+    HERE,
+    configured,
+    fit,
+    flat_then_cosine,
+    one_cycle,
+    parser_of,
+    random_clips,
+    rendered,
+    values_of,
+)
 from toy.world import ATTRIBUTES, FRAMES, SIZE, Clip, combinations, coverage, random_clip
 
 PROCESSES = 2  # of one thread each
@@ -43,6 +53,7 @@ def start(rank: int, training: partial) -> None:
     torch.set_num_threads(1)
     # on a CPU: oneDNN in the place of MKL, as exact and twice as fast
     torch.set_float32_matmul_precision("medium")
+    WanResample.forward = resample_at_once
     dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
     training(rank)
     dist.destroy_process_group()
@@ -78,14 +89,12 @@ def resample_at_once(self: WanResample, x: Tensor, feat_cache: None = None, feat
 @torch.autocast("cpu", torch.bfloat16)
 def encode(vae: AutoencoderKLWan, x: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 3, 17, 64, 64) -> mean and log-variance, each (B, Z_DIM, 9, 8, 8)."""
-    WanResample.forward = resample_at_once
     return vae.quant_conv(vae.encoder(patchify(x, 4))).float().clamp(-20, 20).chunk(2, 1)
 
 
 @torch.autocast("cpu", torch.bfloat16)
 def decode(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
     """(B, Z_DIM, 9, 8, 8) -> (B, 3, 17, 64, 64), not clamped."""
-    WanResample.forward = resample_at_once
     return unpatchify(vae.decoder(vae.post_quant_conv(z), first_chunk=True), 4).float()
 
 
@@ -99,11 +108,10 @@ def pretrain_vae(rank: int, folder: Path, steps: int = 1600, batch: int = 4) -> 
     torch.manual_seed(0)
     seen, rng = combinations()[0], np.random.default_rng([2, rank])
     vae = new_vae()
-    parameters = list(vae.parameters())
-    optimiser = torch.optim.AdamW(parameters, 2e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(vae.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0.01)
     torch.manual_seed(rank)
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses() -> dict[str, Tensor]:
         clips = random_clips(seen, batch, rng)
         x = to_video(clips)
         alpha = torch.from_numpy(np.stack([coverage(clip) for clip in clips])).float()[:, None]
@@ -116,9 +124,9 @@ def pretrain_vae(rank: int, folder: Path, steps: int = 1600, batch: int = 4) -> 
         loss = (weight * (error**2 + 0.3 * error.abs())).mean()
         loss = loss + (weight[..., 1:] * dx).mean() + (weight[..., 1:, :] * dy).mean()
         kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).mean()
-        return loss + 5e-4 * kl, {"kl": kl, "dB": psnr(y.detach(), x)}
+        return {"loss": loss + 5e-4 * kl, "kl": kl, "dB": psnr(y.detach(), x)}
 
-    fit("vae", parameters, loss_of, [flat_then_cosine(optimiser, steps, steps)], steps)
+    fit("vae", losses, [flat_then_cosine(optimiser, steps, steps)], steps)
     if rank == 0:
         rotate(vae, random_clips(seen, 192, np.random.default_rng([2, 0])))
         vae.half().save_pretrained(configured(folder, "wan") / "vae")
@@ -164,12 +172,6 @@ def new_transformer() -> WanTransformer3DModel:
     return dit
 
 
-def embed(text_encoder: UMT5EncoderModel, ids: Tensor) -> Tensor:
-    """Token ids (B, 16) -> (B, 16, 64), zero after the caption, as WanPipeline has them."""
-    mask = (ids != 0).long()
-    return text_encoder(ids, mask).last_hidden_state * mask[..., None]
-
-
 @torch.inference_mode()
 def latents_of(vae: AutoencoderKLWan, clips: list[Clip]) -> Tensor:
     """Normalised means of the posterior, (clips, Z_DIM, 9, 8, 8)."""
@@ -193,28 +195,29 @@ def pretrain_dit(
 
     torch.manual_seed(0)
     text_config = UMT5Config.from_pretrained(HERE / "wan" / "text_encoder")
-    parts = {"transformer": new_transformer(), "text_encoder": UMT5EncoderModel(text_config)}
-    model = nn.ModuleDict(parts)
+    transformer, text_encoder = new_transformer(), UMT5EncoderModel(text_config)
+    model = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.997))
-    parameters = list(model.parameters())
-    matrices = [p for p in model["transformer"].blocks.parameters() if p.ndim == 2]
-    rest = [p for p in parameters if not any(p is matrix for matrix in matrices)]
+    matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     # loss 0.375 after 250 steps, with AdamW alone 0.447
     muon = torch.optim.Muon(matrices, 4e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(rest, 2e-3, betas=(0.9, 0.99), weight_decay=0.01)
     torch.manual_seed(1 + rank)
 
-    def loss_of(step: int) -> tuple[Tensor, dict]:
+    def losses() -> dict[str, Tensor]:
         i = torch.randint(clips, (batch,))
         y, eps = latents[i], torch.randn(batch, *latents.shape[1:])
         strata = (torch.arange(batch) + torch.rand(batch)) / batch
         u = torch.special.ndtri(strata).sigmoid()  # logit-normal, one draw a stratum
         sigma = (3 * u / (1 + 2 * u)).view(-1, 1, 1, 1, 1)
         caption = torch.where(torch.rand(batch) < 0.1, clips, i)  # a tenth without one
-        text = embed(model["text_encoder"], ids[caption])
+        mask = (ids[caption] != 0).long()
+        text = text_encoder(ids[caption], mask).last_hidden_state  # (B, 16, 64)
+        text = text * mask[..., None]  # zero after the caption, as WanPipeline has it
         y_t = (1 - sigma) * y + sigma * eps
-        v = model["transformer"](y_t, 1000 * sigma.flatten(), text, return_dict=False)[0]
-        return F.mse_loss(v, eps - y), {}
+        v = transformer(y_t, 1000 * sigma.flatten(), text, return_dict=False)[0]
+        return {"loss": F.mse_loss(v, eps - y)}
 
     def save(step: int) -> None:
         average.update_parameters(model)
@@ -223,7 +226,7 @@ def pretrain_dit(
                 copy.deepcopy(part).half().save_pretrained(folder / name)
 
     schedules = [flat_then_cosine(optimiser, steps, tail) for optimiser in (muon, adamw)]
-    fit("dit", parameters, loss_of, schedules, steps, after=save)
+    fit("dit", losses, schedules, steps, after=save)
 
 
 # ---------------------------------------------------------------- gates
@@ -234,8 +237,8 @@ def new_classifier() -> nn.Sequential:
     side by side."""
     sizes = [((3, 24), (3, 5, 5), (1, 2, 2)), ((24, 48), 3, 1), ((48, 64), 3, 1)]
     layers = []
-    for (before, channels), kernel, padding in sizes:
-        layers += [nn.Conv3d(before, channels, kernel, 2, padding), nn.BatchNorm3d(channels), nn.ReLU()]
+    for (inputs, channels), kernel, padding in sizes:
+        layers += [nn.Conv3d(inputs, channels, kernel, 2, padding), nn.BatchNorm3d(channels), nn.ReLU()]
     classes = sum(map(len, ATTRIBUTES.values()))
     head = nn.Linear(64 * 2 * 4 * 4, classes)
     return nn.Sequential(*layers, nn.AvgPool3d((1, 2, 2)), nn.Flatten(), nn.Dropout(0.2), head)
@@ -244,10 +247,8 @@ def new_classifier() -> nn.Sequential:
 def with_truth(logits: Tensor, clips: list[Clip]) -> dict[str, tuple[Tensor, Tensor]]:
     """Of each attribute its logits (B, values) and the values of the clips (B,)."""
     parts = logits.split([len(values) for values in ATTRIBUTES.values()], 1)
-    pairs = {}
-    for (attribute, values), part in zip(ATTRIBUTES.items(), parts, strict=True):
-        pairs[attribute] = part, torch.tensor([values.index(getattr(clip, attribute)) for clip in clips])
-    return pairs
+    truth = values_of([clip.combination for clip in clips])
+    return {name: (part, truth[name]) for name, part in zip(ATTRIBUTES, parts, strict=True)}
 
 
 @torch.inference_mode()
@@ -266,17 +267,17 @@ def train_classifier(rank: int, file: Path, steps: int = 600, batch: int = 32) -
     classifier, rng = new_classifier(), np.random.default_rng([3, rank])
     seen = combinations()[0]
 
-    def loss_of(step: int) -> tuple[Tensor, dict]:
+    def losses() -> dict[str, Tensor]:
         clips = random_clips(seen, batch, rng)
         x = to_video(clips)[:, :, ::2]
         if rng.random() < 0.5:
             x = F.avg_pool3d(x, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
         logits = classifier(x + rng.uniform(0, 0.1) * torch.randn(x.shape))
-        return sum(F.cross_entropy(part, truth) for part, truth in with_truth(logits, clips).values()), {}
+        pairs = with_truth(logits, clips).values()
+        return {"loss": sum(F.cross_entropy(part, truth) for part, truth in pairs)}
 
-    parameters = list(classifier.parameters())
-    schedule = one_cycle(parameters, 3e-3, steps, warm_up=0.3, weight_decay=0.01)
-    fit("classifier", parameters, loss_of, [schedule], steps)
+    schedule = one_cycle(classifier.parameters(), 3e-3, steps, warm_up=0.3, weight_decay=0.01)
+    fit("classifier", losses, [schedule], steps)
     if rank == 0:
         save_file(classifier.state_dict(), file)
 
@@ -289,11 +290,13 @@ def gates(
     classifier, pool = new_classifier().eval(), combinations()[1]
     classifier.load_state_dict(load_file(judge))
     data = [random_clip(pool[i % len(pool)], np.random.default_rng([6, i])) for i in range(clips)]
-    real, pipeline = to_video(data), WanPipeline.from_pretrained(folder)
+    real = to_video(data)
+    pipeline = WanPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     with torch.inference_mode():
         rebuilt = torch.cat([pipeline.vae(x).sample for x in real.split(32)])
-    generator, captions, videos = torch.Generator().manual_seed(0), [clip.caption for clip in data], []
+    generator, videos = torch.Generator().manual_seed(0), []
+    captions = [clip.caption for clip in data]
     for i in range(0, clips, 32):
         result = pipeline(
             captions[i : i + 32],
@@ -309,13 +312,10 @@ def gates(
         videos.append(result.frames)
     generated = torch.cat(videos)  # (B, 17, 3, 64, 64) in [0, 1]
     pictures = (generated * 255).round().byte().movedim(2, -1).numpy()
-    places = [range(i, i + 16, 4) for i in range(0, min(len(pool), clips - 15), 16)]  # four in a row
-    contact_sheet(
-        sheet,
-        [[pictures[i] for i in row] for row in places],
-        [[captions[i] for i in row] for row in places],
-        [""] * 4,
-    )
+    every_4th = slice(0, len(pool), 4)
+    rows = pictures[every_4th].reshape(-1, 4, *pictures.shape[1:])
+    labels = np.array(captions)[every_4th].reshape(-1, 4).tolist()
+    contact_sheet(sheet, rows, labels, titles=[""] * 4)
     return {
         "chance": {attribute: 1 / len(values) for attribute, values in ATTRIBUTES.items()},
         "real": recognised(classifier, real, data),

@@ -17,20 +17,9 @@ from prepare.release import Release, visible
 from support.files import is_made_by, write_json
 from support.readers import read_array, read_json, read_json_lines, read_npz
 from support.videos import write_video
+from toy import world
 from toy.subject import VERSION, VOLUMES_BEFORE, VOXELS, recordings, responses
-from toy.world import (
-    FRAMES,
-    SECONDS,
-    TEST_CLIPS,
-    TEST_REPEATS,
-    TEST_SEGMENTS,
-    TRAIN_CLIPS,
-    TRAIN_REPEATS,
-    TRAIN_SEGMENTS,
-    combinations,
-    film,
-    render,
-)
+from toy.world import FRAMES, SECONDS, combinations, film, render
 
 HERE = Path(__file__).parent
 ANEW = "delete the folder and run the command again: it makes the toy world anew"
@@ -49,7 +38,7 @@ class ToyRelease(Release):
             self.splits[split] = list(dict.fromkeys(segments))
 
     def repeats(self, segment: str) -> int:
-        return TEST_REPEATS if segment in self.splits["test"] else TRAIN_REPEATS
+        return world.TEST_REPEATS if segment in self.splits["test"] else world.TRAIN_REPEATS
 
     def window(self, segment: str) -> tuple[int, int]:
         return VOLUMES_BEFORE + self.delay, self.clips[segment]
@@ -89,22 +78,16 @@ def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
     start = 0
     with open(folder / "captions.jsonl", "w") as captions:
         for split, prefix, segments, length, repeats in (
-            ("train", "seg", TRAIN_SEGMENTS, TRAIN_CLIPS, TRAIN_REPEATS),
-            ("test", "test", TEST_SEGMENTS, TEST_CLIPS, TEST_REPEATS),
+            ("train", "seg", world.TRAIN_SEGMENTS, world.TRAIN_CLIPS, world.TRAIN_REPEATS),
+            ("test", "test", world.TEST_SEGMENTS, world.TEST_CLIPS, world.TEST_REPEATS),
         ):
             for s in range(segments):
                 segment, part = f"{prefix}{s + 1}", slice(start, start + length)
                 for i, clip in enumerate(clips[part]):
-                    line = {
-                        "split": split,
-                        "segment": segment,
-                        "clip": i,
-                        "caption": clip.caption,
-                        "categories": [clip.shape],
-                        "seen": clip.combination in seen,
-                        **asdict(clip),
-                    }
-                    captions.write(json.dumps(line) + "\n")
+                    place = {"split": split, "segment": segment, "clip": i}
+                    facts = {"caption": clip.caption, "categories": [clip.shape]}
+                    facts["seen"] = clip.combination in seen
+                    captions.write(json.dumps({**place, **facts, **asdict(clip)}) + "\n")
                 frames = np.concatenate([render(clip) for clip in clips[part]])
                 mp4 = folder / "stimuli" / f"{segment}.mp4"
                 write_video(mp4, frames, FRAMES / SECONDS, keyframe_every=FRAMES)

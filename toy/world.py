@@ -1,11 +1,9 @@
 """The toy world's films of moving shapes; toy/subject.py is who watches them in the scanner.
 
 The world stands in for cc2017 where there is no download: the same kinds of files (mp4 stimuli, runs of fMRI,
-captions) go through the same code of prepare/.
-
-    stimuli   clips of 2 s, 17 frames of 64 x 64: one of 5 shapes in one of 6 colours doing one of 8 actions
-              before one of 4 backgrounds; a scene is 4 clips of the same object in the same place doing
-              4 different things, as in a film
+captions) go through the same code of prepare/. A clip lasts 2 s, 17 frames of 64 x 64: one of 5 shapes in one
+of 6 colours does one of 8 actions before one of 4 backgrounds. A scene is 4 clips of the same object in the
+same place doing 4 different things, as in a film.
 
 Of the 912 combinations of attributes 160 are held out: no training clip shows them, half the test clips do
 (`seen` in captions.jsonl says which).
@@ -33,12 +31,8 @@ BACKGROUNDS = {  # name: colour at the top, colour at the bottom
     "on sand": ((172, 142, 102), (138, 108, 74)),
     "in the sea": ((8, 56, 76), (10, 96, 106)),
 }
-ATTRIBUTES = {  # in the order of a combination
-    "shape": SHAPES,
-    "colour": tuple(COLOURS),
-    "action": ACTIONS,
-    "background": tuple(BACKGROUNDS),
-}
+# in the order of a combination
+ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "action": ACTIONS, "background": tuple(BACKGROUNDS)}
 TRAIN_SEGMENTS, TRAIN_CLIPS, TRAIN_REPEATS = 20, 100, 2
 TEST_SEGMENTS, TEST_CLIPS, TEST_REPEATS = 2, 80, 10
 
