@@ -108,9 +108,8 @@ def category_matrix(labels: Sequence[Sequence[str]], classes: Sequence[str]) -> 
     """Targets of the category head, (clips, K) uint8; a label that is no class counts as 'other', if that is
     one."""
     rows = [{k if k in classes else "other" for k in clip} for clip in labels]
-    return np.array([[k in row for k in classes] for row in rows], dtype=np.uint8).reshape(
-        len(rows), len(classes)
-    )
+    matrix = np.array([[k in row for k in classes] for row in rows], np.uint8)
+    return matrix.reshape(len(rows), len(classes))
 
 
 def category_table(labels: Sequence[Sequence[str]], classes: Sequence[str]) -> str:
