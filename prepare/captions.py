@@ -24,7 +24,7 @@ from prepare.release import Release
 from support.readers import check_keys, damaged, read_json, read_json_lines, reading
 
 WANTED = "captions.jsonl, or the training and the test list of captions (.json, .h5 or .pt)"
-MEND = "mend the list, or give --captions another one"
+ADVICE = "mend the list, or give --captions another one"
 NOT_COPIED = {"id", "segment", "clip", "split", "idx", "text"}  # of a row to clips.jsonl
 SHARE = 0.75  # of the clips must be nearer to their own caption than to that of a clip far away
 
@@ -38,7 +38,7 @@ def read_captions(path: Path, segments: Sequence[str]) -> list[dict]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: --captions takes {WANTED}")
-    with reading(path, WANTED, MEND):
+    with reading(path, WANTED, ADVICE):
         rows = [value if isinstance(value, dict) else {"caption": value} for value in _read_list(path)]
         rows = [{"caption": row["text"], **row} if "text" in row else row for row in rows]
         _check(path, rows)
@@ -159,7 +159,7 @@ def describe_clips(source: Release, split: str, captions: Path) -> list[dict]:
 def _of_videos(captions: Path, rows: list[dict], split: str, files: list[str]) -> list[dict]:
     """The rows of the videos with these names, in their order."""
     by_video = {}
-    with reading(captions, advice=MEND):
+    with reading(captions, advice=ADVICE):
         for number, row in enumerate(rows, 1):
             check_keys(row, f"{captions}, entry {number}", {"video": str})
             name = Path(row["video"]).name

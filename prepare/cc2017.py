@@ -53,11 +53,13 @@ class PurdueFilms(Release):
         return [self.films / f"{segment}.mp4"]
 
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
-        return read_clips(self.stimulus(segment)[0], SEGMENT_VOLUMES)
+        (film,) = self.stimulus(segment)
+        return read_clips(film, SEGMENT_VOLUMES)
 
     def check(self) -> None:
         for segment in self.segments:
-            check_film(self.stimulus(segment)[0], fps=CC2017_FPS, seconds=2 * SEGMENT_VOLUMES, over=5)
+            (film,) = self.stimulus(segment)
+            check_film(film, fps=CC2017_FPS, seconds=2 * SEGMENT_VOLUMES, over=5)
 
 
 class PurdueRelease(PurdueFilms):
@@ -84,7 +86,7 @@ class PurdueRelease(PurdueFilms):
         self.raw, self.subject = Path(raw), subject
         self.delay = CC2017_DELAY if delay is None else delay
         self.splits = cc2017_splits(train_segments, test_segments)
-        self.runs = self._runs_of(subject)
+        self.runs = self._below(f"subject{subject}/fmri")
         if not self.runs:
             text = f"{self.raw} has no subject{subject}/fmri below it, the recordings of subject {subject}"
             raise FileNotFoundError(f"{text}: {self._advice()}")
@@ -95,9 +97,6 @@ class PurdueRelease(PurdueFilms):
                 raise FileNotFoundError(f"{text}; {self._advice()}")
         self.find_films()
 
-    def _runs_of(self, subject: int) -> Path | None:
-        return self._below(f"subject{subject}/fmri")
-
     def run_file(self, segment: str, repeat: int) -> Path:
         return self.runs / segment / "cifti" / f"{segment}_{repeat + 1}_Atlas.dtseries.nii"
 
@@ -105,7 +104,7 @@ class PurdueRelease(PurdueFilms):
         return visible(self.runs / segment / "cifti", f"{segment}_*_Atlas.dtseries.nii")
 
     def recording(self, subject: int) -> list[Path]:
-        runs = self._runs_of(subject)
+        runs = self._below(f"subject{subject}/fmri")
         return visible(runs / "seg1" / "cifti", "seg1_1_Atlas.dtseries.nii") if runs else []
 
     def repeats(self, segment: str) -> int:

@@ -127,7 +127,8 @@ class CineBrainRelease(Release):
         return self.films / f"{number:06d}.mp4", 0.0
 
     def stimulus(self, segment: str) -> list[Path]:
-        return [self.video(segment, clip)[0] for clip in range(facts.EPISODE_CLIPS)]
+        videos = [self.video(segment, clip) for clip in range(facts.EPISODE_CLIPS)]
+        return [film for film, _ in videos]
 
     def repeats(self, segment: str) -> int:
         return 1
@@ -168,7 +169,8 @@ class CineBrainRelease(Release):
         files = self.files(segment)
         if self.cifti:
             start, length = self.window(segment)
-            run = read_cifti(files[0], self.voxels[0], facts.CINEBRAIN_TR)
+            index, _ = self.voxels
+            run = read_cifti(files[0], index, facts.CINEBRAIN_TR)
             if len(run) < start + length:
                 wanted = f"{start + length}: start, delay and 18 minutes of video"
                 raise ValueError(f"{files[0]} has {len(run)} volumes, wanted {wanted}")
@@ -215,7 +217,8 @@ class CineBrainRelease(Release):
 
     def check(self) -> None:
         for segment in self.segments:
-            self._check_film(self.stimulus(segment)[0])
+            film, _ = self.video(segment, 0)
+            self._check_film(film)
 
     def _check_film(self, file: Path) -> None:
         check_film(file, fps=facts.CINEBRAIN_FPS, seconds=facts.SECONDS["cinebrain"], over=1)

@@ -42,7 +42,7 @@ def clips_from(source: Release, rows: Sequence[dict], first: int) -> Iterator[np
         start += n
 
 
-def plan(what: str, encode: Callable[[], object], clips: int, on_cpu: int) -> int:
+def plan(title: str, encode: Callable[[], object], clips: int, on_cpu: int) -> int:
     """Encode one clip to see what it takes, and print it. Returns how many to encode at once: as many as fit
     into half of the GPU's free memory, 64 at most; `on_cpu` where there is no GPU."""
     encode()  # the first takes longer
@@ -56,7 +56,9 @@ def plan(what: str, encode: Callable[[], object], clips: int, on_cpu: int) -> in
     if gpu:
         torch.cuda.synchronize()
         memory = max(torch.cuda.max_memory_allocated() - weights, 1)
-        on_gpu = int(np.clip(torch.cuda.mem_get_info()[0] / 2 / memory, 1, 64))
+        torch.cuda.empty_cache()  # what a model before this one took is free, too
+        free, _ = torch.cuda.mem_get_info()
+        on_gpu = int(np.clip(free / 2 / memory, 1, 64))
         room = f"{memory / 1e9:.2f} GB of GPU memory a clip, beside {weights / 1e9:.1f} GB of weights"
     else:
         import resource  # not on Windows
@@ -64,7 +66,7 @@ def plan(what: str, encode: Callable[[], object], clips: int, on_cpu: int) -> in
         room = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory in all"
     minutes = (perf_counter() - start) * clips / 60
     at_once = on_gpu if gpu else on_cpu
-    tqdm.write(f"{what}: {room}; {clips:,} clips take about {minutes:,.1f} minutes; {at_once} at once")
+    tqdm.write(f"{title}: {room}; {clips:,} clips take about {minutes:,.1f} minutes; {at_once} at once")
     return at_once
 
 
@@ -74,7 +76,7 @@ def encode_all(
     arrays: Sequence[np.ndarray],
     done: int,
     filled: Callable[[int], None],
-    what: str,
+    title: str,
     on_cpu: int,
 ) -> None:
     """Fill the arrays side by side from row `done` on: encode(batch of clips) gives the same rows of each.
@@ -86,13 +88,13 @@ def encode_all(
     if done == n:
         return
     first = next(clips)
-    at_once = plan(what, lambda: encode(first[None]), n - done, on_cpu)
+    at_once = plan(title, lambda: encode(first[None]), n - done, on_cpu)
     clips = chain([first], clips)
-    with tqdm(total=n, initial=done, desc=what, unit="clip") as progress:
+    with tqdm(total=n, initial=done, desc=title, unit="clip") as progress:
         while done < n:
             batch = [*islice(clips, at_once)]
             if not batch:
-                raise ValueError(f"{what}: the films have {done} clips, wanted {n}: download them again")
+                raise ValueError(f"{title}: the films have {done} clips, wanted {n}: download them again")
             for array, rows in zip(arrays, encode(np.stack(batch)), strict=True):
                 array[done : done + len(batch)] = rows
             done += len(batch)
