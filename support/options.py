@@ -2,24 +2,24 @@
 
 import argparse
 import math
+import operator
 import re
 import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, field, fields
 
-RANGES = {"above": ("above", lambda x, y: x > y), "least": ("at least", lambda x, y: x >= y)}
-RANGES |= {"below": ("below", lambda x, y: x < y), "most": ("at most", lambda x, y: x <= y)}
-RANGES |= {"choices": ("one of", lambda x, y: x in y)}
+RANGES = {"above": operator.gt, "least": operator.ge, "below": operator.lt, "most": operator.le}
+RANGES["choices"] = lambda value, choices: value in choices
+RANGE_WORDS = {"least": "at least", "most": "at most", "choices": "one of"}
 
 
 def option(default, text: str, **ranges):
-    """A field of a Config: its default, its sentence in --help, its range: above, least, below, most a
-    number, or choices."""
+    """A field of a Config: its default, its sentence in --help, its range (of RANGES)."""
     assert ranges.keys() <= RANGES.keys()
     metadata = {"help": text, "ranges": ranges}
     if isinstance(default, list):
-        return field(default_factory=lambda: [*default], metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -39,35 +39,44 @@ def _kind(annotation) -> tuple[type, bool]:
     return annotation, False
 
 
-def _parser(config: type, presets: dict[str, dict], doc: str, prog: str) -> argparse.ArgumentParser:
-    parser = Parser(
-        prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def _parser(config: type, presets: dict[str, dict], doc: str, prog: str) -> Parser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog, description=doc, formatter_class=form, allow_abbrev=False)
     for f in fields(config):
-        kind, many = _kind(f.type)
-        names = list(dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"]))
-        others = [f"{name}: {values[f.name]}" for name, values in presets.items() if f.name in values]
-        default = f.default_factory() if many else f.default
-        values = [f"default: {default}"] * (default not in (None, [])) + others
+        kind, is_list = _kind(f.type)
+        default = f.default_factory() if is_list else f.default
+        values = [] if default in (None, []) else [f"default: {default}"]
+        values += [f"{name}: {preset[f.name]}" for name, preset in presets.items() if f.name in preset]
         text = f.metadata["help"] + (f" [{'; '.join(values)}]" if values else "")
-        how = {"help": text.replace("%", "%%"), "default": default, "dest": f.name}
+        text = text.replace("%", "%%")
+        flags = dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"])
         if kind is bool:
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, **how)
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(*flags, action=action, default=default, help=text)
         else:
-            parser.add_argument(
-                *names, type=kind, metavar=kind.__name__.upper(), nargs="+" if many else None, **how
-            )
+            nargs, metavar = "+" if is_list else None, kind.__name__.upper()
+            parser.add_argument(*flags, type=kind, nargs=nargs, metavar=metavar, default=default, help=text)
     return parser
 
 
-def parse(config: type, presets: dict[str, dict], doc: str, prog: str, argv: Sequence[str]):
-    """The command line over the dataset's preset over the defaults. Whatever is unknown or out of its range
-    ends the program."""
-    parser = _parser(config, presets, doc, prog)
-    known = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
-    if known.data is not None and known.data not in presets:
-        parser.error(f"--data {known.data}: there are {', '.join(presets)}")
-    parser.set_defaults(**presets.get(known.data, {}))
+def parse(
+    config: type,
+    presets: dict[str, dict],
+    doc: str,
+    prog: str,
+    argv: Sequence[str],
+    preset: str | None = None,
+):
+    """The command line over a preset over the defaults: `preset`, or the one that the option --data names.
+    Whatever is unknown or out of its range ends the program."""
+    parser = _parser(config, presets if preset is None else {preset: presets[preset]}, doc, prog)
+    if preset is None:
+        words = [word for word in argv if word not in ("-h", "--help")]
+        known, _ = parser.parse_known_args(words)
+        preset = known.data
+        if preset is not None and preset not in presets:
+            parser.error(f"--data {preset}: there are {', '.join(presets)}")
+    parser.set_defaults(**presets.get(preset, {}))
     values = config(**vars(parser.parse_args(argv)))
     try:
         check_options(values)
@@ -76,18 +85,24 @@ def parse(config: type, presets: dict[str, dict], doc: str, prog: str, argv: Seq
     return values
 
 
+def _lies_within(value, ranges: dict) -> bool:
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return all(RANGES[name](value, bound) for name, bound in ranges.items())
+
+
+def _range_text(ranges: dict) -> str:
+    return " and ".join(f"{RANGE_WORDS.get(name, name)} {bound}" for name, bound in ranges.items())
+
+
 def check_options(config) -> None:
-    """Raises ValueError, naming the option, where a number is not finite or a value lies outside its declared
-    range."""
+    """Raises ValueError, naming the option, where a value lies outside its range or is not finite."""
     for f in fields(config):
         value, ranges = getattr(config, f.name), f.metadata["ranges"]
         for item in value if isinstance(value, list) else [value]:
-            if item is None:
-                continue
-            finite = not isinstance(item, float) or math.isfinite(item)
-            if not finite or not all(RANGES[name][1](item, bound) for name, bound in ranges.items()):
-                wanted = [f"{RANGES[name][0]} {bound}" for name, bound in ranges.items()]
-                raise ValueError(f"--{f.name} {item}: wanted {' and '.join(wanted) or 'a finite number'}")
+            if item is not None and not _lies_within(item, ranges):
+                wanted = _range_text(ranges) or "a finite number"
+                raise ValueError(f"--{f.name} {item}: wanted {wanted}")
             if isinstance(item, str) and "\0" in item:
                 raise ValueError(f"--{f.name} {item!r}: wanted text without a null character")
 
@@ -100,22 +115,20 @@ def within(kind: type, **ranges) -> Callable[[str], float]:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (-math.inf < value < math.inf) or not all(RANGES[n][1](value, x) for n, x in ranges.items()):
-            wanted = " and ".join(f"{RANGES[name][0]} {bound}" for name, bound in ranges.items())
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text[:60]!r}, wanted {what} {wanted}".strip())
+        if not _lies_within(value, ranges):
+            wanted = "a whole number" if kind is int else "a number"
+            message = f"{text[:60]!r}, wanted {wanted} {_range_text(ranges)}"
+            raise argparse.ArgumentTypeError(message.strip())
         return value
 
     return number
 
 
 def check_name(name: str, option_name: str = "--run") -> str:
-    """A name that is one folder: letters, digits, and . _ + - after the first. Raises ValueError for
-    another."""
+    """The name itself, where it can be that of one folder. Raises ValueError for another."""
     if not re.fullmatch(r"[\w+][\w.+-]{0,99}", name):
-        raise ValueError(
-            f"{option_name} {name[:120]}: wanted at most 100 letters, digits and . _ + -, no dot first"
-        )
+        wanted = "at most 100 letters, digits and . _ + -, no dot first"
+        raise ValueError(f"{option_name} {name[:120]}: wanted {wanted}")
     return name
 
 
@@ -125,15 +138,13 @@ def settings_of(config, *without: str) -> dict:
 
 
 def check_together(config, unused: dict[str, Sequence[str]], needed: dict[str, Sequence[str]]) -> None:
-    """Raises ValueError, naming both options, where one is given beside another that does not use it
-    (`unused`: option -> those), or without any of the others that do (`needed`)."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    given = [
-        name for name, value in values.items() if value is not None and value is not False and value != []
-    ]
+    """Raises ValueError, naming both options, where one is given beside one that does not use it (`unused`:
+    option -> those), or without any that does (`needed`)."""
+    values = settings_of(config)
+    given = [name for name in values if values[name] not in (None, []) and values[name] is not False]
     for name in given:
-        clashes = [other for other in unused.get(name, ()) if other in given]
-        if clashes:
-            raise ValueError(f"--{name} with --{clashes[0]}, which does not use it: wanted one of the two")
+        for clash in unused.get(name, ()):
+            if clash in given:
+                raise ValueError(f"--{name} with --{clash}, which does not use it: wanted one of the two")
         if name in needed and not set(given) & set(needed[name]):
             raise ValueError(f"--{name} without --{' or --'.join(needed[name])}: wanted both, or neither")

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from support.files import write_json, written_whole
-from support.videos import uniform_frames
+from support.files import written_whole
+from support.videos import uniform_frames, write_gif
+
+Pictures = list[list[np.ndarray]]  # rows of pictures uint8 (H, W, 3), or of videos (F, H, W, 3)
+Labels = list[list[str]]
 
 
 def curves(file: Path, named: dict[str, tuple[Sequence[float], Sequence[float]]], **labels) -> None:
@@ -28,31 +31,38 @@ def curves(file: Path, named: dict[str, tuple[Sequence[float], Sequence[float]]]
     plt.close(figure)
 
 
-def loss_curves(file: Path, rows: Sequence[dict], names: dict[str, str], title: str) -> None:
-    """The lines of log.jsonl as a picture: of each name that they hold a curve over the steps, by its
-    label."""
+def loss_curves(file: Path, log: Sequence[dict], labels: dict[str, str], title: str) -> None:
+    """The lines of log.jsonl as a picture: of each name of `labels` that they hold a curve over the steps."""
     named = {}
-    for name, label in names.items():
-        there = [row for row in rows if name in row]
-        if there:
-            named[label] = [row["step"] for row in there], [row[name] for row in there]
+    for name, label in labels.items():
+        points = [(line["step"], line[name]) for line in log if name in line]
+        if points:
+            named[label] = tuple(zip(*points, strict=True))
     curves(file, named, xlabel="step", ylabel="loss", yscale="log", title=title)
 
 
 def near_copies(
-    folder: Path, threshold: float, best_match: dict[str, list[float]], told: float, untold: float
+    file: Path, threshold: float, percent: Sequence[float], best_match: dict[str, list[float]], *old: float
 ) -> None:
-    """near_copies.json and .png: the cosine above which a clip copies another, and the distributions behind
-    it, as quantiles (data.near_copy_threshold); the share of test clips whose caption a memory has, and that
-    of training clips that may not retrieve theirs."""
-    percent = (0, 5, 25, 50, 75, 95, 100)
-    values = {"threshold": threshold, "percent": percent, "best_match": best_match}
-    values |= {"own caption": {"test clips that have it": told, "training clips without it": untold}}
-    write_json(folder / "near_copies.json", values)
-    labels = {"xlabel": "highest cosine of a clip's mean frame to a memory's", "ylabel": "% of clips below"}
-    title = f"near-copies, not retrieved in training: cosine > {threshold:.4f}"
-    named = {name: (cosines, percent) for name, cosines in best_match.items()}
-    curves(folder / "near_copies.png", named, title=title, **labels)
+    """The cosine above which a clip copies another, and the distributions behind it: of each the quantiles at
+    `percent`."""
+    if (
+        old
+    ):  # TRANSITIONAL: train_stage2.py's call, until prepare/copies.py draws; then this block and *old go
+        from support.files import write_json
+
+        folder, best_match, percent, told = file, percent, (0, 5, 25, 50, 75, 95, 100), best_match
+        shares = {"test clips that have it": told, "training clips without it": old[0]}
+        values = {"threshold": threshold, "percent": percent, "best_match": best_match, "own caption": shares}
+        write_json(folder / "near_copies.json", values)
+        file = folder / "near_copies.png"
+    curves(
+        file,
+        {name: (cosines, percent) for name, cosines in best_match.items()},
+        xlabel="highest cosine of a clip's mean frame to a memory's",
+        ylabel="% of clips below",
+        title=f"near-copies, not retrieved in training: cosine > {threshold:.4f}",
+    )
 
 
 def spread(clips: Sequence[int], n: int, groups: dict[str, np.ndarray] | None = None) -> list[int]:
@@ -61,73 +71,62 @@ def spread(clips: Sequence[int], n: int, groups: dict[str, np.ndarray] | None = 
 
     clips: numbers to choose from; groups: {name: (clips,) bool, by number}, or all are one group.
     """
-    parts = [[i for i in clips if inside[i]] for inside in (groups or {}).values()]
-    parts, chosen = [part for part in parts if part] or [list(clips)], []
-    for k, part in enumerate(parts):
-        share = n // len(parts) + (k < n % len(parts))
-        places = (np.arange(share) + 0.5) * len(part) / max(share, 1)  # (share,)
-        chosen += [part[place] for place in np.unique(places.astype(int))]
+    clips, chosen = np.asarray(clips, int), []
+    members = [clips[mask[clips]] for mask in (groups or {}).values()]
+    members = [group for group in members if len(group)] or [clips]
+    for k, group in enumerate(members):
+        share = n // len(members) + (k < n % len(members))
+        middles = (np.arange(share) + 0.5) * len(group) / max(share, 1)  # (share,)
+        chosen += group[np.unique(middles.astype(int))].tolist()
     return chosen
 
 
-def page(cells: list[list[np.ndarray]], labels: list[list[str]], titles: list[str], height: int):
-    """Pictures uint8 (H, W, 3) in rows and columns, a label below each (three lines at most), a title above
-    each column -> PIL image."""
+def page(pictures: Pictures, labels: Labels, titles: list[str], height: int):
+    """Pictures in rows and columns, a label of three lines at most below each, a title above each column
+    -> PIL image."""
     from PIL import Image, ImageDraw, ImageFont
 
-    font, gap, line = ImageFont.load_default(13), 8, 16
-    H, W, _ = cells[0][0].shape
-    width, how = round(W * height / H), Image.Resampling.NEAREST if H < height else Image.Resampling.LANCZOS
-    lines = [
-        [textwrap.wrap(label, max(12, width // 7), max_lines=3, placeholder=" ...") for label in row]
-        for row in labels
-    ]
-    below = line * max(len(text) for row in lines for text in row) + gap
-    image = Image.new(
-        "RGB", ((width + gap) * len(titles) + gap, (height + below) * len(cells) + line + 2 * gap), "white"
-    )
+    gap, line = 8, 16  # pixels
+    H, W, _ = pictures[0][0].shape
+    width = round(W * height / H)
+    resampling = Image.Resampling.NEAREST if H < height else Image.Resampling.LANCZOS
+    wrapper = textwrap.TextWrapper(max(12, width // 7), max_lines=3, placeholder=" ...")
+    texts = [[wrapper.fill(label) for label in row] for row in labels]
+    lines = 1 + max(text.count("\n") for row in texts for text in row)
+    column, row = width + gap, height + lines * line + gap
+    image = Image.new("RGB", (column * len(titles) + gap, row * len(texts) + line + 2 * gap), "white")
     draw = ImageDraw.Draw(image)
-    for column, title in enumerate(titles):
-        left = gap + column * (width + gap)
+    for j, title in enumerate(titles):
+        left = gap + j * column
         draw.text((left, gap), title, "black", ImageFont.load_default(14))
-        for row, (pictures, texts) in enumerate(zip(cells, lines, strict=True)):
-            top = line + 2 * gap + row * (height + below)
-            image.paste(Image.fromarray(pictures[column]).resize((width, height), how), (left, top))
-            draw.multiline_text(
-                (left, top + height + 1), "\n".join(texts[column]), (70, 70, 70), font, spacing=2
-            )
+        for i, text in enumerate(texts):
+            top = line + 2 * gap + i * row
+            picture = Image.fromarray(pictures[i][j]).resize((width, height), resampling)
+            image.paste(picture, (left, top))
+            place, font = (left, top + height + 1), ImageFont.load_default(13)
+            draw.multiline_text(place, text[j], (70, 70, 70), font, spacing=2)
     return image
 
 
 def strip(video: np.ndarray) -> np.ndarray:
     """First, middle and last frame beside each other, a white column either side of each."""
-    frames = [
-        np.pad(video[t], ((0, 0), (1, 1), (0, 0)), constant_values=255) for t in (0, len(video) // 2, -1)
-    ]
-    return np.concatenate(frames, 1)
+    frames = video[[0, len(video) // 2, -1]]  # (3, H, W, 3)
+    return np.concatenate(np.pad(frames, ((0, 0), (0, 0), (1, 1), (0, 0)), constant_values=255), 1)
 
 
-def contact_sheet(
-    file: Path, rows: list[list[np.ndarray]], labels: list[list[str]], titles: list[str], height: int = 112
-) -> None:
-    """Of each video uint8 (F, H, W, 3) three moments, a row a clip, a column a method."""
+def contact_sheet(file: Path, videos: Pictures, labels: Labels, titles: list[str], height: int = 112) -> None:
+    """Of each video three moments, a row a clip, a column a method."""
     with written_whole(file) as part:
-        page([[strip(video) for video in row] for row in rows], labels, titles, height).save(part)
+        page([[strip(video) for video in row] for row in videos], labels, titles, height).save(part)
 
 
 def grid_gif(
-    file: Path,
-    rows: list[list[np.ndarray]],
-    labels: list[list[str]],
-    titles: list[str],
-    seconds: float,
-    height: int = 144,
+    file: Path, videos: Pictures, labels: Labels, titles: list[str], seconds: float, height: int = 144
 ) -> None:
     """The videos themselves in rows and columns, as one GIF that lasts `seconds` and repeats."""
-    n = max(len(video) for row in rows for video in row)
-    rows = [[video[uniform_frames(len(video), n)] for video in row] for row in rows]
-    first, *others = [
-        page([[video[t] for video in row] for row in rows], labels, titles, height) for t in range(n)
-    ]
-    with written_whole(file) as part:
-        first.save(part, save_all=True, append_images=others, duration=round(1000 * seconds / n), loop=0)
+    n = max(len(video) for row in videos for video in row)
+    pages = []
+    for t in range(n):
+        pictures = [[video[uniform_frames(len(video), n)[t]] for video in row] for row in videos]
+        pages.append(page(pictures, labels, titles, height))
+    write_gif(file, pages, seconds / n)

@@ -1,10 +1,9 @@
 """Readers that turn any damage into one error: a file's name, what it holds, what was wanted and what to do.
 
-    read_array, read_npz            .npy and .npz of numbers or text
-    read_text, read_json, read_json_lines
-    read_tensors, read_state        .safetensors, and .pt checkpoints of plain values
-    load_model                      a model of config.json and model.safetensors
-    reading                         the same for what a library raises, and advice for the readers inside
+    read_array, read_npz, read_text, read_json, read_json_lines
+    read_tensors, read_state    .safetensors, and .pt checkpoints of plain values
+    load_model                  a model of config.json and model.safetensors
+    reading                     the same for what a library raises, and advice for the readers inside
 
 A reader raises MissingFile, or the FileFault of `damaged`. Nothing that a file holds is ever executed.
 """
@@ -23,9 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 KINDS = {"f": "floating-point", "u": "whole", "iu": "whole", "fiu": "real", "b": "true-or-false"}
-# faults of the machine, not of a file, which no file is deleted for
-MACHINE = ("EACCES", "EPERM", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EDQUOT", "EIO")
-NOT_DAMAGE = (MemoryError, torch.OutOfMemoryError, ImportError, ConnectionError, TimeoutError)
+Shape = Sequence[int | None] | None  # None: any, or of any size
+Type = type | tuple[type, ...]
+# faults of the machine, which no file is deleted for: the texts that libraries hand on in errors of their own
+_MACHINE = ("EACCES", "EPERM", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EDQUOT", "EIO")
+_MACHINE_TEXTS = [os.strerror(getattr(errno, name)) for name in _MACHINE]
+_NO_DAMAGE = (MemoryError, torch.OutOfMemoryError, ImportError, ConnectionError, TimeoutError)
 
 _advice = ContextVar("advice", default="delete it and make it anew")
 
@@ -39,14 +41,11 @@ class MissingFile(FileNotFoundError):
 
 
 def damaged(path: Path | str, found: object, wanted: str, advice: str | None = None) -> FileFault:
-    """The one form of an error about a file. A library's message is cut to a line, without its advice to
-    unpickle. Without `advice`, that of the innermost `reading` is given."""
-    text = str(found).strip().split("\n")[0][:160]
+    """The one form of an error about a file. `found` may be a library's error; advice: that of `reading`."""
+    text = str(found).strip().split("\n")[0][:160] or type(found).__name__
     if any(words in text for words in ("pickle", "Weights only load", "mmap can only")):
-        text = "a damaged file, or Python objects, which could run code"
-    return FileFault(
-        f"{path}: found {text or type(found).__name__}, wanted {wanted}: {advice or _advice.get()}"
-    )
+        text = "a damaged file, or Python objects, which could run code"  # the library advises to load them
+    return FileFault(f"{path}: found {text}, wanted {wanted}: {advice or _advice.get()}")
 
 
 @contextmanager
@@ -60,8 +59,10 @@ def reading(path: Path | str, wanted: str = "a whole file", advice: str | None =
     token = _advice.set(advice or _advice.get())
     try:
         yield
+    except (FileFault, MissingFile, *_NO_DAMAGE):
+        raise
     except Exception as error:
-        if isinstance(error, (FileFault, MissingFile)) or not _is_damage(error):
+        if any(text in str(error) for text in _MACHINE_TEXTS):
             raise
         missing = getattr(error, "filename", None) or path
         if isinstance(error, FileNotFoundError) and not os.path.exists(missing):
@@ -71,30 +72,21 @@ def reading(path: Path | str, wanted: str = "a whole file", advice: str | None =
         _advice.reset(token)
 
 
-def _is_damage(error: Exception) -> bool:
-    texts = [
-        os.strerror(getattr(errno, name)) for name in MACHINE
-    ]  # libraries wrap them in errors of their own
-    return not isinstance(error, NOT_DAMAGE) and not any(text in str(error) for text in texts)
-
-
 def check_array(
     array: np.ndarray,
     path: Path | str,
     kind: str = "f",
-    shape: Sequence[int | None] | None = None,
+    shape: Shape = None,
     finite: bool = False,
     mend: str | None = None,
 ) -> np.ndarray:
-    """The array itself, where its dtype is of `kind` (KINDS), its shape fits (None: any size) and its values
-    are finite."""
+    """The array itself, where its dtype is of `kind` (KINDS), its shape fits and its values are finite."""
     wanted = "text" if kind == "U" else f"{KINDS[kind]} numbers"
     fits = array.dtype.kind in kind
     if shape is not None:
-        sizes = ", ".join("any" if n is None else str(n) for n in shape)
-        wanted += f" of shape ({sizes})"
-        pairs = zip(shape, array.shape, strict=False)
-        fits &= len(shape) == array.ndim and all(n in (None, m) for n, m in pairs)
+        sizes = [size if n is None else n for n, size in zip(shape, array.shape, strict=False)]
+        fits &= len(shape) == array.ndim and sizes == [*array.shape]
+        wanted += f" of shape ({', '.join(map(str, shape))})".replace("None", "any")
     if not fits:
         raise damaged(path, f"{array.dtype} of shape {array.shape}", wanted, mend)
     if finite and not np.isfinite(array).all():
@@ -104,26 +96,22 @@ def check_array(
 
 
 def read_array(
-    path: Path,
-    kind: str = "f",
-    shape: Sequence[int | None] | None = None,
-    finite: bool = False,
-    mend: str | None = None,
+    path: Path, kind: str = "f", shape: Shape = None, finite: bool = False, mend: str | None = None
 ) -> np.ndarray:
-    """An .npy array, memory-mapped and read-only: a header that promises more than the file holds takes no
-    memory."""
+    """An .npy array, memory-mapped: a header that promises more than the file holds takes no memory."""
     with reading(path, "a whole .npy file", mend):
-        array = np.lib.format.open_memmap(path, "r")
-        return check_array(array, path, kind, shape, finite)
+        return check_array(np.lib.format.open_memmap(path, "r"), path, kind, shape, finite)
 
 
 def read_npz(path: Path, kinds: dict[str, str], mend: str | None = None) -> dict[str, np.ndarray]:
     """The named arrays of an .npz file, of the given kinds and of one length."""
-    with reading(path, f"an .npz file of {', '.join(kinds)}", mend):
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in kinds}
-        for name, array in arrays.items():
-            check_array(array, f"{path}[{name}]", kinds[name])
+    arrays: dict[str, np.ndarray] = {}
+    with (
+        reading(path, f"an .npz file of {', '.join(kinds)}", mend),
+        np.load(path, allow_pickle=False) as file,
+    ):
+        for name, kind in kinds.items():
+            arrays[name] = check_array(file[name], f"{path}[{name}]", kind)
         shapes = {name: array.shape for name, array in arrays.items()}
         if len({shape[:1] for shape in shapes.values()}) > 1:
             raise damaged(path, shapes, "arrays of one length")
@@ -136,62 +124,52 @@ def read_text(path: Path, mend: str | None = None) -> str:
         return path.read_text(encoding="utf-8-sig")
 
 
-def _type_names(kinds: tuple[type, ...]) -> str:
-    forms = {dict: "an object {...}", list: "a list [...]"}
-    return " or ".join(forms.get(kind, kind.__name__) for kind in kinds)
+def _fits(value: object, kind: Type) -> bool:
+    """Is it of the type? A float may be a whole number; True and False are none."""
+    kinds = (kind,) if isinstance(kind, type) else kind
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or float in kinds and isinstance(value, int)
 
 
-def _as_tuple(kind: type | tuple[type, ...]) -> tuple[type, ...]:
-    return kind if isinstance(kind, tuple) else (kind,)
+def _names(kind: Type) -> str:
+    names = {dict: "an object {...}", list: "a list [...]"}
+    return " or ".join(names.get(k, k.__name__) for k in ((kind,) if isinstance(kind, type) else kind))
 
 
-def _parse_json(text: str, path: Path | str, kind: type | tuple[type, ...]) -> object:
-    with reading(path, "JSON"):
-        value = json.loads(text)
-    if not isinstance(value, kind):
-        found = f"{type(value).__name__} {text.strip()[:40]}"
-        raise damaged(path, found, _type_names(_as_tuple(kind)))
-    return value
-
-
-def check_keys(
-    row: dict, path: Path | str, keys: dict[str, type | tuple[type, ...]], mend: str | None = None
-) -> dict:
-    """The row itself, where each key is there and of its type; a float may be a whole number, but not NaN or
-    infinite."""
+def check_keys(row: dict, path: Path | str, keys: dict[str, Type], mend: str | None = None) -> dict:
+    """The row itself, where each key is there and of its type; a float must be finite."""
     for key, kind in keys.items():
-        kinds = _as_tuple(kind)
-        wanted = f"{key} as {' or '.join(kind.__name__ for kind in kinds)}"
-        if key not in row:
-            raise damaged(path, f"no {key}", wanted, mend)
-        value = row[key]
-        whole_float = float in kinds and isinstance(value, int)
-        false_int = isinstance(value, bool) and bool not in kinds
-        if false_int or not (isinstance(value, kinds) or whole_float):
-            raise damaged(path, f"{key} = {str(value)[:60]!r}", wanted, mend)
+        value = row.get(key)
+        if key not in row or not _fits(value, kind):
+            found = f"{key} = {str(value)[:60]!r}" if key in row else f"no {key}"
+            raise damaged(path, found, f"{key} as {_names(kind)}", mend)
         if isinstance(value, float) and not np.isfinite(value):
             raise damaged(path, f"{key} = {value}", f"{key} as a finite number", mend)
     return row
 
 
+def _parse_json(text: str, path: Path | str, kind: Type, keys: dict[str, Type] | None) -> dict | list:
+    with reading(path, "JSON"):
+        value = json.loads(text)
+    if not _fits(value, kind):
+        raise damaged(path, f"{type(value).__name__} {text.strip()[:40]}", _names(kind))
+    return check_keys(value, path, keys or {}) if isinstance(value, dict) else value
+
+
 def read_json(
-    path: Path, kind: type | tuple[type, ...] = dict, keys: dict | None = None, mend: str | None = None
+    path: Path, kind: Type = dict, keys: dict[str, Type] | None = None, mend: str | None = None
 ) -> dict | list:
     """A JSON file of an object (or a list), whose `keys` are there and of their types."""
-    with reading(path, "JSON", mend):
-        value = _parse_json(read_text(path), path, kind)
-        return check_keys(value, path, keys or {}) if isinstance(value, dict) else value
+    with reading(path, advice=mend):
+        return _parse_json(read_text(path), path, kind, keys)
 
 
-def read_json_lines(path: Path, keys: dict | None = None, mend: str | None = None) -> list[dict]:
-    """A JSON object a line. Lines end at \\n alone (a caption may hold U+2028); blank lines at the end are no
-    lines."""
-    rows = []
-    with reading(path, "JSON", mend):
-        for number, line in enumerate(read_text(path).rstrip().split("\n"), 1):
-            place = f"{path}, line {number}"
-            rows.append(check_keys(_parse_json(line, place, dict), place, keys or {}))
-    return rows
+def read_json_lines(path: Path, keys: dict[str, Type] | None = None, mend: str | None = None) -> list[dict]:
+    """A JSON object a line. Lines end at \\n alone: a caption may hold U+2028."""
+    with reading(path, advice=mend):
+        lines = enumerate(read_text(path).rstrip().split("\n"), 1)
+        return [_parse_json(line, f"{path}, line {number}", dict, keys) for number, line in lines]
 
 
 def read_tensors(
@@ -221,18 +199,17 @@ def check_tensors(
     return tensors
 
 
-def read_state(path: Path, keys: dict, mend: str | None = None) -> dict:
+def read_state(path: Path, keys: dict[str, Type], mend: str | None = None) -> dict:
     """A .pt checkpoint of plain values and tensors, memory-mapped; nothing in it is ever executed."""
     with reading(path, "a checkpoint of this program", mend):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(state, dict):
-            raise damaged(path, type(state).__name__, "a checkpoint of this program")
+            raise TypeError(f"a {type(state).__name__}")
         return check_keys(state, path, keys)
 
 
 def load_model(kind: type, folder: Path, mend: str | None = None) -> nn.Module:
-    """kind.from_pretrained(folder) of a model with config.json and model.safetensors: its own weights, all of
-    them, finite."""
+    """kind.from_pretrained(folder) of config.json and model.safetensors: all its weights, finite."""
     weights = folder / "model.safetensors"
     with reading(folder, f"a {kind.__name__}", mend):  # its sizes, names and weights
         read_json(folder / "config.json")

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPO, environment, sha256
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from brain_model import BrainModel
@@ -287,6 +290,35 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert (tmp_path / "m" / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError("Not enough free space to write 32000000 bytes after offset 128"),  # numpy
+    SafetensorError("I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),  # torch.save
+])  # fmt: skip
+def test_a_full_disk_is_one_error_whatever_a_library_says(error, tmp_path, monkeypatch):
+    path, free = tmp_path / "a.pt", 5_000_000
+    if isinstance(error, RuntimeError):
+        free = 0
+        with pytest.raises(RuntimeError, match="unexpected pos"), written_whole(path):
+            raise error  # another disk has room
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Namespace(free=free))
+    message = f"a.pt takes 0.002 GB, but the disk is full, with {free / 1e9:.3f} GB free: make room"
+    with pytest.raises(OSError, match=message), written_whole(tmp_path / "b"), written_whole(path) as part:
+        part.write_bytes(bytes(2_000_000))
+        raise error
+    with pytest.raises(OSError, match="m takes 0.000 GB, but the disk is full"):
+        save_folder(tmp_path / "m", lambda folder: (_ for _ in ()).throw(error))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_left_of_a_folder_is_not_saved(tmp_path):
+    (tmp_path / ".m.part").mkdir()
+    (tmp_path / ".m.part" / "old").touch()
+    save_folder(tmp_path / "m", lambda folder: (folder / "new").touch())
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["m", "m/new"]
+
+
 @pytest.mark.parametrize("damage", ["none", "state", "array"])
 def test_arrays_go_on_after_a_kill(damage: str, tmp_path):
     path, recipe = tmp_path / "a.npy", {"by": "test"}
@@ -333,6 +365,27 @@ class Options:
     cls: bool = option(True, "category learning")
     names: list[str] = option([], "names")
     rois: str | None = option(None, "regions")
+
+
+@dataclass
+class Recordings:  # without --data
+    delay: int | None = option(None, "volumes", least=0)
+    raw: Path | None = option(None, "a folder")
+
+
+def test_a_preset_may_be_named_by_a_command(capsys):
+    def ask(*words: str) -> Recordings:
+        presets = {"cc2017": {"delay": 2}, "cinebrain": {"delay": 5}}
+        return parse(Recordings, presets, "What it does.", "data.py cc2017", words, "cc2017")
+
+    assert ask() == Recordings(2, None) and ask("--raw", "a", "--delay", "0") == Recordings(0, Path("a"))
+    with pytest.raises(SystemExit):
+        ask("--help")
+    text = capsys.readouterr().out
+    assert "cc2017: 2" in text and "cinebrain" not in text
+    with pytest.raises(SystemExit):
+        ask("--delay", "-1")
+    assert "--delay -1: wanted at least 0 (data.py cc2017 --help" in capsys.readouterr().err
 
 
 def ask(*words: str) -> Options:

@@ -9,6 +9,7 @@ import pytest
 from conftest import REPO
 from PIL import Image
 
+from support.readers import FileFault, MissingFile
 from support.videos import (
     LIMIT,
     SUFFIXES,
@@ -158,10 +159,9 @@ def test_formats(suffix: str, tmp_path):
     assert suffix.lower() in SUFFIXES and abs(video.fps - 10) < 0.1 and near(video.frames, film(), 12)
 
 
-def test_an_array_has_the_rate_it_is_given(tmp_path):
+def test_an_array_lasts_as_long_as_it_is_told(tmp_path):
     np.save(tmp_path / "a.npy", film())
-    assert read_video(tmp_path / "a.npy", npy_seconds=4).fps == 5
-    assert read_video(tmp_path / "a.npy", npy_fps=8).fps == 8
+    assert read_video(tmp_path / "a.npy", 4).fps == 5
     assert np.array_equal(read_video(tmp_path / "a.npy").frames, film())
 
 
@@ -202,6 +202,26 @@ def test_what_is_no_whole_video_is_one_error(name: str, tmp_path):
     with pytest.raises((ValueError, OSError), match=name) as error:
         read_video(tmp_path / name)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_frames_of_several_sizes_are_one_error(tmp_path):
+    for size in (1, 2):  # raw MPEG-1 may be joined
+        with av.open(str(tmp_path / f"{size}.mpg"), "w", format="mpeg1video") as out:
+            stream = out.add_stream("mpeg1video", rate=25)
+            stream.width, stream.height, stream.pix_fmt = size * W, size * H, "yuv420p"
+            for frame in film(5).repeat(size, 1).repeat(size, 2):
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            out.mux(stream.encode())
+    joined = tmp_path / "a.mp4"
+    joined.write_bytes((tmp_path / "1.mpg").read_bytes() + (tmp_path / "2.mpg").read_bytes())
+    with pytest.raises(FileFault, match="a.mp4: found frames of several sizes"):
+        read_video(joined)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.npy"])
+def test_a_video_that_is_not_there_is_missing(name: str, tmp_path):
+    with pytest.raises(MissingFile, match=f"{name} is not there: "):
+        read_video(tmp_path / name)
 
 
 def test_a_video_larger_than_memory_is_refused_early(tmp_path, monkeypatch):
