@@ -24,7 +24,7 @@ from prepare.release import Release
 from support.readers import check_keys, damaged, read_json, read_json_lines, reading
 
 WANTED = "captions.jsonl, or the training and the test list of captions (.json, .h5 or .pt)"
-MEND = "mend the list, or give --captions another one"
+ADVICE = "mend the list, or give --captions another one"
 NOT_COPIED = {"id", "segment", "clip", "split", "idx", "text"}  # of a row to clips.jsonl
 SHARE = 0.75  # of the clips must be nearer to their own caption than to that of a clip far away
 
@@ -38,7 +38,7 @@ def read_captions(path: Path, segments: Sequence[str]) -> list[dict]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: --captions takes {WANTED}")
-    with reading(path, WANTED, MEND):
+    with reading(path, WANTED, ADVICE):
         rows = [value if isinstance(value, dict) else {"caption": value} for value in _read_list(path)]
         rows = [{"caption": row["text"], **row} if "text" in row else row for row in rows]
         _check(path, rows)
@@ -144,10 +144,8 @@ def describe_clips(source: Release, split: str, captions: Path) -> list[dict]:
     if rows and "video" in rows[0] and len(set(files)) == len(files):  # a file a clip
         rows = _of_videos(captions, rows, split, files)
     if len(rows) != len(clips):
-        raise ValueError(
-            f"{captions} has {len(rows)} captions for the {len(clips)} {split} clips of {len(segments)} "
-            "segments"
-        )
+        wanted = f"{len(clips)} {split} clips of {len(segments)} segments"
+        raise ValueError(f"{captions} has {len(rows)} captions for the {wanted}")
     lines = []
     for (segment, k), (path, start), row in zip(clips, videos, rows, strict=True):
         line = {"id": f"{segment}-{k:03d}", "segment": segment}
@@ -161,7 +159,7 @@ def describe_clips(source: Release, split: str, captions: Path) -> list[dict]:
 def _of_videos(captions: Path, rows: list[dict], split: str, files: list[str]) -> list[dict]:
     """The rows of the videos with these names, in their order."""
     by_video = {}
-    with reading(captions, advice=MEND):
+    with reading(captions, advice=ADVICE):
         for number, row in enumerate(rows, 1):
             check_keys(row, f"{captions}, entry {number}", {"video": str})
             name = Path(row["video"]).name
@@ -170,10 +168,8 @@ def _of_videos(captions: Path, rows: list[dict], split: str, files: list[str]) -
             by_video[name] = row
     missing = [name for name in files if name not in by_video]
     if missing:
-        raise ValueError(
-            f"{captions} has no caption of {missing[0]} and {len(missing) - 1} other {split} clips: download "
-            "it again"
-        )
+        text = f"{captions} has no caption of {missing[0]} and {len(missing) - 1} other {split} clips"
+        raise ValueError(f"{text}: download it again")
     return [by_video[name] for name in files]
 
 
@@ -203,11 +199,9 @@ def captions_that_fit(e_img: np.ndarray, e_txt: np.ndarray, segments: Sequence[s
         (frames * np.roll(e_txt, shift, 0)).sum(1) for shift in (0, half, 1, -1)
     )  # (clips,) each
     nearer = matching > far  # (clips,)
-    report = (
-        f"CLIP cosine of a clip and its own caption {matching.mean():.3f}, the caption before "
-        f"{previous.mean():.3f}, after {following.mean():.3f}, of one far away {far.mean():.3f}; own above far "
-        f"away in {nearer.mean():.0%} of the clips"
-    )
+    report = f"CLIP cosine of a clip and its own caption {matching.mean():.3f}"
+    report += f", the caption before {previous.mean():.3f}, after {following.mean():.3f}"
+    report += f", of one far away {far.mean():.3f}; own above far away in {nearer.mean():.0%} of the clips"
     shifted = matching.mean() < max(previous.mean(), following.mean())
     names = list(dict.fromkeys(segments.tolist()))
     return report, [name for name in names if shifted or nearer[segments == name].mean() < SHARE]

@@ -58,17 +58,19 @@ def _longest_name(words: list[str]) -> tuple[int, str]:
 def _read(text: str, caption: str) -> Iterator[tuple[list[str], str]]:
     """Names in `text` from left to right, the longest first: the words of a name, and its supercategory or
     'none'."""
-    words, i, last = re.findall(r"[a-z]+", text), 0, "none"
+    words = re.findall(r"[a-z]+", text)
+    i, last = 0, "none"
     while i < len(words):
         n, name = _longest_name(words[i:])
-        other, pattern = _SENSES.get(name, ("none", "(?!)"))
-        category = other if re.search(pattern, caption) else _NAMES.get(name, "none")
-        after = words[i + n] if i + n < len(words) else ""
-        if name in _VERBS and (last == "person" or i and words[i - 1] in _SUBJECTS or after in _OBJECTS):
+        sense, pattern = _SENSES.get(name, ("none", "(?!)"))
+        category = sense if re.search(pattern, caption) else _NAMES.get(name, "none")
+        previous = words[i - 1] if i else ""
+        following = words[i + n] if i + n < len(words) else ""
+        if name in _VERBS and (last == "person" or previous in _SUBJECTS or following in _OBJECTS):
             category = "none"
-        if words[i] == "toy" and after:  # a toy gun
+        if words[i] == "toy" and following:  # a toy gun
             n += 1
-        animal = "animal" in map(_NAMES.get, _singulars(after))
+        animal = "animal" in map(_NAMES.get, _singulars(following))
         if name in ("baby", "mother", "adult") and animal:  # a baby elephant
             n, category = n + 1, "animal"
         yield words[i : i + n], category
@@ -83,16 +85,17 @@ def clip_categories(caption: str, tags: Sequence[str] | None) -> list[str]:
     out, and the context that a tag lacks (bat, tank, orange). On cc2017 tags alone and captions alone agree
     on 92 % of clips.
     """
-    caption, found, hidden = caption.lower().replace("\u2019", "'"), set(), set()
+    caption = caption.lower().replace("\u2019", "'")
+    categories, hidden = set(), set()
     for words, category in _read(_NO_OBJECT.sub("", caption), caption):
-        found.add(category)
+        categories.add(category)
         hidden.update(name for word in words[:-1] + words[1:] for name in _singulars(word))
     for tag in tags or ():  # a tag that is part of a longer name ("bow" of "bow tie") says nothing new
         if tag.lower() not in hidden:
-            found |= {category for _, category in _read(tag.lower(), caption)}
-    if "animal" not in found and _PARTS.search(caption) and not re.search("statue|robot|clock", caption):
-        found.add("person")
-    return sorted(found - {"none"})
+            categories.update(category for _, category in _read(tag.lower(), caption))
+    if "animal" not in categories and _PARTS.search(caption) and not re.search("statue|robot|clock", caption):
+        categories.add("person")
+    return sorted(categories - {"none"})
 
 
 def merge_rare(labels: Sequence[Sequence[str]], minimum: float = 0.01) -> list[str]:
@@ -108,9 +111,8 @@ def category_matrix(labels: Sequence[Sequence[str]], classes: Sequence[str]) -> 
     """Targets of the category head, (clips, K) uint8; a label that is no class counts as 'other', if that is
     one."""
     rows = [{k if k in classes else "other" for k in clip} for clip in labels]
-    return np.array([[k in row for k in classes] for row in rows], dtype=np.uint8).reshape(
-        len(rows), len(classes)
-    )
+    matrix = np.array([[k in row for k in classes] for row in rows], np.uint8)
+    return matrix.reshape(len(rows), len(classes))
 
 
 def category_table(labels: Sequence[Sequence[str]], classes: Sequence[str]) -> str:

@@ -24,9 +24,7 @@ DOWNLOAD = "download it again"
 
 def check_delay(delay: int | None) -> None:
     if not 0 <= (delay or 0) <= AFTER:
-        raise ValueError(
-            f"--delay {delay}: wanted 0 to {AFTER} volumes of 2 s, as runs end {AFTER} after the film"
-        )
+        raise ValueError(f"--delay {delay}: wanted 0 to {AFTER} volumes of 2 s, which follow a film")
 
 
 class PurdueFilms(Release):
@@ -47,19 +45,21 @@ class PurdueFilms(Release):
         return next(iter(only([*folders.values()], f"the release's {name}")), None)
 
     def _advice(self) -> str:
-        packed = visible(self.raw, "bundle.zip", "*/bundle.zip")
-        download = "download it from the Purdue release, or use fewer segments (--train-segments, "
-        return f"unpack {packed[0]} where it lies" if packed else download + "--test-segments)"
+        for archive in visible(self.raw, "bundle.zip", "*/bundle.zip"):
+            return f"unpack {archive} where it lies"
+        return "download it from the Purdue release, or use fewer --train-segments and --test-segments"
 
     def stimulus(self, segment: str) -> list[Path]:
         return [self.films / f"{segment}.mp4"]
 
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
-        return read_clips(self.stimulus(segment)[0], SEGMENT_VOLUMES)
+        (film,) = self.stimulus(segment)
+        return read_clips(film, SEGMENT_VOLUMES)
 
     def check(self) -> None:
         for segment in self.segments:
-            check_film(self.stimulus(segment)[0], fps=CC2017_FPS, seconds=2 * SEGMENT_VOLUMES, over=5)
+            (film,) = self.stimulus(segment)
+            check_film(film, fps=CC2017_FPS, seconds=2 * SEGMENT_VOLUMES, over=5)
 
 
 class PurdueRelease(PurdueFilms):
@@ -86,22 +86,16 @@ class PurdueRelease(PurdueFilms):
         self.raw, self.subject = Path(raw), subject
         self.delay = CC2017_DELAY if delay is None else delay
         self.splits = cc2017_splits(train_segments, test_segments)
-        self.runs = self._runs_of(subject)
+        self.runs = self._below(f"subject{subject}/fmri")
         if not self.runs:
-            raise FileNotFoundError(
-                f"{self.raw} has no subject{subject}/fmri below it, the recordings of subject {subject}: "
-                f"{self._advice()}"
-            )
+            text = f"{self.raw} has no subject{subject}/fmri below it, the recordings of subject {subject}"
+            raise FileNotFoundError(f"{text}: {self._advice()}")
         for segment in self.segments:
             if not self.files(segment):
                 path = self.run_file(segment, 0)
-                raise FileNotFoundError(
-                    f"{path.parent} has no recording of {segment}: wanted {path.name}; {self._advice()}"
-                )
+                text = f"{path.parent} has no recording of {segment}: wanted {path.name}"
+                raise FileNotFoundError(f"{text}; {self._advice()}")
         self.find_films()
-
-    def _runs_of(self, subject: int) -> Path | None:
-        return self._below(f"subject{subject}/fmri")
 
     def run_file(self, segment: str, repeat: int) -> Path:
         return self.runs / segment / "cifti" / f"{segment}_{repeat + 1}_Atlas.dtseries.nii"
@@ -110,7 +104,7 @@ class PurdueRelease(PurdueFilms):
         return visible(self.runs / segment / "cifti", f"{segment}_*_Atlas.dtseries.nii")
 
     def recording(self, subject: int) -> list[Path]:
-        runs = self._runs_of(subject)
+        runs = self._below(f"subject{subject}/fmri")
         return visible(runs / "seg1" / "cifti", "seg1_1_Atlas.dtseries.nii") if runs else []
 
     def repeats(self, segment: str) -> int:
@@ -164,9 +158,8 @@ class NeuroClipsRelease(Release):
         self._fmri = {split: self._load(self._recordings(split), split) for split in self.splits}
         train, test = (tuple(self._fmri[split].shape) for split in ("train", "test"))
         if len(train) != 3 or len(test) != 3 or train[2] != test[2]:
-            raise ValueError(
-                f"{self.folder} has recordings of {train} and {test}, wanted (clips, showings, N) of one N"
-            )
+            wanted = "(clips, showings, N) of one N"
+            raise ValueError(f"{self.folder} has recordings of {train} and {test}, wanted {wanted}")
 
     def _recordings(self, split: str, subject: int | None = None) -> Path:
         return self.folder / f"subj{subject or self.subject:02d}_{split}_fmri.pt"
@@ -176,10 +169,9 @@ class NeuroClipsRelease(Release):
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
             raise damaged(file, type(value).__name__, "a tensor", DOWNLOAD)
         if len(value) != SEGMENT_VOLUMES * segments:
-            raise ValueError(
-                f"{file} has {len(value)} clips, wanted {SEGMENT_VOLUMES * segments} ({segments} segments): "
-                "download it again, or give --train-segments, --test-segments"
-            )
+            wanted = f"{SEGMENT_VOLUMES * segments} ({segments} segments)"
+            advice = "download it again, or give --train-segments, --test-segments"
+            raise ValueError(f"{file} has {len(value)} clips, wanted {wanted}: {advice}")
         return value
 
     def _place(self, segment: str) -> tuple[str, slice]:
@@ -229,9 +221,8 @@ class NeuroClipsRelease(Release):
             (file,) = self.stimulus(segments[0])
             shape = tuple(self._load(file, split).shape)
             if len(shape) != 5 or shape[1:3] != (6, 3):
-                raise ValueError(
-                    f"{file} has the shape {shape}, wanted (clips, 6, 3, H, W): 2 s at 3 frames a second"
-                )
+                wanted = "(clips, 6, 3, H, W): 2 s at 3 frames a second"
+                raise ValueError(f"{file} has the shape {shape}, wanted {wanted}")
 
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
         (file,), (split, clips) = self.stimulus(segment), self._place(segment)
@@ -259,9 +250,8 @@ def load_pt(path: Path) -> torch.Tensor | list:
     """A tensor (memory-mapped), or strings, published in a list or NumPy array. Raises ValueError where it
     would need pickle."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not there: download it from gongzx/cc2017_dataset on Hugging Face"
-        )
+        place = "gongzx/cc2017_dataset on Hugging Face"
+        raise FileNotFoundError(f"{path} is not there: download it from {place}")
     # The published captions are a NumPy array of fixed-width strings; these names rebuild one, nothing else.
     rebuild = np.empty(0).__reduce__()[0]
     names = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]

@@ -11,20 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from prepare import facts
 from prepare.cifti import mmp_areas, read_cifti
-from prepare.facts import (
-    AUDITORY_AND_LANGUAGE,
-    CINEBRAIN_DELAY,
-    CINEBRAIN_FPS,
-    CINEBRAIN_TR,
-    CLIP_VOLUMES,
-    EPISODE_CLIPS,
-    EPISODE_VOLUMES,
-    NINTH_SEASON,
-    ROIS,
-    SECONDS,
-    in_areas,
-)
 from prepare.release import Release, only, visible
 from support.readers import damaged, read_array, read_text, reading
 from support.videos import check_film, read_clip
@@ -51,7 +39,7 @@ class CineBrainRelease(Release):
     """
 
     preprocessed = True
-    volumes = CLIP_VOLUMES
+    volumes = facts.CLIP_VOLUMES
 
     def __init__(
         self,
@@ -62,19 +50,18 @@ class CineBrainRelease(Release):
         test_segments: int = 2,
     ):
         self.raw, self.subject = Path(raw), subject
-        second = 11 if subject in NINTH_SEASON else 21
+        second = 11 if subject in facts.NINTH_SEASON else 21
         episodes = [f"episode{n:02d}" for n in (*range(1, 11), *range(second, second + 10))]
         self.splits = {"train": episodes[:18][:train_segments], "test": episodes[18:][:test_segments]}
         self.run_of = {episode: run for run, episode in enumerate(episodes, 1)}
         self.cifti = bool(self._find(subject, "dtseries/*.dtseries.nii"))
         if self.cifti:
-            self.delay = CINEBRAIN_DELAY if delay is None else delay
+            self.delay = facts.CINEBRAIN_DELAY if delay is None else delay
             if self.delay < 0:
-                raise ValueError(f"--delay {delay}: wanted 0 or more volumes of {CINEBRAIN_TR} s")
+                raise ValueError(f"--delay {delay}: wanted 0 or more volumes of {facts.CINEBRAIN_TR} s")
         elif delay is not None:
-            raise ValueError(
-                f"--delay {delay}: the preprocessed volumes of {self.raw} are delayed already; leave it out"
-            )
+            text = f"the preprocessed volumes of {self.raw} are delayed already"
+            raise ValueError(f"--delay {delay}: {text}; leave it out")
         else:
             text = f"{self.raw} has no CIFTI runs of subject {subject}: visual areas only, and no hippocampus"
             warnings.warn(text, stacklevel=2)
@@ -87,18 +74,17 @@ class CineBrainRelease(Release):
         """Raises FileNotFoundError where a clip or a recording of the episode is missing."""
         missing = [file for file in self.stimulus(episode) if not file.is_file()]
         if missing:
-            raise FileNotFoundError(
-                f"{missing[0]} is not there ({len(missing)} clips of {episode}): unpack videos.tar"
-            )
+            n = len(missing)
+            raise FileNotFoundError(f"{missing[0]} is not there ({n} clips of {episode}): unpack videos.tar")
         if not self.files(episode):
             run = self.run_of[episode]
-            wanted = f"visual_audio/{(run - 1) * EPISODE_VOLUMES}.npy to {run * EPISODE_VOLUMES - 1}.npy"
-            if self.cifti:
-                wanted = f"dtseries/*_run-{run}_*.dtseries.nii and beh_data/*_{run}.csv"
-            raise FileNotFoundError(
-                f"{episode} is not there whole: wanted {self.raw}/sub_{self.subject:04d}/{wanted}; download "
-                "it (or --train-segments FEWER)"
-            )
+            wanted = f"dtseries/*_run-{run}_*.dtseries.nii and beh_data/*_{run}.csv"
+            if not self.cifti:
+                first, *_, last = self._numbers(run)
+                wanted = f"visual_audio/{first}.npy to {last}.npy"
+            wanted = f"{self.raw}/sub_{self.subject:04d}/{wanted}"
+            advice = "download it (or --train-segments FEWER)"
+            raise FileNotFoundError(f"{episode} is not there whole: wanted {wanted}; {advice}")
 
     def _find(self, subject: int, pattern: str) -> list[Path]:
         folders = [self.raw / f"sub{dash}{subject:0{digits}d}" for digits in (4, 3) for dash in "_-"]
@@ -112,9 +98,12 @@ class CineBrainRelease(Release):
             return [*series, *times] if series and times else []
         first = self._find(subject, "visual_audio/0.npy") or self._find(subject, "0.npy")
         (first,) = only(first or [self.raw / "0.npy"], f"the first volume of subject {subject}")
-        numbers = range((run - 1) * EPISODE_VOLUMES, run * EPISODE_VOLUMES)
-        volumes = [first.with_name(f"{n}.npy") for n in numbers]
+        volumes = [first.with_name(f"{n}.npy") for n in self._numbers(run)]
         return volumes if all(file.is_file() for file in volumes) else []
+
+    def _numbers(self, run: int) -> range:
+        """Those of the volumes of a run."""
+        return range((run - 1) * facts.EPISODE_VOLUMES, run * facts.EPISODE_VOLUMES)
 
     def files(self, segment: str) -> list[Path]:
         return self._run(self.subject, self.run_of[segment])
@@ -134,11 +123,12 @@ class CineBrainRelease(Release):
         return dict.fromkeys(self.splits, self.raw / "captions-qwen-2.5-vl-7b.json")
 
     def video(self, segment: str, clip: int) -> tuple[Path, float]:
-        number = (int(segment[-2:]) - 1) * EPISODE_CLIPS + clip
+        number = (int(segment[-2:]) - 1) * facts.EPISODE_CLIPS + clip
         return self.films / f"{number:06d}.mp4", 0.0
 
     def stimulus(self, segment: str) -> list[Path]:
-        return [self.video(segment, clip)[0] for clip in range(EPISODE_CLIPS)]
+        videos = [self.video(segment, clip) for clip in range(facts.EPISODE_CLIPS)]
+        return [film for film, _ in videos]
 
     def repeats(self, segment: str) -> int:
         return 1
@@ -147,39 +137,40 @@ class CineBrainRelease(Release):
     def voxels(self) -> tuple[np.ndarray, np.ndarray]:
         """The grayordinates of every ROI (CIFTI), or the visual ones, and their areas."""
         areas = mmp_areas()
-        names = [*chain(*ROIS.values())] if self.cifti else ROIS["visual"]
-        index = np.flatnonzero(in_areas(areas, names))
+        names = [*chain(*facts.ROIS.values())] if self.cifti else facts.ROIS["visual"]
+        index = np.flatnonzero(facts.in_areas(areas, names))
         return index, areas[index]
 
     @cached_property
     def columns(self) -> dict[tuple[int], slice | np.ndarray]:
         """Where the visual areas are in a published volume, by its shape."""
         areas = mmp_areas()
-        all_three = areas[in_areas(areas, ROIS["visual"] + AUDITORY_AND_LANGUAGE.split())]  # (18946,)
-        return {(8405,): slice(None), all_three.shape: in_areas(all_three, ROIS["visual"])}
+        names = facts.ROIS["visual"] + facts.AUDITORY_AND_LANGUAGE.split()
+        areas = areas[facts.in_areas(areas, names)]  # (18946,)
+        return {(8405,): slice(None), areas.shape: facts.in_areas(areas, facts.ROIS["visual"])}
 
     def window(self, segment: str) -> tuple[int, int]:
         """As cifit2npy.py cuts a run, but always 18 minutes long. Raises ValueError where the CSV says other
         than that."""
         if not self.cifti:
-            return 0, EPISODE_VOLUMES
+            return 0, facts.EPISODE_VOLUMES
         _, file = self.files(segment)
         with reading(file, "a line of numbers videoStartTime and videoStopTime", "download it again"):
             row = next(csv.DictReader(read_text(file).splitlines()), {})
             start, stop = float(row["videoStartTime"]), float(row["videoStopTime"])
-        if not (start >= 0 and abs(stop - start - EPISODE_VOLUMES * CINEBRAIN_TR) <= 2 * CINEBRAIN_TR):
-            raise ValueError(
-                f"{file}: the video lasts {stop - start:.1f} s from {start:.1f} s on, wanted "
-                f"{EPISODE_VOLUMES * CINEBRAIN_TR:.1f} s: is it the CSV of this run?"
-            )
-        return int((start + self.delay * CINEBRAIN_TR) / CINEBRAIN_TR) + 1, EPISODE_VOLUMES
+        seconds, wanted = stop - start, facts.EPISODE_VOLUMES * facts.CINEBRAIN_TR
+        if not (start >= 0 and abs(seconds - wanted) <= 2 * facts.CINEBRAIN_TR):
+            text = f"the video lasts {seconds:.1f} s from {start:.1f} s on, wanted {wanted:.1f} s"
+            raise ValueError(f"{file}: {text}: is it the CSV of this run?")
+        return int((start + self.delay * facts.CINEBRAIN_TR) / facts.CINEBRAIN_TR) + 1, facts.EPISODE_VOLUMES
 
     def _volumes(self, segment: str) -> np.ndarray:
         """The volumes of an episode, float32 (1350, N), as they are in the release."""
         files = self.files(segment)
         if self.cifti:
             start, length = self.window(segment)
-            run = read_cifti(files[0], self.voxels[0], CINEBRAIN_TR)
+            index, _ = self.voxels
+            run = read_cifti(files[0], index, facts.CINEBRAIN_TR)
             if len(run) < start + length:
                 wanted = f"{start + length}: start, delay and 18 minutes of video"
                 raise ValueError(f"{files[0]} has {len(run)} volumes, wanted {wanted}")
@@ -222,11 +213,12 @@ class CineBrainRelease(Release):
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
         for file in self.stimulus(segment):
             self._check_film(file)
-            yield read_clip(file, 0.0, SECONDS["cinebrain"])
+            yield read_clip(file, 0.0, facts.SECONDS["cinebrain"])
 
     def check(self) -> None:
         for segment in self.segments:
-            self._check_film(self.stimulus(segment)[0])
+            film, _ = self.video(segment, 0)
+            self._check_film(film)
 
     def _check_film(self, file: Path) -> None:
-        check_film(file, fps=CINEBRAIN_FPS, seconds=SECONDS["cinebrain"], over=1)
+        check_film(file, fps=facts.CINEBRAIN_FPS, seconds=facts.SECONDS["cinebrain"], over=1)

@@ -79,8 +79,8 @@ def _prepare_text(decoder: str, captions: dict[Path, list[str]], empty: Path, re
     L, D_txt = encoder.text_length, encoder.text_width
     n = sum(len(set(texts)) for texts in captions.values())
     first = next(iter(captions.values()))[:1]
-    what = f"{decoder}: text tokens of {n:,} captions, at most {L} x {D_txt} float16 each"
-    at_once = plan(what, lambda: encoder.encode_text(first), n, on_cpu=32)
+    title = f"{decoder}: text tokens of {n:,} captions, at most {L} x {D_txt} float16 each"
+    at_once = plan(title, lambda: encoder.encode_text(first), n, on_cpu=32)
     for folder, texts in captions.items():
         tokens = _encode_texts(encoder, list(dict.fromkeys(texts)), at_once, folder.parent.name)
         if not all(np.isfinite(e).all() for e in tokens.values()):

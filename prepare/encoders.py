@@ -71,9 +71,7 @@ def _refuse_code(value: object, config: Path) -> None:
     if isinstance(value, dict):
         other = str(value.get("hf_model_name") or "")
         if value.get("trust_remote_code"):
-            raise damaged(
-                config, "trust_remote_code", "a CLIP that brings no code of its own", "choose another"
-            )
+            raise damaged(config, "trust_remote_code", "a CLIP without code of its own", "choose another")
         if other and Path(other).exists():
             raise damaged(config, f"hf_model_name {other}", "no model of another folder", "choose another")
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():

@@ -76,10 +76,7 @@ def words_of(caption: str) -> str:
 
 # ---------------------------------------------------------------- the brain
 
-CORTEX, GRAYORDINATES = (
-    59_412,
-    91_282,
-)  # the fs_LR 32k space of the HCP: the cortex comes first, left then right
+CORTEX, GRAYORDINATES = 59_412, 91_282  # fs_LR 32k of the HCP: the cortex comes first, left then right
 ROIS = {  # areas of the HCP MMP atlas, of both hemispheres, and the subcortical structures beside it
     "visual": (  # as CineBrain's authors: 8,405 grayordinates
         "V1 V2 V3 V3A V3B V3CD V4 LO1 LO2 LO3 PIT V4t V6 V6A V7 V8 PH FFC IP0 MT MST FST VVC VMV1 VMV2 VMV3 "

@@ -37,9 +37,7 @@ def preprocess_run(run: np.ndarray, start: int, length: int, order: int = 4) -> 
     """
     V, N = run.shape  # volumes, voxels
     if start < 0 or start + length > V:
-        raise ValueError(
-            f"the window of volumes [{start}, {start + length}) is not within a run of {V} volumes"
-        )
+        raise ValueError(f"the volumes [{start}, {start + length}) are not within a run of {V} volumes")
     legendre = np.polynomial.legendre.legvander(np.linspace(-1, 1, length), order)
     Q = np.linalg.qr(legendre)[0].astype(np.float32)  # (length, order+1)
     response = np.empty((length, N), np.float32)
@@ -80,16 +78,14 @@ def reproducible_voxels(z: list[np.ndarray], alpha: float = 0.05) -> Selection:
     Raises ValueError with fewer than two segments or no voxel to test.
     """
     if len(z) < 2:
-        raise ValueError(
-            f"{len(z)} training segments were shown twice, wanted at least 2: add some (--train-segments)"
-        )
+        text = f"{len(z)} training segments were shown twice"
+        raise ValueError(f"{text}, wanted at least 2: add some (--train-segments)")
     z = np.stack(z)  # (segments, N)
     finite = np.isfinite(z).all(0)
     tested, dropped = int(finite.sum()), int((~finite).sum())
     if tested == 0:
-        raise ValueError(
-            f"each of the {dropped} voxels is constant or not finite in some segment: check the recordings"
-        )
+        text = f"each of the {dropped} voxels is constant or not finite in some segment"
+        raise ValueError(f"{text}: check the recordings")
     p, mean_z = np.full((2, z.shape[1]), np.nan)
     mean_z[finite] = z[:, finite].mean(0)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -175,15 +171,11 @@ def _choose_voxels(source: Release, folder: Path) -> np.ndarray:
     else:
         chosen = select_voxels(source)
         mask = chosen.mask
-        note = (
-            f"{chosen.kept:,} of {chosen.tested:,} voxels respond reproducibly; {chosen.dropped:,} constant "
-            "or not finite, dropped"
-        )
+        note = f"{chosen.kept:,} of {chosen.tested:,} voxels respond reproducibly"
+        note += f"; {chosen.dropped:,} constant or not finite, dropped"
         if not chosen.kept:
-            raise ValueError(
-                f"{folder}: {note}; the two showings of a segment do not correlate: are the runs in the "
-                "right folders?"
-            )
+            doubt = "the two showings of a segment do not correlate: are the runs in the right folders?"
+            raise ValueError(f"{folder}: {note}; {doubt}")
     tqdm.write(note)
     with written_whole(folder / "voxels.npz") as part:
         np.savez_compressed(part, index=index[mask], roi=roi[mask])

@@ -101,18 +101,17 @@ class Release:
 def visible(folder: Path, *patterns: str) -> list[Path]:
     """The files and folders that match a pattern, sorted. What a system hides is passed over: names that
     begin with a dot, and the folder __MACOSX of archives packed on a Mac."""
-    matches = set(chain(*map(folder.glob, patterns)))
-    return sorted(path for path in matches if not _hidden(path.relative_to(folder)))
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    paths = []
+    for path in set(chain(*map(folder.glob, patterns))):
+        parts = path.relative_to(folder).parts
+        if not any(part.startswith(".") or part == "__MACOSX" for part in parts):
+            paths.append(path)
+    return sorted(paths)
 
 
 def only(paths: list[Path], what: str) -> list[Path]:
     """The path itself, or none. Raises ValueError, naming both, where two would do."""
     if len(paths) > 1:
-        raise ValueError(
-            f"{paths[0]} and {paths[1]} both look like {what}: move the wrong one out of the folder"
-        )
+        first, second = paths[:2]
+        raise ValueError(f"{first} and {second} both look like {what}: move the wrong one out of the folder")
     return paths

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,29 +42,31 @@ def clips_from(source: Release, rows: Sequence[dict], first: int) -> Iterator[np
         start += n
 
 
-def plan(what: str, encode: Callable[[], object], clips: int, on_cpu: int) -> int:
+def plan(title: str, encode: Callable[[], object], clips: int, on_cpu: int) -> int:
     """Encode one clip to see what it takes, and print it. Returns how many to encode at once: as many as fit
     into half of the GPU's free memory, 64 at most; `on_cpu` where there is no GPU."""
-    gpu = torch.cuda.is_available()
     encode()  # the first takes longer
+    gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        weights = torch.cuda.memory_allocated()
     start = perf_counter()
     encode()
     if gpu:
         torch.cuda.synchronize()
-        memory = max(torch.cuda.max_memory_allocated() - before, 1)
-        at_once = int(np.clip(torch.cuda.mem_get_info()[0] / 2 / memory, 1, 64))
-        room = f"{memory / 1e9:.2f} GB of GPU memory a clip, beside {before / 1e9:.1f} GB of weights"
+        memory = max(torch.cuda.max_memory_allocated() - weights, 1)
+        torch.cuda.empty_cache()  # what a model before this one took is free, too
+        free, _ = torch.cuda.mem_get_info()
+        on_gpu = int(np.clip(free / 2 / memory, 1, 64))
+        room = f"{memory / 1e9:.2f} GB of GPU memory a clip, beside {weights / 1e9:.1f} GB of weights"
     else:
         import resource  # not on Windows
 
-        at_once = on_cpu
         room = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory in all"
     minutes = (perf_counter() - start) * clips / 60
-    tqdm.write(f"{what}: {room}; {clips:,} clips take about {minutes:,.1f} minutes; {at_once} at once")
+    at_once = on_gpu if gpu else on_cpu
+    tqdm.write(f"{title}: {room}; {clips:,} clips take about {minutes:,.1f} minutes; {at_once} at once")
     return at_once
 
 
@@ -75,7 +76,7 @@ def encode_all(
     arrays: Sequence[np.ndarray],
     done: int,
     filled: Callable[[int], None],
-    what: str,
+    title: str,
     on_cpu: int,
 ) -> None:
     """Fill the arrays side by side from row `done` on: encode(batch of clips) gives the same rows of each.
@@ -87,13 +88,13 @@ def encode_all(
     if done == n:
         return
     first = next(clips)
-    at_once = plan(what, lambda: encode(first[None]), n - done, on_cpu)
+    at_once = plan(title, lambda: encode(first[None]), n - done, on_cpu)
     clips = chain([first], clips)
-    with tqdm(total=n, initial=done, desc=what, unit="clip") as progress:
+    with tqdm(total=n, initial=done, desc=title, unit="clip") as progress:
         while done < n:
             batch = [*islice(clips, at_once)]
             if not batch:
-                raise ValueError(f"{what}: the films have {done} clips, wanted {n}: download them again")
+                raise ValueError(f"{title}: the films have {done} clips, wanted {n}: download them again")
             for array, rows in zip(arrays, encode(np.stack(batch)), strict=True):
                 array[done : done + len(batch)] = rows
             done += len(batch)
@@ -120,13 +121,9 @@ def prepare_stimuli(
     classes = _report_categories(folder, rows)
     encoders = None
     for split in source.splits:
-        recipe = {
-            "clip": clip_name,
-            "viclip": viclip_name,
-            "frames": frames,
-            "captions": hashes([[captions[split]]]),
-            "caption_sentences": sentences,
-        }
+        recipe = {"clip": clip_name, "viclip": viclip_name, "frames": frames}
+        recipe["captions"] = hashes([[captions[split]]])
+        recipe["caption_sentences"] = sentences
         files = [folder / split / f"{name}.npy" for name in ("e_txt", "e_img", "e_act")]
         encoded = [is_made_by(file, recipe) for file in files]
         _write_clips(folder / split, rows[split], classes)
@@ -134,7 +131,7 @@ def prepare_stimuli(
             continue
         if sentences is None:
             del recipe["caption_sentences"]
-        encoders = encoders or Encoders.load(clip_name, viclip_name)
+        encoders = encoders or Encoders(clip_name, viclip_name)
         doubts = _encode_split(source, folder / split, rows[split], encoders, recipe)
         if doubts:
             warnings.warn(f"{captions[split]}: {doubts}", stacklevel=2)
@@ -148,10 +145,9 @@ def _report_categories(folder: Path, rows: dict[str, list[dict]]) -> list[str]:
     with written_whole(folder / "categories.txt") as part:
         part.write_text(table + "\n")
     train, test = caption_copies(rows["train"], rows["test"])
-    tqdm.write(
-        f"{table}\n{train:.1%} of the training clips share their caption with another training segment, "
-        f"{test:.1%} of the test clips with training"
-    )
+    tqdm.write(table)
+    tqdm.write(f"{train:.1%} of the training clips share their caption with another training segment")
+    tqdm.write(f"{test:.1%} of the test clips share theirs with training")
     return classes
 
 
@@ -163,17 +159,20 @@ def _write_clips(folder: Path, rows: list[dict], classes: list[str]) -> None:
         array[:] = labels
 
 
-class Encoders(NamedTuple):
-    clip: torch.nn.Module
-    tokenizer: Callable
-    viclip: ViCLIP
+class Encoders:
+    """CLIP and ViCLIP, on the GPU where there is one."""
 
-    @classmethod
-    def load(cls, clip_name: str, viclip_name: str) -> "Encoders":
-        """On the GPU where there is one."""
+    def __init__(self, clip_name: str, viclip_name: str):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        clip, _, tokenizer = load_clip(clip_name)
-        return cls(clip.to(device), tokenizer, ViCLIP.from_pretrained(viclip_name).to(device))
+        clip, _, self.tokenizer = load_clip(clip_name)
+        self.clip = clip.to(device)
+        self.viclip = ViCLIP.from_pretrained(viclip_name).to(device)
+
+    def encode(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 (b, F, H, W, 3) -> e_img (b, F, D), e_act (b, D)."""
+        b, F = clips.shape[:2]
+        e_img = encode_images(self.clip, clips, batch=max(128, b * F))
+        return e_img, encode_actions(self.viclip, clips, batch=max(16, b))
 
 
 def _encode_split(
@@ -187,14 +186,10 @@ def _encode_split(
     with writing_array(folder / "e_txt.npy", e_txt.shape, "float32", recipe, inputs) as array:
         array[:] = e_txt
 
-    def encode(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (b, F, H, W, 3) uint8
-        images = encode_images(encoders.clip, batch, batch=max(128, len(batch) * F))
-        return images, encode_actions(encoders.viclip, batch, batch=max(16, len(batch)))
-
     shapes = {folder / "e_img.npy": (n, F, e_txt.shape[1]), folder / "e_act.npy": e_txt.shape}
     with resumable_arrays(shapes, "float32", recipe, inputs) as (arrays, done, filled):
         clips = (clip[uniform_frames(len(clip), F)] for clip in clips_from(source, rows, done))
-        encode_all(clips, encode, arrays, done, filled, f"CLIP and ViCLIP, {split}", on_cpu=16)
+        encode_all(clips, encoders.encode, arrays, done, filled, f"CLIP and ViCLIP, {split}", on_cpu=16)
         report, doubtful = captions_that_fit(arrays[0], e_txt, [row["segment"] for row in rows])
     tqdm.write(f"{split}: {report}")
     if doubtful:

@@ -132,21 +132,15 @@ def test_stage_2_and_evaluation_run_on_it(trained, release, monkeypatch, model):
     torch.manual_seed(0)
     name, size = model.__name__, ("--frames", 9, "--height", 32, "--width", 32)
     model().save_pretrained(name)
-    prepare_decoder("cc2017", PurdueRelease(release.folder, 1, 2, 4, 1), trained / "data", name, *size[1::2])
+    films = PurdueRelease(release.folder, 1, 2, 4, 1)
+    prepare_decoder(films, trained / "data" / "cc2017" / "stimuli", name, size[1::2])
     options = ["--decoder", name, "--run", name, *size, *"--stage1 full --epochs 1 --batch_size 240".split()]
     options += (
         "--micro_batch 60 --attention_heads 4 --lora_rank 4 --sample_every 0 --sampling_steps 2".split()
     )
     done = run_script("train_stage2.py", "--data", "cc2017", *options, cwd=trained)
     assert done.returncode == 0, done.stderr
-    metrics = (
-        "--clips",
-        4,
-        "--metrics",
-        "ssim,psnr",
-        "--stimuli",
-        PurdueRelease(release.folder, 1, 2, 4, 1).films,
-    )
+    metrics = ("--clips", 4, "--metrics", "ssim,psnr", "--stimuli", films.films)
     done = run_script("evaluate.py", "--data", "cc2017", "--run", name, *metrics, cwd=trained)
     assert done.returncode == 0, done.stderr
     (out,) = (trained / "runs" / "cc2017" / "sub1" / f"{name}-s0").glob("eval*")
@@ -248,16 +242,8 @@ def test_captions_that_differ_in_number_from_the_clips(release, tmp_path):
 
 def test_the_neuroclips_release_through_both_commands(tmp_path):
     write_neuroclips(tmp_path / "release")
-    options = (
-        "cc2017",
-        "--fmri-release",
-        tmp_path / "release",
-        "--train-segments",
-        2,
-        "--test-segments",
-        1,
-        *ENCODERS,
-    )
+    few = ("--train-segments", 2, "--test-segments", 1)
+    options = ("cc2017", "--fmri-release", tmp_path / "release", *few, *ENCODERS)
     done = run_script("data.py", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert np.load(tmp_path / "data" / "cc2017" / "sub1" / "test" / "fmri.npy", mmap_mode="r").shape == (
@@ -281,9 +267,6 @@ def test_a_release_that_is_not_there_says_what_to_do(tmp_path):
     done = run_script("data.py", "cc2017", "--raw", tmp_path, cwd=tmp_path)
     assert done.returncode == 1 and "has no recording of seg1: wanted seg1_1_Atlas" in done.stderr
     done = run_script("data.py", "cc2017", cwd=tmp_path)
-    assert (
-        done.returncode == 2
-        and "give --raw" in done.stderr
-        and "python data.py cc2017 --raw RAW --subject 1" in done.stderr
-    )
+    assert done.returncode == 1 and done.stderr.startswith("error: give --raw (the release), --fmri-release")
+    assert "python data.py cc2017 --raw RAW --subject 1" in done.stderr
     assert not list(tmp_path.rglob("*.npy"))

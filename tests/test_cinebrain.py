@@ -83,7 +83,7 @@ def world(release, tmp_path_factory):
         patch.chdir(root)
         prepare("--raw", release.folder, "--subject", 3)
         source = CineBrainRelease(release.folder, 3, train_segments=1, test_segments=1)
-        prepare_decoder("cinebrain", source, root / "data", "wan", *SIZE, subject=3)
+        prepare_decoder(source, root / "data" / "cinebrain" / "stimuli", "wan", SIZE)
     return root
 
 
