@@ -13,7 +13,7 @@ Out: a table, of each attribute and of shapes by action, and --out as JSON (docs
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,50 +50,46 @@ class Config:
 
 
 @torch.inference_mode()
-def write_videos(config: Config, clips: list[dict], folder: Path, batch: int = 16) -> dict[str, list[Path]]:
-    """The four videos of each clip, as folder/NAME/NNNN.mp4; {NAME: paths}."""
+def write_videos(config: Config, clips: list[dict], folder: Path, batch: int = 16) -> list[str]:
+    """The four videos of each clip, as folder/NAME/NNNN.mp4; returns the names."""
     films, size = raw_folder("toy", config.subject) / "stimuli", VIDEO["toy"]  # frames, height, width
     decoder = VideoDecoder.from_pretrained(config.decoder, load_vae=True, load_text_encoder=True)
 
-    def encoded(captions: Sequence[str]) -> Tensor:  # (B, L, D_txt)
-        tokens = decoder.encode_text([*captions])  # of each caption (n, D_txt)
+    def encoded(captions: list[str]) -> Tensor:  # (B, L, D_txt)
+        tokens = decoder.encode_text(captions)  # of each caption (n, D_txt)
         return torch.stack([pad(x.float(), (0, 0, 0, decoder.text_length - len(x))) for x in tokens])
 
     (empty,) = encoded([""])
-    guidance_of = {
-        f"own caption, guidance {config.guidance:g}": config.guidance,
-        "own caption, no guidance": 1.0,
-    }
-    files: dict[str, list[Path]] = {name: [] for name in ("stimulus", "VAE", *guidance_of)}
+    guidance_of = {f"guidance {config.guidance:g}": config.guidance, "no guidance": 1.0}
     for first in tqdm(range(0, len(clips), batch), desc="videos", unit="batch"):
-        of_batch = clips[first : first + batch]
-        films_cut = [read_clip(films / clip["video"], clip["start_s"]) for clip in of_batch]
-        real = np.stack([video_frames(clip, *size) for clip in films_cut])  # (B, F, H, W, 3)
-        latents = decoder.encode_latents(torch.from_numpy(real))
-        videos = {"stimulus": real, "VAE": decoder.decode_latents(latents).numpy()}
-        text = encoded([clip["caption"] for clip in of_batch])
+        captions, real = [], []
+        for clip in clips[first : first + batch]:
+            captions.append(clip["caption"])
+            real.append(video_frames(read_clip(films / clip["video"], clip["start_s"]), *size))
+        videos = {"stimulus": torch.from_numpy(np.stack(real))}  # (B, F, H, W, 3)
+        videos["VAE"] = decoder.decode_latents(decoder.encode_latents(videos["stimulus"]))
         for name, guidance in guidance_of.items():
-            noise = [clip_generator(0, first + i) for i in range(len(of_batch))]
-            videos[name] = decoder.generate(text, empty, *size, noise, config.steps, guidance).numpy()
+            noise = [clip_generator(0, first + i) for i in range(len(captions))]
+            text = encoded(captions)
+            video = decoder.generate(text, empty, *size, noise, config.steps, guidance)
+            videos[f"own caption, {name}"] = video
         for name, frames in videos.items():
-            for i, video in enumerate(frames):
-                file = folder / name / f"{first + i:04d}.mp4"
-                write_video(file, video, 8.5)
-                files[name].append(file)
-    return files
+            for i, video in enumerate(frames.numpy(), first):
+                write_video(folder / name / f"{i:04d}.mp4", video, 8.5)
+    return list(videos)
 
 
 def table(result: dict) -> str:
     """The numbers as text."""
     names = list(result["right"])
-    rows = {f"{result['clips']} clips, seen as shown": names}
+    lines = {f"{result['clips']} clips, seen as shown": names}
     for attribute in result["right"]["stimulus"]:
-        rows[attribute] = [f"{result['right'][name][attribute]:.3f}" for name in names]
-    rows["shape, by shape and action, where one is wrong in more than a tenth"] = []
+        lines[attribute] = [f"{share[attribute]:.3f}" for share in result["right"].values()]
+    lines["shape, by shape and action, where one is wrong in more than a tenth"] = []
     for kind, share in result[BY_KIND].items():
         if min(share[name] for name in names) < 0.9:
-            rows[f"{kind} ({share['clips']})"] = [f"{share[name]:.3f}" for name in names]
-    return "\n".join(f"{row:<28}" + "".join(f"{cell:>28}" for cell in cells) for row, cells in rows.items())
+            lines[f"{kind} ({share['clips']})"] = [f"{share[name]:.3f}" for name in names]
+    return "\n".join(f"{row:<28}" + "".join(f"{cell:>28}" for cell in lines[row]) for row in lines)
 
 
 def main(config: Config) -> None:
@@ -102,23 +98,18 @@ def main(config: Config) -> None:
     spread = np.linspace(0, len(rows) - 1, config.clips or len(rows)).round().astype(int)
     clips = [rows[i] for i in np.unique(spread)]
     values = {attribute: sorted({clip[attribute] for clip in rows}) for attribute in ATTRIBUTES}
-    judges, hits = (TOY["video_classifier"], TOY["image_classifier"]), {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, files in write_videos(config, clips, Path(folder)).items():
-            hits[name] = right(recognise(files, judges, values), clips)  # {attribute: (clips,) bool}
-    result = {
-        "clips": len(clips),
-        "subject": config.subject,
-        "decoder": config.decoder,
-        "right": {},
-        BY_KIND: {},
-    }
-    for name, by_attribute in hits.items():
-        result["right"][name] = {attribute: float(hit.mean()) for attribute, hit in by_attribute.items()}
+    judges = TOY["video_classifier"], TOY["image_classifier"]
     kinds = np.array([f"{clip['shape']} {clip['action']}" for clip in clips])
-    for kind in np.unique(kinds).tolist():
-        share = {name: float(hits[name]["shape"][kinds == kind].mean()) for name in hits}
-        result[BY_KIND][kind] = {"clips": int((kinds == kind).sum()), **share}
+    counts = dict(sorted(Counter(kinds.tolist()).items()))
+    result = {"clips": len(clips), "subject": config.subject, "decoder": config.decoder, "right": {}}
+    result[BY_KIND] = {kind: {"clips": n} for kind, n in counts.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in write_videos(config, clips, Path(folder)):
+            files = sorted(Path(folder, name).iterdir())
+            hits = right(recognise(files, judges, values), clips)  # {attribute: (clips,) bool}
+            result["right"][name] = {attribute: float(hit.mean()) for attribute, hit in hits.items()}
+            for kind, share in result[BY_KIND].items():
+                share[name] = float(hits["shape"][kinds == kind].mean())
     write_json(Path(config.out), result)
     print(f"{table(result)}\n\nwritten: {config.out}")
 
