@@ -10,17 +10,16 @@ MSCOCO's list that sentence names. It writes what prepare/captions.py reads, a l
 X.json: one list): segment, clip, video, caption, tags (the names as answered), categories (the
 supercategories that prepare/coco_nouns.txt maps them to), by (the model, or "rules"). An answer that is no
 list of names is kept as `answer`, and the categories of that clip are the rules', as `categories_by` says.
-Greedy decoding in the same batches, so a run that was killed goes on where it was and ends with the same
-file.
+Greedy decoding in the same batches: a run that was killed goes on and ends with the same file.
 """
 
-import argparse
 import glob
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -35,13 +34,12 @@ from prepare.captions import read_captions  # noqa: E402
 from prepare.categories import COCO, category_table, clip_categories, merge_rare  # noqa: E402
 from prepare.facts import SEGMENT_VOLUMES, cc2017_splits  # noqa: E402
 from support.files import write_json, written_whole  # noqa: E402
-from support.options import Parser  # noqa: E402
+from support.options import option, parse  # noqa: E402
 from support.readers import read_json, read_json_lines  # noqa: E402
 from support.runs import door  # noqa: E402
 from support.videos import read_clips, uniform_frames, video_info  # noqa: E402
 from toy.release import ToyRelease  # noqa: E402
 
-MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 CAPTION = "Describe in one short sentence what this video shows: who or what, where, and what happens."
 OBJECTS = (
     'Caption: "{caption}"\nWhich of these objects does the caption name, in these or in other words? '
@@ -52,6 +50,27 @@ NOTICE = (
     "rule-based: no model has looked at any frame; categories are those of the nouns in captions and tags "
     "(coco_nouns.txt)"
 )
+PRESETS = {"cc2017": {}, "toy": {"raw": Path("data/toy/raw")}}
+
+
+@dataclass
+class Config:
+    data: str | None = option(None, "cc2017 or toy: take the videos of this release's folder, --raw")
+    raw: Path | None = option(None, "folder of the release, with stimuli/")
+    videos: str | None = option(
+        None, "a folder of videos or a pattern in quotes, in place of --data; the segment is the file's name"
+    )
+    seconds: float | None = option(
+        None, "cut the --videos into clips of so many seconds (default: a video is one clip)", above=0
+    )
+    rules: list[Path] = option([], "captions.jsonl, or cc2017's training and test list; no model is run")
+    out: Path | None = option(None, "a .jsonl, or for --videos a .json list (default: RAW/captions.jsonl)")
+    model: str = option("Qwen/Qwen2.5-VL-7B-Instruct", "name on the Hub or folder of a Qwen2.5-VL")
+    frames: int = option(8, "frames of a clip that are shown", least=1)
+    pixels: int = option(448 * 448, "of a frame, at most", least=56 * 56)
+    batch: int = option(16, "clips at once", least=1)
+    train_segments: int = option(18, "of cc2017", least=0)
+    test_segments: int = option(5, "of cc2017", least=0)
 
 
 class Film(NamedTuple):
@@ -76,44 +95,41 @@ def parse_objects(answer: str) -> list[str] | None:
     text = answer.strip()
     if fenced := re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL):
         text = fenced[1]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    bullets = [re.match(r"(?:[-*•]|\d+[.)])\s+(.+)", line) for line in lines]
     if text.startswith("["):
         try:
             names = json.loads(text)
         except json.JSONDecodeError:
             return None
-        if not all(isinstance(name, str) for name in names):
-            return None
     elif re.fullmatch(r"(none|no objects?|nothing)\.?", text.lower()):
         names = []
+    elif all(bullets):
+        names = [bullet[1] for bullet in bullets] or [""]
     else:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        bullets = [re.match(r"(?:[-*•]|\d+[.)])\s+(.+)", line) for line in lines]
-        names = (
-            [bullet[1] for bullet in bullets]
-            if bullets and all(bullets)
-            else text.split(",")
-            if len(lines) == 1
-            else [text]
-        )
+        names = text.split(",")
+    if len(names) > 20 or not all(isinstance(name, str) for name in names):
+        return None
     names = [re.sub(r"^(an?|the) ", "", name.strip().strip("\"'`*.").lower()) for name in names]
-    if len(names) > 20 or not all(re.fullmatch(r"[a-z][a-z'’-]*( [a-z'’-]+){0,2}", name) for name in names):
+    if not all(re.fullmatch(r"[a-z][a-z'’-]*( [a-z'’-]+){0,2}", name) for name in names):
         return None
     return list(dict.fromkeys(names))
 
 
-def row_of(film: Film, clip: int, caption: str, answer: str, model: str) -> dict:
-    """The line of captions.jsonl of a clip."""
-    caption, names = " ".join(caption.split()).strip('"'), parse_objects(answer)
-    row = {"segment": film.segment, "clip": clip, "video": film.file.name} | (
-        {"split": film.split} if film.split else {}
-    )
-    row |= {
-        "caption": caption,
-        "tags": names or [],
-        "categories": clip_categories(caption, names),
-        "by": model,
-    }
-    return row | ({"categories_by": "rules", "answer": answer} if names is None else {})
+def row_of(place: dict, caption: str, tags: Sequence[str] | None, by: str) -> dict:
+    """A line of captions.jsonl; place: segment, clip and what else says which clip it is."""
+    categories = clip_categories(caption, tags)
+    return {**place, "caption": caption, "tags": tags or [], "categories": categories, "by": by}
+
+
+def answered_row(film: Film, clip: int, caption: str, answer: str, model: str) -> dict:
+    """The line of a clip, of the model's two answers."""
+    place = {"segment": film.segment, "clip": clip, "video": film.file.name}
+    if film.split:
+        place["split"] = film.split
+    names = parse_objects(answer)
+    row = row_of(place, " ".join(caption.split()).strip('"'), names, model)
+    return row if names is not None else {**row, "categories_by": "rules", "answer": answer}
 
 
 # ---------------------------------------------------------------- the model
@@ -127,95 +143,77 @@ class Captioner:
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         self.processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
         self.processor.tokenizer.padding_side = "left"  # so that the answers begin together
-        self.model = (
-            transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                name, dtype=dtype, trust_remote_code=False
-            )
-            .eval()
-            .to(device)
-        )
+        kind = transformers.Qwen2_5_VLForConditionalGeneration
+        self.model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False).eval().to(device)
         self.size = {"shortest_edge": min(pixels, 128 * 28 * 28), "longest_edge": pixels}
 
     @torch.inference_mode()
     def ask(
-        self,
-        questions: Sequence[str],
-        clips: Sequence[np.ndarray] | None = None,
-        fps: float = 4.0,
-        tokens: int = 96,
+        self, questions: Sequence[str], clips: Sequence[np.ndarray] = (), fps: float = 4.0, tokens: int = 96
     ) -> list[str]:
         """An answer of at most `tokens` tokens to each question, on its clip, uint8 (F, H, W, 3), where
         `clips` are given."""
-        video = [{"type": "video"}] if clips else []
-        talk = [
-            [{"role": "user", "content": [*video, {"type": "text", "text": question}]}]
-            for question in questions
-        ]
-        prompts = [
-            self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            for turns in talk
-        ]
-        more = {}
-        if clips:
-            frames = [torch.from_numpy(clip).permute(0, 3, 1, 2) for clip in clips]  # (F, 3, H, W)
-            times = [
-                {"total_num_frames": len(clip), "fps": fps, "frames_indices": list(range(len(clip)))}
-                for clip in clips
-            ]
-            more = {
-                "videos": frames,
-                "videos_kwargs": {"video_metadata": times, "do_sample_frames": False, "size": self.size},
-            }
-        inputs = self.processor(text=prompts, padding=True, return_tensors="pt", **more).to(self.model.device)
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        out = self.model.generate(**inputs, max_new_tokens=tokens, **greedy)
+        prompts, videos, times = [], [], []
+        for question in questions:
+            content = [{"type": "video"}] * bool(clips) + [{"type": "text", "text": question}]
+            turns = [{"role": "user", "content": content}]
+            prompts.append(self.processor.apply_chat_template(turns, add_generation_prompt=True))
+        for clip in clips:
+            videos.append(torch.from_numpy(clip).permute(0, 3, 1, 2))  # (F, 3, H, W)
+            times.append({"total_num_frames": len(clip), "fps": fps, "frames_indices": [*range(len(clip))]})
+        inputs = self.processor(
+            text=prompts,
+            padding=True,
+            return_tensors="pt",
+            videos=videos or None,
+            videos_kwargs={"video_metadata": times or None, "do_sample_frames": False, "size": self.size},
+        ).to(self.model.device)
+        out = self.model.generate(
+            **inputs, max_new_tokens=tokens, do_sample=False, temperature=None, top_p=None, top_k=None
+        )
         return self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 # ---------------------------------------------------------------- which clips
 
 
-def films_of(args: argparse.Namespace) -> list[Film]:
+def films_of(config: Config) -> list[Film]:
     """The videos to caption, in the order of the clips. Raises FileNotFoundError or ValueError where there is
     none."""
-    if args.data == "cc2017":
-        splits = cc2017_splits(args.train_segments, args.test_segments)
-        named = [
-            (segment, split, args.raw / "stimuli" / f"{segment}.mp4")
-            for split in splits
-            for segment in splits[split]
-        ]
-        if missing := [str(file) for _, _, file in named if not file.is_file()]:
-            raise FileNotFoundError(
-                f"{', '.join(missing)} not there: download it, or give --train-segments, --test-segments"
-            )
-        return [Film(segment, split, file, SEGMENT_VOLUMES, 2.0) for segment, split, file in named]
-    if args.data == "toy":
-        toy = ToyRelease(args.raw)
-        return [
-            Film(name, split, toy.stimulus(name)[0], toy.window(name)[1], 2.0)
-            for split, segments in toy.splits.items()
-            for name in segments
-        ]
-    pattern = (
-        args.videos
-        if glob.has_magic(args.videos) or Path(args.videos).is_file()
-        else str(Path(args.videos, "*.*"))
-    )
+    return films_of_release(config) if config.data else films_of_videos(config)
+
+
+def films_of_release(config: Config) -> list[Film]:
+    if config.data == "toy":
+        toy = ToyRelease(config.raw)
+        splits, clips = toy.splits, toy.clips
+    else:
+        splits, clips = cc2017_splits(config.train_segments, config.test_segments), {}
     films = []
-    for file in sorted(Path(name) for name in glob.glob(pattern)):
+    for split, segments in splits.items():
+        for segment in segments:
+            file = config.raw / "stimuli" / f"{segment}.mp4"
+            films.append(Film(segment, split, file, clips.get(segment, SEGMENT_VOLUMES), 2.0))
+    if missing := [str(film.file) for film in films if not film.file.is_file()]:
+        advice = "download it, or give --train-segments, --test-segments"
+        raise FileNotFoundError(f"{', '.join(missing)} not there: {advice}")
+    return films
+
+
+def films_of_videos(config: Config) -> list[Film]:
+    videos, films = config.videos, []
+    is_pattern = glob.has_magic(videos) or Path(videos).is_file()
+    for file in sorted(map(Path, glob.glob(videos if is_pattern else str(Path(videos, "*.*"))))):
         seconds = video_info(file).duration
-        clips = int((seconds + 0.05) // args.seconds) if args.seconds else 1
-        films.append(Film(file.stem, None, file, clips, args.seconds or seconds))
+        clips = int((seconds + 0.05) // config.seconds) if config.seconds else 1
+        films.append(Film(file.stem, None, file, clips, config.seconds or seconds))
     if not sum(film.clips for film in films):
-        raise FileNotFoundError(
-            f"--videos {args.videos}: no video of {args.seconds or 0} s or more; give a folder or a "
-            "pattern in quotes"
-        )
-    if repeated := [name for name, n in Counter(film.segment for film in films).items() if n > 1]:
-        raise ValueError(
-            f"--videos {args.videos}: two files are called {repeated[0]}; their clips could not be told apart"
-        )
+        problem = f"--videos {videos}: no video of {config.seconds or 0} s or more"
+        raise FileNotFoundError(f"{problem}; give a folder or a pattern in quotes")
+    for segment, n in Counter(film.segment for film in films).items():
+        if n > 1:
+            problem = f"--videos {videos}: two files are called {segment}"
+            raise ValueError(f"{problem}; their clips could not be told apart")
     return films
 
 
@@ -223,115 +221,98 @@ def clips_from(films: list[Film], done: int, frames: int) -> Iterator[tuple[Film
     """Film, number in it and `frames` frames, uint8 (F, H, W, 3), of each clip but the first `done`; one clip
     is decoded at a time."""
     for film in films:
-        skipped, done = min(done, film.clips), done - min(done, film.clips)
-        if skipped < film.clips:
+        if done < film.clips:
             for k, clip in enumerate(read_clips(film.file, film.clips, film.seconds)):
-                if k >= skipped:
+                if k >= done:
                     yield film, k, clip[uniform_frames(len(clip), frames)]
+        done = max(0, done - film.clips)
 
 
 # ---------------------------------------------------------------- commands
 
 
-def caption(args: argparse.Namespace) -> Path:
-    """Captions all clips into `args.out`; until it is whole, lines are appended to a file of another name."""
-    films, out = films_of(args), args.out
-    part, note = out.with_name(f".{out.stem}.part.jsonl"), out.with_name(f"{out.stem}.recipe.json")
-    recipe = {
-        "model": args.model,
-        "frames": args.frames,
-        "batch": args.batch,
-        "pixels": args.pixels,
-        "prompts": [CAPTION, OBJECTS],
-    }
-    recipe |= {"videos": [f"{film.file.name} {film.clips} x {film.seconds:g} s" for film in films]}
-    if out.is_file():
-        raise ValueError(f"{out} is there already: delete it to make it anew, or give another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part.touch()
-    lines = part.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]  # a kill leaves half a line
-    done = (
-        len(whole) // args.batch * args.batch
-    )  # whole batches, since an answer depends in its last bits on what it was padded to
+def begin(part: Path, note: Path, recipe: dict) -> int:
+    """How many clips an earlier start left in `part`. Whole batches count, since an answer depends in its
+    last bits on what it was padded to; the rest is cut off. Raises ValueError where `note` says that it was
+    begun by another recipe."""
+    lines = part.read_bytes().splitlines(keepends=True) if part.is_file() else []
+    complete = [line for line in lines if line.endswith(b"\n")]  # a kill leaves half a line
+    done = len(complete) // recipe["batch"] * recipe["batch"]
     begun = read_json(note, mend=f"delete {part} to begin anew") if done else recipe
-    for key, asked in recipe.items():
-        if begun.get(key) != asked:
-            said = f"{part} was begun with {key} = {begun.get(key)!r}, but {key} = {asked!r} is asked for"
-            raise ValueError(f"{said}; delete it to begin anew")
+    for key, value in recipe.items():
+        if begun.get(key) != value:
+            problem = f"{part} was begun with {key} = {begun.get(key)!r}, but {key} = {value!r} is asked for"
+            raise ValueError(f"{problem}; delete it to begin anew")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    write_json(note, recipe | {"versions": versions})
+    write_json(note, {**recipe, "versions": versions})
     with written_whole(part) as file:
-        file.write_bytes(b"".join(whole[:done]))
+        file.write_bytes(b"".join(complete[:done]))
+    return done
 
-    total = sum(film.clips for film in films)
-    tqdm.write(
-        f"{args.model}: {total:,} clips of {len(films)} videos, {done:,} of them done; {args.frames} "
-        f"frames a clip -> {out}"
-    )
-    captioner = Captioner(args.model, args.pixels)
-    stream = clips_from(films, done, args.frames)
+
+def caption(config: Config) -> None:
+    """Captions all clips into `config.out`; until it is whole, lines are appended to a file of another
+    name."""
+    films, out = films_of(config), config.out
+    part, total = out.with_name(f".{out.stem}.part.jsonl"), sum(film.clips for film in films)
+    recipe = {
+        "model": config.model,
+        "frames": config.frames,
+        "batch": config.batch,
+        "pixels": config.pixels,
+        "prompts": [CAPTION, OBJECTS],
+        "videos": [f"{film.file.name} {film.clips} x {film.seconds:g} s" for film in films],
+    }
+    done = begin(part, out.with_name(f"{out.stem}.recipe.json"), recipe)
+    counted = f"{total:,} clips of {len(films)} videos, {done:,} of them done"
+    tqdm.write(f"{config.model}: {counted}; {config.frames} frames a clip -> {out}")
+    captioner = Captioner(config.model, config.pixels)
+    stream = clips_from(films, done, config.frames)
     with open(part, "a") as file, tqdm(total=total, initial=done, unit="clip") as progress:
-        while group := list(islice(stream, args.batch)):
-            fps = args.frames / group[0][0].seconds
-            captions = captioner.ask([CAPTION] * len(group), [frames for _, _, frames in group], fps)
-            answers = captioner.ask([OBJECTS.format(caption=" ".join(c.split())) for c in captions])
-            rows = [
-                row_of(film, k, *said, args.model)
-                for (film, k, _), *said in zip(group, captions, answers, strict=True)
-            ]
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        while batch := list(islice(stream, config.batch)):
+            in_films, numbers, frames = zip(*batch, strict=True)
+            captions = captioner.ask([CAPTION] * len(batch), frames, config.frames / in_films[0].seconds)
+            answers = captioner.ask([OBJECTS.format(caption=" ".join(text.split())) for text in captions])
+            for film, k, text, answer in zip(in_films, numbers, captions, answers, strict=True):
+                file.write(json.dumps(answered_row(film, k, text, answer, config.model)) + "\n")
             file.flush()
-            progress.update(len(rows))
-    if out.suffix == ".json":
-        rows = read_json_lines(part)
-        for row in rows:
-            del row["clip"]  # a number in its video; in a list the place says which clip it is
-        with written_whole(out) as file:
-            file.write_text(json.dumps(rows, indent=0))
-        part.unlink()
-    else:
+            progress.update(len(batch))
+    if out.suffix == ".jsonl":
         part.rename(out)
-    return out
+        return
+    rows = read_json_lines(part)
+    for row in rows:
+        del row["clip"]  # a number in its video; in a list the place says which clip it is
+    with written_whole(out) as file:
+        file.write_text(json.dumps(rows, indent=0))
+    part.unlink()
 
 
-def rules(args: argparse.Namespace) -> Path:
-    """The rule-based fallback alone: the captions (and tags) of `args.rules`, with the categories of their
-    nouns, into `args.out`."""
-    if args.out.is_file():
-        raise ValueError(f"{args.out} is there already: delete it to make it anew, or give another --out")
-    with written_whole(args.out) as part, open(part, "w") as file:
-        for split, path in zip(("train", "test"), args.rules, strict=False):
-            if path.suffix == ".jsonl":
-                segments = list(
-                    dict.fromkeys(row["segment"] for row in read_json_lines(path, {"segment": str}))
-                )
-                rows = read_captions(path, segments)
-            else:
-                rows = read_captions(path, [])
-                if len(rows) % SEGMENT_VOLUMES:
-                    raise ValueError(
-                        f"{path} has {len(rows)} captions, wanted a multiple of {SEGMENT_VOLUMES} "
-                        "(cc2017), or a .jsonl"
-                    )
-                of = [divmod(i, SEGMENT_VOLUMES) for i in range(len(rows))]
-                name = {"train": "seg", "test": "test"}[split]
-                rows = [
-                    row | {"segment": f"{name}{s + 1}", "clip": k, "split": split}
-                    for row, (s, k) in zip(rows, of, strict=True)
-                ]
-            for row in rows:
-                kept = {key: row[key] for key in ("segment", "clip", "split") if key in row}
-                categories = clip_categories(row["caption"], row.get("tags"))
-                kept |= {
-                    "caption": row["caption"],
-                    "tags": row.get("tags") or [],
-                    "categories": categories,
-                    "by": "rules",
-                }
-                file.write(json.dumps(kept) + "\n")
+def rows_of_list(file: Path, split: str) -> list[dict]:
+    """The captions of a list; one that names no segments is of cc2017, in order."""
+    if file.suffix == ".jsonl":
+        segments = dict.fromkeys(row["segment"] for row in read_json_lines(file, {"segment": str}))
+        return read_captions(file, list(segments))
+    rows = read_captions(file, [])
+    if len(rows) % SEGMENT_VOLUMES:
+        wanted = f"a multiple of {SEGMENT_VOLUMES} (cc2017), or a .jsonl"
+        raise ValueError(f"{file} has {len(rows)} captions, wanted {wanted}")
+    segments = cc2017_splits(len(rows), len(rows))[split]
+    for i, row in enumerate(rows):
+        row["segment"], row["clip"] = segments[i // SEGMENT_VOLUMES], i % SEGMENT_VOLUMES
+        row["split"] = split
+    return rows
+
+
+def rules(config: Config) -> None:
+    """The rule-based fallback alone: the captions (and tags) of `config.rules`, with the categories of their
+    nouns, into `config.out`."""
+    with written_whole(config.out) as part, open(part, "w") as out:
+        for split, file in zip(("train", "test"), config.rules, strict=False):
+            for row in rows_of_list(file, split):
+                place = {key: row[key] for key in ("segment", "clip", "split") if key in row}
+                out.write(json.dumps(row_of(place, row["caption"], row.get("tags"), "rules")) + "\n")
     tqdm.write(NOTICE)
-    return args.out
 
 
 def summary(path: Path) -> str:
@@ -341,74 +322,39 @@ def summary(path: Path) -> str:
     labels = [row["categories"] for row in rows]
     unknown = Counter(name for row in rows for name in row["tags"] if not clip_categories("", [name]))
     malformed, empty = sum("answer" in row for row in rows), sum(not row["caption"] for row in rows)
-    return "\n".join(
-        [
-            f"{path}: {len(rows):,} clips, captioned by {', '.join(sorted({row['by'] for row in rows}))}; "
-            f"{empty} captions are empty",
-            f"{malformed} answers were no list of names: kept in `answer`, and rule-based categories taken "
-            "in their place",
-            "names without a category: "
-            + (", ".join(f"{name} ({n})" for name, n in unknown.most_common(8)) or "none"),
-            category_table(labels, merge_rare(labels)),
-        ]
-    )
+    authors = ", ".join(sorted({row["by"] for row in rows}))
+    names = ", ".join(f"{name} ({n})" for name, n in unknown.most_common(8)) or "none"
+    return f"""{path}: {len(rows):,} clips, captioned by {authors}; {empty} captions are empty
+{malformed} answers were no list of names: kept in `answer`, and rule-based categories taken in their place
+names without a category: {names}
+{category_table(labels, merge_rare(labels))}"""
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", choices=["cc2017", "toy"], help="take the videos of this release's folder, --raw")
-    add("--raw", type=Path, help="folder of the release, with stimuli/ (toy: data/toy/raw)")
-    add(
-        "--videos",
-        metavar="GLOB",
-        help="a folder of videos or a pattern in quotes, in place of --data; the segment is the file's name",
-    )
-    add(
-        "--seconds",
-        type=float,
-        help="cut the --videos into clips of so many seconds (default: a video is one clip)",
-    )
-    add(
-        "--rules",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="captions.jsonl, or cc2017's training and test list; no model is run",
-    )
-    add("--out", type=Path, help="a .jsonl, or for --videos a .json list (default: RAW/captions.jsonl)")
-    add("--model", default=MODEL, help=f"name on the Hub or folder of a Qwen2.5-VL (default: {MODEL})")
-    add("--frames", type=int, default=8, help="frames of a clip that are shown (default: 8)")
-    add("--pixels", type=int, default=448 * 448, help="of a frame, at most (default: 448 * 448)")
-    add("--batch", type=int, default=16, help="clips at once (default: 16)")
-    add("--train-segments", type=int, default=18, help="of cc2017 (default: 18)")
-    add("--test-segments", type=int, default=5, help="of cc2017 (default: 5)")
-    args = parser.parse_args(argv)
-    if (args.data is not None) + (args.videos is not None) + (args.rules is not None) != 1:
-        parser.error("give one of --data, --videos and --rules")
-    if args.rules and len(args.rules) > 2:
-        parser.error(
-            f"--rules takes captions.jsonl, or the training and the test list; {len(args.rules)} files are "
-            "given"
-        )
-    if args.data == "toy":
-        args.raw = args.raw or Path("data/toy/raw")
-    if args.data and not args.raw:
-        parser.error(f"--data {args.data} wants --raw, the folder of the release")
-    if not args.data and not args.out:
-        parser.error("--out says where the captions go")
-    args.out = args.out or args.raw / "captions.jsonl"
-    if args.out.suffix not in (".jsonl", ".json") or (args.out.suffix == ".json" and not args.videos):
-        parser.error(
-            f"--out {args.out}: wanted a name that ends in .jsonl, or in .json for a list of --videos"
-        )
-    if min(args.frames, args.batch) < 1 or args.pixels < 56 * 56:
-        parser.error(
-            f"--frames {args.frames} --batch {args.batch} --pixels {args.pixels}: wanted at least 1, 1 and "
-            f"{56 * 56}"
-        )
-    print(summary(rules(args) if args.rules else caption(args)))
+def check(config: Config) -> None:
+    """Sets the default of --out. Raises ValueError where options do not go together, or --out is there."""
+    if (config.data is not None) + (config.videos is not None) + bool(config.rules) != 1:
+        raise ValueError("give one of --data, --videos and --rules")
+    if len(config.rules) > 2:
+        problem = f"{len(config.rules)} files are given"
+        raise ValueError(f"--rules takes captions.jsonl, or the training and the test list; {problem}")
+    if config.data and not config.raw:
+        raise ValueError(f"--data {config.data} wants --raw, the folder of the release")
+    if not config.data and not config.out:
+        raise ValueError("--out says where the captions go")
+    out = config.out = config.out or config.raw / "captions.jsonl"
+    if out.suffix not in (".jsonl", ".json") or (out.suffix == ".json" and not config.videos):
+        wanted = "wanted a name that ends in .jsonl, or in .json for a list of --videos"
+        raise ValueError(f"--out {out}: {wanted}")
+    if out.is_file():
+        raise ValueError(f"{out} is there already: delete it to make it anew, or give another --out")
+
+
+def main(argv: Sequence[str]) -> None:
+    config = parse(Config, PRESETS, __doc__, "extras/caption.py", argv)
+    check(config)
+    rules(config) if config.rules else caption(config)
+    print(summary(config.out))
 
 
 if __name__ == "__main__":
-    door(main)
+    door(lambda: main(sys.argv[1:]))

@@ -33,41 +33,36 @@ class Config:
     least: int = option(-4, "smallest shift, in clips", least=-20, most=20)
     most: int = option(4, "largest shift, in clips", least=-20, most=20)
     ridge: float = option(10.0, "weight of the penalty, in units of the features' variance", above=0)
-    best: int = option(
-        500, "the curve is the mean over so many voxels, the best at their best shift", least=1
-    )
+    best: int = option(500, "the curve is the mean over so many voxels, those predicted best", least=1)
 
 
 def responses(train: ClipDataset) -> np.ndarray:
     """(clips, N) the mean over the showings that were recorded, and over the volumes of a clip."""
     rows = []
-    for clip, there in enumerate(train.showings(np.arange(len(train)))):
-        rows.append(train.fmri[clip, there][..., train.voxels].mean((0, 1)))
+    for clip, recorded in enumerate(train.showings(np.arange(len(train)))):
+        rows.append(train.fmri[clip, recorded][..., train.voxels].mean((0, 1)))
     return np.stack(rows)
 
 
-def predicted(
-    features: np.ndarray, y: np.ndarray, segments: np.ndarray, shift: int, ridge: float
-) -> np.ndarray:
-    """(N,) Pearson correlation, over all segments, of the responses y (clips, N) with what features (clips,
-    D) of `shift` clips before predict; a segment is predicted by the others."""
+def correlations(x: np.ndarray, y: np.ndarray, segments: np.ndarray, shift: int, ridge: float) -> np.ndarray:
+    """(N,) Pearson correlation, over all segments, of the responses y (clips, N) with what the features x
+    (clips, D) of `shift` clips before predict; a segment is predicted by the others."""
     pairs = []  # of each segment (features, responses)
     for name in dict.fromkeys(segments):
-        (own,) = np.nonzero(segments == name)
-        n = len(own) - abs(shift)
+        (clips,) = np.nonzero(segments == name)
+        n = len(clips) - abs(shift)
         if n > 0:
-            pairs.append((features[own][max(0, -shift) :][:n], y[own][max(0, shift) :][:n]))
+            pairs.append((x[clips][max(0, -shift) :][:n], y[clips][max(0, shift) :][:n]))
     if len(pairs) < 2:
         raise ValueError(f"a shift of {shift} clips: wanted at least two training segments that are longer")
-    grams = [x.T @ x for x, _ in pairs]  # (D, D) each
-    products = [x.T @ of for x, of in pairs]  # (D, N) each
-    gram, product = sum(grams), sum(products)
+    grams = [features.T @ features for features, _ in pairs]  # (D, D) each
+    products = [features.T @ truth for features, truth in pairs]  # (D, N) each
+    gram, product, guesses = sum(grams), sum(products), []
     penalty = ridge * np.trace(gram) / len(gram) / 100 * np.eye(len(gram), dtype=gram.dtype)
-    guesses = []
-    for (x, _), own_gram, own_product in zip(pairs, grams, products, strict=True):
-        weights = np.linalg.solve(gram - own_gram + penalty, product - own_product)  # (D, N)
-        guesses.append(x @ weights)
-    guess, truth = np.concatenate(guesses), np.concatenate([of for _, of in pairs])
+    for k, (features, _) in enumerate(pairs):
+        weights = np.linalg.solve(gram - grams[k] + penalty, product - products[k])  # (D, N)
+        guesses.append(features @ weights)
+    guess, truth = np.concatenate(guesses), np.concatenate([truth for _, truth in pairs])
     guess, truth = guess - guess.mean(0), truth - truth.mean(0)
     norms = np.linalg.norm(guess, axis=0) * np.linalg.norm(truth, axis=0)
     return (guess * truth).sum(0) / np.maximum(norms, 1e-12)
@@ -78,30 +73,29 @@ def main(config: Config) -> None:
         raise ValueError(f"--least {config.least} --most {config.most}: wanted the smaller first")
     train = ClipDataset(config.data, config.subject, "train", config.rois)
     segments = np.array([clip["segment"] for clip in train.clips])
-    features = mean_frames(train.e_img)  # (clips, D)
-    features = features - features.mean(0)
-    y = responses(train)  # (clips, N)
-    shifts = list(range(config.least, config.most + 1))
-    r = np.stack(
-        [predicted(features, y, segments, shift, config.ridge) for shift in tqdm(shifts, unit="shift")]
-    )
-    chosen = np.argsort(-r.max(0))[: config.best]
-    curve = r[:, chosen].mean(1)  # (shifts,)
+    x, y = mean_frames(train.e_img), responses(train)  # (clips, D) (clips, N)
+    x = x - x.mean(0)
+    shifts, r = list(range(config.least, config.most + 1)), []
+    for shift in tqdm(shifts, unit="shift"):
+        r.append(correlations(x, y, segments, shift, config.ridge))
+    chosen = np.argsort(-np.max(r, 0))[: config.best]
+    curve = np.stack(r)[:, chosen].mean(1)  # (shifts,)
     best = shifts[int(curve.argmax())]
-    folder = Path("data") / config.data / f"sub{config.subject}"
     print(f"{'shift, clips':>14}{'mean r':>9}   of {len(chosen)} voxels, training segments only")
     for shift, value in zip(shifts, curve, strict=True):
         print(f"{shift:>14}{value:>9.3f}{'   best' if shift == best else ''}")
-    print(
-        "0 is what was prepared."
-        if best == 0
-        else f"Prepare again with a delay that is {best:+d} clips longer."
+    advice = f"Prepare again with a delay that is {best:+d} clips longer."
+    print(advice if best else "0 is what was prepared.")
+    folder = Path("data") / config.data / f"sub{config.subject}"
+    result = {"shifts": shifts, "mean_r": curve.tolist(), "voxels": len(chosen), "best": best}
+    write_json(folder / "delay.json", result)
+    curves(
+        folder / "delay.png",
+        {f"mean of {len(chosen)} voxels": (shifts, curve)},
+        title=f"{config.data}, subject {config.subject}: the shift that fits is {best}",
+        xlabel="shift of the responses, in clips",
+        ylabel="correlation with the prediction",
     )
-    what = {"shifts": shifts, "mean_r": curve.tolist(), "voxels": len(chosen), "best": best}
-    write_json(folder / "delay.json", what)
-    labels = {"xlabel": "shift of the responses, in clips", "ylabel": "correlation with the prediction"}
-    title = f"{config.data}, subject {config.subject}: the shift that fits is {best}"
-    curves(folder / "delay.png", {f"mean of {len(chosen)} voxels": (shifts, curve)}, title=title, **labels)
     print(f"written: {folder}/ (delay.png, delay.json)")
 
 

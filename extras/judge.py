@@ -13,29 +13,29 @@ Out: a table, of each attribute and of shapes by action, and --out as JSON (docs
 
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
-from support.experiment import door  # noqa: E402
-
-from evaluate import stimulus  # noqa: E402
-from metrics.attributes import ATTRIBUTES, recognise, right  # noqa: E402
 from metrics.table import TOY  # noqa: E402
-from prepare.command import prepare_toy  # noqa: E402
+from toy.release import prepare_toy  # noqa: E402
 from prepare.facts import VIDEO, raw_folder, stimuli_folder  # noqa: E402
+from support.runs import door  # noqa: E402
 from support.files import write_json  # noqa: E402
-from support.options import (
-    option,  # noqa: E402
-    parse as parse_options,  # noqa: E402
-)
+from support.options import option, parse  # noqa: E402
 from support.readers import read_json_lines  # noqa: E402
-from support.videos import write_video  # noqa: E402
+from support.videos import read_clip, video_frames, write_video  # noqa: E402
+from metrics.attributes import ATTRIBUTES, recognise, right  # noqa: E402
 from video_decoder import VideoDecoder, clip_generator  # noqa: E402
+
+BY_KIND = "shape right, by shape and action"
 
 
 @dataclass
@@ -50,67 +50,69 @@ class Config:
 
 
 @torch.inference_mode()
-def write_videos(config: Config, shown: list[dict], folder: Path, batch: int = 16) -> dict[str, list[Path]]:
-    """The four videos of each clip, as folder/NAME/NNNN.mp4; {NAME: paths}."""
-    size = dict(zip(("frames", "height", "width"), VIDEO["toy"], strict=True))
-    films = raw_folder("toy", config.subject) / "stimuli"
+def write_videos(config: Config, clips: list[dict], folder: Path, batch: int = 16) -> list[str]:
+    """The four videos of each clip, as folder/NAME/NNNN.mp4; returns the names."""
+    films, size = raw_folder("toy", config.subject) / "stimuli", VIDEO["toy"]  # frames, height, width
     decoder = VideoDecoder.from_pretrained(config.decoder, load_vae=True, load_text_encoder=True)
-    L, (empty,) = decoder.text_length, decoder.encode_text([""])
 
-    def padded(tokens: torch.Tensor) -> torch.Tensor:  # (n, D_txt) -> (L, D_txt)
-        return torch.nn.functional.pad(tokens.float(), (0, 0, 0, L - len(tokens)))
+    def encoded(captions: list[str]) -> Tensor:  # (B, L, D_txt)
+        tokens = decoder.encode_text(captions)  # of each caption (n, D_txt)
+        return torch.stack([pad(x.float(), (0, 0, 0, decoder.text_length - len(x))) for x in tokens])
 
-    guided = f"own caption, guidance {config.guidance:g}"
-    names = ("stimulus", "VAE", guided, "own caption, no guidance")
-    files: dict[str, list[Path]] = {name: [] for name in names}
-    for first in tqdm(range(0, len(shown), batch), desc="videos", unit="batch"):
-        some = shown[first : first + batch]
-        real = np.stack([stimulus(clip, films, 2.0, size) for clip in some])  # (b, F, H, W, 3)
-        text = torch.stack([padded(x) for x in decoder.encode_text([clip["caption"] for clip in some])])
-        videos = {"stimulus": real}
-        videos["VAE"] = decoder.decode_latents(decoder.encode_latents(torch.from_numpy(real))).numpy()
-        for name, guidance in ((guided, config.guidance), (names[3], 1.0)):
-            noise = [clip_generator(0, first + i) for i in range(len(some))]
-            how = (*size.values(), noise, config.steps, guidance)
-            videos[name] = decoder.generate(text, padded(empty), *how).numpy()
-        for name in names:
-            for i, video in enumerate(videos[name]):
-                files[name].append(folder / name / f"{first + i:04d}.mp4")
-                write_video(files[name][-1], video, 8.5)
-    return files
+    (empty,) = encoded([""])
+    guidance_of = {f"guidance {config.guidance:g}": config.guidance, "no guidance": 1.0}
+    for first in tqdm(range(0, len(clips), batch), desc="videos", unit="batch"):
+        captions, real = [], []
+        for clip in clips[first : first + batch]:
+            captions.append(clip["caption"])
+            real.append(video_frames(read_clip(films / clip["video"], clip["start_s"]), *size))
+        videos = {"stimulus": torch.from_numpy(np.stack(real))}  # (B, F, H, W, 3)
+        videos["VAE"] = decoder.decode_latents(decoder.encode_latents(videos["stimulus"]))
+        for name, guidance in guidance_of.items():
+            noise = [clip_generator(0, first + i) for i in range(len(captions))]
+            text = encoded(captions)
+            video = decoder.generate(text, empty, *size, noise, config.steps, guidance)
+            videos[f"own caption, {name}"] = video
+        for name, frames in videos.items():
+            for i, video in enumerate(frames.numpy(), first):
+                write_video(folder / name / f"{i:04d}.mp4", video, 8.5)
+    return list(videos)
+
+
+def table(result: dict) -> str:
+    """The numbers as text."""
+    names = list(result["right"])
+    lines = {f"{result['clips']} clips, seen as shown": names}
+    for attribute in result["right"]["stimulus"]:
+        lines[attribute] = [f"{share[attribute]:.3f}" for share in result["right"].values()]
+    lines["shape, by shape and action, where one is wrong in more than a tenth"] = []
+    for kind, share in result[BY_KIND].items():
+        if min(share[name] for name in names) < 0.9:
+            lines[f"{kind} ({share['clips']})"] = [f"{share[name]:.3f}" for name in names]
+    return "\n".join(f"{row:<28}" + "".join(f"{cell:>28}" for cell in lines[row]) for row in lines)
 
 
 def main(config: Config) -> None:
     prepare_toy(subject=config.subject)
     rows = read_json_lines(stimuli_folder("toy", config.subject) / "test" / "clips.jsonl", {"caption": str})
-    every = np.linspace(0, len(rows) - 1, config.clips or len(rows)).round().astype(int)
-    shown = [rows[i] for i in np.unique(every)]
-    values = {name: sorted({clip[name] for clip in rows}) for name in ATTRIBUTES}
+    spread = np.linspace(0, len(rows) - 1, config.clips or len(rows)).round().astype(int)
+    clips = [rows[i] for i in np.unique(spread)]
+    values = {attribute: sorted({clip[attribute] for clip in rows}) for attribute in ATTRIBUTES}
     judges = TOY["video_classifier"], TOY["image_classifier"]
+    kinds = np.array([f"{clip['shape']} {clip['action']}" for clip in clips])
+    counts = dict(sorted(Counter(kinds.tolist()).items()))
+    result = {"clips": len(clips), "subject": config.subject, "decoder": config.decoder, "right": {}}
+    result[BY_KIND] = {kind: {"clips": n} for kind, n in counts.items()}
     with tempfile.TemporaryDirectory() as folder:
-        files = write_videos(config, shown, Path(folder))
-        hits = {name: right(recognise(of, judges, values), shown) for name, of in files.items()}
-    result = {"clips": len(shown), "subject": config.subject, "decoder": config.decoder}
-    result["right"] = {name: {a: float(x.mean()) for a, x in of.items()} for name, of in hits.items()}
-    of_kind: dict[str, np.ndarray] = {}
-    for clip in shown:
-        kind = f"{clip['shape']} {clip['action']}"
-        of_kind.setdefault(kind, np.array([f"{c['shape']} {c['action']}" == kind for c in shown]))
-    result["shape right, by shape and action"] = {
-        kind: {"clips": int(of.sum())} | {name: float(hits[name]["shape"][of].mean()) for name in hits}
-        for kind, of in sorted(of_kind.items())
-    }
+        for name in write_videos(config, clips, Path(folder)):
+            files = sorted(Path(folder, name).iterdir())
+            hits = right(recognise(files, judges, values), clips)  # {attribute: (clips,) bool}
+            result["right"][name] = {attribute: float(hit.mean()) for attribute, hit in hits.items()}
+            for kind, share in result[BY_KIND].items():
+                share[name] = float(hits["shape"][kinds == kind].mean())
     write_json(Path(config.out), result)
-    print(f"{f'{len(shown)} clips, seen as shown':<28}" + "".join(f"{name:>28}" for name in hits))
-    for attribute in next(iter(result["right"].values())):
-        print(f"{attribute:<28}" + "".join(f"{of[attribute]:>28.3f}" for of in result["right"].values()))
-    print("shape, by shape and action, where one is wrong in more than a tenth")
-    for kind, of in result["shape right, by shape and action"].items():
-        if min(of[name] for name in hits) < 0.9:
-            said = f"{kind} ({of['clips']})"
-            print(f"{said:<28}" + "".join(f"{of[name]:>28.3f}" for name in hits))
-    print(f"\nwritten: {config.out}")
+    print(f"{table(result)}\n\nwritten: {config.out}")
 
 
 if __name__ == "__main__":
-    door(lambda: main(parse_options(Config, {"toy": {}}, __doc__, "extras/judge.py", sys.argv[1:])))
+    door(lambda: main(parse(Config, {"toy": {}}, __doc__, "extras/judge.py", sys.argv[1:])))
