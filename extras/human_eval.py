@@ -33,10 +33,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
 from extras.runs import names_of  # noqa: E402
 from metrics.pairs import Pair, find_pairs  # noqa: E402
-from support.runs import door  # noqa: E402
 from support.files import save_folder, write_json  # noqa: E402
 from support.options import Parser, option, within  # noqa: E402
 from support.readers import check_keys, damaged, read_json  # noqa: E402
+from support.runs import door  # noqa: E402
 from support.videos import Video, read_video  # noqa: E402
 
 # as in human_eval.html, and Table 3

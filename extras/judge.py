@@ -24,15 +24,15 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
+from metrics.attributes import ATTRIBUTES, recognise, right  # noqa: E402
 from metrics.table import TOY  # noqa: E402
-from toy.release import prepare_toy  # noqa: E402
 from prepare.facts import VIDEO, raw_folder, stimuli_folder  # noqa: E402
-from support.runs import door  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.options import option, parse  # noqa: E402
 from support.readers import read_json_lines  # noqa: E402
+from support.runs import door  # noqa: E402
 from support.videos import read_clip, video_frames, write_video  # noqa: E402
-from metrics.attributes import ATTRIBUTES, recognise, right  # noqa: E402
+from toy.release import prepare_toy  # noqa: E402
 from video_decoder import VideoDecoder, clip_generator  # noqa: E402
 
 BY_KIND = "shape right, by shape and action"
