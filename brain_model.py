@@ -3,9 +3,9 @@
     x (B, T, N) ──► voxel regression ──► L tokens of width D' ──► Transformer ──► f_c (B, D)
                                          and one global token                └──► f_e (B, L, D')
 
-Two outputs, since two things are asked of the fMRI. f_c is one summary, which stage 1 aligns with CLIP and ViCLIP
-(heads.py). f_e keeps the finer context, which the Mixture-of-Memories and the video decoder read. At the paper's
-size (L = 512 tokens and the global one, 24 layers of width 2048) the model has 1.24 billion parameters.
+Why two outputs? f_c is one summary, which stage 1 aligns with CLIP and ViCLIP (heads.py). f_e keeps the finer
+context, which the Mixture-of-Memories and the video decoder read. At the paper's size (L = 512 tokens and the
+global one, 24 layers of width 2048) the model has 1.24 billion parameters.
 """
 
 import torch
@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 class VoxelRegression(nn.Module):
-    r"""The "first regression layer": N voxels -> L tokens of width D'. Its weights, a column a voxel, are Fig. 5.
+    """The "first regression layer": N voxels -> L tokens of width D'. Fig. 5 draws its weights by voxel.
 
-    The voxel axis is contracted first, then each token is lifted to D'. The usual order lifts every voxel to D'
-    before it contracts: N·D' + N·L·D' multiply-adds a volume, here N·L·r + L·r·D'. With r = 1 both are the same
-    function.
+    The voxel axis is contracted first, then each token is lifted to D'. The usual order lifts every voxel to
+    D' before it contracts, which costs N·D' + N·L·D' multiply-adds a volume; this order costs N·L·r + L·r·D'.
+    With r = 1 both are the same function (a choice).
     """
 
     def __init__(self, voxels: int, volumes: int, tokens: int, width: int, rank: int):

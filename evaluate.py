@@ -10,24 +10,17 @@
 
 In:  a run of stage 2, and the test fMRI: averaged over the showings, z-scored over the clips.
 Out: runs/<data>/sub<K>/<run>-s<seed>/eval/ (the control eval-shuffled/, pairs DIR/metrics/, and a smaller
-     evaluation a folder of its own: eval-4-clips/, eval-steps10/, eval-ssim/)
-     gt/NNNN.mp4, recon/NNNN.mp4     stimulus and reconstruction of clip NNNN; existing files are kept
-     retrieved.jsonl                 a line a clip: the memories i_1 ... i_K (lines of stage2/memories.json) and W_r
-     metrics.json, metrics.csv       of the set and (json) of each clip, and of those whose like was seen in
-                                     training and the others; null with a reason where none is
-     values/*.jsonl                  the value of each clip and metric; existing values are kept
-     sheet.png, grid.gif             stimulus | top-1 memory | reconstruction, of six clips: half of those
-                                     whose like was seen in training, half of the others, evenly spread
+     evaluation a folder of its own: eval-4-clips/, eval-steps10/, eval-ssim/); files in it are kept
+     gt/NNNN.mp4, recon/NNNN.mp4     stimulus and reconstruction of clip NNNN
+     retrieved.jsonl                 a line a clip: W_r, and the memories, lines of stage2/memories.json
+     metrics.json, metrics.csv       of the set, of each clip, of clips like those of training and the others
+     sheet.png, grid.gif             stimulus | top-1 memory | reconstruction, of six clips evenly spread
      ranked.png                      the best, median and worst clips by video_50way
-     recognised.json                 toy world: is what classifiers see in the reconstruction what was shown?
+     recognised.json                 toy world: do classifiers see in the reconstruction what was shown?
 Exit status: 0; 1 after an error; 3 where weights of a metric could not be had (it is n/a).
 """
 
-import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,19 +29,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from brain_model import BrainModel
 from data import Clips, memories, noise_generator
 from heads import Stage1Heads
 from metrics import card
 from metrics.compare import compare
-from metrics.held_out import Films, describe, pairs_of, write_retrieved
+from metrics.held_out import Films, describe, made_by, pairs_of, reconstruct, write_retrieved
+from metrics.options import PRESETS, Config, parse
 from metrics.pairs import find_pairs, other_scenes
 from metrics.parallel import in_processes
 from metrics.report import Evaluation, pictures, report
 from metrics.score import score_all
-from metrics.table import TOY, Judging, asked
+from metrics.table import asked
 from mixture_of_memories import (
     DirectProjection,
     MemoryPool,
@@ -58,18 +51,13 @@ from mixture_of_memories import (
     condition,
 )
 from prepare.copies import far_apart, has_near_copy
-from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS
 from support import shared
-from support.files import sha256
-from support.options import check_options, check_together, option, parse as parse_options
-from support.pipelines import load_lora, load_pipeline, save_lora
-from support.readers import damaged, load_model, reading
+from support.pipelines import load_lora, load_pipeline
+from support.readers import load_model, reading
 from support.runs import claim, door, evaluation_folder, run_folder
 from support.training import start
 from support.videos import check_writable, write_video
 from video_decoder import VideoDecoder
-
-# ---------------------------------------------------------------- a trained run (§3.3)
 
 
 class CineNeuron(nn.Module):
@@ -101,11 +89,8 @@ class CineNeuron(nn.Module):
         self.register_buffer("empty", empty)
         self.size = (settings["frames"], settings["height"], settings["width"])
         stage1 = settings["stage1_config"]
-        self.tau, self.lambda_1, self.lambda_2 = (
-            stage1["tau"],
-            stage1["lambda_1"],
-            stage1["lambda_2"],
-        )  # Eq. 2, 3
+        self.tau = stage1["tau"]  # Eq. 2
+        self.lambda_1, self.lambda_2 = stage1["lambda_1"], stage1["lambda_2"]  # Eq. 3
 
     @classmethod
     def from_stage1(cls, stage1: Path, settings: dict, clips: Clips) -> "CineNeuron":
@@ -166,30 +151,16 @@ class CineNeuron(nn.Module):
 
     def forward(self, x: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Recalled]:
         """fMRI x (B, T, N) -> f_c (B, D), and f_fuse with what it was made of (Eq. 4-8)."""
-        if (
-            self.brain_model.gradient_checkpointing and torch.is_grad_enabled()
-        ):  # the decoder needs the memory
-            return checkpoint(
-                condition, self.brain_model, self.heads, self.mom, self.pool, x, excluded, use_reentrant=False
-            )
+        if self.brain_model.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.condition, x, excluded, use_reentrant=False)  # the decoder has its memory
+        return self.condition(x, excluded)
+
+    def condition(self, x: Tensor, excluded: Tensor | None) -> tuple[Tensor, Recalled]:
         return condition(self.brain_model, self.heads, self.mom, self.pool, x, excluded)
 
     def to(self, device: torch.device | str) -> "CineNeuron":
         self.decoder.to(device)
         return super().to(device)
-
-    def writers(self) -> dict[str, Callable[[Path], object]]:
-        """What writes each folder of weights."""
-        return {
-            "brain_model": self.brain_model.save_pretrained,
-            "heads": self.heads.save_pretrained,
-            "mixture_of_memories": self.mom.save_pretrained,
-            "lora": partial(save_lora, self.decoder),
-        }
-
-    def save_memories(self, folder: Path) -> None:
-        """What else a shared folder holds: memories.safetensors, memories.json and voxels.npz."""
-        shared.write_memories(folder, self.pool.e, self.pool.captions, self.empty, self.lines, self.voxels)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Writes a folder that `from_pretrained` reads without data/, with a model card."""
@@ -237,89 +208,15 @@ def load_decoder(settings: dict, vae: bool, dtype: torch.dtype = torch.float32) 
     )
 
 
-# ---------------------------------------------------------------- the options
-
-
-@dataclass
-class Config(Judging):
-    """What is not given here (decoder, size of the videos, K ...) is as the run was trained."""
-
-    data: str = option("toy", "toy, cc2017 or cinebrain (with --pairs cc2017, for its weights)")
-    subject: int = option(1, "number of the subject", least=1)
-    run: str = option("full", "name of the run")
-    seed: int = option(0, "of the run, and of the noise that the videos start from", least=0)
-    shuffle: bool = option(False, "the control: reconstruct each clip from the fMRI of another scene")
-    fmri: str | None = option(None, "one recording, .npy (T, N) or (N,), in place of the test set")
-    pairs: str | None = option(None, "score the videos DIR/METHOD/NAME.* against DIR/gt/NAME.*")
-    split: bool = option(False, "with --pairs: a video shows stimulus (left) and reconstruction side by side")
-    skip_bad: bool = option(False, "with --pairs: what cannot be read or has no partner is a missing value")
-    compare: list[str] = option([], "runs (NAME: all subjects and seeds; NAME/eval-shuffled) or folders")
-    out: str | None = option(None, "with --fmri the video (out.mp4), with --pairs the folder (DIR/metrics)")
-    clips: int | None = option(None, "so many, spread over the test set (default: all)", least=1)
-    batch_size: int = option(1, "clips that are in the decoder at once", least=1)
-    processes: int = option(1, "on a CPU, a thread each: for small networks", least=1)
-    steps: int | None = option(None, "of sampling (default: the run's)", least=1)
-    guidance: float | None = option(None, "classifier-free guidance (default: the run's)", least=0)
-    stimuli: str | None = option(None, "folder of the films (default: raw/stimuli in data/<data>)")
-    seconds: float = option(SECONDS["cc2017"], "length of a clip", above=0)
-    fps: float = option(CC2017_FPS, "frames a second of the videos", above=0, most=1000)
-
-
-PRESETS = {
-    "cc2017": {},
-    "toy": dict(batch_size=16, fps=8.5, processes=min(4, os.cpu_count() or 1)) | TOY,
-    "cinebrain": dict(seconds=SECONDS["cinebrain"], fps=CINEBRAIN_FPS, size="native"),
-}
-MODES = ("fmri", "pairs", "compare")  # in place of a run's held-out clips
-UNUSED = {  # option: the modes that do not use it
-    "fmri": ("pairs", "compare"),
-    "pairs": ("compare",),
-    "steps": ("pairs", "compare"),
-    "guidance": ("pairs", "compare"),
-    "shuffle": MODES,
-    "clips": MODES,
-    "stimuli": MODES,
-}
-NEEDED = {"split": ("pairs",), "skip_bad": ("pairs",), "out": ("fmri", "pairs")}
-
-
-def parse(arguments: list[str]) -> Config:
-    """The command line over the dataset's preset. --pairs takes cc2017's, for its weights, unless told."""
-    given = {word.split("=")[0] for word in arguments}
-    if "--pairs" in given and "--data" not in given:
-        arguments = [*arguments, "--data", "cc2017"]
-    config = parse_options(Config, PRESETS, __doc__, "evaluate.py", arguments)
-    check_options(config)
-    check_together(config, UNUSED, NEEDED)
-    asked(config)  # --metrics
-    return config
-
-
 # ---------------------------------------------------------------- the commands
 
 
 def load_run(config: Config, accelerator: Accelerator) -> CineNeuron:
-    """The run that is asked for. Raises ValueError where its folder holds the run of another subject."""
-    folder = run_folder(config.data, config.subject, config.run, config.seed)
-    model = CineNeuron.from_pretrained(folder, accelerator.device)
-    data, subject = model.settings["data"], model.settings["subject"]
-    if (data, subject) != (config.data, config.subject):
-        found, wanted = f"a run of {data} sub{subject}", f"one of {config.data} sub{config.subject}"
-        raise damaged(folder / "stage2" / "config.json", found, wanted, "put it into its folder")
-    step, steps = model.settings.get("step"), model.settings.get("steps_in_all")
-    if accelerator.is_main_process and step != steps:
-        tqdm.write(f"{folder}: stage 2 is at step {step} of {steps}: its videos are not yet its best")
+    """The run that is asked for."""
+    run = run_folder(config.data, config.subject, config.run, config.seed)
+    model = CineNeuron.from_pretrained(run, accelerator.device)
+    shared.check_place(model.settings, run)
     return model
-
-
-def made_by(config: Config, settings: dict, run: Path) -> dict:
-    """What the videos of an evaluation are made by."""
-    return {
-        "steps": settings["sampling_steps"] if config.steps is None else config.steps,
-        "guidance": settings["guidance"] if config.guidance is None else config.guidance,
-        "fps": config.fps,
-        "weights": sha256(*sorted((run / "stage2").glob("*/*.safetensors")))[:16],
-    }
 
 
 def evaluate_recording(config: Config) -> int:
@@ -370,7 +267,7 @@ def evaluate_run(config: Config) -> int:
     )
     lines = {int(clip): test.lines[clip] for clip in clips}
     films = Films(config, model.size, [*lines.values(), *model.lines])
-    claim(out, made_by(config, model.settings, run), accelerator.is_main_process)
+    claim(out, made_by(config, model.settings, run / "stage2"), accelerator.is_main_process)
 
     # ---- videos
     x = test.averaged()  # (test clips, T, N)
@@ -400,26 +297,6 @@ def evaluate_run(config: Config) -> int:
     return 3 if unavailable else 0
 
 
-def reconstruct(
-    model: CineNeuron, x: Tensor, clips: np.ndarray, folder: Path, config: Config, rank: int, world: int
-) -> None:
-    """x (test clips, T, N) -> the missing folder/NNNN.mp4 of `clips`, this process's share.
-
-    A clip's noise comes from (seed, clip). Batches are cut before they are shared out, and one that lacks a
-    clip is done whole: even the rounding, which depends on a batch's size, stays the same after a kill.
-    """
-    batches = [clips[i : i + config.batch_size] for i in range(0, len(clips), config.batch_size)]
-    for batch in tqdm(batches[rank::world], desc="reconstructing", unit="batch", disable=rank > 0):
-        files = [folder / f"{clip:04d}.mp4" for clip in batch]
-        if all(file.is_file() for file in files):
-            continue
-        keys = [(config.seed, int(clip)) for clip in batch]
-        videos = model.reconstruct(x[batch], keys, config.steps, config.guidance)  # (B, F, H, W, 3)
-        for file, video in zip(files, videos, strict=True):
-            if not file.is_file():
-                write_video(file, video, config.fps)
-
-
 @torch.inference_mode()
 def main(config: Config) -> int:
     """Returns the exit status."""
@@ -432,4 +309,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    door(lambda: main(parse(sys.argv[1:])))
+    door(lambda: main(parse(sys.argv[1:], __doc__)))

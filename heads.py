@@ -1,12 +1,12 @@
-r"""Stage-1 heads and losses (§3.1, Eq. 1-3): what the Brain Model's global token is taught.
+"""Stage-1 heads and losses (§3.1, Eq. 1-3): what the Brain Model's global token is taught.
 
-    L_stage1 = L_clip + λ_1 L_action + λ_2 L_cls                                                    Eq. 3
-    L_clip   = L_info(f_c, φ_v(e_img)) + L_info(f_c, e_txt)         image and text of CLIP          Eq. 1, 2
+    L_stage1 = L_clip + λ_1 L_action + λ_2 L_cls                                               Eq. 3
+    L_clip   = L_info(f_c, φ_v(e_img)) + L_info(f_c, e_txt)         image and text of CLIP     Eq. 1, 2
     L_action = L_info(φ_a(f_c), e_act)                              action of ViCLIP
     L_cls    = BCE + focal on φ_c(f_c)                              object categories
 
-Why four? The fMRI is noisy, and one embedding tells little of a video. Image and text say what it shows, the
-action what happens, the categories which objects are there.
+Why four? One embedding tells little of a video. Image and text say what it shows, the action what happens,
+the categories which objects are there.
 """
 
 import math
@@ -21,10 +21,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 
 class ImageAggregator(nn.Module):
-    r"""$\hat{e}^{img} = \varphi_v(e^{img})$: the CLIP embeddings of F frames -> one.
+    r"""$\hat{e}^{img} = \varphi_v(e^{img})$: the CLIP embeddings (B, F, D) of F frames -> one, (B, D).
 
-    A learned weighted mean over the frames, which starts as the plain mean.
-    """
+    A learned weighted mean over the frames, which starts as the plain mean (a choice)."""
 
     def __init__(self, frames: int):
         super().__init__()
@@ -32,15 +31,13 @@ class ImageAggregator(nn.Module):
         nn.init.constant_(self.mix.weight, 1 / frames)
 
     def forward(self, e_img: Tensor) -> Tensor:
-        """e_img (B, F, D) -> (B, D)"""
         return self.mix(e_img).squeeze(1)  # (B, D)
 
 
 class ActionHead(nn.Module):
     r"""$f^a = \varphi_a(f^c)$: from the space of CLIP into that of ViCLIP, which knows actions.
 
-    A residual MLP that starts as the identity, since both spaces have width D.
-    """
+    A residual MLP that starts as the identity, since both spaces have width D (a choice)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -55,8 +52,7 @@ class ActionHead(nn.Module):
 class CategoryHead(nn.Module):
     r"""$\varphi_c(f^c)$: a logit, yes or no, for each category of objects.
 
-    Its bias is the logit of p = 0.01 at the start, so that rare positives are not drowned (Lin et al. 2017).
-    """
+    Its bias starts as the logit of p = 0.01, so that rare positives are not drowned (Lin et al. 2017)."""
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
@@ -68,7 +64,7 @@ class CategoryHead(nn.Module):
 
 
 class Stage1Heads(nn.Module, PyTorchModelHubMixin):
-    """φ_v, φ_a and φ_c. Stage 1 trains them; stage 2 keeps them as they are, so that the memories stay fixed."""
+    """φ_v, φ_a and φ_c. Stage 1 trains them. Stage 2 keeps them as they are: so the memories stay fixed."""
 
     def __init__(self, dim: int = 768, frames: int = 8, classes: int = 12):
         super().__init__()
@@ -81,40 +77,34 @@ class Stage1Heads(nn.Module, PyTorchModelHubMixin):
         return self.phi_v(e_img), self.phi_a(f_c), self.phi_c(f_c)
 
     def queries(self, f_c: Tensor) -> Tensor:
-        r"""f_c (B, D) -> q (B, 3, D): the fMRI side of Eq. 5, in the order txt, img, act.
+        """f_c (B, D) -> q (B, 3, D): the fMRI side of Eq. 5, in the order txt, img, act.
 
         Eq. 5 compares f_e with the memories. But stage 1 aligns f_c, not f_e, with them, and f_e has another
-        width. So q = f_c, f_c, φ_a(f_c) stands for f_e (a choice).
-        """
+        width. So f_c, f_c and φ_a(f_c) stand for f_e (a choice)."""
         return torch.stack([f_c, f_c, self.phi_a(f_c)], 1)  # (B, 3, D)
 
 
-def gather(e: Tensor) -> Tensor:
-    """e (b, D) of every process below each other (B, D), with gradient. One process: e itself."""
-    return torch.cat(dist_nn.all_gather(e)) if dist.is_initialized() else e
-
-
 def info_nce(f: Tensor, e: Tensor, tau: float = 0.07) -> Tensor:
-    r"""Eq. 2: $L_{info}(f, e) = -\frac{1}{B} \sum_i \log \frac{\exp(f_i e_i / \tau)}{\sum_j \exp(f_i e_j / \tau)}$
+    r"""Eq. 2: $L_{info}(f, e) = -\frac{1}{B} \sum_{i=1}^B \log
+    \frac{\exp(f_i \cdot e_i / \tau)}{\sum_{j=1}^B \exp(f_i \cdot e_j / \tau)}$
 
-    Each clip's f (b, D) picks its own embedding among those of all B clips, e (B, D): a classification with B
-    classes, hence the cross-entropy. Why InfoNCE and not a distance: f is to be near its own e *and* far from the
-    others, which is what a search in memories needs. On unit vectors; tau is the temperature. Several processes
-    gather e, so that the negatives are those of the whole batch.
-    """
-    f, e = normalize(f.float(), dim=-1), gather(normalize(e.float(), dim=-1))  # (b, D), (B, D)
-    first = dist.get_rank() * len(f) if dist.is_initialized() else 0  # this process's first row of e
+    Each clip's f (b, D) picks its own embedding among those of all B clips, e: a classification with B
+    classes, hence the cross-entropy. Why not a distance? f is to be near its own e *and* far from the others,
+    as a search in memories needs it. f and e are made unit vectors; tau is the temperature."""
+    f, e = normalize(f.float(), dim=-1), normalize(e.float(), dim=-1)  # (b, D), (b, D)
+    first = 0  # this process's first row of e
+    if dist.is_initialized():  # the negatives are those of the whole batch
+        first, e = dist.get_rank() * len(f), torch.cat(dist_nn.all_gather(e))  # (B, D), with gradient
     target = first + torch.arange(len(f), device=f.device)  # (b,)
     with torch.autocast(f.device.type, enabled=False):  # bf16 would round the logits by 0.03
         return cross_entropy(f @ e.T / tau, target)  # Eq. 2
 
 
 def focal_bce(logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:
-    r"""$L_{cls}$ of §3.1: BCE + focal loss (Lin et al. 2017), of equal weight, mean over clips and categories.
+    """L_cls of §3.1: BCE + focal loss (Lin et al. 2017), of equal weight, mean over clips and categories.
 
-    logits (B, classes), targets (B, classes) in {0, 1}. Why focal: most categories are absent from most clips.
-    A well classified one (p of the truth near 1) weighs (1 - p)^gamma; positives alpha, negatives 1 - alpha.
-    """
+    logits (B, classes), targets (B, classes) in {0, 1}. Why focal? Most clips lack most categories: what is
+    right already (p of the truth near 1) weighs (1 - p)^gamma; positives weigh alpha, negatives 1 - alpha."""
     logits, targets = logits.float(), targets.float()
     bce = binary_cross_entropy_with_logits(logits, targets, reduction="none")  # (B, classes), -log p
     p = torch.exp(-bce)  # (B, classes), probability of the truth
@@ -123,9 +113,7 @@ def focal_bce(logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float 
 
 
 class Stage1Loss(NamedTuple):
-    """Eq. 3 and its parts, a number each."""
-
-    loss: Tensor
+    loss: Tensor  # Eq. 3
     image: Tensor
     text: Tensor
     action: Tensor
@@ -133,13 +121,12 @@ class Stage1Loss(NamedTuple):
 
 
 def stage1_loss(
-    heads: nn.Module, f_c: Tensor, batch, tau: float = 0.07, lambda_1: float = 1.0, lambda_2: float = 1.0
+    heads: Stage1Heads, f_c: Tensor, batch, tau: float = 0.07, lambda_1: float = 1.0, lambda_2: float = 1.0
 ) -> Stage1Loss:
     r"""Eq. 1: $L_{clip} = L_{info}(f^c, \hat{e}^{img}) + L_{info}(f^c, e^{txt})$
     Eq. 3: $L_{stage1} = L_{clip} + \lambda_1 L_{action} + \lambda_2 L_{cls}$
 
-    f_c (B, D) of a data.Batch. A λ of 0 leaves a task out (Table 4).
-    """
+    f_c (B, D) of a data.Batch. A λ of 0 leaves a task out (Table 4)."""
     e_img_hat, f_a, logits = heads(f_c, batch.e_img)  # (B, D), (B, D), (B, classes)
     image = info_nce(f_c, e_img_hat, tau)
     text = info_nce(f_c, batch.e_txt, tau)

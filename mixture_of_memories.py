@@ -1,15 +1,15 @@
-r"""Mixture-of-Memories (§3.2, Eq. 4-8): what the fMRI brings to mind, between Brain Model and video decoder.
+"""Mixture-of-Memories (§3.2, Eq. 4-8): what the fMRI brings to mind, between Brain Model and video decoder.
 
-In:  f_e (B, L, D') the fMRI tokens; q (B, 3, D) the fMRI side of the three similarities (Stage1Heads.queries);
-     the `MemoryPool` of the N training clips.
+In:  f_e (B, L, D') the fMRI tokens; q (B, 3, D) the fMRI side of Eq. 5 (Stage1Heads.queries); the
+     `MemoryPool` of the N training clips.
 Out: f_fuse (B, L, D_txt), in place of the decoder's text embeddings.
 
      f_e ──► Router ──► W_r ──┐                                                                       Eq. 4
      q ───────────────────────┴─► S ─► top-K memories ──► e_mem_txt (top-1), e_mem_img, e_mem_act     Eq. 5
      f_e ─► CrossAttention(img) + CrossAttention(act) ─► f_hat ─► z_f;  e_mem_txt ─► z_t;  f_fuse     Eq. 6-8
 
-Why memories? The fMRI is sparse. What it resembles, seen before, fills in what it lacks. Why three kinds, and
-weights between them? A retrieval by text alone errs where the text is not what the fMRI tells best.
+Why memories? The fMRI is sparse; what it resembles fills in what it lacks. Why three kinds, with weights?
+Text alone errs where the text is not what this fMRI tells best.
 """
 
 from typing import NamedTuple
@@ -21,20 +21,16 @@ from torch.nn.functional import normalize, pad, scaled_dot_product_attention
 
 
 class MemoryPool(nn.Module):
-    r"""$M = \{ (e_i^{txt}, e_i^{img}, e_i^{act}) \}_{i=1}^N$, and the text tokens of each caption: the memories of
-    the N training clips (§3.2). data.memories makes it. It has no weights.
-    """
+    r"""$M = \{ (e_i^{txt}, e_i^{img}, e_i^{act}) \}_{i=1}^N$ (§3.2), and each memory's caption."""
 
     def __init__(self, e: Tensor, captions: list[Tensor]):
         super().__init__()
-        self.register_buffer(
-            "e", e
-        )  # (N, 3, D) unit vectors: CLIP of the caption, φ_v of the CLIP frames, ViCLIP
-        self.captions = captions  # N times (n_i, D_txt): the decoder's text tokens of a caption, on the CPU
+        self.register_buffer("e", e)  # (N, 3, D) unit vectors: CLIP text, φ_v of the CLIP frames, ViCLIP
+        self.captions = captions  # N times (n_i, D_txt): the decoder's text tokens, on the CPU
 
     def text(self, i: Tensor, L: int) -> Tensor:
-        r"""$e_{txt}^{mem}$: memories i (B,) -> their captions as the decoder reads them, (B, L, D_txt), zero after
-        the last token. CLIP's embedding finds a memory, the decoder's own tokens tell it."""
+        r"""$e_{txt}^{mem}$: the captions of memories i (B,), as the decoder reads them: (B, L, D_txt), zero after
+        the last token. CLIP's embedding finds a memory; the decoder's own tokens tell it."""
         captions = [self.captions[n] for n in i.tolist()]
         padded = [
             pad(caption.float(), (0, 0, 0, L - len(caption))) for caption in captions
@@ -54,11 +50,10 @@ class Recalled(NamedTuple):
 
 
 class Router(nn.Module):
-    r"""Eq. 4: $W_r = [w^{txt}, w^{img}, w^{act}] = softmax(R(f^e))$
+    """Eq. 4: $W_r = [w^{txt}, w^{img}, w^{act}] = softmax(R(f^e))$
 
-    How much to trust each kind of memory, clip by clip; the three weights sum to 1. R is the mean over the tokens,
-    a LayerNorm and a 2-layer MLP (a choice). f_e (B, L, D') -> W_r (B, 3).
-    """
+    How much to trust each kind of memory, clip by clip: three weights whose sum is 1. R is the mean over the
+    tokens, a LayerNorm and a 2-layer MLP (a choice)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -72,18 +67,16 @@ class Router(nn.Module):
 def mixture_scores(W_r: Tensor, q: Tensor, e: Tensor) -> Tensor:
     r"""Eq. 5: $S_i = \sum_{m \in \{txt, img, act\}} w_m \cdot sim(q^m, e_i^m)$
 
-    W_r (B, 3), q (B, 3, D), e (N, 3, D) of unit vectors -> S (B, N), weighted sums of three cosines. The paper
-    compares f_e; `Stage1Heads.queries` says why q stands for it. The sum over modalities is one matrix product, of
-    weighted queries (B, 3D) and memories (N, 3D). In float32: rounding must not swap memories of close scores.
-    """
+    W_r (B, 3), q (B, 3, D), e (N, 3, D) of unit vectors -> S (B, N). The paper compares f_e;
+    `Stage1Heads.queries` says why q stands for it. All weighted sums of cosines are one matrix product, of
+    queries (B, 3D) and memories (N, 3D). In float32: rounding must not swap memories of close scores."""
     with torch.autocast(q.device.type, enabled=False):
         weighted = W_r.float()[..., None] * normalize(q.float(), dim=-1)  # (B, 3, D)
         return weighted.flatten(1) @ e.float().flatten(1).T  # (B, N)  Eq. 5
 
 
 class CrossAttention(nn.Module):
-    r"""One term of Eq. 6: $CrossAttention(Q^e, K^m, V^m)$. Every fMRI token asks the K memories of a modality m
-    for what belongs to it."""
+    """A term of Eq. 6: every fMRI token asks the K memories of one modality for what belongs to it."""
 
     def __init__(self, width: int, embed_dim: int):
         super().__init__()
@@ -91,7 +84,7 @@ class CrossAttention(nn.Module):
         self.W_V = nn.Linear(embed_dim, width, bias=False)
 
     def forward(self, Q: Tensor, e_mem: Tensor, bias: Tensor) -> Tensor:
-        """Q (B, heads, L, d), memories (B, K, D), what is added to the logits (B, heads, L, K) -> (B, L, D')."""
+        """Q (B, heads, L, d), memories (B, K, D), added to the logits (B, heads, L, K) -> (B, L, D')."""
         heads = Q.shape[1]
         keys = self.W_K(e_mem).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, K, d)
         values = self.W_V(e_mem).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, K, d)
@@ -104,9 +97,8 @@ class Integration(nn.Module):
     Eq. 7: $z_f = Z_{fMRI}(Norm(\hat{f}^e)), \quad z_t = Z_{txt}(e_{txt}^{mem}) + e_{txt}^{mem}$
     Eq. 8: $f^{fuse} = z_t + \alpha z_f$
 
-    Two streams: the fMRI with what it attends to, and the caption of the best memory. Both zero-convolutions start
-    at 0, so training starts from a prompt that the decoder knows: f_fuse equals e_mem_txt, exactly.
-    """
+    Two streams: the fMRI with what it attends to, and the caption of the best memory. Why zero-convolutions?
+    Both start at 0, so f_fuse starts as e_mem_txt, exactly: a prompt that the decoder knows."""
 
     def __init__(self, width: int, embed_dim: int, text_dim: int, heads: int, alpha: float, text_rms: float):
         super().__init__()
@@ -162,20 +154,17 @@ class MixtureOfMemories(nn.Module, PyTorchModelHubMixin):
         self.integration = Integration(width, embed_dim, text_dim, attention_heads, alpha, text_rms)
 
     def forward(self, f_e: Tensor, q: Tensor, pool: MemoryPool, excluded: Tensor | None = None) -> Recalled:
-        """f_e (B, L, D'), q (B, 3, D); excluded (B, N) bool, in training: memories that may not be retrieved.
+        """f_e (B, L, D'), q (B, 3, D); excluded (B, N) bool, in training: these may not be retrieved.
 
-        An index has no gradient, so the K scores enter the attention as log-weights, too: Eq. 9 then teaches the
-        router and f_c what to retrieve (a choice).
-        """
+        An index has no gradient. So the K scores enter the attention, too, as log-weights: thus Eq. 9 teaches
+        the router and f_c what to retrieve (a choice)."""
         W_r = self.router(f_e)  # (B, 3)  Eq. 4
         S = mixture_scores(W_r, q, pool.e)  # (B, N)  Eq. 5
         S = S if excluded is None else S.masked_fill(excluded, -torch.inf)
         S_top, i = S.topk(self.K)  # (B, K), (B, K)
 
         e_mem_txt = pool.text(i[:, 0], self.tokens)  # (B, L, D_txt), of the top-1 memory
-        e_mem = (
-            pool.e[i] * pool.e.shape[-1] ** 0.5
-        )  # (B, K, 3, D) of unit RMS; of unit length, logits are near 0
+        e_mem = pool.e[i] * pool.e.shape[-1] ** 0.5  # (B, K, 3, D) of unit RMS: else all logits are near 0
         _, e_mem_img, e_mem_act = e_mem.unbind(2)  # (B, K, D) each
         log_w = (S_top / self.tau).log_softmax(-1)  # (B, K)
         f_fuse, z_f, z_t = self.integration(f_e, e_mem_txt, e_mem_img, e_mem_act, log_w)  # Eq. 6-8
@@ -208,16 +197,8 @@ class DirectProjection(nn.Module, PyTorchModelHubMixin):
         return Recalled(self.project(f_e))  # (B, L, D_txt)
 
 
-def condition(
-    brain_model: nn.Module,
-    heads: nn.Module,
-    mom: nn.Module,
-    pool: MemoryPool,
-    x: Tensor,
-    excluded: Tensor | None = None,
-) -> tuple[Tensor, Recalled]:
-    """The way from the fMRI to the prompt, in training, samples and evaluation (§3.3).
-
-    x (B, T, N) z-scored fMRI -> f_c (B, D), and f_fuse with what it was made of."""
+def condition(brain_model, heads, mom, pool: MemoryPool, x: Tensor, excluded: Tensor | None = None):
+    """From the fMRI to the prompt, in training, samples and evaluation (§3.3): x (B, T, N) -> f_c (B, D), and
+    f_fuse with what it was made of."""
     f_c, f_e = brain_model(x)  # (B, D), (B, L, D')
     return f_c, mom(f_e, heads.queries(f_c), pool, excluded)

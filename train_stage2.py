@@ -26,7 +26,7 @@ from heads import stage1_loss
 from mixture_of_memories import Recalled
 from prepare.copies import mean_frames
 from prepare.facts import SECONDS
-from support import training
+from support import shared, training
 from support.options import option, parse as parse_options, settings_of
 from support.pictures import grid_gif
 from support.pipelines import WAN
@@ -264,8 +264,8 @@ def learn(
             "optimiser": optimiser,
             "schedule": schedule,
         },
-        models=model.writers(),
-        write_once=model.save_memories,
+        models=shared.writers(model),
+        write_once=lambda folder: shared.write_memories(folder, model),
         sample=lambda file: sample(model, config, accelerator, held_out, file),
     )
     accelerator.print(train.recall.describe())

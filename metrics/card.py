@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from support.files import save_folder, write_json, written_whole
 from support.readers import damaged, read_json
-from support.shared import HUB_ID, MEMORIES, PROJECT
+from support.shared import HUB_ID, MEMORIES, PROJECT, write_memories, writers
 
 METRICS = Path("eval", "metrics.json")
 SOURCES = {
@@ -34,9 +34,9 @@ def save(model, folder: Path, place: str | None = None) -> None:
     evaluated = run / METRICS
     metrics = read_json(evaluated, keys={"metrics": dict}) if evaluated.is_file() else None
     (folder / "config.json").unlink(missing_ok=True)
-    for name, write in model.writers().items():
+    for name, write in writers(model).items():
         save_folder(folder / name, write)
-    model.save_memories(folder)
+    write_memories(folder, model)
     (folder / METRICS).unlink(missing_ok=True)  # of an earlier run
     if metrics:
         write_json(folder / METRICS, metrics)

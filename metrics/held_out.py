@@ -14,7 +14,7 @@ from metrics.pairs import Pair, Source, other_scenes
 from metrics.report import Clips
 from prepare.copies import far_apart
 from prepare.facts import raw_folder
-from support.files import written_whole
+from support.files import sha256, written_whole
 from support.videos import read_clip, video_frames, write_video
 
 
@@ -96,3 +96,32 @@ def describe(
     values = {} if recognised.right is None else {"all_attributes": recognised.right}
     recalled = None if top_1 is None else lambda i: films.frames(memories[top_1[i]])
     return Clips(groups, values, texts, recalled), recognised.table
+
+
+def made_by(config, settings: dict, stage2: Path) -> dict:
+    """What the videos of an evaluation are made by."""
+    return {
+        "steps": settings["sampling_steps"] if config.steps is None else config.steps,
+        "guidance": settings["guidance"] if config.guidance is None else config.guidance,
+        "fps": config.fps,
+        "weights": sha256(*sorted(stage2.glob("*/*.safetensors")))[:16],
+    }
+
+
+def reconstruct(model, x: Tensor, clips: np.ndarray, folder: Path, config, rank: int, world: int) -> None:
+    """x (test clips, T, N) -> the missing folder/NNNN.mp4 of `clips`, this process's share. model:
+    evaluate.CineNeuron.
+
+    A clip's noise comes from (seed, clip). Batches are cut before they are shared out, and one that lacks a
+    clip is done whole: even the rounding, which depends on a batch's size, stays the same after a kill.
+    """
+    batches = [clips[i : i + config.batch_size] for i in range(0, len(clips), config.batch_size)]
+    for batch in tqdm(batches[rank::world], desc="reconstructing", unit="batch", disable=rank > 0):
+        files = [folder / f"{clip:04d}.mp4" for clip in batch]
+        if all(file.is_file() for file in files):
+            continue
+        keys = [(config.seed, int(clip)) for clip in batch]
+        videos = model.reconstruct(x[batch], keys, config.steps, config.guidance)  # (B, F, H, W, 3)
+        for file, video in zip(files, videos, strict=True):
+            if not file.is_file():
+                write_video(file, video, config.fps)

@@ -11,6 +11,8 @@ its name stands in config.json.
 """
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,10 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from support.files import write_json, written_whole
+from support.pipelines import save_lora
 from support.readers import check_array, check_keys, damaged, read_array, read_json, read_npz, read_tensors
 
 MEMORIES = "memories.safetensors"
@@ -69,22 +73,44 @@ def decoder_at(name: str, folder: Path) -> str:
     return name
 
 
-def write_memories(
-    folder: Path, e: Tensor, captions: list[Tensor], empty: Tensor, lines: list[dict], voxels: dict
-) -> None:
-    """memories.safetensors, memories.json and voxels.npz; read by the two functions below."""
-    offsets = np.cumsum([0, *map(len, captions)])
+def check_place(settings: dict, run: Path) -> None:
+    """Raises ValueError where a run lies in the folder of another subject; says so where it is not finished."""
+    place, origin = run.absolute().parts[-3:-1], (settings["data"], f"sub{settings['subject']}")
+    if place != origin:
+        found, wanted = f"a run of {' '.join(origin)}", f"one of {' '.join(place)}"
+        raise damaged(run / "stage2" / "config.json", found, wanted, "put it into its folder")
+    step, steps = settings.get("step"), settings.get("steps_in_all")
+    if step != steps:
+        tqdm.write(f"{run}: stage 2 is at step {step} of {steps}: its videos are not yet its best")
+
+
+# ---------------------------------------------------------------- what the folder holds
+
+
+def writers(model) -> dict[str, Callable[[Path], object]]:
+    """What writes each folder of weights of an evaluate.CineNeuron."""
+    return {
+        "brain_model": model.brain_model.save_pretrained,
+        "heads": model.heads.save_pretrained,
+        "mixture_of_memories": model.mom.save_pretrained,
+        "lora": partial(save_lora, model.decoder),
+    }
+
+
+def write_memories(folder: Path, model) -> None:
+    """What else the folder of an evaluate.CineNeuron holds: memories.safetensors, memories.json and voxels.npz."""
+    captions = model.pool.captions
     tensors = {
-        "e": e.detach().cpu().contiguous(),
+        "e": model.pool.e.detach().cpu().contiguous(),
         "text_tokens": torch.cat(captions),
-        "text_offsets": torch.from_numpy(offsets),
-        "empty": empty.detach().cpu().contiguous(),
+        "text_offsets": torch.from_numpy(np.cumsum([0, *map(len, captions)])),
+        "empty": model.empty.detach().cpu().contiguous(),
     }
     with written_whole(folder / MEMORIES) as part:
         save_file(tensors, part)
-    write_json(folder / "memories.json", lines)
+    write_json(folder / "memories.json", model.lines)
     with written_whole(folder / "voxels.npz") as part:
-        np.savez(part, **voxels)
+        np.savez(part, **model.voxels)
 
 
 def read_memories(folder: Path) -> tuple[Tensor, list[Tensor], Tensor, list[dict]]:
