@@ -153,7 +153,7 @@ def prepare_toy(
         prepare_fmri(release, folder, recipe)
         lists = {"train": captions, "test": captions}
         prepare_stimuli(release, stimuli, lists, f"local-dir:{HERE / 'clip'}", str(HERE / "viclip"))
-        # HERE the near-copies are prepared: prepare_copies(...), whose files _is_prepared asks for, too
+        # TODO: prepare_copies(...) of prepare/copies.py here, and its files in _is_prepared
     if decoder is not None and not _decoder_is_prepared(stimuli, decoder, size):
         from prepare.decoder import prepare_decoder
 
