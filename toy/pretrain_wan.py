@@ -2,9 +2,9 @@
 
 toy/wan/{vae,text_encoder,tokenizer,transformer,scheduler}, fp16, loads with
 `WanPipeline.from_pretrained("toy/wan")`. Only the 752 combinations of attributes that training may show are
-used; the gates are measured on the 160 held out.
+used; the gates are measured on the 160 held out. Sizes, tokenizer and scheduler are those of toy/wan.
 
-    python -m toy.pretrain_wan toy/wan [--only vae|dit|classifier|gates]
+    python -m toy.pretrain_wan toy/wan [--only vae|dit|classifier|gates] [--steps N]
 """
 
 import copy
