@@ -14,11 +14,10 @@ import torch
 from prepare import fmri
 from prepare.captions import read_captions
 from prepare.cc2017 import NeuroClipsRelease, PurdueRelease, load_pt
-from prepare.command import toy_recipe
 from prepare.fmri import detrending_degree, fisher_z, load_response, preprocess_run, reproducible_voxels
 from prepare.release import Release
 from support.videos import check_film, read_clip, read_clips
-from toy.release import ToyRelease, make_toy
+from toy.release import ToyRelease, make_toy, toy_recipe
 from toy.subject import VERSION
 
 # ---------------------------------------------------------------- preprocessing
@@ -235,7 +234,9 @@ def test_a_truncated_cifti_file_is_an_error_that_names_it(empty_release):
     for length in (size - 1, size // 2, 600_000, 300_000, 5_000, 545, 300, 0):  # in data, XML and header
         with path.open("r+b") as file:
             file.truncate(length)
-        with pytest.raises(ValueError, match="seg1_2_Atlas.dtseries.nii: found .*wanted .*: download it again"):
+        with pytest.raises(
+            ValueError, match="seg1_2_Atlas.dtseries.nii: found .*wanted .*: download it again"
+        ):
             source.load_run("seg1", 1)
 
 
