@@ -39,8 +39,7 @@ def read_captions(path: Path, segments: Sequence[str]) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: --captions takes {WANTED}")
     with reading(path, WANTED, ADVICE):
-        rows = [value if isinstance(value, dict) else {"caption": value} for value in _read_list(path)]
-        rows = [{"caption": row["text"], **row} if "text" in row else row for row in rows]
+        rows = [_row(value) for value in _read_list(path)]
         _check(path, rows)
         if path.suffix.lower() != ".jsonl":
             return _in_order(path, rows)
@@ -49,6 +48,12 @@ def read_captions(path: Path, segments: Sequence[str]) -> list[dict]:
             of_segment = [row for row in rows if row["segment"] == segment]
             split += _in_order(f"{path}, {segment}", of_segment)
         return split
+
+
+def _row(value: object) -> dict:
+    if not isinstance(value, dict):
+        return {"caption": value}
+    return {"caption": value["text"], **value} if "text" in value else value
 
 
 def _read_list(path: Path) -> list:

@@ -27,7 +27,7 @@ class Config:
     subject: int = option(1, "whose recordings; each subject of the toy world has films of its own")
     raw: Path | None = option(None, "folder of the release, as docs/cc2017.md and docs/cinebrain.md show it")
     fmri_release: Path | None = option(None, "cc2017: the NeuroClips release (.pt files); --raw: its films")
-    delay: int | None = option(None, f"volumes ({DELAYS}; none where recordings are preprocessed)", least=0)
+    delay: int | None = option(None, f"of the response, in volumes ({DELAYS}; none if preprocessed)", least=0)
     window: int = option(1, "T, volumes a clip", least=1, most=facts.SEGMENT_VOLUMES)
     train_segments: int = option(18, "only so many, from the first on", least=1)
     test_segments: int = option(2, "likewise", least=1)

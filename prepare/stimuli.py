@@ -129,7 +129,7 @@ def prepare_stimuli(
         _write_clips(folder / split, rows[split], classes)
         if all(encoded):
             continue
-        if sentences is None:
+        if sentences is None:  # then the manifest does not name it
             del recipe["caption_sentences"]
         encoders = encoders or Encoders(clip_name, viclip_name)
         doubts = _encode_split(source, folder / split, rows[split], encoders, recipe)
