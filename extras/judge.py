@@ -24,16 +24,18 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
+from data import noise_generator  # noqa: E402
+from metrics.attributes import ATTRIBUTES, recognise, right  # noqa: E402
 from metrics.table import TOY  # noqa: E402
-from prepare.command import prepare_toy  # noqa: E402
 from prepare.facts import VIDEO, raw_folder, stimuli_folder  # noqa: E402
-from support.experiment import door  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.options import option, parse  # noqa: E402
+from support.pipelines import load_pipeline  # noqa: E402
 from support.readers import read_json_lines  # noqa: E402
+from support.runs import door  # noqa: E402
 from support.videos import read_clip, video_frames, write_video  # noqa: E402
-from toy.recognise import ATTRIBUTES, recognise, right  # noqa: E402
-from video_decoder import VideoDecoder, clip_generator  # noqa: E402
+from toy.release import prepare_toy  # noqa: E402
+from video_decoder import VideoDecoder  # noqa: E402
 
 BY_KIND = "shape right, by shape and action"
 
@@ -53,11 +55,12 @@ class Config:
 def write_videos(config: Config, clips: list[dict], folder: Path, batch: int = 16) -> list[str]:
     """The four videos of each clip, as folder/NAME/NNNN.mp4; returns the names."""
     films, size = raw_folder("toy", config.subject) / "stimuli", VIDEO["toy"]  # frames, height, width
-    decoder = VideoDecoder.from_pretrained(config.decoder, load_vae=True, load_text_encoder=True)
+    pipe, L, dit = load_pipeline(config.decoder, transformer=True, vae=True, text_encoder=True)
+    decoder = VideoDecoder(pipe, L, dit, lora_rank=0)
 
     def encoded(captions: list[str]) -> Tensor:  # (B, L, D_txt)
         tokens = decoder.encode_text(captions)  # of each caption (n, D_txt)
-        return torch.stack([pad(x.float(), (0, 0, 0, decoder.text_length - len(x))) for x in tokens])
+        return torch.stack([pad(x.float(), (0, 0, 0, L - len(x))) for x in tokens])
 
     (empty,) = encoded([""])
     guidance_of = {f"guidance {config.guidance:g}": config.guidance, "no guidance": 1.0}
@@ -69,9 +72,9 @@ def write_videos(config: Config, clips: list[dict], folder: Path, batch: int = 1
         videos = {"stimulus": torch.from_numpy(np.stack(real))}  # (B, F, H, W, 3)
         videos["VAE"] = decoder.decode_latents(decoder.encode_latents(videos["stimulus"]))
         for name, guidance in guidance_of.items():
-            noise = [clip_generator(0, first + i) for i in range(len(captions))]
+            noise = [noise_generator(0, first + i) for i in range(len(captions))]
             text = encoded(captions)
-            video = decoder.generate(text, empty, *size, noise, config.steps, guidance)
+            video = decoder.generate(text, empty, size, noise, config.steps, guidance)
             videos[f"own caption, {name}"] = video
         for name, frames in videos.items():
             for i, video in enumerate(frames.numpy(), first):

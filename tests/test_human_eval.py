@@ -17,7 +17,7 @@ from conftest import press, run_script, wait
 from PIL import Image
 
 from extras import human_eval
-from support.experiment import door
+from support.runs import door
 
 QUESTIONS = human_eval.QUESTIONS
 METHODS = ("wholemethod-s0", "secondmethod-s0", "thirdmethod-s0")
