@@ -20,7 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ from toy.release import ToyRelease  # noqa: E402
 CAPTION = "Describe in one short sentence what this video shows: who or what, where, and what happens."
 OBJECTS = (
     'Caption: "{caption}"\nWhich of these objects does the caption name, in these or in other words? '
-    + ", ".join(name for names in COCO.values() for name in names)
+    + ", ".join(chain(*COCO.values()))
     + ".\nAnswer with a JSON list of names from the list and nothing else; with [] if it names none."
 )
 NOTICE = (
