@@ -20,7 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ from toy.release import ToyRelease  # noqa: E402
 CAPTION = "Describe in one short sentence what this video shows: who or what, where, and what happens."
 OBJECTS = (
     'Caption: "{caption}"\nWhich of these objects does the caption name, in these or in other words? '
-    + ", ".join(name for names in COCO.values() for name in names)
+    + ", ".join(chain(*COCO.values()))
     + ".\nAnswer with a JSON list of names from the list and nothing else; with [] if it names none."
 )
 NOTICE = (
@@ -95,8 +95,8 @@ def parse_objects(answer: str) -> list[str] | None:
     text = answer.strip()
     if fenced := re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL):
         text = fenced[1]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    bullets = [re.match(r"(?:[-*•]|\d+[.)])\s+(.+)", line) for line in lines]
+    bullet = r"\s*(?:[-*•]|\d+[.)])\s+(.+)"
+    lines = [line for line in text.splitlines() if line.strip()]
     if text.startswith("["):
         try:
             names = json.loads(text)
@@ -104,10 +104,10 @@ def parse_objects(answer: str) -> list[str] | None:
             return None
     elif re.fullmatch(r"(none|no objects?|nothing)\.?", text.lower()):
         names = []
-    elif all(bullets):
-        names = [bullet[1] for bullet in bullets] or [""]
+    elif lines and all(re.fullmatch(bullet, line) for line in lines):
+        names = re.findall(bullet, text)
     else:
-        names = text.split(",")
+        names = text.split(",") if len(lines) == 1 else [text]
     if len(names) > 20 or not all(isinstance(name, str) for name in names):
         return None
     names = [re.sub(r"^(an?|the) ", "", name.strip().strip("\"'`*.").lower()) for name in names]
@@ -161,12 +161,9 @@ class Captioner:
         for clip in clips:
             videos.append(torch.from_numpy(clip).permute(0, 3, 1, 2))  # (F, 3, H, W)
             times.append({"total_num_frames": len(clip), "fps": fps, "frames_indices": [*range(len(clip))]})
+        about = {"video_metadata": times or None, "do_sample_frames": False, "size": self.size}
         inputs = self.processor(
-            text=prompts,
-            padding=True,
-            return_tensors="pt",
-            videos=videos or None,
-            videos_kwargs={"video_metadata": times or None, "do_sample_frames": False, "size": self.size},
+            text=prompts, videos=videos or None, videos_kwargs=about, padding=True, return_tensors="pt"
         ).to(self.model.device)
         out = self.model.generate(
             **inputs, max_new_tokens=tokens, do_sample=False, temperature=None, top_p=None, top_k=None
@@ -180,20 +177,15 @@ class Captioner:
 def films_of(config: Config) -> list[Film]:
     """The videos to caption, in the order of the clips. Raises FileNotFoundError or ValueError where there is
     none."""
-    return films_of_release(config) if config.data else films_of_videos(config)
-
-
-def films_of_release(config: Config) -> list[Film]:
-    if config.data == "toy":
-        toy = ToyRelease(config.raw)
-        splits, clips = toy.splits, toy.clips
-    else:
-        splits, clips = cc2017_splits(config.train_segments, config.test_segments), {}
+    if config.videos:
+        return films_of_videos(config)
+    toy = ToyRelease(config.raw) if config.data == "toy" else None
+    splits = toy.splits if toy else cc2017_splits(config.train_segments, config.test_segments)
     films = []
     for split, segments in splits.items():
         for segment in segments:
-            file = config.raw / "stimuli" / f"{segment}.mp4"
-            films.append(Film(segment, split, file, clips.get(segment, SEGMENT_VOLUMES), 2.0))
+            clips = toy.clips[segment] if toy else SEGMENT_VOLUMES
+            films.append(Film(segment, split, config.raw / "stimuli" / f"{segment}.mp4", clips, 2.0))
     if missing := [str(film.file) for film in films if not film.file.is_file()]:
         advice = "download it, or give --train-segments, --test-segments"
         raise FileNotFoundError(f"{', '.join(missing)} not there: {advice}")

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import ClipDataset, mean_frames  # noqa: E402
+from data import Clips  # noqa: E402
+from prepare.copies import mean_frames  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.options import option, parse  # noqa: E402
 from support.pictures import curves  # noqa: E402
@@ -36,12 +37,12 @@ class Config:
     best: int = option(500, "the curve is the mean over so many voxels, those predicted best", least=1)
 
 
-def responses(train: ClipDataset) -> np.ndarray:
+def responses(train: Clips) -> np.ndarray:
     """(clips, N) the mean over the showings that were recorded, and over the volumes of a clip."""
-    rows = []
-    for clip, recorded in enumerate(train.showings(np.arange(len(train)))):
-        rows.append(train.fmri[clip, recorded][..., train.voxels].mean((0, 1)))
-    return np.stack(rows)
+    y = []
+    for fmri, recorded in zip(train.fmri, train.recorded, strict=True):
+        y.append(fmri[recorded][..., train.voxels].mean((0, 1)))
+    return np.stack(y)
 
 
 def correlations(x: np.ndarray, y: np.ndarray, segments: np.ndarray, shift: int, ridge: float) -> np.ndarray:
@@ -71,8 +72,8 @@ def correlations(x: np.ndarray, y: np.ndarray, segments: np.ndarray, shift: int,
 def main(config: Config) -> None:
     if config.least > config.most:
         raise ValueError(f"--least {config.least} --most {config.most}: wanted the smaller first")
-    train = ClipDataset(config.data, config.subject, "train", config.rois)
-    segments = np.array([clip["segment"] for clip in train.clips])
+    train = Clips(config.data, config.subject, "train", config.rois)
+    segments = np.array([clip["segment"] for clip in train.lines])
     x, y = mean_frames(train.e_img), responses(train)  # (clips, D) (clips, N)
     x = x - x.mean(0)
     shifts, r = list(range(config.least, config.most + 1)), []

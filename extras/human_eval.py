@@ -35,7 +35,7 @@ from extras.runs import names_of  # noqa: E402
 from metrics.pairs import Pair, find_pairs  # noqa: E402
 from support.files import save_folder, write_json  # noqa: E402
 from support.options import Parser, option, within  # noqa: E402
-from support.readers import check_keys, damaged, read_json  # noqa: E402
+from support.readers import check_keys, damaged, read_json, reading  # noqa: E402
 from support.runs import door  # noqa: E402
 from support.videos import Video, read_video  # noqa: E402
 
@@ -200,65 +200,61 @@ class Choice(NamedTuple):
     place: int
 
 
-def read_rows(file: Path, keys: dict, name: str, row_keys: dict, advice: str) -> dict:
-    """A JSON object with `keys` and a list `name` of objects with `row_keys`. Raises FileNotFoundError or
-    ValueError, naming the file."""
-    content = read_json(file, keys=keys | {name: list}, mend=advice)
+def read_rows(file: Path, keys: dict, name: str, row_keys: dict) -> dict:
+    """A JSON object with `keys` and a list `name` of objects with `row_keys`."""
+    content = read_json(file, keys=keys | {name: list})
     for row in content[name]:
         if not isinstance(row, dict):
-            raise damaged(file, f"{row!r} in {name}", f"{name} {{...}}", advice)
-        check_keys(row, file, row_keys, advice)
+            raise damaged(file, f"{row!r} in {name}", f"{name} {{...}}")
+        check_keys(row, file, row_keys)
     return content
 
 
-def read_key(study: Path) -> tuple[dict, dict[tuple, Choice]]:
-    """study/key.json, and of each (group, question, video) that may be voted for what it says."""
-    file, advice = study / "key.json", "wanted the one that `human_eval.py make` wrote"
-    keys, row_keys = {"study": str, "methods": list}, {"id": str, "videos": dict}
-    key, choices = read_rows(file, keys, "groups", row_keys, advice), {}
+def read_key(file: Path) -> tuple[dict, dict[tuple, Choice]]:
+    """What key.json says, and of each (group, question, video) that may be voted for its Choice."""
+    key = read_rows(file, {"study": str, "methods": list}, "groups", {"id": str, "videos": dict})
+    methods, choices = key["methods"], {}
     for g, group in enumerate(key["groups"]):
         of_group = list(group["videos"].values())
-        if sorted(of_group, key=str) != sorted(key["methods"], key=str):
-            raise damaged(file, f"a group of {of_group}", f"of {key['methods']}", advice)
+        if sorted(of_group, key=str) != sorted(methods, key=str):
+            raise damaged(file, f"a group of {of_group}", f"of {methods}")
         for place, (video, method) in enumerate(group["videos"].items()):
             for q, question in enumerate(QUESTIONS):
-                vote = group["id"], question, video
-                choices[vote] = Choice(q, g, key["methods"].index(method), place)
+                choices[group["id"], question, video] = Choice(q, g, methods.index(method), place)
     return key, choices
 
 
 def read_ballot(file: Path, study_id: str, choices: dict[tuple, Choice]) -> tuple[str, list[Choice]]:
-    """A participant and what they chose. Raises FileNotFoundError or ValueError, naming the file, where it is
-    damaged or of another study."""
-    advice = "ask the participant for it again, or leave it out"
+    """A participant and what they chose."""
     keys, row_keys = {"study": str, "participant": str}, {"group": str, "question": str, "video": str}
-    ballot = read_rows(file, keys, "votes", row_keys, advice)
+    ballot = read_rows(file, keys, "votes", row_keys)
     if ballot["study"] != study_id:
         problem, wanted = f"votes of study {ballot['study']}", f"those of study {study_id}"
         raise damaged(file, problem, wanted, "tally it with its own")
     if not ballot["votes"]:
         raise damaged(file, "no vote", "one or more", "leave it out")
-    chosen: dict[tuple, Choice] = {}  # by group and question
+    answers: dict[tuple, Choice] = {}  # by group and question
     for row in ballot["votes"]:
         vote = row["group"], row["question"], row["video"]
         if vote not in choices:
-            wanted = "a group, a question and a video of this study"
-            raise damaged(file, f"a vote {', '.join(vote)}", wanted, advice)
-        chosen[vote[:2]] = choices[vote]
-    if len(chosen) < len(ballot["votes"]):
-        raise damaged(file, "two answers to one question of a group", "one", advice)
-    return ballot["participant"], list(chosen.values())
+            raise damaged(file, f"a vote {', '.join(vote)}", "a group, a question and a video of this study")
+        answers[vote[:2]] = choices[vote]
+    if len(answers) < len(ballot["votes"]):
+        raise damaged(file, "two answers to one question of a group", "one")
+    return ballot["participant"], list(answers.values())
 
 
 def read_votes(study: Path, files: list[Path]) -> tuple[list[str], np.ndarray, np.ndarray]:
     """The methods; which was chosen, int (questions, participants, groups that were voted on), -1 where there
-    is no vote; and how many votes each place on the page has. Raises ValueError where a participant has two
-    files, and as `read_ballot` does."""
-    key, choices = read_key(study)
+    is no vote; and how many votes each place on the page has. Raises FileNotFoundError or ValueError, naming
+    the file, where one is damaged, of another study, or its participant has another."""
+    with reading(study / "key.json", advice="wanted the one that `human_eval.py make` wrote"):
+        key, choices = read_key(study / "key.json")
     choice = np.full((len(QUESTIONS), len(files), len(key["groups"])), -1)
     places, file_of = np.zeros(len(key["methods"])), {}
     for p, file in enumerate(files):
-        participant, votes = read_ballot(file, key["study"], choices)
+        with reading(file, advice="ask the participant for it again, or leave it out"):
+            participant, votes = read_ballot(file, key["study"], choices)
         if participant in file_of:
             problem = f"{file} and {file_of[participant]} are both of participant {participant}"
             raise ValueError(f"{problem}: leave out the one with fewer votes")

@@ -13,27 +13,27 @@ Out: a table, of each attribute and of shapes by action, and --out as JSON (docs
 
 import sys
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
+from data import noise_generator  # noqa: E402
 from metrics.attributes import ATTRIBUTES, recognise, right  # noqa: E402
 from metrics.table import TOY  # noqa: E402
 from prepare.facts import VIDEO, raw_folder, stimuli_folder  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.options import option, parse  # noqa: E402
+from support.pipelines import load_pipeline  # noqa: E402
 from support.readers import read_json_lines  # noqa: E402
 from support.runs import door  # noqa: E402
 from support.videos import read_clip, video_frames, write_video  # noqa: E402
 from toy.release import prepare_toy  # noqa: E402
-from video_decoder import VideoDecoder, clip_generator  # noqa: E402
+from video_decoder import VideoDecoder  # noqa: E402
 
 BY_KIND = "shape right, by shape and action"
 
@@ -53,11 +53,12 @@ class Config:
 def write_videos(config: Config, clips: list[dict], folder: Path, batch: int = 16) -> list[str]:
     """The four videos of each clip, as folder/NAME/NNNN.mp4; returns the names."""
     films, size = raw_folder("toy", config.subject) / "stimuli", VIDEO["toy"]  # frames, height, width
-    decoder = VideoDecoder.from_pretrained(config.decoder, load_vae=True, load_text_encoder=True)
+    pipe, L, dit = load_pipeline(config.decoder, transformer=True, vae=True, text_encoder=True)
+    decoder = VideoDecoder(pipe, L, dit, lora_rank=0)
 
     def encoded(captions: list[str]) -> Tensor:  # (B, L, D_txt)
-        tokens = decoder.encode_text(captions)  # of each caption (n, D_txt)
-        return torch.stack([pad(x.float(), (0, 0, 0, decoder.text_length - len(x))) for x in tokens])
+        tokens, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=L)
+        return tokens.float()
 
     (empty,) = encoded([""])
     guidance_of = {f"guidance {config.guidance:g}": config.guidance, "no guidance": 1.0}
@@ -69,10 +70,9 @@ def write_videos(config: Config, clips: list[dict], folder: Path, batch: int = 1
         videos = {"stimulus": torch.from_numpy(np.stack(real))}  # (B, F, H, W, 3)
         videos["VAE"] = decoder.decode_latents(decoder.encode_latents(videos["stimulus"]))
         for name, guidance in guidance_of.items():
-            noise = [clip_generator(0, first + i) for i in range(len(captions))]
-            text = encoded(captions)
-            video = decoder.generate(text, empty, *size, noise, config.steps, guidance)
-            videos[f"own caption, {name}"] = video
+            noise = [noise_generator(0, first + i) for i in range(len(captions))]
+            frames = decoder.generate(encoded(captions), empty, size, noise, config.steps, guidance)
+            videos[f"own caption, {name}"] = frames
         for name, frames in videos.items():
             for i, video in enumerate(frames.numpy(), first):
                 write_video(folder / name / f"{i:04d}.mp4", video, 8.5)
@@ -100,9 +100,8 @@ def main(config: Config) -> None:
     values = {attribute: sorted({clip[attribute] for clip in rows}) for attribute in ATTRIBUTES}
     judges = TOY["video_classifier"], TOY["image_classifier"]
     kinds = np.array([f"{clip['shape']} {clip['action']}" for clip in clips])
-    counts = dict(sorted(Counter(kinds.tolist()).items()))
     result = {"clips": len(clips), "subject": config.subject, "decoder": config.decoder, "right": {}}
-    result[BY_KIND] = {kind: {"clips": n} for kind, n in counts.items()}
+    result[BY_KIND] = {kind: {"clips": int((kinds == kind).sum())} for kind in np.unique(kinds).tolist()}
     with tempfile.TemporaryDirectory() as folder:
         for name in write_videos(config, clips, Path(folder)):
             files = sorted(Path(folder, name).iterdir())

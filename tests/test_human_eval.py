@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from conftest import press, run_script, wait
 from PIL import Image
-from support.experiment import door
 
 from extras import human_eval
+from support.runs import door
 
 QUESTIONS = human_eval.QUESTIONS
 METHODS = ("wholemethod-s0", "secondmethod-s0", "thirdmethod-s0")
