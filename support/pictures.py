@@ -42,20 +42,10 @@ def loss_curves(file: Path, log: Sequence[dict], labels: dict[str, str], title: 
 
 
 def near_copies(
-    file: Path, threshold: float, percent: Sequence[float], best_match: dict[str, list[float]], *old: float
+    file: Path, threshold: float, percent: Sequence[float], best_match: dict[str, list[float]]
 ) -> None:
     """The cosine above which a clip copies another, and the distributions behind it: of each the quantiles at
     `percent`."""
-    if (
-        old
-    ):  # TRANSITIONAL: train_stage2.py's call, until prepare/copies.py draws; then this block and *old go
-        from support.files import write_json
-
-        folder, best_match, percent, told = file, percent, (0, 5, 25, 50, 75, 95, 100), best_match
-        shares = {"test clips that have it": told, "training clips without it": old[0]}
-        values = {"threshold": threshold, "percent": percent, "best_match": best_match, "own caption": shares}
-        write_json(folder / "near_copies.json", values)
-        file = folder / "near_copies.png"
     curves(
         file,
         {name: (cosines, percent) for name, cosines in best_match.items()},

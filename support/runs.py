@@ -369,10 +369,10 @@ def door(main: Callable[[], int | None]) -> typing.NoReturn:
     except BAD_INPUT as error:
         say(f"error: {brief(error)}")
         status = 1
-    except torch.OutOfMemoryError as error:
-        say(
-            f"error: out of GPU memory ({str(error).splitlines()[0]}): python extras/plan.py counts what options need; try --micro_batch 1, --checkpointing or --optimizer adamw8bit"
-        )
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        fault = str(error).strip().split("\n")[0] or "no more memory"
+        options = "--micro_batch 1, --checkpointing or --optimizer adamw8bit"
+        say(f"error: out of memory ({fault}): python extras/plan.py counts what options need; try {options}")
         status = 1
     except Stopped as stopped:
         say(str(stopped))
