@@ -305,6 +305,7 @@ def test_videos_of_a_clip_each_become_a_list_by_name(release, tmp_path, monkeypa
         ("I am sorry, but I cannot see it", None),
         ("Objects:\n- cat", None),
         ("cat\ndog", None),
+        ("a cat,\na dog", None),
         (json.dumps([name for names in COCO.values() for name in names]), None),  # the list recited
         ("- " + " word" * 40, None),
     ],
