@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prepare.copies import prepare_copies, prepare_recorded
+
 REPO = Path(__file__).parents[1]
 AREAS = ["L_V1", "R_FFC", "L_MST", "hippocampus_left", "R_4"]  # of the voxels in turn; R_4 is motor cortex
 CLASSES = ["person", "animal", "vehicle", "other"]
@@ -99,6 +101,8 @@ def write_prepared(
                 )
     roi = np.array([AREAS[i % len(AREAS)] for i in range(N)])
     np.savez(folder / f"sub{subject}" / "voxels.npz", index=np.arange(N) * 7, roi=roi)
+    prepare_copies(folder / "stimuli")
+    prepare_recorded(folder / f"sub{subject}")
     return folder
 
 
