@@ -43,7 +43,7 @@ from metrics import run as reading
 from metrics.compare import compare
 from metrics.pairs import Pair, Source, other_scenes
 from metrics.parallel import in_processes
-from metrics.report import Clips, Evaluation, pictures, report
+from metrics.report import Evaluation, pictures, report
 from metrics.score import score_all
 from metrics.table import TOY, Judging, asked
 from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS, raw_folder
@@ -304,10 +304,12 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
     values = {} if recognised.right is None else {"all_attributes": recognised.right}
     recalled = None if top_1 is None else lambda i: stimulus(train[top_1[i]], films, config.seconds, settings)
     what = {name: getattr(config, name) for name in ("data", "subject", "run", "seed", "shuffle")}
-    evaluation = Evaluation(sets, out, config, absent, what, Clips(groups, values, texts, recalled))
+    evaluation = Evaluation(sets, out, config, absent, what, groups, values, texts, recalled)
     results, text = report(evaluation)
     pictures(evaluation, results)
-    print(f"{recognised.table}{text}\n\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, sheet.png ...)")
+    print(
+        f"{recognised.table}{text}\n\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, sheet.png ...)"
+    )
     return 3 if absent else 0
 
 
