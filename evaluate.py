@@ -287,9 +287,9 @@ def evaluate_run(config: Config) -> int:
     if accelerator.is_main_process:
         top_1 = write_retrieved(model, x[clips], lines, out / "retrieved.jsonl")
         near_copy = has_near_copy(test.stimuli, clips)
-        described, recognised = describe(config, out, lines, model.lines, top_1, near_copy, films)
         source = {name: getattr(config, name) for name in ("data", "subject", "run", "seed", "shuffle")}
-        evaluation = Evaluation(sets, out, config, unavailable, source, described)
+        evaluation = Evaluation(sets, out, config, unavailable, source)
+        evaluation, recognised = describe(evaluation, lines, model.lines, top_1, near_copy, films)
         results, table = report(evaluation)
         pictures(evaluation, results)
         print(f"{recognised}{table}\n\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, ...)")

@@ -110,27 +110,27 @@ def agreement(
     stimuli = recognise([out / "gt" / file for file in files], classifiers, values)
     recognised = recognise([out / "recon" / file for file in files], classifiers, values)
     shuffled = out.name.startswith("eval-shuffled")
-    this, kinds = "shuffled fMRI" if shuffled else "reconstruction", ("eval", "eval-shuffled")
-    columns = {this: shares(recognised, lines, groups), "stimulus": shares(stimuli, lines, groups)}
+    column = "shuffled fMRI" if shuffled else "reconstruction"
+    columns = {column: shares(recognised, lines, groups), "stimulus": shares(stimuli, lines, groups)}
     if top_1 is not None:
         memories = {name: [train[i][name] for i in top_1] for name in recognised}
         columns["top-1 memory"] = shares(memories, lines, groups)
     chance = {name: 1 / len(values[name]) for name in recognised}
-    by_chance = float(np.prod(list(chance.values())))
-    columns["chance"] = {name: chance.get(name, by_chance) for name in columns[this]}
+    chance_of_all = float(np.prod(list(chance.values())))
+    columns["chance"] = {name: chance.get(name, chance_of_all) for name in columns[column]}
     write_json(out / "recognised.json", {"shares": columns, "videos": files, "seen": recognised})
-    kinds = kinds[::-1] if shuffled else kinds
-    other = out.with_name(out.name.replace(*kinds, 1)) / "recognised.json"
-    theirs = read_json(other, keys={"shares": dict})["shares"] if other.is_file() else {}
+    kind, other_kind = ("eval-shuffled", "eval") if shuffled else ("eval", "eval-shuffled")
+    file = out.with_name(out.name.replace(kind, other_kind, 1)) / "recognised.json"
+    more = read_json(file, keys={"shares": dict})["shares"] if file.is_file() else {}
     # the memories and stimuli in the table are those of the reconstruction
-    columns = {**columns, **theirs} if shuffled else {**theirs, **columns}
+    columns = {**columns, **more} if shuffled else {**more, **columns}
     return Recognised(recognised, right(recognised, lines)[ALL], _table(columns, len(files)))
 
 
 def _table(columns: dict[str, dict[str, float]], clips: int) -> str:
+    text = f"{f'{clips} held-out clips, seen as shown':<36}"
     names = [name for name in COLUMNS if name in columns]
-    lines = [f"{f'{clips} held-out clips, seen as shown':<36}" + "".join(f"{name:>16}" for name in names)]
+    text += "".join(f"{name:>16}" for name in names)
     for row in columns["chance"]:
-        cells = [f"{columns[name].get(row, np.nan):>16.3f}" for name in names]
-        lines.append(f"{row:<36}" + "".join(cells))
-    return "\n".join(lines)
+        text += f"\n{row:<36}" + "".join(f"{columns[name].get(row, np.nan):>16.3f}" for name in names)
+    return text

@@ -15,11 +15,6 @@ from metrics.table import NAMES
 from support.readers import check_keys, damaged, read_json
 
 
-class Spread(NamedTuple):
-    mean: float
-    std: float | None  # None for one run
-
-
 class Runs(NamedTuple):
     """Some runs of one kind. A key is (subject, clip)."""
 
@@ -33,9 +28,9 @@ class Runs(NamedTuple):
         members = self.rows if group is None else self.groups[group]
         return [key for key in self.rows if key in members and (other is None or key in other.rows)]
 
-    def summary(self, metric: str, group: str | None = None) -> Spread | None:
-        """Mean of the runs' values of the set, or of a group of its clips, and their standard deviation; None
-        where no run has a value."""
+    def summary(self, metric: str, group: str | None = None) -> tuple[float, float | None] | None:
+        """Mean of the runs' values of the set, or of a group of its clips, and their standard deviation (None
+        for one run); None where no run has a value."""
         means = []
         for run in self.results:
             if group is None and metric in run["metrics"]:
@@ -47,7 +42,7 @@ class Runs(NamedTuple):
             means += [] if mean is None else [mean]
         if not means:
             return None
-        return Spread(float(np.mean(means)), float(np.std(means)) if len(means) > 1 else None)
+        return float(np.mean(means)), float(np.std(means)) if len(means) > 1 else None
 
     def less(self, metric: str, other: "Runs | None" = None, group: str | None = None) -> Estimate:
         """The metric less that of the other runs (of none: the metric itself) on the clips that both have,

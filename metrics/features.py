@@ -39,9 +39,6 @@ def dtc(e: np.ndarray) -> float:
     return np.mean([(e[1:] * e[:-1]).sum(1).clip(0), (e[1:] @ e[0]).clip(0)])
 
 
-# ---------------------------------------------------------------- the networks
-
-
 def clip_frames(weights: str, device: torch.device | str) -> Callable:
     """CLIP of open_clip: frames uint8 (F, H, W, 3) -> unit vectors (F, D)."""
     model, *_ = load_clip(weights)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from metrics.attributes import agreement, shown_in_training
 from metrics.pairs import Pair, Source, other_scenes
-from metrics.report import Clips
+from metrics.report import Evaluation
 from prepare.copies import far_apart
 from prepare.facts import raw_folder
 from support.files import sha256, written_whole
@@ -73,21 +73,22 @@ def pairs_of(out: Path, lines: dict[int, dict], method: str) -> dict[str, list[P
 
 
 def describe(
-    config,
-    out: Path,
+    evaluation: Evaluation,
     lines: dict[int, dict],  # of the clips
     memories: list[dict],  # lines of clips.jsonl
     top_1: np.ndarray | None,  # (clips,) of the memories
     near_copy: np.ndarray,  # (clips,) bool
     films: Films,
-) -> tuple[Clips, str]:
-    """What is known of the clips beside their videos, and the table of what classifiers see in them. The toy's groups
-    are clips whose combination of attributes training shows, and the others; elsewhere near-copies decide."""
+) -> tuple[Evaluation, str]:
+    """The evaluation with what is known of its clips beside their videos, and the table of what classifiers see in
+    them. The toy's groups are clips whose combination of attributes training shows, and the others; elsewhere
+    near-copies decide."""
+    config = evaluation.config
     groups = shown_in_training(list(lines.values()), memories)
     groups = groups or {"with a near-copy": near_copy, "without a near-copy": ~near_copy}
     groups = {name: members for name, members in groups.items() if members.any()}
     judges = (config.video_classifier, config.image_classifier)
-    recognised = agreement(out, judges, lines, memories, top_1, groups)
+    recognised = agreement(evaluation.out, judges, lines, memories, top_1, groups)
     texts = []
     for i, line in enumerate(lines.values()):
         memory = [] if top_1 is None else [memories[top_1[i]]["caption"]]
@@ -95,7 +96,8 @@ def describe(
         texts.append([line["caption"], *memory, f"seen as {as_seen}" if as_seen else ""])
     values = {} if recognised.right is None else {"all_attributes": recognised.right}
     recalled = None if top_1 is None else lambda i: films.frames(memories[top_1[i]])
-    return Clips(groups, values, texts, recalled), recognised.table
+    described = evaluation._replace(groups=groups, values=values, texts=texts, memories=recalled)
+    return described, recognised.table
 
 
 def made_by(config, settings: dict, stage2: Path) -> dict:

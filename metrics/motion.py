@@ -72,9 +72,6 @@ def warped_half_way(w: np.ndarray, frames: np.ndarray) -> np.ndarray:
     return between.round().byte().permute(0, 2, 3, 1).numpy()
 
 
-# ---------------------------------------------------------------- the networks, and the flow without one
-
-
 def load_flow(kind: str, device: torch.device | str) -> Callable:
     """Frames uint8 (F, H, W, 3) -> flow (F - 1, 2, H, W) from each to the next, by "raft" or "farneback"."""
     if kind == "farneback":

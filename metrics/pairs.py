@@ -3,7 +3,7 @@
 import math
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,13 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from support.readers import damaged
-from support.videos import SUFFIXES, Video, read_video, resized, uniform_frames
+from support.videos import SUFFIXES, read_video, resized, uniform_frames
 
 PADDING = 2  # pixels of torchvision's make_grid around and between its pictures
 BLACK = 24  # of 255: a compressed border is not quite black
-
-
-# ---------------------------------------------------------------- which videos
 
 
 class Source(NamedTuple):
@@ -106,9 +103,6 @@ def other_scenes(far: np.ndarray) -> np.ndarray:
     raise ValueError(f"--shuffle: {n} clips cannot be paired with {wanted}")
 
 
-# ---------------------------------------------------------------- one video
-
-
 class Watched:
     """A video's frames uint8 (F, H, W, 3), and what the judges make of them: each sees them once."""
 
@@ -142,32 +136,27 @@ class Watched:
 def watch(source: Source, seconds: float) -> Watched:
     """Read a video, or the half of one. Raises ValueError, naming the file. An .npy array has no times: it
     lasts `seconds`."""
-    if not source.half:
-        return Watched(*read_video(source.path, seconds))
-    frames, fps = _read(source.path, seconds, source.path.stat().st_mtime_ns)
-    return Watched(halves(frames, source.path)[source.half], fps)
+    frames, fps = read_video(source.path, seconds)
+    return Watched(_half(frames, source) if source.half else frames, fps)
 
 
-@lru_cache(2)  # both halves are asked for, one after the other
-def _read(path: Path, seconds: float, changed: int) -> Video:
-    return read_video(path, seconds)
-
-
-def halves(frames: np.ndarray, path: Path) -> dict[str, np.ndarray]:
-    """The left and right half of frames (F, H, W, 3), without the black border around and between them that
+def _half(frames: np.ndarray, source: Source) -> np.ndarray:
+    """The left or right half of frames (F, H, W, 3), without the black border around and between them that
     make_grid of torchvision puts there, as in the field's GIFs (518 x 260 for 2 x 256 x 256)."""
     _, H, W, _ = frames.shape
-    p = PADDING
     if W < 2:
-        raise damaged(path, f"frames of {H} x {W}", "two videos side by side", "leave --split out")
+        raise damaged(source.path, f"frames of {H} x {W}", "two videos side by side", "leave --split out")
+    left, right, p = slice(W // 2), slice(W - W // 2, W), PADDING
     w, odd = divmod(W - 3 * p, 2)
     if not odd and w > 0 and H > 2 * p:
+        pictures = slice(p, p + w), slice(W - p - w, W - p)
         border = np.ones((H, W), bool)
-        border[p:-p, p : p + w] = border[p:-p, -p - w : -p] = False
+        for columns in pictures:
+            border[p:-p, columns] = False
         if frames[:, border].max() <= BLACK:
             _write_once(f"--split: a black border of {p} pixels, as of make_grid, is cut off")
-            return {"left": frames[:, p:-p, p : p + w], "right": frames[:, p:-p, -p - w : -p]}
-    return {"left": frames[:, :, : W // 2], "right": frames[:, :, -(W // 2) :]}
+            frames, (left, right) = frames[:, p:-p], pictures
+    return frames[:, :, left if source.half == "left" else right]
 
 
 @cache

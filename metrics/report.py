@@ -19,31 +19,18 @@ QUOTED = Path(__file__).with_name("quoted.csv")  # Tables 1 and 2 of the paper
 COLUMNS = ("method", "metric", "mean", "std", "ci95", "chance", "shuffled", "n", "weights", "reason")
 
 
-class Clips(NamedTuple):
-    """What is known of a run's clips beside their videos."""
-
-    groups: dict[str, np.ndarray] = {}  # name: (clips,) bool, such as which of them training shows
-    values: dict[str, np.ndarray] = {}  # name: (clips,) another value of each
-    texts: list[list[str]] | None = None  # of each clip, below each column of the pictures; or its name
-    memories: Callable[[int], np.ndarray] | None = None  # clip -> the top-1 memory, uint8 (F, H, W, 3)
-
-
 class Evaluation(NamedTuple):
-    """What was scored."""
+    """What was scored, and what is known of the clips beside their videos."""
 
     sets: dict[str, list[Pair]]  # of each method the clips, in the same order
     out: Path
     config: Judging
     unavailable: dict[str, str]  # judge: why it could not be had
     provenance: dict  # of the videos
-    clips: Clips = Clips()
-
-    def folder(self, method: str) -> Path:
-        """Where a method's metrics.json goes."""
-        return self.out / method if self.config.pairs else self.out
-
-
-# ---------------------------------------------------------------- means and intervals
+    groups: dict[str, np.ndarray] = {}  # name: (clips,) bool, such as which of them training shows
+    values: dict[str, np.ndarray] = {}  # name: (clips,) another value of each
+    texts: list[list[str]] | None = None  # of each clip, below each column of the pictures; None: its name
+    memories: Callable[[int], np.ndarray] | None = None  # clip -> the top-1 memory, uint8 (F, H, W, 3)
 
 
 class Estimate(NamedTuple):
@@ -87,9 +74,6 @@ def blocks_of(clips: Sequence[str]) -> np.ndarray:
     return np.array(numbers) // BLOCK
 
 
-# ---------------------------------------------------------------- metrics.json and metrics.csv
-
-
 def summarise(method: str, run: Evaluation, known: dict[str, object]) -> dict:
     """The contents of metrics.json: all of NAMES of the set, of each group and of each clip; what made
     them."""
@@ -99,7 +83,7 @@ def summarise(method: str, run: Evaluation, known: dict[str, object]) -> dict:
         for name, key in keys_of(pair, config).items():
             values[name] = known_value(known, name, key)
             row[name] = values[name] and values[name][0]
-        for name, more in run.clips.values.items():
+        for name, more in run.values.items():
             row[name] = float(more[i])
         scored.append(values)
         rows.append(row)
@@ -107,14 +91,14 @@ def summarise(method: str, run: Evaluation, known: dict[str, object]) -> dict:
     blocks = blocks_of(clips)
     metrics = {name: _entry(name, scored, blocks, run) for name in NAMES}
     groups = {}
-    for group, members in run.clips.groups.items():
+    for group, members in run.groups.items():
         groups[group] = {"clips": clips[members].tolist()}
-        for name in (*asked(config), *run.clips.values):
-            result = estimate(name, values_of(name, rows)[members], blocks[members])
-            groups[group][name] = result._asdict()
-    options = {"size": config.size, "classifier_frames": config.classifier_frames}
-    options["trials"] = config.trials or "exact"
-    provenance = {**run.provenance, "method": method, **options, "versions": VERSIONS}
+        for name in (*asked(config), *run.values):
+            values = values_of(name, rows)[members]
+            groups[group][name] = estimate(name, values, blocks[members])._asdict()
+    frames, trials = config.classifier_frames, config.trials or "exact"
+    options = {"size": config.size, "classifier_frames": frames, "trials": trials, "versions": VERSIONS}
+    provenance = {**run.provenance, "method": method, **options}
     return {"metrics": metrics, "groups": groups, "clips": rows, "provenance": provenance}
 
 
@@ -153,8 +137,9 @@ def report(run: Evaluation) -> tuple[dict[str, dict], str]:
     reasons: dict[str, list[str]] = {}
     rows: list[Row] = []
     for method in run.sets:
+        folder = run.out / method if config.pairs else run.out
         result = results[method] = summarise(method, run, known)
-        write_json(run.folder(method) / "metrics.json", result)
+        write_json(folder / "metrics.json", result)
         rows += _rows(method, result, names, CONTROLS[bool(config.pairs)])
         for name in names:
             if reason := result["metrics"][name].get("reason"):
@@ -227,17 +212,14 @@ def table(rows: list[Row], data: str) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- pictures
-
-
 def pictures(run: Evaluation, results: dict[str, dict]) -> None:
     """sheet.png (three moments, as Figures 3 and 4) and grid.gif of six clips, chosen by `spread`; ranked.png
     of the first method's two best, median and worst by 50-way accuracy, or else SSIM."""
     complete = np.all([_valued(result["clips"]) for result in results.values()], 0)  # (clips,)
     if not complete.any():
         return
-    titles = ["stimulus", *(["top-1 memory"] if run.clips.memories else []), *run.sets]
-    chosen = spread(np.flatnonzero(complete).tolist(), 6, run.clips.groups)
+    titles = ["stimulus", *(["top-1 memory"] if run.memories else []), *run.sets]
+    chosen = spread(np.flatnonzero(complete).tolist(), 6, run.groups)
     videos, texts = _cells(run, dict.fromkeys(chosen, ""))
     contact_sheet(run.out / "sheet.png", videos, texts, titles)
     grid_gif(run.out / "grid.gif", videos, texts, titles, run.config.seconds)
@@ -271,10 +253,10 @@ def _cells(run: Evaluation, clips: dict[int, str]) -> tuple[list[list[np.ndarray
         H, W = videos[0].frames.shape[1:3]
         size = (256, round(W * 256 / H)) if H > 256 else (H, W)
         cells = [video.seen(video.uniform(min(60, len(video))), size) for video in videos]
-        if run.clips.memories:
-            cells.insert(1, run.clips.memories(i))
-        first, *others = run.clips.texts[i] if run.clips.texts else [pairs[0].name, *[""] * len(pairs)]
-        groups = [f" [{name}]" for name, members in run.clips.groups.items() if members[i]]
+        if run.memories:
+            cells.insert(1, run.memories(i))
+        first, *others = run.texts[i] if run.texts else [pairs[0].name, *[""] * len(pairs)]
+        groups = [f" [{name}]" for name, members in run.groups.items() if members[i]]
         rows.append(cells)
         labels.append([words + first + "".join(groups), *others])
     return rows, labels

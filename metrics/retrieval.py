@@ -25,14 +25,14 @@ def retrieval(f: Tensor, e: Tensor, other: np.ndarray, n: int = WAYS) -> tuple[f
     S = (f @ e.T).double().numpy().round(6)  # (clips, clips); what is equal up to rounding is equally similar
     if not np.isfinite(S).all():
         raise ValueError("the Brain Model's output is not finite: train it again with a lower --lr")
-    own = S.diagonal()[:, None]  # (clips, 1)
-    better = (S > own).sum(1)  # (clips,)
-    equal = (S == own).sum(1)  # (clips,) itself, too
+    correct = S.diagonal()[:, None]  # (clips, 1)
+    better = (S > correct).sum(1)  # (clips,)
+    equal = (S == correct).sum(1)  # (clips,) itself, too
     top_1, top_5 = (np.clip((m - better) / equal, 0, 1).mean() for m in (1, 5))
-    others = other.sum(1)  # (clips,)
-    above = (other & (S >= own)).sum(1)  # (clips,) of n - 1 drawn none may be among these
-    n = min(n, int(others.min()) + 1)
-    n_way = hypergeom.cdf(0, others, above, n - 1).mean() if n > 1 else 1.0
+    candidates = other.sum(1)  # (clips,)
+    above = (other & (S >= correct)).sum(1)  # (clips,) of n - 1 drawn none may be among these
+    n = min(n, int(candidates.min()) + 1)
+    n_way = hypergeom.cdf(0, candidates, above, n - 1).mean() if n > 1 else 1.0
     return float(top_1), float(top_5), float(n_way)
 
 
@@ -58,12 +58,12 @@ def scores(
     f_c = torch.cat([model(part.to(device))[0].float().cpu() for part in x.split(64)])  # (clips, D)
     e_img, f_a, logits = (v.float().cpu() for v in heads(f_c.to(device), targets["e_img"].to(device)))
     model.train(was_training)
-    rows = {}
     pairs = {"image": (f_c, e_img), "text": (f_c, targets["e_txt"]), "action": (f_a, targets["e_act"])}
+    rows = {}
     for name, (f, e) in pairs.items():
-        top_1, top_5, n_way = retrieval(f, e, other)
-        rows |= {f"{name} top-1": top_1, f"{name} top-5": top_5, f"{name} {WAYS}-way": n_way}
-    return rows | {"category mAP": average_precision(logits.numpy(), targets["categories"].numpy())}
+        rows[f"{name} top-1"], rows[f"{name} top-5"], rows[f"{name} {WAYS}-way"] = retrieval(f, e, other)
+    rows["category mAP"] = average_precision(logits.numpy(), targets["categories"].numpy())
+    return rows
 
 
 def with_controls(
@@ -73,19 +73,19 @@ def with_controls(
     drawn once; "chance" what guessing reaches."""
     n, ways = len(x), min(WAYS, int(other.sum(1).min()) + 1)  # fewer ways where the test set is small
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    chance = {}
-    for name in ("image", "text", "action"):
-        chance |= {f"{name} top-1": 1 / n, f"{name} top-5": 5 / n, f"{name} {WAYS}-way": 1 / ways}
-    labels = targets["categories"].float()  # (clips, classes)
-    chance["category mAP"] = float(labels.mean(0)[labels.any(0)].mean())
     fmri = scores(model, heads, x, targets, other)
-    return {"fmri": fmri, "shuffled": scores(model, heads, x[order], targets, other), "chance": chance}
+    shuffled = scores(model, heads, x[order], targets, other)
+    labels = targets["categories"].float()  # (clips, classes)
+    by_guessing = {"top-1": 1 / n, "top-5": 5 / n, f"{WAYS}-way": 1 / ways}
+    by_guessing["mAP"] = float(labels.mean(0)[labels.any(0)].mean())
+    chance = {name: by_guessing[name.split()[1]] for name in fmri}
+    return {"fmri": fmri, "shuffled": shuffled, "chance": chance}
 
 
 def table(columns: dict[str, dict[str, float]], title: str) -> str:
     """`with_controls` as lines of text."""
     lines = [f"{title:<28}{'fMRI':>9}{'shuffled':>10}{'chance':>9}"]
     for name in columns["fmri"]:
-        fmri, shuffled, chance = (columns[column][name] for column in ("fmri", "shuffled", "chance"))
-        lines.append(f"{name:<28}{fmri:>9.3f}{shuffled:>10.3f}{chance:>9.3f}")
+        cells = f"{columns['shuffled'][name]:>10.3f}{columns['chance'][name]:>9.3f}"
+        lines.append(f"{name:<28}{columns['fmri'][name]:>9.3f}{cells}")
     return "\n".join(lines)

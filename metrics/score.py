@@ -26,8 +26,6 @@ from metrics.table import LOADERS, METRICS, Metric, asked
 from support.files import sha256
 from support.readers import damaged
 
-# ---------------------------------------------------------------- what makes a value
-
 
 def _versions() -> dict[str, str]:
     libraries = "numpy scipy scikit-image opencv-python-headless av torch torchvision transformers"
@@ -39,9 +37,8 @@ def _versions() -> dict[str, str]:
 
 
 VERSIONS = _versions()
-MODULES = ("table", "classes", "pixels", "features", "motion", "pairs", "score")
-_FILES = [Path(__file__).with_name(f"{name}.py") for name in MODULES]
-CODE = sha256(*_FILES, Path(prepare.encoders.__file__), Path(support.videos.__file__))
+_ROOM = sorted(Path(__file__).parent.glob("*.py"))
+CODE = sha256(*_ROOM, Path(prepare.encoders.__file__), Path(support.videos.__file__))
 
 
 def digest(path: Path) -> str:
@@ -106,9 +103,6 @@ def known_value(known: dict[str, object], name: str, key: str) -> list[float | N
     return value if valid else None
 
 
-# ---------------------------------------------------------------- scoring
-
-
 def score_all(sets: dict[str, list[Pair]], config, out: Path, accelerator: Accelerator) -> dict[str, str]:
     """`score`, shared over the processes; returns when all are done."""
     work = partial(score, sets, config, out, accelerator.device)
@@ -171,9 +165,7 @@ def _values(pair: Pair, keys: dict[str, str], config, judges: "Judges", read: Ca
             control = _measure(metric, judge, config, [pred, other]) if metric.of_gt else None
             values[key] = [value, control]
             if metric.chance and config.trials:
-                values[key] = [
-                    _by_trials(p, config.trials, [k, int(key, 16)]) for k, p in enumerate(values[key])
-                ]
+                values[key] = _by_trials(values[key], config.trials, int(key, 16))
     return values
 
 
@@ -184,9 +176,10 @@ def _measure(metric: Metric, judge: Callable | None, config, videos: list[Watche
     return float(np.mean(metric.formula(*metric.picks(judge, config, *videos))))
 
 
-def _by_trials(p: float | None, trials: int, seed: list[int]) -> float | None:
-    """The share of so many trials that succeed, each with probability p."""
-    return None if p is None else np.random.default_rng(seed).binomial(trials, p) / trials
+def _by_trials(values: list[float | None], trials: int, seed: int) -> list[float | None]:
+    """Of each probability the share of so many trials that succeed."""
+    rngs = [np.random.default_rng([k, seed]) for k in range(len(values))]
+    return [p and rng.binomial(trials, p) / trials for p, rng in zip(values, rngs, strict=True)]
 
 
 class Judges:
