@@ -1,0 +1,247 @@
+"""The shapes of each line of the method, at the sizes of the toy and of the paper.
+
+A training step of both stages runs, its batches of zeros, its models on meta tensors, which have a shape and no
+numbers. A tracer looks at the first call of each function: at its arguments, at what each statement assigns, and at
+what it returns.
+"""
+
+import ast
+import sys
+from collections import ChainMap
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType, SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_stage1
+import train_stage2
+from data import Clips, memories
+from evaluate import CineNeuron
+from heads import ImageAggregator
+from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories, TopTextMemory
+from prepare import facts
+from support.pipelines import latent_shape
+from support.readers import read_json
+from video_decoder import VideoDecoder
+
+ROOT = Path(__file__).parents[2]
+TOY = {"volumes": 1, "voxels": 1300, "frames": 8, "embed_dim": 64, "classes": 5}  # as prepared, subject 1
+DATA = {"toy": TOY, "cc2017": facts.PUBLISHED["cc2017"]}
+SIZES = ("B", "T", "N", "L", "D_txt")  # variables that hold a size
+CPU, META = torch.device("cpu"), torch.device("meta")
+LAYERS = 1  # of Brain Model and DiT: more would change no shape
+
+
+# ---------------------------------------------------------------- the tracer
+
+
+@dataclass
+class Statement:
+    """A statement, or the header of a compound one."""
+
+    last_line: int
+    names: list[str]  # what it assigns, or the arguments of a function
+    returns: bool
+    is_with: bool
+
+
+class Tracer:
+    """shapes: (module, line) -> {name: shape} of what ran in these files while `tracing`."""
+
+    def __init__(self, files: list[Path]):
+        self.shapes: dict[tuple[str, int], dict[str, str]] = {}
+        self.statements = {str(file): statements(file) for file in files}
+        self.called: set[CodeType] = set()
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        before = sys.gettrace()
+        sys.settrace(self._enter)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+    def _enter(self, frame: FrameType, event: str, arg: object):
+        """What `sys.settrace` calls for each function; returns what it is to call for each line of it."""
+        code, file = frame.f_code, frame.f_code.co_filename
+        if file not in self.statements or code in self.called or code.co_name.startswith("<"):
+            return None
+        self.called.add(code)
+        module, by_line = Path(file).stem, self.statements[file]
+        statement = by_line[code.co_firstlineno]
+
+        def step(frame: FrameType, event: str, arg: object):
+            nonlocal statement
+            following = by_line.get(frame.f_lineno) if event == "line" else None
+            if following and following is statement:  # it has several lines
+                return step
+            seen = self.shapes.setdefault((module, statement.last_line), {}) if statement else {}
+            for name in statement.names if statement else ():
+                if name in frame.f_locals:
+                    seen |= shapes_of(name, frame.f_locals[name]) | seen
+            if event == "return" and statement and statement.returns:
+                seen |= shapes_of("returns", arg)
+            leaves_with = following and following.is_with and statement and statement.returns
+            statement = statement if leaves_with else following
+            return step
+
+        return step
+
+
+def statements(file: Path) -> dict[int, Statement]:
+    """Line -> the statement that it belongs to."""
+    by_line: dict[int, Statement] = {}
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.stmt):
+            continue
+        body, names = getattr(node, "body", None), []
+        if isinstance(node, ast.FunctionDef):
+            names = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
+        for target in getattr(node, "targets", None) or [getattr(node, "target", None)]:
+            parts = ast.walk(target) if target else ()
+            names += [part.id for part in parts if isinstance(part, ast.Name) and part.id != "_"]
+        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+        last = max(node.lineno, body[0].lineno - 1 if body else node.end_lineno)
+        statement = Statement(last, names, isinstance(node, ast.Return), isinstance(node, ast.With))
+        by_line |= dict.fromkeys(range(first, last + 1), statement)
+    return by_line
+
+
+def shapes_of(name: str, value: object) -> dict[str, str]:
+    """Of a tensor or an array, of a few in a tuple, of the fields that a function returns; of a size its number."""
+    if isinstance(value, Tensor | np.ndarray):
+        return {name: str(tuple(value.shape)) if value.ndim else "scalar"}
+    if type(value) is int and name in SIZES:
+        return {name: str(value)}
+    if name == "returns" and hasattr(value, "_asdict"):
+        fields = (shapes_of(f".{field}", x) for field, x in value._asdict().items())
+        return dict(ChainMap(*reversed(list(fields))))
+    if isinstance(value, tuple | list) and 0 < len(value) <= 4 and all(isinstance(x, Tensor) for x in value):
+        return {name: " ".join(shapes_of("", x)[""] for x in value)}
+    return {}
+
+
+# ---------------------------------------------------------------- what runs
+
+
+class NoNumbers(TorchDispatchMode):
+    """A meta tensor has no value: whatever asks for one gets 0 or False."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return False if args[0].dtype == torch.bool else 0
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == CPU:
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=CPU)
+        return func(*args, **kwargs)
+
+
+class EmptyClips(Clips):
+    """The training clips of a dataset, all numbers 0, without a file."""
+
+    def __init__(self, n: int, sizes: dict[str, int], batch_size: int, voxel_dropout: float):
+        T, N, F, D = sizes["volumes"], sizes["voxels"], sizes["frames"], sizes["embed_dim"]
+        self.lines, self.roi, self.voxels, self.latents = [{}] * n, np.empty(N, str), slice(None), None
+        self.fmri, self.recorded = zeros(n, 1, T, N), np.ones((n, 1), bool)
+        self.e_img, self.e_txt, self.e_act = zeros(n, F, D), zeros(n, D), zeros(n, D)
+        self.categories = zeros(n, sizes["classes"])
+        self.seed, self.batch_size, self.voxel_dropout, self.condition_dropout = (
+            0,
+            batch_size,
+            voxel_dropout,
+            0.1,
+        )
+        excluded = np.zeros((batch_size, n), bool)
+        self.recall = SimpleNamespace(
+            trained=np.arange(n), hidden_captions=0.5, excluded=lambda clips, hidden: excluded
+        )
+
+
+def zeros(*shape: int) -> np.ndarray:
+    """Zeros that take no memory."""
+    return np.broadcast_to(np.float32(0), shape)
+
+
+def empty_decoder(data: str, config: train_stage2.Config, L: int) -> VideoDecoder:
+    """The video decoder of a dataset, one layer deep, without weights."""
+    dit, vae = facts.WAN_1_3B["transformer"], facts.WAN_1_3B["vae"]
+    if data == "toy":
+        dit, vae = (read_json(ROOT / "toy" / "wan" / part / "config.json") for part in ("transformer", "vae"))
+    with CPU:  # it has numbers
+        scheduler = UniPCMultistepScheduler(flow_shift=3.0)
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=AutoencoderKLWan.from_config(vae),
+        scheduler=scheduler,
+        transformer=WanTransformer3DModel.from_config({**dit, "num_layers": LAYERS}),
+    )
+    return VideoDecoder(pipe, L, dit, config.lora_rank, config.lora_alpha)
+
+
+def run(data: str, tracer: Tracer) -> dict[str, str]:
+    """A step of both stages at the sizes of a dataset, traced. Returns the sizes, by the paper's symbols."""
+    sizes, (segments, clips) = DATA[data], facts.SIZES[data]["train"]
+    one, two = (stage.parse(["--data", data]) for stage in (train_stage1, train_stage2))
+    one.layers, one.checkpointing, one.precision, two.precision = LAYERS, False, "fp32", "fp32"
+    n, D, L = segments * clips, sizes["embed_dim"], one.tokens
+    no_autocast = patch.object(torch, "autocast", lambda *args, **options: nullcontext())  # meta has none
+    train = EmptyClips(n, sizes, one.batch_size, one.dropout)
+    with tracer.tracing():
+        batch = train.batch(0)
+    with no_autocast, NoNumbers():
+        with META:
+            brain_model, heads = train_stage1.build(one, sizes)
+        with tracer.tracing():
+            train_stage1.train_step(brain_model, heads, batch.to(META), one)
+
+    with META:
+        decoder = empty_decoder(data, two, L)
+        D_txt = decoder.text_width
+        mom = MixtureOfMemories(L, one.width, D, D_txt, two.K, two.attention_heads, two.alpha, one.tau)
+    train = EmptyClips(n, sizes, two.batch_size, one.dropout)
+    train.latents = zeros(n, *latent_shape(decoder, two.frames, two.height, two.width))
+    train.texts, train.text_file = zeros(n, 1, D_txt), None
+    with tracer.tracing():
+        batch, (e, captions) = train.batch(0), memories(train, ImageAggregator(sizes["frames"]))
+    settings = vars(two) | {"stage1_config": vars(one)}
+    with no_autocast, NoNumbers(), META:
+        pool, empty = MemoryPool(e, captions).to(META), torch.empty(L, D_txt)
+        model = CineNeuron(settings, brain_model, heads, mom, pool, decoder, empty, train.lines, {})
+    with no_autocast, NoNumbers():
+        with tracer.tracing():
+            train_stage2.train_step(model, batch.to(META), two)
+            f_c, f_e = brain_model(batch.x.to(META))
+            for ablation in (TopTextMemory(L, two.K), DirectProjection(one.width, D_txt).to(META)):
+                ablation(f_e, heads.queries(f_c), pool)
+    return {
+        "B": f"{one.batch_size}, {two.batch_size}",
+        "b": f"{two.micro_batch}",
+        "T": f"{sizes['volumes']}",
+        "N": f"{sizes['voxels']:,}; {n:,}",
+        "L": f"{L}",
+        "D'": f"{one.width}",
+        "r": f"{one.rank}",
+        "D": f"{D}",
+        "F": f"{sizes['frames']}",
+        "K": f"{two.K}",
+        "D_{txt}": f"{D_txt}",
+        "y": " × ".join(map(str, train.latents.shape[1:])),
+        "classes": f"{sizes['classes']}",
+    }
+
+
+def traced(data: str, files: list[Path]) -> tuple[dict[tuple[str, int], dict[str, str]], dict[str, str]]:
+    """(module, line) -> {name: shape} of the files, at the sizes of a dataset; and these sizes."""
+    tracer = Tracer(files)
+    sizes = run(data, tracer)
+    return {line: shapes for line, shapes in tracer.shapes.items() if shapes}, sizes
