@@ -56,13 +56,13 @@ def scores(
     model.eval()
     device = next(model.parameters()).device
     f_c = torch.cat([model(part.to(device))[0].float().cpu() for part in x.split(64)])  # (clips, D)
-    e_img, f_a, logits = (v.float().cpu() for v in heads(f_c.to(device), targets["e_img"].to(device)))
+    e_img, f_a, logits = (v.float().cpu() for v in heads(f_c.to(device), targets.e_img.to(device)))
     model.train(was_training)
-    pairs = {"image": (f_c, e_img), "text": (f_c, targets["e_txt"]), "action": (f_a, targets["e_act"])}
+    pairs = {"image": (f_c, e_img), "text": (f_c, targets.e_txt), "action": (f_a, targets.e_act)}
     rows = {}
     for name, (f, e) in pairs.items():
         rows[f"{name} top-1"], rows[f"{name} top-5"], rows[f"{name} {WAYS}-way"] = retrieval(f, e, other)
-    rows["category mAP"] = average_precision(logits.numpy(), targets["categories"].numpy())
+    rows["category mAP"] = average_precision(logits.numpy(), targets.categories.numpy())
     return rows
 
 
@@ -75,7 +75,7 @@ def with_controls(
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     fmri = scores(model, heads, x, targets, other)
     shuffled = scores(model, heads, x[order], targets, other)
-    labels = targets["categories"].float()  # (clips, classes)
+    labels = targets.categories.float()  # (clips, classes)
     by_guessing = {"top-1": 1 / n, "top-5": 5 / n, f"{WAYS}-way": 1 / ways}
     by_guessing["mAP"] = float(labels.mean(0)[labels.any(0)].mean())
     chance = {name: by_guessing[name.split()[1]] for name in fmri}
