@@ -81,7 +81,8 @@ def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
             ("test", "test", world.TEST_SEGMENTS, world.TEST_CLIPS, world.TEST_REPEATS),
         ):
             for s in range(segments):
-                segment, part = f"{prefix}{s + 1}", slice(start, start + length)
+                segment = f"{prefix}{s + 1}"
+                part = slice(start, start + length)
                 for i, clip in enumerate(clips[part]):
                     place = {"split": split, "segment": segment, "clip": i}
                     facts = {"caption": clip.caption, "categories": [clip.shape]}
@@ -141,7 +142,8 @@ def prepare_toy(
     """
     check_subject("toy", subject)
     raw, stimuli = raw_folder("toy", subject, root), stimuli_folder("toy", subject, root)
-    folder, recipe = root / "toy" / f"sub{subject}", toy_recipe(subject)
+    folder = root / "toy" / f"sub{subject}"
+    recipe = toy_recipe(subject)
     size = size or VIDEO["toy"]
     # what loads open_clip or diffusers is imported only where something is to be made
     if not _is_prepared(folder, stimuli, recipe):
@@ -149,9 +151,9 @@ def prepare_toy(
         from prepare.stimuli import prepare_stimuli
 
         make_toy(raw, seed=subject - 1)
-        release, captions = ToyRelease(raw, subject), raw / "captions.jsonl"
+        release = ToyRelease(raw, subject)
         prepare_fmri(release, folder, recipe)
-        lists = {"train": captions, "test": captions}
+        lists = dict.fromkeys(release.splits, raw / "captions.jsonl")
         prepare_stimuli(release, stimuli, lists, f"local-dir:{HERE / 'clip'}", str(HERE / "viclip"))
         # TODO: prepare_copies(...) of prepare/copies.py here, and its files in _is_prepared
     if decoder is not None and not _decoder_is_prepared(stimuli, decoder, size):
