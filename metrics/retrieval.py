@@ -7,6 +7,8 @@ top-1, top-5    share of the clips whose own embedding is the most similar to th
 category mAP    mean over the categories of the average precision. Chance: their frequency
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from scipy.stats import hypergeom
@@ -48,10 +50,10 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
 
 @torch.inference_mode()
 def scores(
-    model: nn.Module, heads: nn.Module, x: Tensor, targets: dict[str, Tensor], other: np.ndarray
+    model: nn.Module, heads: nn.Module, x: Tensor, targets: NamedTuple, other: np.ndarray
 ) -> dict[str, float]:
     """Brain Model and heads on x (clips, T, N) z-scored fMRI of clips with these targets, those of
-    ClipDataset.targets. The names are the table's rows."""
+    data.Clips.targets. The names are the table's rows."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -67,7 +69,7 @@ def scores(
 
 
 def with_controls(
-    model: nn.Module, heads: nn.Module, x: Tensor, targets: dict[str, Tensor], other: np.ndarray
+    model: nn.Module, heads: nn.Module, x: Tensor, targets: NamedTuple, other: np.ndarray
 ) -> dict[str, dict[str, float]]:
     """The table's columns: "fmri" the `scores`; "shuffled" those with the fMRI of other clips, in an order
     drawn once; "chance" what guessing reaches."""
