@@ -40,6 +40,7 @@ from brain_model import BrainModel
 from data import ClipDataset, DecoderData, best_match, far_apart, held_out_clips, mean_frames, memories
 from heads import Stage1Heads
 from metrics import run as reading
+from metrics.attributes import agreement, shown_in_training
 from metrics.compare import compare
 from metrics.pairs import Pair, Source, other_scenes
 from metrics.parallel import in_processes
@@ -216,8 +217,6 @@ def reconstruct(
 def groups_of(train: ClipDataset, test: ClipDataset, clips: np.ndarray) -> dict[str, np.ndarray]:
     """Test clips whose like was seen in training, and those whose was not: {name: (clips,) bool}. In the toy
     world the like is the same combination of attributes, else a near-copy (data.near_copy_threshold)."""
-    from metrics.attributes import shown_in_training
-
     named = shown_in_training([test.clips[i] for i in clips], train.clips)
     if not named:
         alike = best_match(mean_frames(test.e_img[clips]), mean_frames(train.e_img))
@@ -287,8 +286,6 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
         return 0
 
     # ---- what was remembered, and what is recognised
-    from metrics.attributes import agreement
-
     groups = groups_of(model.train, test, clips)
     lines, top_1 = (
         list(shown.values()),
@@ -307,9 +304,8 @@ def evaluate_run(config: Config, accelerator: Accelerator) -> int:
     evaluation = Evaluation(sets, out, config, absent, what, groups, values, texts, recalled)
     results, text = report(evaluation)
     pictures(evaluation, results)
-    print(
-        f"{recognised.table}{text}\n\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, sheet.png ...)"
-    )
+    text = f"{recognised.table}{text}"
+    print(f"{text}\n\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, sheet.png ...)")
     return 3 if absent else 0
 
 
