@@ -196,8 +196,8 @@ def classes_of(file: Path) -> list[str]:
 
 
 def voxels_of(rois: str, areas: np.ndarray, folder: Path) -> np.ndarray:
-    """Indices of the voxels in regions such as "visual,hippocampus"; areas (N,) of each voxel, prepared in folder.
-    Raises ValueError for an unknown region and for one without a voxel."""
+    """Indices of the voxels in regions such as "visual,hippocampus"; areas (N,) of each voxel, prepared in
+    folder. Raises ValueError for an unknown region and for one without a voxel."""
     regions = rois.split(",")
     unknown = sorted(set(regions) - set(ROIS))
     if unknown:
