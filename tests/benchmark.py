@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from brain_model import BrainModel  # noqa: E402
+from data import Batch, Clips  # noqa: E402
 from heads import Stage1Heads, stage1_loss  # noqa: E402
 from prepare.viclip import ViCLIP, ViCLIPConfig  # noqa: E402
 from video_decoder import VideoDecoder  # noqa: E402
@@ -54,11 +55,7 @@ def fastest(function, repeats: int = 5) -> float:
 def voxel_regression(B: int = 1) -> None:
     """Contract N voxels to L tokens, then lift to D' (here, r = 1), against the parent's order: lift each
     voxel, then contract."""
-    contract, lift = (
-        torch.randn(L, N) / N**0.5,
-        torch.randn(WIDTH),
-    )  # r = 1: a token keeps one number of each volume
-    x = torch.randn(B, N)
+    contract, lift, x = torch.randn(L, N) / N**0.5, torch.randn(WIDTH), torch.randn(B, N)
 
     def ours() -> torch.Tensor:
         return (x @ contract.T)[..., None] * lift  # (B, L, D')
@@ -69,9 +66,8 @@ def voxel_regression(B: int = 1) -> None:
     error = float((ours() - parents()).abs().max())
     speed = fastest(parents, 2) / fastest(ours)
     work = (N * WIDTH + N * L * WIDTH) / (N * L + L * WIDTH)
-    print(
-        f"voxel regression, N = {N:,}: {work:,.0f} times fewer multiply-adds, {speed:,.0f} times faster, same output to {error:.0e}"
-    )
+    print(f"voxel regression, N = {N:,}: {work:,.0f} times fewer multiply-adds,", end=" ")
+    print(f"{speed:,.0f} times faster, same output to {error:.0e}")
 
 
 def preprocessing(voxels: int = 8192) -> None:
@@ -90,67 +86,63 @@ def preprocessing(voxels: int = 8192) -> None:
     error = np.abs(polyfit() - preprocess_run(run, 3, 240)).max()
     slow, fast = fastest(polyfit, 3), fastest(lambda: preprocess_run(run, 3, 240), 3)
     print(
-        f"preprocessing of a run, 245 x {voxels:,}: {slow / fast:.1f} times faster than np.polyfit of all voxels",
+        f"preprocessing of a run, 245 x {voxels:,}: {slow / fast:.1f} times faster than np.polyfit of all",
         end=" ",
     )
-    print(f"at once ({1e6 * fast / voxels:.1f} us a voxel), same to {error:.0e}")
+    print(f"voxels at once ({1e6 * fast / voxels:.1f} us a voxel), same to {error:.0e}")
 
 
-def reading(batch: int = 144, steps: int = 60) -> None:
+def reading(batch: int = 144, steps: int = 60, clips: int = 4_320) -> None:
     """Batches of training clips from memory-mapped files of cc2017's size, and the first batch of a dataset
-    ten times as large."""
-    from data import ClipDataset
-    from support.files import add_to_manifest
-
-    rng = np.random.default_rng(0)
+    ten times as large, whose files are sparse."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for name, clips, part in (
-            ("cc2017", 4_320, 4_320),
-            ("cinebrain", 43_200, 4),
-        ):  # the large one is a sparse file
-            here, stimuli = root / name / "sub3", root / name / "stimuli" / "train"
-            shapes = {
-                here / "train" / "fmri.npy": (clips, 2, 1, N),
-                stimuli / "e_img.npy": (clips, 8, 768),
-                stimuli / "e_txt.npy": (clips, 768),
-            }
-            shapes |= {stimuli / "e_act.npy": (clips, 768), stimuli / "categories.npy": (clips, 12)}
-            for path, shape in shapes.items():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                dtype = "uint8" if path.stem == "categories" else "float32"
-                array = np.lib.format.open_memmap(path, "w+", dtype=dtype, shape=shape)
-                for i in range(part):
-                    array[i] = 1 if path.stem == "categories" else rng.standard_normal(1)
-                add_to_manifest(path, array, {"classes": ["a"] * 12}, None)
-            np.savez(
-                here / "voxels.npz",
-                index=np.arange(N),
-                roi=np.array(["L_V1", "R_FFC", "L_4"])[np.arange(N) % 3],
-            )
-            clip = {
-                "id": "seg1-000",
-                "segment": "seg1",
-                "video": "seg1.mp4",
-                "start_s": 0.0,
-                "caption": "a dog",
-                "tags": [],
-                "categories": [],
-            }
-            (stimuli / "clips.jsonl").write_text((json.dumps(clip) + "\n") * clips)
+        for name, n, filled in (("cc2017", clips, clips), ("cinebrain", 10 * clips, 4)):
+            write_sparse(root / name, n, filled)
             for rois in (None, "visual"):
                 start = time.perf_counter()
-                train = ClipDataset(name, 3, "train", rois, root)
-                train.batch(np.arange(batch), 0, 0)
-                first = time.perf_counter() - start
-                order, start = rng.permutation(clips), time.perf_counter()
-                for step in range(steps if name == "cc2017" else 0):
-                    train.batch(order[np.arange(step * batch, (step + 1) * batch) % clips], 0, step)
-                rate = steps * batch / (time.perf_counter() - start)
-                speed = f", then {rate:,.0f} clips/s in batches of {batch}" if name == "cc2017" else ""
-                print(
-                    f"reading {clips:,} clips x {N:,} voxels, rois {rois}: first batch {first:.2f} s{speed}"
-                )
+                train = Clips(name, 3, "train", rois, root=root, batch_size=batch)
+                train.batch(0)
+                text = f"first batch {time.perf_counter() - start:.2f} s"
+                if name == "cc2017":
+                    start = time.perf_counter()
+                    for step in range(steps):
+                        train.batch(step)
+                    rate = steps * batch / (time.perf_counter() - start)
+                    text += f", then {rate:,.0f} clips/s in batches of {batch}"
+                print(f"reading {n:,} clips x {N:,} voxels, rois {rois}: {text}")
+
+
+def write_sparse(root: Path, clips: int, filled: int) -> None:
+    """Prepared files of subject 3; the first clips are filled."""
+    from support.files import add_to_manifest
+
+    rng, folder, stimuli = np.random.default_rng(0), root / "sub3", root / "stimuli"
+    embeddings = {f"e_{kind}.npy": (clips, 768) for kind in ("txt", "act")}
+    files = {stimuli / "train" / name: (shape, "float32") for name, shape in embeddings.items()}
+    files[stimuli / "train" / "e_img.npy"] = (clips, 8, 768), "float32"
+    files[folder / "train" / "fmri.npy"] = (clips, 2, 1, N), "float32"
+    files[folder / "train" / "recorded.npy"] = (clips, 2), "bool"
+    files[stimuli / "train" / "categories.npy"] = (clips, 12), "uint8"
+    files[stimuli / "train" / "near_copies.npy"] = (clips, -(-clips // 8)), "uint8"
+    files[stimuli / "train" / "captions.npy"] = (clips,), "int64"
+    files[stimuli / "test" / "captions.npy"] = (1,), "int64"
+    for path, (shape, dtype) in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array = np.lib.format.open_memmap(path, "w+", dtype=dtype, shape=shape)
+        if dtype == "float32":
+            for i in range(filled):
+                array[i] = rng.standard_normal(1)
+        elif path.name == "recorded.npy":
+            array[:] = True
+        elif path.name == "captions.npy":
+            array[:] = np.arange(len(array))
+        add_to_manifest(path, array, {"classes": ["a"] * 12}, None)
+    areas = np.array(["L_V1", "R_FFC", "L_4"])[np.arange(N) % 3]
+    np.savez(folder / "voxels.npz", index=np.arange(N), roi=areas)
+    line = {"id": "seg1-000", "segment": "seg1", "video": "seg1.mp4", "start_s": 0.0}
+    line |= {"caption": "a dog", "tags": [], "categories": []}
+    (stimuli / "train" / "clips.jsonl").write_text((json.dumps(line) + "\n") * clips)
 
 
 def stream() -> None:
@@ -161,19 +153,16 @@ def stream() -> None:
         folder = Path(folder)
         write_purdue(folder / "raw", train_segments=4, test_segments=1, test_repeats=2)
         fmri = folder / "raw" / "subject1" / "fmri"
-        for split, segments, repeats in (
-            ("seg", 18, 2),
-            ("test", 5, 10),
-        ):  # the runs that a miniature lacks are links to those it has
+        # the runs that a miniature lacks are links to those it has
+        for split, segments, repeats in (("seg", 18, 2), ("test", 5, 10)):
             for s in range(1, segments + 1):
                 for r in range(1, repeats + 1):
                     run = fmri / f"{split}{s}" / "cifti" / f"{split}{s}_{r}_Atlas.dtseries.nii"
                     run.parent.mkdir(parents=True, exist_ok=True)
                     source = f"seg{(s - 1) % 4 + 1}" if split == "seg" else "test1"
+                    name = f"{source}_{(r - 1) % 2 + 1}_Atlas.dtseries.nii"
                     if not run.exists():
-                        os.link(
-                            fmri / source / "cifti" / f"{source}_{(r - 1) % 2 + 1}_Atlas.dtseries.nii", run
-                        )
+                        os.link(fmri / source / "cifti" / name, run)
                 if not (video := folder / "raw" / "stimuli" / f"{split}{s}.mp4").exists():
                     os.link(folder / "raw" / "stimuli" / "seg1.mp4", video)
         code = (
@@ -226,9 +215,7 @@ def search(D: int = 768, K: int = 5) -> None:
     from mixture_of_memories import mixture_scores
 
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    sizes = [
-        n for n in (10**3, 10**4, 10**5, 10**6) if 3 * D * 4 * n < 0.7 * free
-    ]  # one pool, made once and sliced
+    sizes = [n for n in (10**3, 10**4, 10**5, 10**6) if 3 * D * 4 * n < 0.7 * free]  # one pool, sliced
     e = torch.empty(max(sizes), 3, D)
     for part in e.split(20_000):
         part.normal_().div_(part.norm(dim=-1, keepdim=True))
@@ -258,9 +245,8 @@ def n_way(clips: int = 1200, classes: int = 400) -> float:
     rng, total = np.random.default_rng(0), 0.0
     np.random.seed(0)
     logits = rng.normal(size=(clips, classes)).astype(np.float32)
-    p = torch.from_numpy(logits + rng.normal(size=logits.shape).astype(np.float32)).softmax(
-        -1
-    )  # predictions resemble the stimuli
+    noise = rng.normal(size=logits.shape).astype(np.float32)
+    p = torch.from_numpy(logits + noise).softmax(-1)  # predictions resemble the stimuli
     gt = logits.argsort(1)[:, -3:]
     for n in (2, 50):
         start = time.process_time()
@@ -269,9 +255,10 @@ def n_way(clips: int = 1200, classes: int = 400) -> float:
         exact, fast = n_way_top_k(p, gt, n), fastest(lambda n=n: n_way_top_k(p, gt, n))
         error = np.sqrt((exact * (1 - exact)).mean() / 100 / clips)
         print(
-            f"{n}-way, {clips:,} clips: {slow / fast:,.0f} times faster ({slow:.1f} s, {1e3 * fast:.1f} ms); {exact.mean():.4f} exactly, "
-            f"{drawn.mean():.4f} by 100 trials, whose error is {error:.4f}"
+            f"{n}-way, {clips:,} clips: {slow / fast:,.0f} times faster ({slow:.1f} s, {1e3 * fast:.1f} ms);",
+            end=" ",
         )
+        print(f"{exact.mean():.4f} exactly, {drawn.mean():.4f} by 100 trials, whose error is {error:.4f}")
         total += slow
     return total
 
@@ -287,9 +274,8 @@ def metrics(clips: int = 1200, frames: int = 16, distinct: int = 24) -> None:
         for kind in ("gt", "noisy"):
             (folder / kind).mkdir()
         for i in range(distinct):
-            gt = np.kron(
-                rng.integers(0, 256, (frames, 32, 32, 3), dtype=np.uint8), np.ones((1, 8, 8, 1), np.uint8)
-            )
+            coarse = rng.integers(0, 256, (frames, 32, 32, 3), dtype=np.uint8)
+            gt = np.kron(coarse, np.ones((1, 8, 8, 1), np.uint8))
             pairs.append((gt, np.clip(gt + rng.normal(0, 30, gt.shape), 0, 255).astype(np.uint8)))
             for kind, video in zip(("gt", "noisy"), pairs[-1], strict=True):
                 np.save(folder / kind / f"{i:04d}.npy", video)
@@ -305,7 +291,7 @@ def metrics(clips: int = 1200, frames: int = 16, distinct: int = 24) -> None:
             return (time.process_time() - start) * clips / 4
 
         code = (
-            "import sys, time, torch; from pathlib import Path; from evaluate import Config\n"
+            "import sys, time, torch; from pathlib import Path; from metrics.options import Config\n"
             "from metrics.pairs import find_pairs; from metrics.score import score; torch.set_num_threads(1)\n"
             "pairs = find_pairs(Path(sys.argv[1])).items()\n"
             "sets = {m: [p._replace(other=None) for p in ps] for m, ps in pairs}\n"
@@ -314,20 +300,16 @@ def metrics(clips: int = 1200, frames: int = 16, distinct: int = 24) -> None:
             "print(time.process_time() - start)"
         )
         before = peers()
-        environment = os.environ | {"PYTHONPATH": sys.path[0]}
-        done = subprocess.run(
-            [sys.executable, "-c", code, folder],
-            check=True,
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        environment, script = os.environ | {"PYTHONPATH": sys.path[0]}, [sys.executable, "-c", code, folder]
+        done = subprocess.run(script, check=True, env=environment, stdout=subprocess.PIPE, text=True)
         slow, ours = (before + peers()) / 2 + trials * clips / 1200, float(done.stdout)
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(
-        f"SSIM, PSNR, n-way of {clips:,} pairs of {frames} x 256 x 256: {slow / ours:.1f} times faster ({ours:.0f} s of a core, "
-        f"reading too, against {slow:.0f} s, of 4 pairs extrapolated), {memory:.2f} GB at most"
+        f"SSIM, PSNR, n-way of {clips:,} pairs of {frames} x 256 x 256: {slow / ours:.1f} times faster",
+        end=" ",
     )
+    print(f"({ours:.0f} s of a core, reading too, against {slow:.0f} s, of 4 pairs extrapolated),", end=" ")
+    print(f"{memory:.2f} GB at most")
 
 
 # ---------------------------------------------------------------- the paper's sizes on a GPU
@@ -375,11 +357,11 @@ def stage_1(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
     parameters = [*model.parameters(), *phi.parameters()]
     optimiser = torch.optim.AdamW(parameters, 1e-4, fused=True)
     x, e_img = torch.randn(B, 1, size.voxels), torch.randn(B, 8, 768)
-    categories = torch.ones(B, 12)
+    batch = Batch(None, x, e_img, e_img[:, 0], e_img[:, 1], torch.ones(B, 12))
 
     def step() -> None:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = stage1_loss(phi, model(x)[0], e_img, e_img[:, 0], e_img[:, 1], categories).loss
+            loss = stage1_loss(phi, model(x)[0], batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
@@ -552,19 +534,15 @@ def table(size: Sizes, device: str, measure: bool) -> str:
     lines, rate = [f"{datetime.date.today()}, torch {torch.__version__}: counted, not measured"], 0.0
     if measure:
         rate = matrix_rate(device)
-        lines = [
-            f"{datetime.date.today()}, {card}, torch {torch.__version__}; matrices at {rate / 1e12:.3g} TFLOP/s"
-        ]
+        machine = f"{datetime.date.today()}, {card}, torch {torch.__version__}"
+        lines = [f"{machine}; matrices at {rate / 1e12:.3g} TFLOP/s"]
     lines += ["", "| | counted TFLOP | seconds | peak GiB | of the matrix rate |", "|---|---|---|---|---|"]
     for name, (make, gradients) in rows_of(size).items():
         flops, cells = counted(make, size, gradients), ["counted"] * 3
         if measure:
             seconds, memory = measured(make, size, gradients, device)
-            cells = [
-                f"{seconds:.3g}",
-                "-" if math.isnan(memory) else f"{memory:.1f}",
-                f"{flops / seconds / rate:.0%}",
-            ]
+            peak = "-" if math.isnan(memory) else f"{memory:.1f}"
+            cells = [f"{seconds:.3g}", peak, f"{flops / seconds / rate:.0%}"]
         lines.append(f"| {name} | {flops / 1e12:.4g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

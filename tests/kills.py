@@ -1,8 +1,9 @@
 """Kill each script at random moments, give the same command again, and compare: `python tests/kills.py --kills 20`.
 
-In a small prepared world: train_stage1, train_stage2, evaluate, and data.py on a miniature of the NeuroClips release. Each is killed
-with SIGKILL so many times, then left to end; what it leaves must equal, bit by bit, what an undisturbed one leaves. And on a
-full disk (a file system of few MB where this may mount one) each ends in one error that says so, and goes on when there is room.
+In a small prepared world: train_stage1, train_stage2, evaluate, and data.py on a miniature of the NeuroClips
+release. Each is killed with SIGKILL so many times, then left to end; what it leaves must equal, bit by bit, what an
+undisturbed one leaves. And on a full disk (a file system of few MB where this may mount one) each ends in one error
+that says so, and goes on when there is room.
 """
 
 import argparse
@@ -45,11 +46,11 @@ def run(command: list[str], cwd: Path, seconds: float | None = None) -> tuple[in
         command, cwd=cwd, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
-        _, told = process.communicate(timeout=seconds)
+        _, stderr = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
-        _, told = process.communicate()
-    return process.returncode, told
+        _, stderr = process.communicate()
+    return process.returncode, stderr
 
 
 def try_one(name: str, command: list[str], world: Path, kills: int, rng: random.Random, folder: Path) -> bool:
@@ -57,14 +58,14 @@ def try_one(name: str, command: list[str], world: Path, kills: int, rng: random.
     for place in (whole, killed):
         shutil.copytree(world, place)
     start = time.time()
-    status, told = run(command, whole)
+    status, stderr = run(command, whole)
     lasts = time.time() - start
     if status:
-        print(f"{name}: exit {status}: {told[-500:]}")
+        print(f"{name}: exit {status}: {stderr[-500:]}")
         return False
     deaths, bad = 0, ""
     while deaths < kills:
-        status, told = run(command, killed, rng.uniform(0.3, 1.0) * lasts)
+        status, stderr = run(command, killed, rng.uniform(0.3, 1.0) * lasts)
         if status == -signal.SIGKILL:
             deaths += 1
         elif status == 0:  # it ended before it could be killed: begin anew
@@ -74,16 +75,14 @@ def try_one(name: str, command: list[str], world: Path, kills: int, rng: random.
             shutil.rmtree(killed)
             shutil.copytree(world, killed)
         else:
-            bad = f"exit {status}: {told[-300:]}"
+            bad = f"exit {status}: {stderr[-300:]}"
             break
-    status, told = run(command, killed)
+    status, stderr = run(command, killed)
     differ = [n for n, digest in files_of(whole).items() if files_of(killed).get(n) != digest]
     more = files_of(killed).keys() - files_of(whole).keys()
     right = not (bad or status or differ or more)
-    print(
-        f"{name}: killed {deaths} times of {lasts:.1f} s each: "
-        + ("equal, nothing lost" if right else f"{bad} {differ[:5]} {sorted(more)[:5]} {told[-300:]}")
-    )
+    outcome = "equal, nothing lost" if right else f"{bad} {differ[:5]} {sorted(more)[:5]} {stderr[-300:]}"
+    print(f"{name}: killed {deaths} times of {lasts:.1f} s each: {outcome}")
     return right
 
 
@@ -101,15 +100,14 @@ def full_disk(name: str, command: list[str], world: Path, folder: Path) -> bool:
     try:
         shutil.copytree(world, place, dirs_exist_ok=True)
         before = files_of(place)
-        status, told = run(command, place)
-        error = told[told.rfind("error: ") :].strip() if "error: " in told else told[-300:]
-        said = status == 1 and len(error.splitlines()) <= 3 and "Traceback" not in told
+        status, stderr = run(command, place)
+        error = stderr[stderr.rfind("error: ") :].strip() if "error: " in stderr else stderr[-300:]
+        said = status == 1 and len(error.splitlines()) <= 3 and "Traceback" not in stderr
         kept = {n: files_of(place).get(n) for n in before} == before
         subprocess.run(["mount", "-o", f"remount,size={size * 4 + 200_000_000}", str(place)], check=True)
-        again, later = run(command, place)
-        print(
-            f"{name}: full disk: {'one error' if said else f'exit {status}'}, {'kept' if kept else 'LOST'}, again exit {again}: {error[:110]}"
-        )
+        again, _ = run(command, place)
+        outcome = f"{'one error' if said else f'exit {status}'}, {'kept' if kept else 'LOST'}"
+        print(f"{name}: full disk: {outcome}, again exit {again}: {error[:110]}")
         return said and kept and again == 0
     finally:
         subprocess.run(["umount", str(place)], check=False)
@@ -131,34 +129,18 @@ def main() -> None:
         (folder / "world").mkdir()
         world = make_world(folder / "world")
         write_neuroclips(world / "release")
-        toy = REPO / "toy"
-        data = f"--fmri-release release --train-segments 2 --test-segments 1 --clip local-dir:{toy / 'clip'} --viclip {toy / 'viclip'}"
-        python, rng = sys.executable, random.Random(0)
-        scripts = {
-            "data": [python, str(REPO / "data.py"), "cc2017", *data.split()],
-            "train_stage1": [
-                python,
-                str(REPO / "train_stage1.py"),
-                *STAGE1.replace("--steps 4", "--steps 60").split(),
-                "--run",
-                "k",
-            ],
-            "train_stage2": [
-                python,
-                str(REPO / "train_stage2.py"),
-                *STAGE2.split(),
-                "--run",
-                "k",
-                "--stage1",
-                "full",
-            ],
-            "evaluate": [
-                python,
-                str(REPO / "evaluate.py"),
-                *EVALUATE.replace("--steps 1", "--steps 3").split(),
-            ],
+        data = (
+            f"cc2017 --fmri-release release --train-segments 2 --test-segments 1 --viclip {REPO}/toy/viclip"
+        )
+        options = {
+            "data": f"{data} --clip local-dir:{REPO}/toy/clip",
+            "train_stage1": STAGE1.replace("--steps 4", "--steps 60") + " --run k",
+            "train_stage2": STAGE2 + " --run k --stage1 full",
+            "evaluate": EVALUATE.replace("--steps 1", "--steps 3"),
         }
-        for name, command in scripts.items():
+        rng = random.Random(0)
+        for name, words in options.items():
+            command = [sys.executable, str(REPO / f"{name}.py"), *words.split()]
             if args.only in (None, name):
                 bare = folder / f"{name}-world"
                 shutil.copytree(world, bare)

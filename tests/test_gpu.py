@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, environment, write_prepared
-from test_evaluate import Films
+from test_train_stage2 import Films
 from test_video_decoder import wan_pipeline
 
 from prepare.decoder import prepare_decoder
@@ -88,7 +88,7 @@ def project(tmp_path_factory) -> Path:
     pipe.save_pretrained(root / "models" / "wan")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        prepare_decoder("cc2017", films, Path("data"), "models/wan", *SIZE)
+        prepare_decoder(films, Path("data/cc2017/stimuli"), "models/wan", SIZE)
     return root
 
 
