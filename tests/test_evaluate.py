@@ -46,7 +46,7 @@ OPTIONS = dict(data="cc2017", clips=CLIPS, batch_size=4, fps=4.5, metrics="ssim,
 EVAL = f"eval-{CLIPS}-clips-ssim-psnr"  # the folder of such an evaluation
 RUN = Path("runs/cc2017/sub1/full-s0")
 SETTINGS = dict(
-    data="cc2017", subject=1, decoder="models/wan", seed=0, mom=True, integration=True, K=3, alpha=1.0,
+    data="cc2017", subject=1, seed=0, mom=True, integration=True, K=3, alpha=1.0,
     attention_heads=4, frames=SIZE[0], height=SIZE[1], width=SIZE[2], lora_rank=4, lora_alpha=8,
     noise_shift=1.0, checkpointing=False, sampling_steps=2, guidance=2.0, sample_every=0, step=6, steps_in_all=6,
     stage1_config=dict(rois=None, tau=0.07, lambda_1=1.0, lambda_2=1.0),
@@ -102,7 +102,7 @@ def write_world(root: Path, describe_clip, noise: float = 0.0, copies: int = 0) 
 
 def write_run(run: Path, **changes) -> None:
     """What both stages leave in the working directory, with a LoRA and zero-convolutions that are away from zero."""
-    settings = SETTINGS | changes
+    settings = SETTINGS | {"decoder": str(Path("models/wan").absolute())} | changes
     torch.manual_seed(0)
     BrainModel(40, 1, L, WIDTH, 1, 4, D).save_pretrained(run / "stage1" / "brain_model")
     Stage1Heads(D, 3, 4).save_pretrained(run / "stage1" / "heads")
