@@ -52,7 +52,7 @@ from mixture_of_memories import (
 )
 from prepare.copies import far_apart, has_near_copy
 from support import shared
-from support.pipelines import load_lora, load_pipeline
+from support.pipelines import latent_shape, load_lora, load_pipeline
 from support.readers import load_model, reading
 from support.runs import claim, door, evaluation_folder, run_folder
 from support.training import start
@@ -102,10 +102,8 @@ class CineNeuron(nn.Module):
         set_seed(settings["seed"])
         decoder = load_decoder(settings, vae=settings["sample_every"] > 0)
         brain_model = load_model(BrainModel, stage1 / "brain_model")
-        L, width = brain_model.position.shape[1] - 1, brain_model.position.shape[2]
-        if L != decoder.text_length:
-            wanted = f"the decoder's {decoder.text_length}: train_stage1.py --tokens {decoder.text_length}"
-            raise ValueError(f"{stage1}: a Brain Model of {L} tokens, wanted {wanted}")
+        shared.check_parts(stage1, settings, clips, brain_model, decoder)
+        L, width = decoder.text_length, brain_model.norm.normalized_shape[0]
         if not settings["integration"]:
             mom = DirectProjection(width, decoder.text_width)
         elif not settings["mom"]:
@@ -143,6 +141,7 @@ class CineNeuron(nn.Module):
             voxels = shared.read_voxels(folder, brain_model.voxels)
             on_gpu = torch.device(device).type == "cuda"
             decoder = load_decoder(settings, vae=True, dtype=torch.bfloat16 if on_gpu else torch.float32)
+            latent_shape(decoder, settings["frames"], settings["height"], settings["width"])
             load_lora(decoder, folder / "lora")
         pool = MemoryPool(e, captions)
         model = cls(settings, brain_model, heads, mom, pool, decoder, empty, lines, voxels)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from tqdm import tqdm
@@ -131,7 +132,7 @@ def train_step(brain_model: BrainModel, heads: Stage1Heads, batch: Batch, config
 
 
 def main(config: Config) -> None:
-    """§3.1, from the data to the table of the held-out clips."""
+    """The clips and the folder of the run; `learn` does the rest where the run is not finished."""
     accelerator = training.start()
     training.check_processes(config.batch_size, accelerator)
     config.precision = training.precision_of(config, accelerator.device)
@@ -140,8 +141,6 @@ def main(config: Config) -> None:
 
         with accelerator.main_process_first():
             prepare_toy(subject=config.subject)
-
-    # ---- the clips
     train = Clips(
         config.data,
         config.subject,
@@ -158,41 +157,44 @@ def main(config: Config) -> None:
     with RunFolder(folder, settings, config.steps, LAST, accelerator, training.MAY_CHANGE) as run:
         if run.finished:
             accelerator.print(f"{folder} is finished; another --run NAME or --seed trains anew")
-            return
-        x_test = test.averaged()  # (clips, T, N), read now: a damaged file ends it before the work
-
-        # ---- the Brain Model f, its heads φ, AdamW and OneCycle (§4.1)
-        set_seed(config.seed)
-        brain_model, heads = build(config, train.sizes)
-        brain_model, heads = brain_model.to(accelerator.device), heads.to(accelerator.device)
-        parameters = [*brain_model.parameters(), *heads.parameters()]
-        optimiser, schedule = training.adamw_onecycle(
-            [(parameters, config.lr)], config.optimizer, config.weight_decay, config.steps
-        )
-        if config.compile:
-            training.compile_blocks(brain_model.blocks)
-        run.restore(
-            state={"model": brain_model, "heads": heads, "optimiser": optimiser, "schedule": schedule},
-            models={"brain_model": brain_model.save_pretrained, "heads": heads.save_pretrained},
-        )
-        clips, millions = len(train.recall.trained), sum(p.numel() for p in brain_model.parameters()) / 1e6
-        accelerator.print(f"{clips:,} clips, {train.sizes['voxels']:,} voxels; {millions:,.1f} M parameters")
-
-        # ---- Eq. 3, step by step
-        for step in run.steps():
-            batch = train.batch(step, accelerator.process_index, accelerator.num_processes)
-            losses = train_step(brain_model, heads, batch.to(accelerator.device), config)  # Eq. 3
-            rates = training.update(optimiser, schedule, config.max_norm)
-            run.after_step(step, losses._asdict(), rates, lambda: validate(brain_model, heads, train))
-
-        # ---- the held-out clips, once, with the last weights
-        if accelerator.is_main_process:
-            other = far_apart([line["segment"] for line in test.lines])
-            columns = retrieval.with_controls(brain_model, heads, x_test, test.targets(), other)
-            table = retrieval.table(columns, f"{len(test)} held-out clips, {config.data}")
-            run.finish(CURVES, "Stage 1: the parts of Eq. 3", {"test.txt": table + "\n", LAST: columns})
-            print(f"\n{table}\n\nwritten: {folder}/ (brain_model, heads, losses.png, test.txt, {LAST})")
+        else:
+            learn(config, accelerator, run, train, test)
     accelerator.end_training()
+
+
+def learn(config: Config, accelerator: Accelerator, run: RunFolder, train: Clips, test: Clips) -> None:
+    """§3.1, from the first step or the last checkpoint to the table of the held-out clips."""
+    x_test = test.averaged()  # (clips, T, N), read now: a damaged file ends it before the work
+
+    # ---- the Brain Model f, its heads φ, AdamW and OneCycle (§4.1)
+    set_seed(config.seed)
+    brain_model, heads = build(config, train.sizes)
+    brain_model, heads = brain_model.to(accelerator.device), heads.to(accelerator.device)
+    groups = [([*brain_model.parameters(), *heads.parameters()], config.lr)]
+    optimiser, schedule = training.adamw_onecycle(groups, config.optimizer, config.weight_decay, run.total)
+    if config.compile:
+        training.compile_blocks(brain_model.blocks)
+    run.restore(
+        state={"model": brain_model, "heads": heads, "optimiser": optimiser, "schedule": schedule},
+        models={"brain_model": brain_model.save_pretrained, "heads": heads.save_pretrained},
+    )
+    clips, millions = len(train.recall.trained), sum(p.numel() for p in brain_model.parameters()) / 1e6
+    accelerator.print(f"{clips:,} clips, {train.sizes['voxels']:,} voxels; {millions:,.1f} M parameters")
+
+    # ---- Eq. 3, step by step
+    for step in run.steps():
+        batch = train.batch(step, accelerator.process_index, accelerator.num_processes)
+        losses = train_step(brain_model, heads, batch.to(accelerator.device), config)  # Eq. 3
+        rates = training.update(optimiser, schedule, config.max_norm)
+        run.after_step(step, losses._asdict(), rates, lambda: validate(brain_model, heads, train))
+
+    # ---- the held-out clips, once, with the last weights
+    if accelerator.is_main_process:
+        other = far_apart([line["segment"] for line in test.lines])
+        columns = retrieval.with_controls(brain_model, heads, x_test, test.targets(), other)
+        table = retrieval.table(columns, f"{len(test)} held-out clips, {config.data}")
+        run.finish(CURVES, "Stage 1: the parts of Eq. 3", {"test.txt": table + "\n", LAST: columns})
+        print(f"\n{table}\n\nwritten: {run.folder}/ (brain_model, heads, losses.png, test.txt, {LAST})")
 
 
 def validate(brain_model: nn.Module, heads: nn.Module, train: Clips) -> dict[str, float]:

@@ -23,7 +23,7 @@ COLUMNS = ("reconstruction", "top-1 memory", "shuffled fMRI", "stimulus", "chanc
 
 
 class Recognised(NamedTuple):
-    """What is recognised in the reconstructions; empty where the clips have no attributes."""
+    """What the reconstructions show; empty where the clips have no attributes."""
 
     values: dict[str, list[str]] = {}  # attribute: of each clip the value
     right: np.ndarray | None = None  # (clips,) bool: are all of them the clip's own?

@@ -51,9 +51,8 @@ class Classifier:
     """Frames uint8 (n, H, W, 3) -> probabilities (1, classes) of all together, by a classifier of videos, or
     (n, classes) of each, by one of pictures.
 
-    A classifier of videos takes any number of frames from `least` on: the positions of VideoMAE are sines of
-    the patch's number, not weights, and the public code of MinD-Video (eval_metrics.py) likewise builds it
-    with the clip's own number, from_pretrained(..., num_frames=6). Nothing is interpolated.
+    A classifier of videos takes any number of frames from `least` on, as in the public code of MinD-Video
+    (eval_metrics.py): the positions of VideoMAE are sines of the patch's number, not weights.
     """
 
     def __init__(self, weights: str | Path, device: torch.device | str = "cpu"):
@@ -116,9 +115,8 @@ def load_published(
         raise
     except Exception as error:  # SafetensorError, and what a damaged config.json makes transformers say
         raise damaged(folder, error, f"a model for {kind.__name__}", advice) from error
-    missing = sorted(info["missing_keys"])
-    for key in info["mismatched_keys"]:
-        missing.append(key[0] if isinstance(key, tuple) else key)
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    missing = sorted([*info["missing_keys"], *mismatched])
     if missing:
         found = f"no fitting {', '.join(missing[:3])} ({len(missing)} in all)"
         raise damaged(folder, found, f"all weights of {type(model).__name__}", advice)

@@ -7,6 +7,8 @@ top-1, top-5    share of the clips whose own embedding is the most similar to th
 category mAP    mean over the categories of the average precision. Chance: their frequency
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from scipy.stats import hypergeom
@@ -48,26 +50,26 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
 
 @torch.inference_mode()
 def scores(
-    model: nn.Module, heads: nn.Module, x: Tensor, targets: dict[str, Tensor], other: np.ndarray
+    model: nn.Module, heads: nn.Module, x: Tensor, targets: NamedTuple, other: np.ndarray
 ) -> dict[str, float]:
     """Brain Model and heads on x (clips, T, N) z-scored fMRI of clips with these targets, those of
-    ClipDataset.targets. The names are the table's rows."""
+    data.Clips.targets. The names are the table's rows."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     f_c = torch.cat([model(part.to(device))[0].float().cpu() for part in x.split(64)])  # (clips, D)
-    e_img, f_a, logits = (v.float().cpu() for v in heads(f_c.to(device), targets["e_img"].to(device)))
+    e_img, f_a, logits = (v.float().cpu() for v in heads(f_c.to(device), targets.e_img.to(device)))
     model.train(was_training)
-    pairs = {"image": (f_c, e_img), "text": (f_c, targets["e_txt"]), "action": (f_a, targets["e_act"])}
+    pairs = {"image": (f_c, e_img), "text": (f_c, targets.e_txt), "action": (f_a, targets.e_act)}
     rows = {}
     for name, (f, e) in pairs.items():
         rows[f"{name} top-1"], rows[f"{name} top-5"], rows[f"{name} {WAYS}-way"] = retrieval(f, e, other)
-    rows["category mAP"] = average_precision(logits.numpy(), targets["categories"].numpy())
+    rows["category mAP"] = average_precision(logits.numpy(), targets.categories.numpy())
     return rows
 
 
 def with_controls(
-    model: nn.Module, heads: nn.Module, x: Tensor, targets: dict[str, Tensor], other: np.ndarray
+    model: nn.Module, heads: nn.Module, x: Tensor, targets: NamedTuple, other: np.ndarray
 ) -> dict[str, dict[str, float]]:
     """The table's columns: "fmri" the `scores`; "shuffled" those with the fMRI of other clips, in an order
     drawn once; "chance" what guessing reaches."""
@@ -75,7 +77,7 @@ def with_controls(
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     fmri = scores(model, heads, x, targets, other)
     shuffled = scores(model, heads, x[order], targets, other)
-    labels = targets["categories"].float()  # (clips, classes)
+    labels = targets.categories.float()  # (clips, classes)
     by_guessing = {"top-1": 1 / n, "top-5": 5 / n, f"{WAYS}-way": 1 / ways}
     by_guessing["mAP"] = float(labels.mean(0)[labels.any(0)].mean())
     chance = {name: by_guessing[name.split()[1]] for name in fmri}

@@ -94,13 +94,13 @@ def known_value(known: dict[str, object], name: str, key: str) -> list[float | N
     """[value, value against another stimulus] of a metric, where it is known and lies in the metric's range;
     a number is None where a video is missing or too short."""
     value, (low, high) = known.get(key), METRICS[name].bounds
+    if not isinstance(value, list) or len(value) != 2:
+        return None
     rounding = 1e-4
-
-    def possible(x: object) -> bool:
-        return x is None or type(x) in (int, float) and low - rounding <= x <= high + rounding
-
-    valid = isinstance(value, list) and len(value) == 2 and all(map(possible, value))
-    return value if valid else None
+    for x in value:
+        if x is not None and not (type(x) in (int, float) and low - rounding <= x <= high + rounding):
+            return None
+    return value
 
 
 def score_all(sets: dict[str, list[Pair]], config, out: Path, accelerator: Accelerator) -> dict[str, str]:
@@ -161,19 +161,11 @@ def _values(pair: Pair, keys: dict[str, str], config, judges: "Judges", read: Ca
         metric = METRICS[name]
         judge = judges(metric.judge)
         if judge or not metric.judge:
-            value = _measure(metric, judge, config, [pred, gt] if metric.of_gt else [pred])
-            control = _measure(metric, judge, config, [pred, other]) if metric.of_gt else None
-            values[key] = [value, control]
+            value = metric.of_clip(judge, config, pred, gt)
+            values[key] = [value, metric.of_clip(judge, config, pred, other) if metric.of_gt else None]
             if metric.chance and config.trials:
                 values[key] = _by_trials(values[key], config.trials, int(key, 16))
     return values
-
-
-def _measure(metric: Metric, judge: Callable | None, config, videos: list[Watched | None]) -> float | None:
-    """The metric of one clip; None where a video is missing or has too few frames."""
-    if any(video is None or len(video) < metric.least for video in videos):
-        return None
-    return float(np.mean(metric.formula(*metric.picks(judge, config, *videos))))
 
 
 def _by_trials(values: list[float | None], trials: int, seed: int) -> list[float | None]:

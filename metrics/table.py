@@ -73,6 +73,13 @@ class Metric(NamedTuple):
             return "semantic"
         return "motion and pixels" if self.picks in (eight_a_second, common_times) else "consistency"
 
+    def of_clip(self, judge: Callable | None, config, pred, stimulus) -> float | None:
+        """The metric of two metrics.pairs.Watched; None where one is missing or has too few frames."""
+        videos = [pred, stimulus] if self.of_gt else [pred]
+        if any(video is None or len(video) < self.least for video in videos):
+            return None
+        return float(np.mean(self.formula(*self.picks(judge, config, *videos))))
+
     def of_set(self, mean: np.ndarray) -> np.ndarray:
         """The metric of a set of clips from the mean of their values."""
         return np.abs(mean) if self.signed else mean

@@ -101,6 +101,18 @@ def latent_shape(decoder, frames: int, height: int, width: int) -> tuple[int, in
     return config["in_channels"], f, h, w
 
 
+def check_prepared(decoder, latents: tuple[int, ...], empty: tuple[int, ...]) -> None:
+    """Raises ValueError where prepared latents (C, f, h, w) or text tokens (L, D_txt) are not of this decoder."""
+    reads = (decoder.config["in_channels"], decoder.text_length, decoder.text_width)
+    patch = patch_of(decoder)
+    remainders = [n % p for n, p in zip(latents[1:], patch, strict=True)]
+    if (latents[0], *empty) != reads or any(remainders):
+        found = f"prepared latents {tuple(latents)} and text tokens {tuple(empty)}"
+        wanted = f"{reads[0]} channels in patches of {patch}, {reads[1]} tokens of width {reads[2]}"
+        advice = f"prepare them for it: python data.py, --decoder {name_of(decoder)}"
+        raise ValueError(f"{found}, but {name_of(decoder)} reads {wanted}: {advice}")
+
+
 def patch_of(decoder) -> tuple[int, int, int]:
     """Latent frames, rows and columns a token of the DiT."""
     p = decoder.config["patch_size"]

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support.files import write_json, written_whole
-from support.pipelines import save_lora
+from support.pipelines import check_prepared, save_lora
 from support.readers import check_array, check_keys, damaged, read_array, read_json, read_npz, read_tensors
 
 MEMORIES = "memories.safetensors"
@@ -82,6 +82,26 @@ def check_place(settings: dict, run: Path) -> None:
     step, steps = settings.get("step"), settings.get("steps_in_all")
     if step != steps:
         tqdm.write(f"{run}: stage 2 is at step {step} of {steps}: its videos are not yet its best")
+
+
+def check_parts(stage1: Path, settings: dict, clips, brain_model, decoder) -> None:
+    """Raises ValueError where stage 1, the data.Clips, the Brain Model and the video decoder do not fit each other."""
+    trained, L = settings["stage1_config"]["sizes"], brain_model.position.shape[1] - 1
+    width, heads, recall = brain_model.norm.normalized_shape[0], settings["attention_heads"], clips.recall
+    if trained != clips.sizes:
+        advice = "train it again, or choose the stage 1 of this subject, --rois and encoders with --stage1"
+        raise ValueError(f"{stage1}: trained on data of {trained}, data/ has {clips.sizes}: {advice}")
+    if L != decoder.text_length:
+        wanted = f"the decoder's {decoder.text_length}: train_stage1.py --tokens {decoder.text_length}"
+        raise ValueError(f"{stage1}: a Brain Model of {L} tokens, wanted {wanted}")
+    if width % heads:
+        raise ValueError(
+            f"--attention_heads {heads}: wanted a divisor of {width}, the width of the Brain Model"
+        )
+    if settings["integration"] and recall.fewest < settings["K"]:
+        found = f"a clip may retrieve {recall.fewest} of {len(recall.trained)} memories"
+        raise ValueError(f"--K {settings['K']}: {found}: a lower --K or more training clips")
+    check_prepared(decoder, clips.latents.shape[1:], clips.empty.shape)
 
 
 # ---------------------------------------------------------------- what the folder holds

@@ -26,6 +26,7 @@ from support.videos import uniform_frames
 from toy.world import ATTRIBUTES, COLOURS, Clip, combinations, coverage, ground, random_clip, render
 
 HERE = Path(__file__).parent
+SEEN, HELD_OUT = combinations()  # 752 combinations that training may show, and 160
 MEAN, STD = 0.45, 0.225  # of the pixels that the classifiers and DINO see
 
 
@@ -62,8 +63,9 @@ class Stage:
     def __init__(self, copies: int):
         self.rng, self.copies = np.random.default_rng(1), copies
         self.alpha = {}  # (shape, action) -> uint8 (copies, 16, 64, 64)
-        frames, (seen, unseen) = uniform_frames(17, 16), combinations()
-        for shape, action in tqdm(dict.fromkeys((c[0], c[2]) for c in seen + unseen), desc="rendering"):
+        frames = uniform_frames(17, 16)
+        kinds = dict.fromkeys((shape, action) for shape, _, action, _ in SEEN + HELD_OUT)
+        for shape, action in tqdm(kinds, desc="rendering"):
             clips = [random_clip((shape, "red", action, "in fog"), self.rng) for _ in range(copies)]
             alpha = np.stack([coverage(clip)[frames] for clip in clips])
             self.alpha[shape, action] = (alpha * 255).round().astype(np.uint8)
@@ -71,7 +73,8 @@ class Stage:
     def clips(self, chosen: list[tuple], one_frame: bool) -> Tensor:
         """(B, F, 3, 64, 64), normalised; at random blurred, shifted, noisy and of another brightness, so that
         what is shown is judged and not how sharply."""
-        rng, covered = self.rng, []
+        rng = self.rng
+        covered = []
         for shape, _, action, _ in chosen:
             alpha = self.alpha[shape, action][rng.integers(self.copies)]  # (16, 64, 64)
             alpha = alpha[rng.integers(len(alpha), size=1)] if one_frame else alpha
@@ -128,7 +131,8 @@ def fit(
     losses(): the "loss" of new clips, and what else stands in the log line, as means over 50 steps.
     schedules: of the optimisers, each of which moves its part of the weights. after(step): follows a step.
     """
-    start, rows = time.time(), []
+    start = time.time()
+    rows = []
     groups = [group for schedule in schedules for group in schedule.optimizer.param_groups]
     parameters = [p for group in groups for p in group["params"]]
     first = not dist.is_initialized() or dist.get_rank() == 0

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from prepare.encoders import encode_actions, encode_images, encode_texts, load_clip
 from prepare.viclip import ViCLIP
 from support.readers import read_json
-from toy.fit import HERE, command, configured, fit, one_cycle, pixels, rendered
-from toy.world import ACTIONS, Clip, combinations, random_clip
+from toy.fit import HELD_OUT, HERE, SEEN, command, configured, fit, one_cycle, pixels, rendered
+from toy.world import ACTIONS, Clip, random_clip
 
 
 def clips_of(pool: list[tuple], copies: int, seed: int) -> list[Clip]:
@@ -40,9 +40,9 @@ def contrast(video: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
 
 
-def pick(pool: int, clips: int, batch: int, rng: np.random.Generator) -> np.ndarray:
+def pick(copies: int, batch: int, rng: np.random.Generator) -> np.ndarray:
     """Numbers of `batch` clips (of `clips_of`) of which no two show the same combination."""
-    return rng.permutation(pool)[:batch] + pool * rng.integers(0, clips // pool, batch)
+    return rng.permutation(len(SEEN))[:batch] + len(SEEN) * rng.integers(0, copies, batch)
 
 
 def pretrain_clip(out: Path, steps: int = 1500, batch: int = 192, lr: float = 1e-3) -> None:
@@ -50,15 +50,15 @@ def pretrain_clip(out: Path, steps: int = 1500, batch: int = 192, lr: float = 1e
     torch.manual_seed(0)
     model = open_clip.CLIP(**read_json(folder / "open_clip_config.json")["model_cfg"])
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    seen, rng = combinations()[0], np.random.default_rng(0)
-    clips = clips_of(seen, 6, seed=1)
+    rng = np.random.default_rng(0)
+    clips = clips_of(SEEN, 6, seed=1)
     frames = rendered(clips, 8)
-    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")([clip.caption for clip in clips[: len(seen)]])
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")([clip.caption for clip in clips[: len(SEEN)]])
 
     def losses() -> dict[str, Tensor]:
-        i = pick(len(seen), len(clips), batch, rng)
+        i = pick(6, batch, rng)
         x = pixels(frames[i, rng.integers(0, 8, batch)], mean, std)
-        image, text = model.encode_image(x), model.encode_text(tokens[i % len(seen)])
+        image, text = model.encode_image(x), model.encode_text(tokens[i % len(SEEN)])
         return {"loss": contrast(image, text, model.logit_scale)}
 
     fit("clip", losses, [one_cycle(model.parameters(), lr, steps)], steps)
@@ -75,18 +75,18 @@ def pretrain_viclip(out: Path, steps: int = 700, batch: int = 96, lr: float = 1e
     model = ViCLIP(config)
     time = model.vision_encoder.temporal_positional_embedding
     nn.init.normal_(time, std=0.3)  # at 0 no frame is before another
-    seen, rng = combinations()[0], np.random.default_rng(0)
-    clips = clips_of(seen, 12, seed=2)
+    rng = np.random.default_rng(0)
+    clips = clips_of(SEEN, 12, seed=2)
     frames = rendered(clips, 8)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{HERE / 'clip'}")
-    actions, captions = tokenizer(list(ACTIONS)), tokenizer([clip.caption for clip in clips[: len(seen)]])
+    actions, captions = tokenizer(list(ACTIONS)), tokenizer([clip.caption for clip in clips[: len(SEEN)]])
     action_of = torch.tensor([ACTIONS.index(clip.action) for clip in clips])
     log_scale = nn.Parameter(torch.tensor(2.66))
 
     def losses() -> dict[str, Tensor]:
-        i = pick(len(seen), len(clips), batch, rng)
+        i = pick(12, batch, rng)
         video = model.encode_video(pixels(frames[i], config.image_mean, config.image_std))  # (B, D)
-        text = model.encode_text(torch.cat([actions, captions[i % len(seen)]]))  # (8 + B, D)
+        text = model.encode_text(torch.cat([actions, captions[i % len(SEEN)]]))  # (8 + B, D)
         action, caption = text.split([len(ACTIONS), batch])
         logits = log_scale.exp() * F.normalize(video, dim=-1) @ F.normalize(action, dim=-1).T  # (B, 8)
         loss = F.cross_entropy(logits, action_of[i]) + 0.3 * contrast(video, caption, log_scale)
@@ -104,7 +104,7 @@ def top_1(e: np.ndarray, e_text: np.ndarray, clips: list, texts: list) -> float:
 
 def clip_gate(out: Path) -> None:
     """What CLIP recognises of the held-out combinations."""
-    clips = clips_of(combinations()[1], 4, seed=3)
+    clips = clips_of(HELD_OUT, 4, seed=3)
     clip, _, tokenizer = load_clip(f"local-dir:{out / 'clip'}")
     e_text = encode_texts(clip, tokenizer, [clip.caption for clip in clips[:160]])
     looks = [(clip.shape, clip.colour, clip.background) for clip in clips]
@@ -116,7 +116,8 @@ def clip_gate(out: Path) -> None:
 @torch.inference_mode()
 def viclip_gate(out: Path) -> None:
     """What ViCLIP recognises of the held-out combinations."""
-    clips, viclip = clips_of(combinations()[1], 4, seed=3), ViCLIP.from_pretrained(out / "viclip")
+    clips = clips_of(HELD_OUT, 4, seed=3)
+    viclip = ViCLIP.from_pretrained(out / "viclip")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{HERE / 'clip'}")
     e = encode_actions(viclip, rendered(clips, 8))
     captions, actions = [clip.caption for clip in clips], [clip.action for clip in clips]

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoConfig, VideoMAEForVideoClassification, ViTForImageClassification
 
 from metrics.classes import Classifier
-from toy.fit import HERE, Stage, command, configured, fit, one_cycle, rendered, values_of
-from toy.world import ATTRIBUTES, combinations, random_clip
+from toy.fit import HELD_OUT, HERE, SEEN, Stage, command, configured, fit, one_cycle, rendered, values_of
+from toy.world import ATTRIBUTES, random_clip
 
 
 def class_of(combination: tuple[str, str, str, str], kind: str) -> str:
@@ -44,12 +44,13 @@ def classes_of_values(names: list[str]) -> dict[str, Tensor]:
 
 def pretrain_classifier(kind: str, out: Path, steps: int, batch: int, lr: float = 1.5e-3) -> None:
     torch.manual_seed(0)
-    pool = [combination for part in combinations() for combination in part]
+    pool = SEEN + HELD_OUT
     config = AutoConfig.from_pretrained(HERE / kind)
     truth = torch.tensor([config.label2id[class_of(combination, kind)] for combination in pool])  # (912,)
     model = {"videomae": VideoMAEForVideoClassification, "vit": ViTForImageClassification}[kind](config)
     tables = classes_of_values(list(config.id2label.values()))
-    stage, rng = Stage(60), np.random.default_rng(2)
+    stage = Stage(60)
+    rng = np.random.default_rng(2)
 
     def losses() -> dict[str, Tensor]:
         i = rng.integers(len(pool), size=batch)
@@ -60,7 +61,8 @@ def pretrain_classifier(kind: str, out: Path, steps: int, batch: int, lr: float 
         loss = F.nll_loss(log_p, truth[i])
         right = {"class": (log_p.argmax(1) == truth[i]).float().mean()}
         for attribute, table in tables.items():  # P(red) is the sum over the red classes
-            p, value = log_p.exp() @ table, table[truth[i]].argmax(1)
+            p = log_p.exp() @ table  # (B, values)
+            value = table[truth[i]].argmax(1)
             loss = loss + F.nll_loss(p.clamp_min(1e-6).log(), value)
             right[attribute] = (p.argmax(1) == value).float().mean()
         return {"loss": loss, **right}
@@ -77,7 +79,9 @@ def pretrain_classifier(kind: str, out: Path, steps: int, batch: int, lr: float 
 def classifier_gate(kind: str, out: Path, copies: int = 4) -> None:
     """What the classifier sees in new clips of the held-out combinations: in how many the class, and each
     attribute of it, is right."""
-    judge, rng, pool = Classifier(out / kind), np.random.default_rng(4), combinations()[1] * copies
+    judge = Classifier(out / kind)
+    rng = np.random.default_rng(4)
+    pool = HELD_OUT * copies
     videos = rendered([random_clip(combination, rng) for combination in pool], 16)
     p = torch.tensor(np.stack([judge(video).mean(0) for video in videos]))  # (clips, classes)
     truth = torch.tensor([judge.names.index(class_of(combination, kind)) for combination in pool])

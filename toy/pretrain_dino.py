@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
-from toy.fit import HERE, Stage, command, configured, fit, one_cycle, pixels, rendered
-from toy.world import ATTRIBUTES, SIZE, combinations, random_clip
+from toy.fit import HELD_OUT, HERE, SEEN, Stage, command, configured, fit, one_cycle, pixels, rendered
+from toy.world import ATTRIBUTES, SIZE, random_clip
 
 PROTOTYPES, LOCALS = 128, 4
 
@@ -69,12 +69,13 @@ def pretrain_dino(out: Path, steps: int = 900, batch: int = 96, lr: float = 2e-3
     torch.manual_seed(0)
     student = WithHead()
     teacher = deepcopy(student).requires_grad_(False)
-    stage, pool, rng = Stage(40), combinations()[0], np.random.default_rng(2)
+    stage = Stage(40)
+    rng = np.random.default_rng(2)
     # of a global crop and another one
     pairs = [(i, j) for i in range(2) for j in range(2 + LOCALS) if i != j]
 
     def losses() -> dict[str, Tensor]:
-        chosen = [pool[i] for i in rng.integers(len(pool), size=batch)]
+        chosen = [SEEN[i] for i in rng.integers(len(SEEN), size=batch)]
         x = stage.clips(chosen, one_frame=True)[:, 0]  # (B, 3, 64, 64)
         large = torch.cat([crops(x, SIZE, 0.5, 1) for _ in range(2)])
         small = torch.cat([crops(x, SIZE // 2, 0.2, 0.5) for _ in range(LOCALS)])
@@ -99,14 +100,14 @@ def dino_gate(out: Path, k: int = 5) -> None:
     """Clips of the 160 held-out combinations by the votes of their k nearest of the 752; cosines of frames
     within and across clips."""
     model = ViTModel.from_pretrained(out / "dino", add_pooling_layer=False, dtype=torch.float32).eval()
-    rng, (seen, unseen) = np.random.default_rng(4), combinations()
+    rng = np.random.default_rng(4)
 
     def features(pool: list[tuple], frames: list[int]) -> Tensor:  # (clips, frames, D), unit
         x = pixels(rendered([random_clip(combination, rng) for combination in pool], frames))
         f = torch.cat([model(clips.flatten(0, 1)).last_hidden_state[:, 0] for clips in x.split(32)])
         return F.normalize(f, dim=-1).unflatten(0, (len(x), -1))
 
-    known, asked = seen * 3, unseen * 2
+    known, asked = SEEN * 3, HELD_OUT * 2
     cosines = features(asked, [8])[:, 0] @ features(known, [8])[:, 0].T
     nearest = cosines.topk(k).indices  # (clips, k)
     for a, (name, values) in enumerate(ATTRIBUTES.items()):
@@ -115,7 +116,7 @@ def dino_gate(out: Path, k: int = 5) -> None:
         truth = torch.tensor([values.index(combination[a]) for combination in asked])
         right = (votes == truth).float().mean()
         print(f"nearest {k}: {name} {right:.3f} (chance {1 / len(values):.3f})")
-    f = features(unseen, list(range(17)))  # (160, 17, D)
+    f = features(HELD_OUT, list(range(17)))  # (160, 17, D)
     within = (f[:, 1:] * f[:, :1]).sum(-1).mean()
     across = torch.stack([(f[:, 0] * f.roll(s, 0)[:, 8]).sum(-1) for s in range(1, 160)])  # (159, 160)
     closer = ((f[:, 0] * f[:, 8]).sum(-1) > across).float().mean()

@@ -27,7 +27,9 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from support.pictures import contact_sheet
 from toy.fit import (
+    HELD_OUT,
     HERE,
+    SEEN,
     configured,
     fit,
     flat_then_cosine,
@@ -37,7 +39,7 @@ from toy.fit import (
     rendered,
     values_of,
 )
-from toy.world import ATTRIBUTES, FRAMES, SIZE, Clip, combinations, coverage, random_clip
+from toy.world import ATTRIBUTES, FRAMES, SIZE, Clip, coverage, random_clip
 
 PROCESSES = 2  # of one thread each
 Z_DIM, TEXT_LENGTH = 8, 16
@@ -106,13 +108,13 @@ def pretrain_vae(rank: int, folder: Path, steps: int = 1600, batch: int = 4) -> 
     """Reconstruction under a weight that tells the shapes, batch clips a process and step. Writes folder/vae
     (fp16)."""
     torch.manual_seed(0)
-    seen, rng = combinations()[0], np.random.default_rng([2, rank])
+    rng = np.random.default_rng([2, rank])
     vae = new_vae()
     optimiser = torch.optim.AdamW(vae.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0.01)
     torch.manual_seed(rank)
 
     def losses() -> dict[str, Tensor]:
-        clips = random_clips(seen, batch, rng)
+        clips = random_clips(SEEN, batch, rng)
         x = to_video(clips)
         alpha = torch.from_numpy(np.stack([coverage(clip) for clip in clips])).float()[:, None]
         edge = F.max_pool3d(torch.cat([alpha, -alpha], 1), (1, 3, 3), 1, (0, 1, 1)).sum(1, keepdim=True)
@@ -128,7 +130,7 @@ def pretrain_vae(rank: int, folder: Path, steps: int = 1600, batch: int = 4) -> 
 
     fit("vae", losses, [flat_then_cosine(optimiser, steps, steps)], steps)
     if rank == 0:
-        rotate(vae, random_clips(seen, 192, np.random.default_rng([2, 0])))
+        rotate(vae, random_clips(SEEN, 192, np.random.default_rng([2, 0])))
         vae.half().save_pretrained(configured(folder, "wan") / "vae")
 
 
@@ -187,7 +189,7 @@ def pretrain_dit(
     """Flow matching on latents encoded once: y_t = (1 - sigma) y + sigma eps, target eps - y. Writes the
     moving average of the weights."""
     vae = AutoencoderKLWan.from_pretrained(folder / "vae")
-    data = random_clips(combinations()[0], clips, np.random.default_rng([5, rank]))
+    data = random_clips(SEEN, clips, np.random.default_rng([5, rank]))
     latents = latents_of(vae, data)
     tokenizer = AutoTokenizer.from_pretrained(HERE / "wan" / "tokenizer")
     captions = [*(clip.caption for clip in data), ""]
@@ -264,11 +266,11 @@ def train_classifier(rank: int, file: Path, steps: int = 600, batch: int = 32) -
     """Learns from real clips of the seen combinations, blurred and noisy at random so that it judges what is
     shown and not how sharply."""
     torch.manual_seed(0)
-    classifier, rng = new_classifier(), np.random.default_rng([3, rank])
-    seen = combinations()[0]
+    classifier = new_classifier()
+    rng = np.random.default_rng([3, rank])
 
     def losses() -> dict[str, Tensor]:
-        clips = random_clips(seen, batch, rng)
+        clips = random_clips(SEEN, batch, rng)
         x = to_video(clips)[:, :, ::2]
         if rng.random() < 0.5:
             x = F.avg_pool3d(x, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
@@ -287,15 +289,16 @@ def gates(
 ) -> dict[str, dict[str, float]]:
     """What the files in folder reconstruct and generate of the held-out combinations, as a classifier of real
     clips recognises it. sheet: a picture of 40 generated videos."""
-    classifier, pool = new_classifier().eval(), combinations()[1]
+    classifier = new_classifier().eval()
     classifier.load_state_dict(load_file(judge))
-    data = [random_clip(pool[i % len(pool)], np.random.default_rng([6, i])) for i in range(clips)]
+    data = [random_clip(HELD_OUT[i % 160], np.random.default_rng([6, i])) for i in range(clips)]
     real = to_video(data)
     pipeline = WanPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     with torch.inference_mode():
         rebuilt = torch.cat([pipeline.vae(x).sample for x in real.split(32)])
-    generator, videos = torch.Generator().manual_seed(0), []
+    generator = torch.Generator().manual_seed(0)
+    videos = []
     captions = [clip.caption for clip in data]
     for i in range(0, clips, 32):
         result = pipeline(
@@ -312,7 +315,7 @@ def gates(
         videos.append(result.frames)
     generated = torch.cat(videos)  # (B, 17, 3, 64, 64) in [0, 1]
     pictures = (generated * 255).round().byte().movedim(2, -1).numpy()
-    every_4th = slice(0, len(pool), 4)
+    every_4th = slice(0, 160, 4)
     rows = pictures[every_4th].reshape(-1, 4, *pictures.shape[1:])
     labels = np.array(captions)[every_4th].reshape(-1, 4).tolist()
     contact_sheet(sheet, rows, labels, titles=[""] * 4)
@@ -329,7 +332,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", choices=("vae", "dit", "classifier", "gates"))
     arguments = parser.parse_args()
-    folder, recipe = arguments.folder, {"steps": arguments.steps} if arguments.steps else {}
+    folder = arguments.folder
+    recipe = {"steps": arguments.steps} if arguments.steps else {}
     classifier = folder.with_name("wan_classifier.safetensors")
     trainings = {
         "vae": partial(pretrain_vae, folder=folder, **recipe),
