@@ -39,14 +39,14 @@ def inline(text: str) -> str:
         if n % 2:
             parts.append(mathml(part))
             continue
-        part = linked(html.escape(part, quote=False))
+        part = linked(html.escape(part, quote=False).replace("-&gt;", "→"))
         part = re.sub(r"`([^`]+)`", r"<code>\1</code>", part)
         parts.append(re.sub(r"(?<!\w)\*(\w[^*]*\w)\*(?!\w)", r"<em>\1</em>", part))
     return "".join(parts)
 
 
 def prose(docstring: str, lines_of: dict[int, str]) -> str:
-    """A docstring as HTML. lines_of: the links of each equation to its lines. Indented text stays as it is."""
+    """A docstring as HTML; lines_of: the links of each equation to its lines. Indented text stays as is."""
     blocks = []
     for paragraph in docstring.split("\n\n"):
         if re.search(r"^( |>>>)", paragraph, re.MULTILINE):

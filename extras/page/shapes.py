@@ -31,8 +31,14 @@ from support.readers import read_json
 from video_decoder import VideoDecoder
 
 ROOT = Path(__file__).parents[2]
-TOY = {"volumes": 1, "voxels": 1300, "frames": 8, "embed_dim": 64, "classes": 5}  # as prepared, subject 1
-DATA = {"toy": TOY, "cc2017": facts.PUBLISHED["cc2017"]}
+TOY_SIZES = {
+    "volumes": 1,
+    "voxels": 1300,
+    "frames": 8,
+    "embed_dim": 64,
+    "classes": 5,
+}  # as prepared, subject 1
+DATA = {"toy": TOY_SIZES, "cc2017": facts.PUBLISHED["cc2017"]}
 SIZES = ("B", "T", "N", "L", "D_txt")  # variables that hold a size
 CPU, META = torch.device("cpu"), torch.device("meta")
 LAYERS = 1  # of Brain Model and DiT: more would change no shape
@@ -122,7 +128,7 @@ def first_line(node: ast.stmt) -> int:
 
 
 def shapes_of(name: str, value: object) -> dict[str, str]:
-    """Of a tensor or array, of a few in a tuple, of the fields that a function returns; of a size its number."""
+    """Of a tensor, of a few in a tuple, of the fields that a function returns; of a size its number."""
     if isinstance(value, Tensor | np.ndarray):
         return {name: str(tuple(value.shape)) if value.ndim else "scalar"}
     if type(value) is int and name in SIZES:
@@ -194,7 +200,7 @@ def empty_decoder(data: str, config: train_stage2.Config, L: int) -> VideoDecode
 
 
 def run(data: str, tracer: Tracer) -> list[tuple[str, str, str]]:
-    """A step of both stages at the sizes of a dataset, traced. Returns (symbol, meaning, size) of the sizes."""
+    """A step of both stages at the sizes of a dataset, traced. Returns (symbol, meaning, size) of each."""
     sizes, (segments, clips) = DATA[data], facts.SIZES[data]["train"]
     one, two = train_stage1.parse(["--data", data]), train_stage2.parse(["--data", data])
     one.layers, one.checkpointing, one.precision, two.precision = LAYERS, False, "fp32", "fp32"
