@@ -5,53 +5,27 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Template
 
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from extras.page.prose import EQUATION, inline, linked, mathml, prose
-from extras.page.shapes import ROOT, traced
+from extras.page.prose import EQUATION, linked, mathml, prose
+from extras.page.shapes import ROOT, first_line, traced
 
-STYLE = Path(__file__).with_name("page.css")
+TEMPLATE = Path(__file__).with_name("page.html")
 FILES = {  # in reading order: what of a file is on the page; nothing: all of it
-    "brain_model": [],
-    "heads": [],
-    "data": [
-        "Batch",
-        "Clips.batch",
-        "Clips.targets",
-        "Clips._draw_fmri",
-        "Clips._draw_stage2",
-        "Clips.averaged",
-        "memories",
-    ],
-    "train_stage1": ["build", "train_step"],
-    "mixture_of_memories": [],
-    "video_decoder": [],
-    "evaluate": [
-        "CineNeuron",
-        "CineNeuron.from_stage1",
-        "CineNeuron.forward",
-        "CineNeuron.remember",
-        "CineNeuron.reconstruct",
-    ],
-    "train_stage2": ["train_step", "measures", "learn"],
-}
-SYMBOLS = {
-    "B": "clips of a step, in stage 1 and in stage 2",
-    "b": "clips in the video decoder at once",
-    "T": "fMRI volumes of a clip",
-    "N": "voxels; of a pool: memories",
-    "L": "tokens of f_e, and of the decoder's text",
-    "D'": "width of the Brain Model",
-    "r": "numbers a token keeps of each volume (ours)",
-    "D": "width of CLIP and ViCLIP",
-    "F": "frames that CLIP sees of a clip",
-    "K": "memories retrieved",
-    "D_{txt}": "width of the decoder's text tokens",
-    "y": "latents of a video: channels, frames, rows, columns",
-    "classes": "categories of objects",
+    "brain_model": "",
+    "heads": "",
+    "data": "Batch Batch.parts Clips.batch Clips.targets Clips._draw_fmri Clips._draw_stage2 Clips.averaged "
+    "memories",
+    "train_stage1": "build train_step",
+    "mixture_of_memories": "",
+    "video_decoder": "",
+    "evaluate": "CineNeuron CineNeuron.from_stage1 CineNeuron.forward CineNeuron.remember "
+    "CineNeuron.reconstruct",
+    "train_stage2": "train_step measures learn",
 }
 
 
@@ -75,7 +49,7 @@ class Source:
 
     @property
     def on_page(self) -> list[Piece]:
-        return [piece for piece in self.pieces if piece.name in (FILES[self.module] or [piece.name])]
+        return [piece for piece in self.pieces if piece.name in (FILES[self.module].split() or [piece.name])]
 
 
 @dataclass
@@ -115,9 +89,7 @@ def read(module: str) -> Source:
         (node.lineno for node in code if isinstance(node, ast.If)), len(lines) + 1
     )  # if __name__ == ...
     nodes = [("", code[0]), *documented(code)]
-    starts = [
-        min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) for _, node in nodes
-    ]
+    starts = [first_line(node) for _, node in nodes]
     pieces = []
     for (name, node), start, stop in zip(nodes, starts, [*starts[1:], end], strict=True):
         hidden = range(node.body[0].lineno, node.body[0].end_lineno + 1) if name else ()
@@ -129,7 +101,7 @@ def read(module: str) -> Source:
         numbers = [number for number in range(start, stop) if number not in hidden]
         if numbers:
             pieces.append(Piece(name, ast.get_docstring(node) if name else "", numbers))
-    if missing := set(FILES[module]) - {piece.name for piece in pieces}:
+    if missing := set(FILES[module].split()) - {piece.name for piece in pieces}:
         raise ValueError(f"{module}.py: found no {', '.join(sorted(missing))}: correct FILES in {__file__}")
     return Source(module, lines, ast.get_docstring(tree), pieces)
 
@@ -162,47 +134,47 @@ def equations(sources: list[Source]) -> dict[int, Equation]:
 
 def shape_line(toy: dict[str, str], paper: dict[str, str], indent: int) -> str:
     """What stands below a line: names of one shape together, q, k, v."""
-    names: dict[tuple[str, str], list[str]] = {}
-    for name in toy:
-        names.setdefault((toy[name], paper.get(name, "")), []).append(name)
-    groups = []
-    for small, large in names:
-        shape = f"<b>{small}</b>" if small == large else f'<b class="t">{small}</b> <b class="p">{large}</b>'
-        groups.append(f"<span>{', '.join(names[small, large])} {shape}</span>")
+    names: dict[str, list[str]] = {}
+    for name, small in toy.items():
+        large = f' <b class="paper">{paper[name]}</b>' if name in paper else ""
+        shape = f"<b>{small}</b>" if small == paper.get(name) else f'<b class="toy">{small}</b>{large}'
+        names.setdefault(shape, []).append(name)
+    groups = [f"<span>{', '.join(names[shape])} {shape}</span>" for shape in names]
     return f'<span class="shape" style="--i:{indent}">{" ".join(groups)}</span>'
 
 
+def coloured(lines: list[str]) -> list[str]:
+    """Python -> HTML, line by line."""
+    code = highlight("\n".join(lines), PythonLexer(stripnl=False), HtmlFormatter(nowrap=True))
+    plain = re.sub(
+        r'<span class="(?:n|p|o|w)">([^<]*)</span>', r"\1", code
+    )  # names, brackets, operators, blanks
+    return [linked(line) for line in plain.split("\n")]
+
+
 def section(source: Source, toy: dict, paper: dict, links: dict[int, str]) -> str:
-    """A file: rows of a docstring and its code."""
-    module, docstring = source.module, source.docstring
-    if FILES[module]:
-        docstring = docstring.split("\n\n")[0]
-    formatter = HtmlFormatter(nowrap=True)
-    code = highlight("\n".join(source.lines), PythonLexer(stripnl=False), formatter).split("\n")
-    parts = [f'<section id="{module}"><h2>{module}.py</h2><div class="about">{prose(docstring, links)}</div>']
-    skipped: list[str] = []
+    """A file: rows of a docstring and its code, and between them the names of what is not on the page."""
+    module, code, skipped = source.module, coloured(source.lines), []
+    about = source.docstring.split("\n\n")[0] if FILES[module] else source.docstring
+    parts = [f'<section id="{module}"><h2>{module}.py</h2><div class="about">{prose(about, links)}</div>']
     for piece in source.pieces:
         if piece not in source.on_page:
-            skipped.append(piece.name)
+            skipped += [piece.name] if piece.name else []
             continue
-        if skipped:
-            parts.append(f'<p class="skipped">⋯ {", ".join(filter(None, skipped))}</p>')
-            skipped = []
-        right = []
+        parts += [f'<p class="skipped">⋯ {", ".join(skipped)}</p>'] if skipped else []
+        skipped, right = [], []
         for row in piece.lines:
-            line = source.lines[row - 1]
-            indent = len(line) - len(line.lstrip())
-            number = f'<a class="n" href="#{module}-{row}">{row}</a>'
-            right.append(
-                f'<span class="l" id="{module}-{row}" style="--i:{indent}">{number}{linked(code[row - 1])}\n</span>'
+            indent = len(source.lines[row - 1]) - len(source.lines[row - 1].lstrip())
+            number = f'<a class="number" href="#{module}-{row}">{row}</a>'
+            line = (
+                f'<span class="l" id="{module}-{row}" style="--i:{indent}">{number}{code[row - 1]}\n</span>'
             )
+            right.append(line)
             if (module, row) in toy:
                 right.append(shape_line(toy[module, row], paper.get((module, row), {}), indent))
-        name = f'<div class="at">{piece.name}</div>' if piece.name else ""
-        left = f"<div>{name}{prose(piece.docstring, links)}</div>"
+        left = f'<div><div class="at">{piece.name}</div>{prose(piece.docstring, links)}</div>'
         parts.append(f'<div class="row"><aside>{left}</aside><pre class="code">{"".join(right)}</pre></div>')
-    if skipped:
-        parts.append(f'<p class="skipped">⋯ {", ".join(skipped)}</p>')
+    parts += [f'<p class="skipped">⋯ {", ".join(skipped)}</p>'] if skipped else []
     return "\n".join([*parts, "</section>"])
 
 
@@ -211,36 +183,16 @@ def build() -> str:
     sources = [read(module) for module in FILES]
     paths = [ROOT / f"{module}.py" for module in FILES]
     (toy, toy_sizes), (paper, paper_sizes) = traced("toy", paths), traced("cc2017", paths)
-    table, links = "", {}
+    table, sizes, links = "", "", {}
     for number, equation in equations(sources).items():
         links[number] = equation.links()
         module, row = equation.at_home[0]
         table += f'<tr><td><a href="#eq-{number}">Eq. {number}</a></td><td>{mathml(equation.latex)}</td>'
         table += f'<td><a href="#{module}-{row}">{module}.py:{row}</a></td></tr>\n'
-    sizes = ""
-    for symbol, meaning in SYMBOLS.items():
-        sizes += f"<tr><td>{mathml(symbol)}</td><td>{inline(meaning)}</td>"
-        sizes += f'<td class="t">{toy_sizes[symbol]}</td><td class="p">{paper_sizes[symbol]}</td></tr>\n'
+    for (symbol, meaning, small), (_, _, large) in zip(toy_sizes, paper_sizes, strict=True):
+        sizes += f'<tr><td>{mathml(symbol)}</td><td>{meaning}</td><td class="toy">{small}</td>'
+        sizes += f'<td class="paper">{large}</td></tr>\n'
     files = " → ".join(f'<a href="#{module}">{module}.py</a>' for module in FILES)
     body = "\n".join(section(source, toy, paper, links) for source in sources)
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>CineNeuron: the paper beside the code</title><style>
-{STYLE.read_text(encoding="utf-8")}</style></head><body>
-<h1>CineNeuron: the paper beside the code</h1>
-<div class="intro"><p>Left: what the docstrings say, the paper's equations among it. Right: the code. Read the files
-in this order: {files}. Of data.py, the training scripts and evaluate.py the page shows the method; what reads files
-and options stays in them (⋯).</p>
-<p>Below a line stand the shapes of what it assigns or returns, as they were when it ran: <span class="t">at the
-toy's size</span> and <span class="p">at the paper's</span> (cc2017, subject 1 of the NeuroClips release, Wan2.1
-1.3B). A shape that both share stands once. The shapes are of the first call of a function: stage 1 calls the Brain
-Model with its batch, stage 2 the memories with its own. An equation links to its lines, and a line to its
-equation.</p></div>
-<div class="tables"><div><table><tr><th></th><th>equation</th><th>line</th></tr>
-{table}</table></div>
-<div><table><tr><th></th><th>size</th><th>toy</th><th>paper</th></tr>
-{sizes}</table></div></div>
-{body}
-</body></html>
-"""
+    template = Template(TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(files=files, equations=table, sizes=sizes, body=body)
