@@ -58,8 +58,7 @@ def manifests(p: Prepared) -> Iterator[Line]:
             continue
         for key, value in {"shape": [*array.shape], "dtype": str(array.dtype)}.items():
             if entry.get(key) != value:
-                text = f"has the {key} {value}, its manifest says {entry.get(key)}"
-                yield fail("manifests", f"{file} {text}")
+                yield fail("manifests", f"{file} has the {key} {value}, its manifest says {entry.get(key)}")
         recipe = recipes[file] = entry["recipe"]
         if file.is_relative_to(p.folder) and recipe.get("subject", p.subject) != p.subject:
             text = f"of subject {recipe['subject']}, but lies in {p.folder.name}: folders were swapped"
@@ -69,14 +68,12 @@ def manifests(p: Prepared) -> Iterator[Line]:
         for key in sorted((recipe.keys() | recipes[first].keys()) - {"captions", "of"}):
             value, expected = recipe.get(key), recipes[first].get(key)
             if value != expected:
-                text = f"was made with {key} = {value!r}, {first} with {expected!r}"
-                yield fail("manifests", f"{file} {text}")
+                yield fail("manifests", f"{file} was made with {key} = {value!r}, {first} with {expected!r}")
     for manifest in p.manifests():
         for name in read_json(manifest):
             if not manifest.with_name(name).is_file():
                 yield fail("manifests", f"{manifest} tells of {name}, which is not there")
-    text = "arrays are as their manifests say; both splits by one recipe"
-    yield ok("manifests", f"{len(p.arrays)} {text}")
+    yield ok("manifests", f"{len(p.arrays)} arrays are as their manifests say; both splits by one recipe")
 
 
 def shapes(p: Prepared) -> Iterator[Line]:
@@ -140,8 +137,7 @@ def voxels(p: Prepared) -> Iterator[Line]:
     if len(wrong):
         v = wrong[0]
         first = f"voxel {v}, grayordinate {index[v]}, is {roi[v]} here and {atlas[v]} there"
-        text = f"{len(wrong):,} areas are not those of the HCP MMP atlas: {first}"
-        yield fail("voxels", f"{file}: {text}")
+        yield fail("voxels", f"{file}: {len(wrong):,} areas are not those of the HCP MMP atlas: {first}")
     below = (index >= facts.CORTEX).sum()
     text = f"{len(roi):,} in {len(set(roi))} areas of the HCP MMP atlas, {below:,} below the cortex"
     yield ok("voxels", text)

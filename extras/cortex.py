@@ -59,10 +59,12 @@ def draw_cortex(
     values: np.ndarray,  # (N,) those furthest from 0 are drawn last
     colours: str,  # a colour map
     limits: tuple[float, float],
-    groups: dict[str, list[str]] | None = None,  # of areas, outlined in colours
+    groups: dict[str, list[str]] | None = None,  # of areas, outlined in colours in place of names
 ):
-    """Both flattened hemispheres where they have voxels: folds in grey, borders of the areas, names of some,
-    the voxels coloured. Returns the coloured dots."""
+    """Both flattened hemispheres where they have voxels: folds in grey, borders and names of areas, the
+    voxels coloured. Returns the coloured dots."""
+    from matplotlib.collections import LineCollection
+
     cortex = flat_cortex()
     x, y = cortex.position.T
     grey = ax.tripcolor(x, y, cortex.triangles, cortex.folds, shading="gouraud", rasterized=True)
@@ -74,23 +76,21 @@ def draw_cortex(
     dots = ax.scatter(x, y, c=values[order], zorder=3, rasterized=True)
     dots.set(cmap=colours, clim=limits, sizes=[np.clip(40_000 / len(values), 3, 14)])
     dots.set(edgecolors="0.4", linewidths=0.2 if len(values) < 3000 else 0)
-    _outline(ax, cortex.borders(cortex.number), "0.45", 0.4)
+    view = place[order] if len(order) else cortex.position
+    (left, low), (right, high) = view.min(0) - 25, view.max(0) + 25
+    ax.set(xlim=(left, right), ylim=(low, high))
+    borders = LineCollection(cortex.borders(cortex.number), colors="0.45", linewidths=0.4, alpha=0.7)
+    ax.add_collection(borders)
     for (name, areas), colour in zip((groups or {}).items(), OUTLINES, strict=False):
-        _outline(ax, cortex.borders(np.isin(cortex.area, areas)), colour, 1.5, name)
+        lines = cortex.borders(np.isin(cortex.area, areas))
+        ax.add_collection(LineCollection(lines, colors=colour, linewidths=1.8, zorder=4, label=name))
     if groups:
         ax.legend(loc="lower left", fontsize=8, frameon=False)
-    (left, low), (right, high) = place[order].min(0) - 25, place[order].max(0) + 25
-    ax.set(xlim=(left, right), ylim=(low, high))
-    _name_areas(ax, cortex)
+    else:
+        _name_areas(ax, cortex)
     ax.set_aspect("equal")
     ax.axis("off")
     return dots
-
-
-def _outline(ax, lines: np.ndarray, colour: str, width: float, label: str | None = None) -> None:
-    from matplotlib.collections import LineCollection
-
-    ax.add_collection(LineCollection(lines, colors=colour, linewidths=width, alpha=0.7, label=label))
 
 
 def _name_areas(ax, cortex: FlatCortex) -> None:

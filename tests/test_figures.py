@@ -198,6 +198,8 @@ def test_voxels_lie_where_the_atlas_has_them(run):
     (left, low), (right, high) = places.min(0), places.max(0)
     assert ax.get_xlim() == pytest.approx((left - 25, right + 25))
     assert ax.get_ylim() == pytest.approx((low - 25, high + 25))
+    dots = draw_cortex(plt.figure().subplots(), index[6:], values[6:], "inferno", (0, 1))  # none on the map
+    assert len(dots.get_offsets()) == 0
     plt.close("all")
 
 
