@@ -242,11 +242,11 @@ COPIED = {
 def duplicates(p: Prepared) -> Iterator[Line]:
     """Is another prepared subject this one under another name, or with its voxels in another order?"""
     mine = _fingerprints(p.folder, p.name)
-    others = []
+    subjects = []
     for folder in sorted(set(p.folder.parent.glob("sub*[0-9]")) - {p.folder}):
         if all((folder / split / "fmri.npy").is_file() for split in SIZES[p.name]):
-            others.append(folder)
-    for folder in others:
+            subjects.append(folder)
+    for folder in subjects:
         theirs = _fingerprints(folder, p.name)
         same = mine.keys() & theirs.keys()
         if same:
@@ -254,7 +254,7 @@ def duplicates(p: Prepared) -> Iterator[Line]:
             text = f"{len(same)} of {len(mine)} recordings compared are equal{order}"
             text = f"{p.folder} and {folder}: {text}: one is a copy of the other"
             yield fail("duplicate subjects", text + COPIED.get(p.name, ""))
-    names = ", ".join(folder.name for folder in others)
+    names = ", ".join(folder.name for folder in subjects)
     yield ok("duplicate subjects", f"none equals {names or 'another: this is the only one prepared'}")
 
 

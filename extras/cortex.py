@@ -101,8 +101,8 @@ def _name_areas(ax, cortex: FlatCortex) -> None:
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     drawn = np.isin(np.arange(len(cortex.area)), cortex.triangles) & np.isin(cortex.area, NAMED)
     for number in np.unique(cortex.number[drawn]):
-        inside = drawn & (cortex.number == number)
-        x, y = np.median(cortex.position[inside], axis=0)
+        vertices = drawn & (cortex.number == number)
+        x, y = np.median(cortex.position[vertices], axis=0)
         if left + 12 < x < right - 12 and low + 8 < y < high - 8:
-            name = cortex.area[inside.argmax()]
+            name = cortex.area[vertices.argmax()]
             ax.text(x, y, name, fontsize=8, ha="center", va="center", zorder=4, path_effects=halo)

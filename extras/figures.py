@@ -204,8 +204,8 @@ def file_name(text: str) -> Path:
     """The name of a file that can be written, for argparse."""
     suffixes = (".png", ".pdf", ".html")
     if Path(text).suffix.lower() not in suffixes or Path(text).is_dir():
-        wanted = " or ".join(suffixes)
-        raise argparse.ArgumentTypeError(f"{text[:60]!r}, wanted the name of a file, {wanted}")
+        names = " or ".join(suffixes)
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}, wanted the name of a file, {names}")
     return Path(text)
 
 

@@ -20,7 +20,7 @@ from mixture_of_memories import Integration, MixtureOfMemories
 from prepare.facts import SECONDS, raw_folder
 from support.files import written_whole
 from support.pictures import strip
-from support.readers import damaged, load_model, read_json_lines, reading
+from support.readers import check_keys, damaged, load_model, read_json_lines, reading
 from support.shared import read_memories
 from support.videos import read_clip, video_frames, write_video
 
@@ -120,7 +120,8 @@ class Remembered:
 
     def film(self, i: int) -> np.ndarray:
         """The video of memory i, uint8 (F, H, W, 3)."""
-        line = self.memories[i]
+        file = self.run.stage / "memories.json"
+        line = check_keys(self.memories[i], f"{file}, line {i}", {"video": str, "start_s": float})
         clip = read_clip(self.films / line["video"], line["start_s"], SECONDS[self.run.data])
         return video_frames(clip, *self.size)
 
@@ -214,9 +215,9 @@ def page(remembered: Remembered, out: Path) -> None:
             memories[i] = {"caption": line["caption"], "id": line["id"], "video": as_uri(file)}
     for clip, scores in remembered.scores.items():
         line, group = remembered.lines[clip], remembered.groups[clip]
-        about = {"clip": clip, "id": line["id"], "caption": line["caption"], "group": group}
+        texts = {"clip": clip, "id": line["id"], "caption": line["caption"], "group": group}
         videos = {kind: as_uri(video_file(run.folder, kind, clip)) for kind in ("gt", "recon")}
-        clips.append({**about, **scores._asdict(), **videos})
+        clips.append({**texts, **scores._asdict(), **videos})
     names = {"run": str(run.folder), "modalities": COLOURS, "height": height, "width": width}
     values = {**names, "clips": clips, "memories": memories}
     text = json.dumps(values, default=np.ndarray.tolist).replace("<", "\\u003c")  # no caption ends the script

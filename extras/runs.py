@@ -12,19 +12,20 @@ from support.pictures import spread
 from support.readers import damaged, read_json, reading
 from support.videos import read_video
 
+STAGE1_KEYS = {"data": str, "subject": int}
+STAGE2_KEYS = {**STAGE1_KEYS, "frames": int, "height": int, "width": int, "stage1_config": dict}
+KEYS = {"stage1": STAGE1_KEYS, "stage2": STAGE2_KEYS}
+
 
 class Run:
     """A folder runs/<data>/sub<K>/<NAME>-s<seed>, by the config.json of its stage1 or stage2. Raises
     FileNotFoundError, naming the command that makes it, or ValueError where it is damaged."""
 
     def __init__(self, folder: Path, stage: str):
-        keys = {"data": str, "subject": int}
-        if stage == "stage2":
-            keys |= {"frames": int, "height": int, "width": int, "stage1_config": dict}
         file = folder / stage / "config.json"
         advice = f"RUN is runs/<data>/sub<K>/<NAME>-s<seed> after python train_{stage}.py"
         with reading(file, advice=advice):
-            settings = read_json(file, keys=keys)
+            settings = read_json(file, keys=KEYS[stage])
             if settings["data"] not in SECONDS:
                 raise damaged(file, f"data = {settings['data'][:60]!r}", f"one of {', '.join(SECONDS)}")
         self.folder, self.stage, self.settings = folder, folder / stage, settings
@@ -46,9 +47,10 @@ def groups_of(run: Path) -> dict[str, set[int]]:
     none where it did not."""
     file = run / "eval" / "metrics.json"
     groups = read_metrics(file).get("groups", {}) if file.is_file() else {}
-    return {
-        name: {int(clip) for clip in group["clips"] if clip.isdecimal()} for name, group in groups.items()
-    }
+    numbers = {}
+    for name, group in groups.items():
+        numbers[name] = {int(clip) for clip in group["clips"] if clip.isdecimal()}
+    return numbers
 
 
 def choose_clips(run: Path, clips: list[int] | None, n: int) -> dict[int, str]:

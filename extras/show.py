@@ -25,7 +25,7 @@ FRAMES = 8
 class Response(NamedTuple):
     """To a clip."""
 
-    of: Clips  # the clips of its split
+    clips: Clips  # the clips of its split
     line: dict  # of clips.jsonl
     showings: list[int]  # that were recorded, from 0
     voxels: np.ndarray  # (showings, N): the mean of its volumes
@@ -75,7 +75,7 @@ def picture(splits: dict[str, Clips], clip_id: str, stimuli: Path, out: Path) ->
     import matplotlib.pyplot as plt
 
     response = response_to(splits, clip_id)
-    index, roi = response.of.index, response.of.roi
+    index, roi = response.clips.index, response.clips.roi
     on_map = set(roi) != {"unknown"}
     place = flat_positions(index) if on_map else np.zeros((2, 2))
     width, height = np.nanmax(place, 0) - np.nanmin(place, 0) + 50
@@ -98,7 +98,7 @@ def picture(splits: dict[str, Clips], clip_id: str, stimuli: Path, out: Path) ->
 
 
 def title(response: Response) -> str:
-    clips, line = response.of, response.line
+    clips, line = response.clips, response.line
     source = f"subject {clips.subject}: {line['video']} from {line['start_s']:g} s"
     tags, categories = ", ".join(line["tags"]) or "none", ", ".join(line["categories"]) or "none"
     quoted = f"\N{LEFT DOUBLE QUOTATION MARK}{line['caption']}\N{RIGHT DOUBLE QUOTATION MARK}"
@@ -113,7 +113,7 @@ def write(ax, text: str, colour: str = "0.4", size: int = 10) -> None:
 
 
 def draw_frames(fig, cell, response: Response, stimuli: Path) -> None:
-    seconds, file = SECONDS[response.of.name], stimuli / response.line["video"]
+    seconds, file = SECONDS[response.clips.name], stimuli / response.line["video"]
     frames = clip_frames(file, response.line["start_s"], seconds)
     if frames is None:
         write(fig.add_subplot(cell), f"no frames: {file} is not there (--stimuli DIR)")
@@ -138,7 +138,7 @@ def plot_areas(ax, response: Response) -> None:
     """A row an area (both hemispheres), in it a bar a showing: mean and 10-90 % of the voxels."""
     import matplotlib.pyplot as plt
 
-    area = without_side(response.of.roi)
+    area = without_side(response.clips.roi)
     names, n = areas_in_order(area), len(response.voxels)
     y, height = np.arange(len(names)), 0.84 / n
     for k in y[::2]:
@@ -167,7 +167,7 @@ def plot_areas(ax, response: Response) -> None:
 def draw_maps(maps: list, response: Response, correlation: np.ndarray, pairs: int) -> None:
     """The mean response, the correlation of the showings (N,) over so many clips, and as text what lies below
     the cortex."""
-    index, mean, n = response.of.index, response.voxels.mean(0), len(response.showings)
+    index, mean, n = response.clips.index, response.voxels.mean(0), len(response.showings)
     strongest = max(1.0, float(np.quantile(abs(mean), 0.99)))
     dots = draw_cortex(maps[0], index, mean, "RdBu_r", (-strongest, strongest))
     label(dots, f"mean response to this clip over {n} showing{'s' * (n > 1)}, z-score")
@@ -178,11 +178,11 @@ def draw_maps(maps: list, response: Response, correlation: np.ndarray, pairs: in
     else:
         write(maps[1], "each clip was shown once: no correlation of showings")
     lines = []
-    for name in np.unique(response.of.roi[index >= CORTEX]):
-        inside = response.of.roi == name
-        values = f"{response.voxels[:, inside].mean():+.2f} +- {mean[inside].std():.2f}"
-        r = f", r {np.nanmean(correlation[inside]):.2f}" if pairs else ""
-        lines.append(f"{name.replace('_', ' ')} {inside.sum()} voxels, response {values}{r}")
+    for name in np.unique(response.clips.roi[index >= CORTEX]):
+        members = response.clips.roi == name
+        values = f"{response.voxels[:, members].mean():+.2f} +- {mean[members].std():.2f}"
+        r = f", r {np.nanmean(correlation[members]):.2f}" if pairs else ""
+        lines.append(f"{name.replace('_', ' ')} {members.sum()} voxels, response {values}{r}")
     text = "\n".join(lines) or "no voxels"
     write(maps[2], f"below the cortex, on no map:\n{text}", "black", 8)
 

@@ -513,6 +513,13 @@ def test_damaged_settings(own_run, command, text):
     assert str(file) in fails(command, own_run)
 
 
+def test_a_memory_without_its_film(own_run):
+    file = own_run / "stage2" / "memories.json"
+    lines = [line | {"start_s": "0"} for line in json.loads(file.read_text())]
+    file.write_text(json.dumps(lines))
+    assert f"{file}, line " in fails("memories", own_run, "--clips", "1")
+
+
 def test_damaged_weights_and_videos(own_run):
     weights = own_run / "stage2" / "heads" / "model.safetensors"
     whole = weights.read_bytes()
