@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import Clips  # noqa: E402
 from extras import check_stimuli, show  # noqa: E402
-from extras.prepared import FAIL, OF_CLIPS, Line, Prepared, Run, digest, fail, ok, warning  # noqa: E402
+from extras.prepared import FAIL, OF_CLIPS, Line, Prepared, Showing, digest, fail, ok, warning  # noqa: E402
 from prepare import facts  # noqa: E402
 from prepare.captions import read_captions  # noqa: E402
 from prepare.facts import SIZES  # noqa: E402
@@ -153,17 +153,17 @@ class Statistics:
         self.first_of: dict[bytes, tuple[str, str]] = {}  # these values: a split, and a showing of a clip
         self.equal: dict[tuple[str, str], list[str]] = defaultdict(list)  # pairs, by their two splits
 
-    def add(self, split: str, run: Run) -> None:
-        first = run.fmri[:, 0]  # (clips, N): of each clip volume 0, since windows may overlap
+    def add(self, split: str, showing: Showing) -> None:
+        first = showing.fmri[:, 0]  # (clips, N): of each clip volume 0, since windows may overlap
         mean, deviation = first.mean(0, np.float64), first.std(0, dtype=np.float64)
         moves = deviation > 1e-6
         self.constant.update(np.flatnonzero(~moves).tolist())
         self.off = max(self.off, abs(mean).max(), abs(deviation[moves] - 1).max(initial=0))
-        self.sum += run.fmri.sum((0, 1), np.float64)
-        self.squares += np.square(run.fmri, dtype=np.float64).sum((0, 1))
-        self.volumes += run.fmri.shape[0] * run.fmri.shape[1]
-        for id, row in zip(run.ids, run.fmri, strict=True):
-            recording = f"{id}, showing {run.showing}"
+        self.sum += showing.fmri.sum((0, 1), np.float64)
+        self.squares += np.square(showing.fmri, dtype=np.float64).sum((0, 1))
+        self.volumes += showing.fmri.shape[0] * showing.fmri.shape[1]
+        for id, row in zip(showing.ids, showing.fmri, strict=True):
+            recording = f"{id}, showing {showing.number}"
             earlier_split, earlier = self.first_of.setdefault(digest(row), (split, recording))
             if (earlier_split, earlier) != (split, recording) and row.any():
                 self.equal[earlier_split, split].append(f"{earlier} = {recording}")
@@ -197,16 +197,16 @@ def fmri(p: Prepared) -> Iterator[Line]:
     statistics, all_finite = Statistics(len(p.voxels["index"])), True
     for split in p.clips:
         recorded = Counter()
-        for run in p.runs(split):
-            recorded.update(run.ids)
-            bad = ~np.isfinite(run.fmri)
+        for showing in p.showings(split):
+            recorded.update(showing.ids)
+            bad = ~np.isfinite(showing.fmri)
             if not bad.any():
-                statistics.add(split, run)
+                statistics.add(split, showing)
                 continue
             all_finite = False
             clip, _, voxel = np.argwhere(bad)[0]
-            values = f"{bad.sum():,} values of showing {run.showing}"
-            text = f"not finite, and no whole showing: {values}, the first at {run.ids[clip]}, voxel {voxel}"
+            values = f"{bad.sum():,} values of showing {showing.number}"
+            text = f"not finite, and no whole showing: {values}, the first at {showing.ids[clip]}, voxel {voxel}"
             yield fail("fMRI values", f"{p.of(split, 'fmri.npy')}: {text}")
         yield from _showings(p, split, recorded)
     if all_finite:

@@ -32,11 +32,11 @@ class Line(NamedTuple):
 ok, warning, fail = partial(Line, OK), partial(Line, WARNING), partial(Line, FAIL)
 
 
-class Run(NamedTuple):
+class Showing(NamedTuple):
     """One showing of one segment."""
 
     ids: list[str]  # of its clips
-    showing: int  # from 1
+    number: int  # from 1
     fmri: np.ndarray  # (clips, T, N)
 
 
@@ -90,13 +90,13 @@ class Prepared:
     def array(self, split: str, name: str) -> np.ndarray:
         return self.arrays[self.of(split, name)]
 
-    def runs(self, split: str) -> Iterator[Run]:
-        """Each run that was recorded; one in memory."""
+    def showings(self, split: str) -> Iterator[Showing]:
+        """Each that was recorded; one in memory."""
         fmri, first = self.array(split, "fmri.npy"), 0
         for _, clips in groupby(self.clips[split], key=lambda clip: clip["segment"]):
             ids = [clip["id"] for clip in clips]
-            for showing in range(fmri.shape[1]):
-                run = np.array(fmri[first : first + len(ids), showing])
-                if not np.isnan(run).all():
-                    yield Run(ids, showing + 1, run)
+            for k in range(fmri.shape[1]):
+                values = np.array(fmri[first : first + len(ids), k])
+                if not np.isnan(values).all():
+                    yield Showing(ids, k + 1, values)
             first += len(ids)

@@ -93,6 +93,11 @@ def found(folder: Path, one: Callable | None = None) -> list[check.Line]:
     return list(one(check.Prepared("toy", 1, root))) if one else check.check("toy", 1, root)
 
 
+def faults(folder: Path, one: Callable | None = None) -> list[str]:
+    """The texts of the lines that fail, of one check or of the page."""
+    return [line.text for line in found(folder, one) if line.level == FAIL]
+
+
 def levels(lines: list[check.Line]) -> set[tuple[str, str]]:
     return {(line.level, line.check) for line in lines if line.level != OK}
 
@@ -103,9 +108,8 @@ def levels(lines: list[check.Line]) -> set[tuple[str, str]]:
 def test_a_sound_dataset_passes(sound, capsys):
     assert check.main(["--data", "toy", "--root", str(sound.parent)]) == 0
     page = capsys.readouterr().out
-    assert (
-        "0 failed, 1 warnings" in page and "seg20 has 1 of 2" in page
-    )  # the showing that write_prepared leaves out
+    assert "0 failed, 1 warnings" in page
+    assert "seg20 has 1 of 2" in page  # the showing that write_prepared leaves out
     for said in (
         "ok      clip counts        2,000 train clips, 100 of each of 20 segments",
         "T = 1 volumes of N = 40 voxels, F = 3 frames of D = 16, 4 classes",
@@ -131,17 +135,11 @@ def test_exit_status_of_a_fault_and_of_nothing_there(toy, tmp_path):
     done = run_script("extras/check.py", "--data", "toy", "--root", tmp_path, cwd=tmp_path)
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    assert (
-        "fMRI values" in line
-        and "test1-003, voxel 7" in line
-        and line.endswith("delete what is named and run python data.py toy --subject 1")
-    )
+    assert "fMRI values" in line and "test1-003, voxel 7" in line
+    assert line.endswith("delete what is named and run python data.py toy --subject 1")
     lines = check.check("cc2017", 4, tmp_path)
-    assert (
-        lines[0].level == FAIL
-        and "sub4/train/fmri.npy" in lines[0].text
-        and lines[0].text.endswith("to mend it, run python data.py cc2017 --raw RAW --subject 4")
-    )
+    assert lines[0].level == FAIL and "sub4/train/fmri.npy" in lines[0].text
+    assert lines[0].text.endswith("to mend it, run python data.py cc2017 --raw RAW --subject 4")
     assert all(line.level == WARNING and line.text.startswith("not looked at") for line in lines[1:])
 
 
@@ -158,14 +156,10 @@ def test_files(toy):
     with open(toy / "stimuli" / "test" / "clips.jsonl", "a") as file:
         file.write('{"id": "test2-08')
     (toy / "sub1" / "voxels.npz").write_bytes(b"PK")
-    lines = [line.text for line in found(toy) if line.level == FAIL]
+    lines = faults(toy)
     assert "stimuli/test/e_act.npy not there" in lines[0] and "fmri.npy" not in lines[0]
-    damaged = [
-        "sub1/voxels.npz",
-        "sub1/train/fmri.npy (1,000 bytes)",
-        "sub1/test/manifest.json",
-        "stimuli/test/clips.jsonl",
-    ]
+    damaged = ["sub1/voxels.npz", "sub1/train/fmri.npy (1,000 bytes)"]
+    damaged += ["sub1/test/manifest.json", "stimuli/test/clips.jsonl"]
     assert len(lines) == 5 and all(sum(name in line for line in lines[1:]) == 1 for name in damaged)
 
 
@@ -181,13 +175,11 @@ def test_manifests(toy):
         "manifest.json tells of gone, which is not there",
         "train/fmri.npy is of subject 2, but lies in sub1: folders were swapped",
     ]
-    lines = [line.text for line in found(toy, check.manifests) if line.level == FAIL]
+    lines = faults(toy, check.manifests)
     swapped = [line for line in lines if "was made with" in line]
     assert all(sum(said in line for line in lines) == 1 for said in wanted)
-    assert any(
-        "train/e_act.npy was made with viclip = 'planted', " in line and "with 'another'" in line
-        for line in swapped
-    )
+    made = "train/e_act.npy was made with viclip = 'planted', "
+    assert any(made in line and "with 'another'" in line for line in swapped)
     assert len(swapped) == 2  # and the subject
 
 
@@ -196,9 +188,8 @@ def test_counts_and_shapes(toy):
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-1]))
     assert {(FAIL, "clip counts"), (FAIL, "shapes")} <= levels(page := found(toy))
-    assert any("{'seg20': 99}" in line.text for line in page) and any(
-        "clips.jsonl has 1999 clips" in line.text for line in page
-    )
+    for text in ("{'seg20': 99}", "clips.jsonl has 1999 clips"):
+        assert any(text in line.text for line in page)
     assert (WARNING, "fmri") in levels(page)  # not looked at
     file.write_text("".join([*lines[1:], lines[0]]))
     assert any("mixes segments" in line.text for line in found(toy, check.shapes))
@@ -208,9 +199,7 @@ def test_counts_and_shapes(toy):
     edit(toy / "sub1" / "train" / "fmri.npy", lambda array: array[:1900])
     prepare_copies(toy / "stimuli")
     prepare_recorded(toy / "sub1")
-    assert levels(found(toy, check.shapes)) == {
-        (WARNING, "clip counts")
-    }  # whole segments fewer: --train-segments
+    assert levels(found(toy, check.shapes)) == {(WARNING, "clip counts")}  # fewer segments, each whole
     edit(toy / "stimuli" / "test" / "e_img.npy", lambda array: array[:, :2])
     assert (FAIL, "shapes") in levels(found(toy, check.shapes))
 
@@ -230,11 +219,8 @@ def test_voxels(toy):
     roi = table["roi"].copy()
     roi[[3, 4]] = "L_10d"
     (line,) = lines(roi=roi)
-    assert (
-        line.level == FAIL
-        and f"2 areas are not those of the HCP MMP atlas: voxel 3, grayordinate {table['index'][3]}"
-        in line.text
-    )
+    first = f"2 areas are not those of the HCP MMP atlas: voxel 3, grayordinate {table['index'][3]}"
+    assert line.level == FAIL and first in line.text
     (line,) = lines(index=table["index"][[0, 0, *range(2, 40)]])
     assert line.level == FAIL and "twice" in line.text
     (line,) = lines(roi=np.full(40, "unknown"))
@@ -243,73 +229,43 @@ def test_voxels(toy):
     assert (FAIL, "shapes") in levels(found(toy, check.shapes))
 
 
-@pytest.mark.parametrize(
-    ("split", "change", "wanted", "said"),
-    [
-        (
-            "train",
-            put((250, 0, 0, 5), np.inf),
-            (FAIL, "fMRI values"),
-            "1 values of showing 1, the first at seg3-050, voxel 5",
-        ),
-        (
-            "train",
-            put((slice(300, 400), 1, 0, 5), np.nan),
-            (FAIL, "fMRI values"),
-            "100 values of showing 2, the first at seg4-000",
-        ),
-        (
-            "test",
-            put(slice(80, 160), np.nan),
-            (FAIL, "fMRI values"),
-            "80 clips have no recording, the first test2-000",
-        ),
-        (
-            "test",
-            put((slice(80, 160), 2), np.nan),
-            (WARNING, "fMRI values"),
-            "test: showings that were not recorded are masked: test2 has 2",
-        ),
-        (
-            "train",
-            lambda x: 100 * x + 10_000,
-            (FAIL, "z-scores"),
-            "sub1 has no z-scores, by run or by subject",
-        ),
-        ("train", lambda x: 1.3 * x, (WARNING, "z-scores"), "off by at most 0.3 in a run"),
-        (
-            "train",
-            put((slice(None, 100), 0, 0, 9), 0),
-            (WARNING, "z-scores"),
-            "1 voxels are constant in some run, the first voxel 9",
-        ),
-        (
-            "train",
-            lambda x: put((slice(100, 200), 1), x[100:200, 0])(x),
-            (FAIL, "repeated runs"),
-            "seg2-000, showing 1 = seg2-000, showing 2",
-        ),
-        ("test", lambda x: put(slice(80, 160), x[:80])(x), (FAIL, "repeated runs"), "240 recordings"),
-    ],
-)
-def test_recordings(toy, split, change, wanted, said):
+def again(x: np.ndarray) -> None:
+    """The second segment's first showing, as its second."""
+    x[100:200, 1] = x[100:200, 0]
+
+
+RECORDINGS = [
+    ("train", put((250, 0, 0, 5), np.inf), FAIL, "fMRI values", "1 values of showing 1, the first at seg3-050, voxel 5"),
+    ("train", put((slice(300, 400), 1, 0, 5), np.nan), FAIL, "fMRI values", "100 values of showing 2, the first at seg4-000"),
+    ("test", put(slice(80, 160), np.nan), FAIL, "fMRI values", "80 clips have no recording, the first test2-000"),
+    ("test", put((slice(80, 160), 2), np.nan), WARNING, "fMRI values", "test: showings that were not recorded are masked: test2 has 2"),
+    ("train", lambda x: 100 * x + 10_000, FAIL, "z-scores", "sub1 has no z-scores, by run or by subject"),
+    ("train", lambda x: 1.3 * x, WARNING, "z-scores", "off by at most 0.3 in a run"),
+    ("train", put((slice(None, 100), 0, 0, 9), 0), WARNING, "z-scores", "1 voxels are constant in some run, the first voxel 9"),
+    ("train", again, FAIL, "repeated runs", "seg2-000, showing 1 = seg2-000, showing 2"),
+    ("test", lambda x: put(slice(80, 160), x[:80])(x), FAIL, "repeated runs", "240 recordings"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("split", "change", "level", "name", "text"), RECORDINGS)
+def test_recordings(toy, split, change, level, name, text):
     edit(toy / "sub1" / split / "fmri.npy", change)
     with suppress(ValueError):  # a clip without recordings
         prepare_recorded(toy / "sub1")
     lines = found(toy, check.fmri)
-    assert wanted in levels(lines) and any(said in line.text for line in lines if line[:2] == wanted), lines
-    assert levels(lines) <= {wanted, (WARNING, "fMRI values")}
+    assert any(line[:2] == (level, name) and text in line.text for line in lines), lines
+    assert levels(lines) <= {(level, name), (WARNING, "fMRI values")}
 
 
 def test_standardised_over_the_subject_is_sound_too(toy):
     """As CineBrain publishes its volumes: each run may be off, all together are not."""
+
+    def scaled(x: np.ndarray) -> np.ndarray:
+        odd = np.arange(len(x)) % 160 < 80
+        return x * np.where(odd, 1.1, np.sqrt(2 - 1.1**2))[:, None, None, None]
+
     for split in ("train", "test"):
-        edit(
-            toy / "sub1" / split / "fmri.npy",
-            lambda x: (
-                x * np.where(np.arange(len(x)) % 160 < 80, 1.1, np.sqrt(2 - 1.1**2))[:, None, None, None]
-            ),
-        )
+        edit(toy / "sub1" / split / "fmri.npy", scaled)
     (line,) = [line for line in found(toy, check.fmri) if line.check == "z-scores"]
     assert line.level == OK and "0.11 in a run" in line.text
 
@@ -318,45 +274,33 @@ def test_recordings_and_frames_in_both_splits(toy):
     train = np.load(toy / "sub1" / "train" / "fmri.npy")
     edit(toy / "sub1" / "test" / "fmri.npy", put((slice(0, 80), 1), train[200:280, 0]))
     lines = [line for line in found(toy, check.fmri) if line.check == "leakage, fMRI" and line.level == FAIL]
-    assert (
-        len(lines) == 1
-        and "80 recordings" in lines[0].text
-        and "seg3-000, showing 1 = test1-000, showing 2" in lines[0].text
-    )
+    (line,) = lines
+    assert "80 recordings" in line.text and "seg3-000, showing 1 = test1-000, showing 2" in line.text
     e_img = np.load(toy / "stimuli" / "train" / "e_img.npy")
     for k, level in ((1, WARNING), (2, FAIL)):  # of 160: under one per cent, over it
         edit(toy / "stimuli" / "test" / "e_img.npy", put(slice(10, 10 + k), e_img[500 : 500 + k]))
         (line,) = [line for line in found(toy, check_stimuli.embeddings) if line.check == "leakage, frames"]
-        assert (
-            line.level == level
-            and f"{k} of 160 test clips" in line.text
-            and "seg6-000 = test1-010" in line.text
-        )
+        assert line.level == level and f"{k} of 160 test clips" in line.text
+        assert "seg6-000 = test1-010" in line.text
 
 
 def test_a_subject_that_is_another(toy, tmp_path):
     assert found(toy, check.duplicates)[0].level == OK
     write_prepared(tmp_path, "toy", clips=(2000, 160), segments=(20, 2), N=40, subject=3, seed=1)
-    assert [line.level for line in found(toy, check.duplicates)] == [OK] and "sub3" in found(
-        toy, check.duplicates
-    )[0].text
+    (line,) = found(toy, check.duplicates)
+    assert line.level == OK and "sub3" in line.text
     other = Path(shutil.copytree(toy / "sub1", toy / "sub2"))
-    first, _ = found(toy, check.duplicates)
-    assert (
-        first.level == FAIL
-        and "sub1 and " in first.text
-        and "sub2: 64 of 64 recordings compared are equal: one is a copy" in first.text
-    )
+    (text,) = faults(toy, check.duplicates)
+    assert "sub1 and " in text
+    assert "sub2: 64 of 64 recordings compared are equal: one is a copy" in text
     order = np.random.default_rng(0).permutation(40)
     for split in ("train", "test"):
         edit(other / split / "fmri.npy", lambda x: np.ascontiguousarray(x[..., order]))
-    assert (
-        "64 of 64 recordings compared are equal, the voxels in another order"
-        in found(toy, check.duplicates)[0].text
-    )
+    (text,) = faults(toy, check.duplicates)
+    assert "64 of 64 recordings compared are equal, the voxels in another order" in text
     (toy / "sub9").mkdir()  # not prepared yet
-    edit(other / "train" / "fmri.npy", lambda x: x + 1e-3)
-    edit(other / "test" / "fmri.npy", lambda x: x + 1e-3)
+    for split in ("train", "test"):
+        edit(other / split / "fmri.npy", lambda x: x + 1e-3)
     assert [line.level for line in found(toy, check.duplicates)] == [OK]
 
 
@@ -368,7 +312,7 @@ def test_embeddings(toy):
     edit(here / "test" / "e_txt.npy", put(90, 0))  # left empty by a stopped run
     edit(here / "train" / "e_img.npy", put((300, 1, 4), np.nan))
     edit(here / "train" / "e_act.npy", lambda e: np.repeat(e[:1], 2000, 0))
-    lines = [line.text for line in found(toy, check_stimuli.embeddings) if line.level == FAIL]
+    lines = faults(toy, check_stimuli.embeddings)
     assert len(lines) == 3
     for said in (
         "test/e_txt.npy: not unit vectors from test2-010 on (off by 1;",
@@ -381,8 +325,8 @@ def test_embeddings(toy):
 def test_categories_and_captions(toy):
     edit(toy / "stimuli" / "test" / "categories.npy", lambda labels: 1 - labels[:, :1].repeat(4, 1))
     clips = (toy / "stimuli" / "train" / "clips.jsonl").read_text()
-    (line,) = [line for line in found(toy, check_stimuli.categories) if line.level == FAIL]
-    assert "test/categories.npy is not what clips.jsonl says" in line.text and "test1-0" in line.text
+    (text,) = faults(toy, check_stimuli.categories)
+    assert "test/categories.npy is not what clips.jsonl says" in text and "test1-0" in text
     edit(toy / "stimuli" / "test" / "categories.npy", put(slice(None), 0))
     assert any(
         line.level == WARNING and "test: no clip is of person, animal" in line.text
@@ -451,25 +395,14 @@ def test_near_copies_of_the_public_captions(capsys):
 
 
 def test_caption_copies_of_captions_jsonl(tmp_path, capsys):
-    rows = [
-        ("seg1", "a cat"),
-        ("seg1", "a dog"),
-        ("seg2", "a cat"),
-        ("seg2", "a cow"),
-        ("test1", "a fox"),
-        ("test1", "A dog."),
-    ]
+    captions = {"seg1": ["a cat", "a dog"], "seg2": ["a cat", "a cow"], "test1": ["a fox", "A dog."]}
     file = tmp_path / "captions.jsonl"
-    file.write_text(
-        "".join(json.dumps({"segment": segment, "caption": caption}) + "\n" for segment, caption in rows)
-    )
+    rows = [{"segment": name, "caption": text} for name, texts in captions.items() for text in texts]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert check.main(["--captions", str(file), str(file)]) == 0
-    said = capsys.readouterr().out
-    assert (
-        "4 training and 2 test clips of 2 training segments" in said
-        and "caption: 50.0%" in said
-        and "50.0% of test" in said
-    )
+    page = capsys.readouterr().out
+    for text in ("4 training and 2 test clips of 2 training segments", "caption: 50.0%", "50.0% of test"):
+        assert text in page
 
 
 # ---------------------------------------------------------------- the picture
@@ -555,11 +488,11 @@ def test_a_toy_subjects_picture_is_of_its_own_film(subject, raw, tmp_path, monke
 def test_what_was_computed_from_other_files_is_named(toy):
     recorded = toy / "sub1" / "train" / "recorded.npy"
     edit(recorded, put((7, 1), False))
-    (line,) = [line for line in found(toy, check.fmri) if line.level == FAIL]
-    assert f"{recorded}: other showings than fmri.npy has of 1 clips, the first seg1-007" in line.text
+    (text,) = faults(toy, check.fmri)
+    assert f"{recorded}: other showings than fmri.npy has of 1 clips, the first seg1-007" in text
     edit(toy / "stimuli" / "test" / "e_img.npy", lambda e: e[::-1])
-    (line,) = [line for line in found(toy, check_stimuli.near_copies) if line.level == FAIL]
-    assert "train/near_copies.npy was computed from other frames" in line.text
+    (text,) = faults(toy, check_stimuli.near_copies)
+    assert "train/near_copies.npy was computed from other frames" in text
 
 
 def test_what_the_scripts_do_not_read_fails(toy):
