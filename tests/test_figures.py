@@ -480,24 +480,21 @@ def test_scores_of_other_weights_are_refused(own_run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [FULL]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        b"",
-        b"[]",
-        b"{",
-        b"\xff\xfe",
-        {"retrieved": [48, 1, 2]},
-        {"retrieved": ["0"]},
-        {"retrieved": []},
-        {"retrieved": 3},
-        {"W_r": [1, 0]},
-        {"W_r": ["a", 0, 0]},
-        {"W_r": [float("nan"), 0, 0]},
-        {"clip": True},
-    ],
-    ids=str,
-)
+NAN = float("nan")
+DAMAGE = [
+    b"",
+    b"[]",
+    b"{",
+    b"\xff\xfe",
+    {"clip": True},
+    {"W_r": [1, 0]},
+    {"W_r": ["a", 0, 0]},
+    {"W_r": [NAN, 0, 0]},
+]
+DAMAGE += [{"retrieved": value} for value in ([48, 1, 2], ["0"], [], 3)]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=str)
 def test_damaged_lines_of_what_was_retrieved(own_run, damage):
     file = own_run / "eval" / "retrieved.jsonl"
     line = json.loads(file.read_text().splitlines()[0])
@@ -533,23 +530,13 @@ def test_damaged_weights_and_videos(own_run):
     assert "[9]" not in fails("compare", own_run, "--clips", "1")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--rows", "0"],
-        ["--rows", "1.5"],
-        ["--rows", "nan"],
-        ["--rows", "1000000000"],
-        ["--clips", "1,x"],
-        ["--clips", "-1"],
-        ["--clips", ""],
-        ["--out", "picture.xyz"],
-        ["--out", "."],
-    ],
-    ids=" ".join,
-)
-def test_options_out_of_range_are_named(run, options):
-    assert f"{options[0]}: " in fails("compare", run, *options, status=2)
+OUT_OF_RANGE = "--rows 0, --rows 1.5, --rows nan, --rows 1000000000, --clips 1,x, --clips -1, --clips, --out a.xyz, --out ."
+
+
+@pytest.mark.parametrize("words", OUT_OF_RANGE.split(", "))
+def test_options_out_of_range_are_named(run, words):
+    option, _, value = words.partition(" ")
+    assert f"{option}: " in fails("compare", run, option, value, status=2)
 
 
 def test_clips_that_were_not_reconstructed(run):
