@@ -206,7 +206,9 @@ def fmri(p: Prepared) -> Iterator[Line]:
             all_finite = False
             clip, _, voxel = np.argwhere(bad)[0]
             values = f"{bad.sum():,} values of showing {showing.number}"
-            text = f"not finite, and no whole showing: {values}, the first at {showing.ids[clip]}, voxel {voxel}"
+            text = (
+                f"not finite, and no whole showing: {values}, the first at {showing.ids[clip]}, voxel {voxel}"
+            )
             yield fail("fMRI values", f"{p.of(split, 'fmri.npy')}: {text}")
         yield from _showings(p, split, recorded)
     if all_finite:

@@ -95,8 +95,8 @@ def metrics_table(metrics: dict | None) -> str:
             mean, chance, shuffled = (number(entry[key]) for key in ("mean", "chance", "shuffled"))
             rows.append(f"| `{name}` | {mean} | {interval} | {chance} | {shuffled} | {entry['n']} |")
     return (
-        "Reconstructions of held-out clips against their stimuli. *Shuffled* compares each reconstruction with "
-        "the stimulus of another scene.\n\n" + "\n".join(rows)
+        "Reconstructions of held-out clips against their stimuli. *Shuffled* compares each reconstruction "
+        "with the stimulus of another scene.\n\n" + "\n".join(rows)
     )
 
 
