@@ -102,7 +102,7 @@ def test_an_equation_without_a_line_and_a_line_without_an_equation_are_refused()
 
 
 def test_a_piece_that_a_file_lacks_is_refused(monkeypatch):
-    monkeypatch.setitem(draw.FILES, "heads", "gather gone")
+    monkeypatch.setitem(draw.FILES, "heads", "info_nce gone")
     with pytest.raises(ValueError, match="heads.py: found no gone: correct FILES"):
         draw.read("heads")
 
