@@ -20,7 +20,7 @@ FILES = {  # in reading order: what of a file is on the page; nothing: all of it
     "heads": "",
     "data": "Batch Batch.parts Clips.batch Clips.targets Clips._draw_fmri Clips._draw_stage2 Clips.averaged "
     "memories",
-    "train_stage1": "build train_step",
+    "train_stage1": "build train_step learn",
     "mixture_of_memories": "",
     "video_decoder": "",
     "evaluate": "CineNeuron CineNeuron.from_stage1 CineNeuron.forward CineNeuron.remember "
