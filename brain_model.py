@@ -3,10 +3,10 @@
     x (B, T, N) ──► voxel regression ──► L tokens of width D' ──► Transformer ──► f_c (B, D)
                                          and one global token                └──► f_e (B, L, D')
 
-Why two outputs? f_c is one summary, which stage 1 aligns with CLIP and ViCLIP (heads.py). f_e keeps the finer
-context, which the Mixture-of-Memories and the video decoder read. At the paper's size (L = 512 tokens and the
-global one, 24 layers of width 2048) the model has 1.24 billion parameters.
-"""
+The paper's x (B, N) is T = 1 volume of N voxels. Why two outputs? f_c is one summary, which stage 1 aligns
+with CLIP and ViCLIP (heads.py). f_e keeps the finer context, which the Mixture-of-Memories and the video
+decoder read. At the paper's size (L = 512 tokens and the global one, 24 layers of width 2048) the model has
+1.24 billion parameters."""
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 class VoxelRegression(nn.Module):
     """The "first regression layer": N voxels -> L tokens of width D'. Fig. 5 draws its weights by voxel.
 
-    The voxel axis is contracted first, then each token is lifted to D'. The usual order lifts every voxel to
-    D' before it contracts, which costs N·D' + N·L·D' multiply-adds a volume; this order costs N·L·r + L·r·D'.
-    With r = 1 both are the same function (a choice).
+    A choice: the voxel axis is contracted first, then each token is lifted to D'. The usual order lifts every
+    voxel to D' before it contracts: N·D' + N·L·D' multiply-adds per volume, here N·L·r + L·r·D'. With r = 1
+    both are the same function.
     """
 
     def __init__(self, voxels: int, volumes: int, tokens: int, width: int, rank: int):
@@ -71,7 +71,7 @@ class BrainModel(nn.Module, PyTorchModelHubMixin):
     def __init__(
         self,
         voxels: int,  # N of the subject
-        volumes: int = 1,  # T, fMRI volumes a clip (cc2017: 1, CineBrain: 5)
+        volumes: int = 1,  # T, fMRI volumes per clip (cc2017: 1, CineBrain: 5)
         tokens: int = 512,  # L, as many as the video decoder has text tokens
         width: int = 2048,  # D'
         layers: int = 24,
@@ -93,11 +93,9 @@ class BrainModel(nn.Module, PyTorchModelHubMixin):
         self.initialise_weights()
 
     def initialise_weights(self) -> None:
-        """Matrices N(0, 0.02), biases 0; what writes into the residual stream is scaled down by
-        sqrt(2 * layers), as in GPT-2.
-
-        The voxel regression keeps unit variance instead: z-scored voxels must not vanish into N(0, 0.02)
-        noise, however many they are.
+        """Matrices, global token and positions N(0, 0.02), biases 0; what writes into the residual stream is
+        scaled down by sqrt(2 * layers), as in GPT-2. Voxel regression and to_f_c keep unit variance: else the
+        tokens of the fMRI start hardly larger than their positions.
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -113,7 +111,7 @@ class BrainModel(nn.Module, PyTorchModelHubMixin):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, N) z-scored fMRI -> f_c (B, D), f_e (B, L, D')."""
         B, T, N = x.shape  # clips, fMRI volumes, voxels
-        assert (T, N) == (self.volumes, self.voxels), f"fMRI (B, {T}, {N})"
+        assert (T, N) == (self.volumes, self.voxels), f"fMRI {T, N}, wanted {self.volumes, self.voxels}"
         h = self.regression(x)  # (B, L, D')
         h = torch.cat([self.global_token.expand(B, -1, -1), h], dim=1)  # (B, L+1, D')
         h = h + self.position  # (B, L+1, D')

@@ -12,7 +12,8 @@ CineBrain: 4,860 + 540, T = 5), with a manifest.json beside the arrays that says
     data/cc2017/sub1/voxels.npz                    of each voxel its index in the source, and its area: roi
     data/cc2017/stimuli/{train,test}/clips.jsonl   id, segment, video, start_s, caption, tags, categories
       e_img.npy (clips, F, D), e_txt.npy and e_act.npy (clips, D), categories.npy (clips, K) beside it
-      near_copies.npy, captions.npy                which clips are alike (prepare/copies.py)
+      near_copies.npy, captions.npy                which clips are alike (prepare/copies.py); beside fmri.npy
+                                                   recorded.npy: which showings were recorded
       <decoder>/                                   latents and text tokens for a video decoder (--decoder)
 
 Subjects of a dataset share its stimuli, but for CineBrain, whose subjects 1, 2, 6 saw other films.
@@ -43,7 +44,8 @@ def rng(seed: int, step: int, clip: int, what: int = 0) -> np.random.Generator:
 
 
 def noise_generator(*key: int) -> torch.Generator:
-    """As `rng`, of torch: for the noise of a (seed, step, clip) in training, of a (seed, clip) in sampling."""
+    """As `rng`, of torch: for the noise of a (seed, step, clip) in training, of a (seed, clip) in
+    sampling."""
     entropy = [len(key), *key]  # the length, since numpy takes (1,) and (1, 0) for the same
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
@@ -53,7 +55,7 @@ class Batch(NamedTuple):
     """One training step of B clips. Whatever is random in it was drawn from (seed, step, clip)."""
 
     clips: Tensor  # (B,) indices into the data set
-    x: Tensor  # (B, T, N) fMRI of one showing, a share of its voxels hidden
+    x: Tensor | None  # (B, T, N) fMRI of one showing, a share of its voxels zeroed
     e_img: Tensor  # (B, F, D) CLIP of F frames
     e_txt: Tensor  # (B, D) CLIP of the caption
     e_act: Tensor  # (B, D) ViCLIP of the video
@@ -77,14 +79,13 @@ class Batch(NamedTuple):
 class Clips:
     """The clips of one subject and split, as prepared; arrays are memory-mapped.
 
-    lines: of clips.jsonl; fmri (clips, repeats, T, N) and recorded (clips, repeats), e_img (clips, F, D), e_txt and
-    e_act (clips, D), categories (clips, K) of `classes`; of each voxel its area, roi (N,), and its place in the
-    source, index (N,). With a decoder also latents (clips, C, f, h, w), texts (clips,) of (n_i, D_txt) and the
-    empty prompt (L, D_txt).
+    lines: of clips.jsonl; fmri (clips, repeats, T, N) and recorded (clips, repeats), e_img (clips, F, D),
+    e_txt and e_act (clips, D), categories (clips, K) of `classes`; of each voxel its area, roi (N,), and its
+    place in the source, index (N,). With a decoder also latents (clips, C, f, h, w), texts (clips,) of (n_i,
+    D_txt) and the empty prompt (L, D_txt).
 
-    Raises MissingData where something is not prepared, ValueError that names a damaged file, or an option that
-    does not fit.
-    """
+    Raises MissingData where something is not prepared, ValueError that names a damaged file, or an option
+    that does not fit."""
 
     def __init__(
         self,
@@ -115,12 +116,12 @@ class Clips:
             self._read_clips(rois)
             if decoder:
                 self._read_decoder(decoder, size or facts.VIDEO[name])
-        self.recall, self.held_out = None, np.arange(len(self))
+        self.recall, self.trained, self.held_out = None, None, np.arange(len(self))
         if split == "train":
             segments = [line["segment"] for line in self.lines]
             self.recall = FairRecall(self.stimuli, segments, val_segments, caption_share)
-            self.held_out = self.recall.held_out
-            facts.check_batch(batch_size, len(self.recall.trained))
+            self.trained, self.held_out = self.recall.trained, self.recall.held_out  # indices of clips
+            facts.check_batch(batch_size, len(self.trained))
 
     # ---- files
 
@@ -181,11 +182,11 @@ class Clips:
     # ---- batches
 
     def clips_of_step(self, step: int) -> np.ndarray:
-        """The clips of a step's batch: epoch after epoch, each in an order drawn from (seed, epoch), without the
-        remainder."""
-        epoch, k = divmod(step, len(self.recall.trained) // self.batch_size)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.recall.trained))
-        return self.recall.trained[order[k * self.batch_size : (k + 1) * self.batch_size]]
+        """The clips of a step's batch: epoch after epoch, each in an order drawn from (seed, epoch), without
+        the remainder."""
+        epoch, k = divmod(step, len(self.trained) // self.batch_size)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.trained))
+        return self.trained[order[k * self.batch_size : (k + 1) * self.batch_size]]
 
     def batch(self, step: int, process: int = 0, processes: int = 1) -> Batch:
         """A training step, or one process's share of it. Whatever is random is drawn here."""
@@ -209,7 +210,7 @@ class Clips:
     def _draw_fmri(self, step: int, clips: np.ndarray) -> Tensor:
         """x (B, T, N) of one showing a clip, a share of its voxels hidden."""
         T, N = self.fmri.shape[2], len(self.roi)
-        showing, visible = np.empty(len(clips), int), np.empty((len(clips), T, N), bool)
+        showing, visible = np.empty(len(clips), int), np.ones((len(clips), T, N), bool)
         for b, clip in enumerate(clips):
             recorded = np.flatnonzero(self.recorded[clip])
             showing[b] = rng(self.seed, step, clip, SHOWING).choice(recorded)
@@ -221,13 +222,14 @@ class Clips:
         return x * torch.from_numpy(visible) / (1 - self.voxel_dropout) if self.voxel_dropout else x
 
     def _draw_stage2(self, batch: Batch, step: int) -> Batch:
-        """The batch with what Eq. 5 may not retrieve, and what Eq. 9 draws."""
+        """The batch with what Eq. 5 may not retrieve, and what Eq. 9 draws. In training a clip may not recall
+        itself or its copies: at test it has no such memory, either (a choice)."""
         clips = batch.clips.numpy()
         shape = self.latents.shape[1:]  # (C, f, h, w)
         hidden = np.empty(len(clips), bool)  # these clips may not retrieve their own caption
         noise, chance = torch.empty(len(clips), *shape), torch.empty(len(clips), 2)
         for b, clip in enumerate(clips.tolist()):
-            hidden[b] = rng(self.seed, step, clip, CAPTION).random() < self.recall.hidden_captions
+            hidden[b] = rng(self.seed, step, clip, CAPTION).random() < self.recall.p_hidden
             generator = noise_generator(self.seed, step, clip)
             chance[b] = torch.rand(2, generator=generator)
             noise[b] = torch.randn(*shape, generator=generator)
@@ -240,8 +242,8 @@ class Clips:
         )
 
     def averaged(self, clips: np.ndarray | slice = slice(None)) -> Tensor:
-        """x (clips, T, N): the mean over the showings, z-scored again over these clips, since a mean of ten varies
-        less than one (a choice)."""
+        """x (clips, T, N): the mean over the showings, z-scored again over these clips, since a mean of ten
+        varies less than one (a choice)."""
         clips = np.arange(len(self))[clips]
         x = np.empty((len(clips), self.fmri.shape[2], len(self.roi)), np.float32)
         for b, clip in enumerate(clips):
@@ -250,7 +252,8 @@ class Clips:
         return torch.from_numpy((x - x.mean(0)) / x.std(0).clip(1e-6))
 
     def _finite(self, x: np.ndarray, clips: np.ndarray) -> np.ndarray:
-        """x (B, T, N) of these clips. Raises ValueError, naming clip and voxel, where a number is not finite."""
+        """x (B, T, N) of these clips. Raises ValueError, naming clip and voxel, where a number is not
+        finite."""
         if not np.isfinite(x).all():
             b, t, n = np.argwhere(~np.isfinite(x))[0].tolist()
             place = f"clip {clips[b]} ({self.lines[clips[b]]['id']}), volume {t}, voxel {n} ({self.roi[n]})"
@@ -259,15 +262,15 @@ class Clips:
 
 
 def memories(clips: Clips, phi_v: nn.Module) -> tuple[Tensor, list[Tensor]]:
-    """e (N, 3, D) and captions (n_i, D_txt) of the clips trained on, for mixture_of_memories.MemoryPool (§3.2).
-    φ_v is the one of stage 1, frozen."""
-    e_img = torch.from_numpy(clips.e_img[clips.recall.trained]).float()  # (N, F, D)
-    e_txt = torch.from_numpy(clips.e_txt[clips.recall.trained]).float()  # (N, D)
-    e_act = torch.from_numpy(clips.e_act[clips.recall.trained]).float()  # (N, D)
+    """e (N, 3, D) and captions (n_i, D_txt) of the clips trained on, for mixture_of_memories.MemoryPool
+    (§3.2). φ_v is the one of stage 1, frozen."""
+    e_img = torch.from_numpy(clips.e_img[clips.trained]).float()  # (N, F, D)
+    e_txt = torch.from_numpy(clips.e_txt[clips.trained]).float()  # (N, D)
+    e_act = torch.from_numpy(clips.e_act[clips.trained]).float()  # (N, D)
     with torch.no_grad():
         e_img_hat = phi_v(e_img)  # (N, D)
     captions = []
-    for clip in clips.recall.trained:
+    for clip in clips.trained:
         tokens = check_array(np.array(clips.texts[clip]), clips.text_file, finite=True)
         captions.append(torch.from_numpy(tokens))
     return normalize(torch.stack([e_txt, e_img_hat, e_act], 1), dim=-1), captions

@@ -10,7 +10,7 @@
 
 In:  a run of stage 2, and the test fMRI: averaged over the showings, z-scored over the clips.
 Out: runs/<data>/sub<K>/<run>-s<seed>/eval/ (the control eval-shuffled/, pairs DIR/metrics/, and a smaller
-     evaluation a folder of its own: eval-4-clips/, eval-steps10/, eval-ssim/); files in it are kept
+     evaluation a folder of its own: eval-4-clips/, eval-steps10/, eval-ssim/). Files in it are kept.
      gt/NNNN.mp4, recon/NNNN.mp4     stimulus and reconstruction of clip NNNN
      retrieved.jsonl                 a line a clip: W_r, and the memories, lines of stage2/memories.json
      metrics.json, metrics.csv       of the set, of each clip, of clips like those of training and the others
@@ -79,13 +79,15 @@ class CineNeuron(nn.Module):
         pool: MemoryPool,
         decoder: VideoDecoder,
         empty: Tensor,  # (L, D_txt), the empty prompt
-        lines: list[dict],  # of clips.jsonl, one a memory
+        lines: list[dict],  # one line of clips.jsonl per memory
         voxels: dict[str, np.ndarray],  # of each voxel of x its index in the source, and its area: roi
     ):
         super().__init__()
         self.settings, self.lines, self.voxels, self.folder = settings, lines, voxels, None
-        self.brain_model, self.heads, self.mom = brain_model, heads.requires_grad_(False), mom
+        self.brain_model, self.heads, self.mom = brain_model, heads, mom
         self.pool, self.decoder = pool, decoder
+        heads.requires_grad_(False)  # §3.2 trains Brain Model, router, fusion and LoRA
+        brain_model.gradient_checkpointing = settings["checkpointing"]
         self.register_buffer("empty", empty)
         self.size = (settings["frames"], settings["height"], settings["width"])
         stage1 = settings["stage1_config"]
@@ -94,13 +96,14 @@ class CineNeuron(nn.Module):
 
     @classmethod
     def from_stage1(cls, stage1: Path, settings: dict, clips: Clips) -> "CineNeuron":
-        """Stage 1's Brain Model and heads, the memories of the clips, a Mixture-of-Memories and a LoRA at their
-        start. Raises ValueError where they do not fit each other."""
+        """Stage 1's Brain Model and heads, the memories of the clips, a Mixture-of-Memories and a LoRA at
+        their start. Raises ValueError where they do not fit each other."""
         heads = load_model(Stage1Heads, stage1 / "heads")
         e, captions = memories(clips, heads.phi_v)
         text_rms = torch.cat(captions).float().square().mean().sqrt().item()
         set_seed(settings["seed"])
-        decoder = load_decoder(settings, vae=settings["sample_every"] > 0)
+        dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
+        decoder = load_decoder(settings, settings["sample_every"] > 0, dtype)
         brain_model = load_model(BrainModel, stage1 / "brain_model")
         shared.check_parts(stage1, settings, clips, brain_model, decoder)
         L, width = decoder.text_length, brain_model.norm.normalized_shape[0]
@@ -120,14 +123,15 @@ class CineNeuron(nn.Module):
                 tau=settings["stage1_config"]["tau"],
                 text_rms=text_rms,
             )
-        lines = [clips.lines[clip] for clip in clips.recall.trained]
+        lines = [clips.lines[clip] for clip in clips.trained]
         empty, voxels = torch.from_numpy(np.array(clips.empty)), {"index": clips.index, "roi": clips.roi}
         return cls(settings, brain_model, heads, mom, MemoryPool(e, captions), decoder, empty, lines, voxels)
 
     @classmethod
     def from_pretrained(cls, name: Path | str, device: torch.device | str = "cpu") -> "CineNeuron":
-        """A run, a shared folder or its name on the Hub, for inference. It needs no data/. Raises FileNotFoundError
-        where a file is missing, ValueError where one is damaged or does not fit the others."""
+        """A run, a shared folder or its name on the Hub, for inference. It needs no data/. Raises
+        FileNotFoundError where a file is missing, ValueError where one is damaged or does not fit the
+        others."""
         folder = shared.locate(name)
         with reading(folder, advice="train stage 2 anew, or download the folder again"):
             settings = shared.read_settings(folder)
@@ -151,10 +155,10 @@ class CineNeuron(nn.Module):
     def forward(self, x: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Recalled]:
         """fMRI x (B, T, N) -> f_c (B, D), and f_fuse with what it was made of (Eq. 4-8)."""
         if self.brain_model.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.condition, x, excluded, use_reentrant=False)  # the decoder has its memory
-        return self.condition(x, excluded)
-
-    def condition(self, x: Tensor, excluded: Tensor | None) -> tuple[Tensor, Recalled]:
+            # kept activations would stand beside the DiT's
+            return checkpoint(
+                condition, self.brain_model, self.heads, self.mom, self.pool, x, excluded, use_reentrant=False
+            )
         return condition(self.brain_model, self.heads, self.mom, self.pool, x, excluded)
 
     def to(self, device: torch.device | str) -> "CineNeuron":
@@ -180,10 +184,9 @@ class CineNeuron(nn.Module):
     def reconstruct(self, x: Tensor, keys=None, steps: int | None = None, guidance: float | None = None):
         """fMRI x (B, T, N), z-scored -> videos, np.ndarray uint8 (B, F, H, W, 3), end to end (§3.3).
 
-        keys: of each clip the numbers (seed, clip) that its noise is drawn from, so that no video depends on its
-        batch; (0, 0), (0, 1) ... if not given. steps, guidance: the run's if not given. Raises ValueError where x
-        is no z-scored fMRI of this brain.
-        """
+        keys: of each clip the numbers (seed, clip) that its noise is drawn from, so that no video depends on
+        its batch; (0, 0), (0, 1) ... if not given. steps, guidance: the run's if not given. Raises
+        ValueError where x is no z-scored fMRI of this brain."""
         f_fuse = self.remember(x).f_fuse  # (B, L, D_txt)
         generators = [noise_generator(*key) for key in keys or [(0, i) for i in range(len(f_fuse))]]
         steps = self.settings["sampling_steps"] if steps is None else steps
@@ -191,11 +194,11 @@ class CineNeuron(nn.Module):
         return self.decoder.generate(f_fuse, self.empty, self.size, generators, steps, guidance).numpy()
 
 
-def load_decoder(settings: dict, vae: bool, dtype: torch.dtype = torch.float32) -> VideoDecoder:
+def load_decoder(settings: dict, vae: bool, dtype: torch.dtype) -> VideoDecoder:
     """The pretrained DiT of a run, with a LoRA at its start."""
     pipe, text_length, config = load_pipeline(
         settings["decoder"], dtype, transformer=True, vae=vae, tiling=settings["height"] > 256
-    )
+    )  # tiles only where videos are decoded: prepared latents are encoded whole
     return VideoDecoder(
         pipe,
         text_length,
@@ -222,7 +225,10 @@ def evaluate_recording(config: Config) -> int:
     """--fmri: one recording -> one video. Returns the exit status, as all commands."""
     file = Path(config.out or "out.mp4")
     check_writable(file)
-    model = load_run(config, start())
+    accelerator = start()
+    if not accelerator.is_main_process:
+        return 0
+    model = load_run(config, accelerator)
     x = shared.read_fmri(Path(config.fmri), model)
     write_video(file, model.reconstruct(x, [(config.seed, 0)], config.steps, config.guidance)[0], config.fps)
     memory = model.remember(x).indices

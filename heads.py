@@ -52,7 +52,7 @@ class ActionHead(nn.Module):
 class CategoryHead(nn.Module):
     r"""$\varphi_c(f^c)$: a logit, yes or no, for each category of objects.
 
-    Its bias starts as the logit of p = 0.01, so that rare positives are not drowned (Lin et al. 2017)."""
+    Its bias starts as the logit of p = 0.01: else many negatives outweigh few positives (Lin et al. 2017)."""
 
     def __init__(self, dim: int, classes: int):
         super().__init__()
@@ -64,7 +64,7 @@ class CategoryHead(nn.Module):
 
 
 class Stage1Heads(nn.Module, PyTorchModelHubMixin):
-    """φ_v, φ_a and φ_c. Stage 1 trains them. Stage 2 keeps them as they are: so the memories stay fixed."""
+    """φ_v, φ_a and φ_c. Stage 2 freezes them, so that φ_v(e_img) of the memories is computed once."""
 
     def __init__(self, dim: int = 768, frames: int = 8, classes: int = 12):
         super().__init__()
@@ -88,23 +88,26 @@ def info_nce(f: Tensor, e: Tensor, tau: float = 0.07) -> Tensor:
     r"""Eq. 2: $L_{info}(f, e) = -\frac{1}{B} \sum_{i=1}^B \log
     \frac{\exp(f_i \cdot e_i / \tau)}{\sum_{j=1}^B \exp(f_i \cdot e_j / \tau)}$
 
-    Each clip's f (b, D) picks its own embedding among those of all B clips, e: a classification with B
-    classes, hence the cross-entropy. Why not a distance? f is to be near its own e *and* far from the others,
-    as a search in memories needs it. f and e are made unit vectors; tau is the temperature."""
+    f, e (b, D): the clips of this process, B of all. Each f picks its own e among all B: a classification
+    with B classes, hence the cross-entropy. Why not a distance? f is to be near its own e *and* far from the
+    others, because stage 2 searches memories with it. On unit vectors; tau is the temperature."""
     f, e = normalize(f.float(), dim=-1), normalize(e.float(), dim=-1)  # (b, D), (b, D)
     first = 0  # this process's first row of e
     if dist.is_initialized():  # the negatives are those of the whole batch
-        first, e = dist.get_rank() * len(f), torch.cat(dist_nn.all_gather(e))  # (B, D), with gradient
+        e = torch.cat(dist_nn.all_gather(e))  # (B, D), with gradient
+        first = dist.get_rank() * len(f)
     target = first + torch.arange(len(f), device=f.device)  # (b,)
     with torch.autocast(f.device.type, enabled=False):  # bf16 would round the logits by 0.03
         return cross_entropy(f @ e.T / tau, target)  # Eq. 2
 
 
 def focal_bce(logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:
-    """L_cls of §3.1: BCE + focal loss (Lin et al. 2017), of equal weight, mean over clips and categories.
+    r"""$L_{cls}$ of §3.1: BCE + focal loss (Lin et al. 2017), of equal weight, mean over clips and
+    categories.
 
     logits (B, classes), targets (B, classes) in {0, 1}. Why focal? Most clips lack most categories: what is
-    right already (p of the truth near 1) weighs (1 - p)^gamma; positives weigh alpha, negatives 1 - alpha."""
+    right already (p of the truth near 1) weighs only (1 - p)^gamma. That favours the rare positives so much
+    that they weigh alpha = 0.25, negatives 1 - alpha, as in Lin et al."""
     logits, targets = logits.float(), targets.float()
     bce = binary_cross_entropy_with_logits(logits, targets, reduction="none")  # (B, classes), -log p
     p = torch.exp(-bce)  # (B, classes), probability of the truth

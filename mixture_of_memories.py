@@ -9,7 +9,7 @@ Out: f_fuse (B, L, D_txt), in place of the decoder's text embeddings.
      f_e ─► CrossAttention(img) + CrossAttention(act) ─► f_hat ─► z_f;  e_mem_txt ─► z_t;  f_fuse     Eq. 6-8
 
 Why memories? The fMRI is sparse; what it resembles fills in what it lacks. Why three kinds, with weights?
-Text alone errs where the text is not what this fMRI tells best.
+Retrieval by text alone fails where the fMRI carries little of the text.
 """
 
 from typing import NamedTuple
@@ -29,13 +29,10 @@ class MemoryPool(nn.Module):
         self.captions = captions  # N times (n_i, D_txt): the decoder's text tokens, on the CPU
 
     def text(self, i: Tensor, L: int) -> Tensor:
-        r"""$e_{txt}^{mem}$: the captions of memories i (B,), as the decoder reads them: (B, L, D_txt), zero after
-        the last token. CLIP's embedding finds a memory; the decoder's own tokens tell it."""
-        captions = [self.captions[n] for n in i.tolist()]
-        padded = [
-            pad(caption.float(), (0, 0, 0, L - len(caption))) for caption in captions
-        ]  # (L, D_txt) each
-        return torch.stack(padded).to(i.device)  # (B, L, D_txt)
+        """e_mem_txt: memories i (B,) -> their captions as the decoder reads them, (B, L, D_txt), zero after
+        the last token. CLIP's embedding finds a memory; the decoder gets its own text tokens."""
+        captions = [pad(self.captions[n].float(), (0, 0, 0, L - len(self.captions[n]))) for n in i.tolist()]
+        return torch.stack(captions).to(i.device)  # (B, L, D_txt)
 
 
 class Recalled(NamedTuple):
@@ -68,10 +65,10 @@ def mixture_scores(W_r: Tensor, q: Tensor, e: Tensor) -> Tensor:
     r"""Eq. 5: $S_i = \sum_{m \in \{txt, img, act\}} w_m \cdot sim(q^m, e_i^m)$
 
     W_r (B, 3), q (B, 3, D), e (N, 3, D) of unit vectors -> S (B, N). The paper compares f_e;
-    `Stage1Heads.queries` says why q stands for it. All weighted sums of cosines are one matrix product, of
-    queries (B, 3D) and memories (N, 3D). In float32: rounding must not swap memories of close scores."""
+    `Stage1Heads.queries` says why q stands for it. The sum over modalities is one matrix product, of (B, 3D)
+    and (N, 3D), in float32: rounding must not swap memories of close scores."""
     with torch.autocast(q.device.type, enabled=False):
-        weighted = W_r.float()[..., None] * normalize(q.float(), dim=-1)  # (B, 3, D)
+        weighted = W_r.float()[..., None] * normalize(q.float(), dim=-1)  # (B, 3, D)  w_m q^m
         return weighted.flatten(1) @ e.float().flatten(1).T  # (B, N)  Eq. 5
 
 
@@ -84,7 +81,7 @@ class CrossAttention(nn.Module):
         self.W_V = nn.Linear(embed_dim, width, bias=False)
 
     def forward(self, Q: Tensor, e_mem: Tensor, bias: Tensor) -> Tensor:
-        """Q (B, heads, L, d), memories (B, K, D), added to the logits (B, heads, L, K) -> (B, L, D')."""
+        """Q (B, heads, L, d), e_mem (B, K, D), bias of the logits (B, heads, L, K) -> (B, L, D')."""
         heads = Q.shape[1]
         keys = self.W_K(e_mem).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, K, d)
         values = self.W_V(e_mem).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, K, d)
@@ -97,7 +94,8 @@ class Integration(nn.Module):
     Eq. 7: $z_f = Z_{fMRI}(Norm(\hat{f}^e)), \quad z_t = Z_{txt}(e_{txt}^{mem}) + e_{txt}^{mem}$
     Eq. 8: $f^{fuse} = z_t + \alpha z_f$
 
-    Two streams: the fMRI with what it attends to, and the caption of the best memory. Why zero-convolutions?
+    Two streams: the fMRI with what it attends to, and the caption of the best memory. Their sum is what the
+    video decoder reads in place of a prompt. Why zero-convolutions?
     Both start at 0, so f_fuse starts as e_mem_txt, exactly: a prompt that the decoder knows."""
 
     def __init__(self, width: int, embed_dim: int, text_dim: int, heads: int, alpha: float, text_rms: float):
@@ -114,7 +112,7 @@ class Integration(nn.Module):
 
     def initialise_weights(self, text_rms: float) -> None:
         for layer in (self.W_Q, self.img.W_K, self.act.W_K, self.img.W_V, self.act.W_V, self.W_O):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # keeps the variance: logits near 1
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)  # logits of unit variance
         for zero in (*self.Z_fMRI.parameters(), *self.Z_txt.parameters()):
             nn.init.zeros_(zero)
         nn.init.constant_(self.norm.weight, text_rms)  # "scale it comparably to the text embeddings"
@@ -122,11 +120,12 @@ class Integration(nn.Module):
     def forward(
         self, f_e: Tensor, e_mem_txt: Tensor, e_mem_img: Tensor, e_mem_act: Tensor, log_w: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """f_e (B, L, D'), text (B, L, D_txt), image and action memories (B, K, D) -> f_fuse, z_f, z_t."""
+        """f_e (B, L, D'), text (B, L, D_txt), image and action memories (B, K, D), their log-weights (B, K),
+        which are added to the attention's logits -> f_fuse, z_f, z_t (B, L, D_txt)."""
         Q = self.W_Q(f_e).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, d)
         bias = log_w[:, None, None].to(Q.dtype).expand(*Q.shape[:3], -1)  # (B, heads, L, K)
-        attended = self.img(Q, e_mem_img, bias) + self.act(Q, e_mem_act, bias)  # (B, L, D')
-        f_hat = self.W_O(attended)  # (B, L, D_txt)  Eq. 6
+        attended = self.img(Q, e_mem_img, bias) + self.act(Q, e_mem_act, bias)  # (B, L, D')  Eq. 6
+        f_hat = self.W_O(attended)  # (B, L, D_txt), the decoder's width (a choice)
         z_f = self.Z_fMRI(self.norm(f_hat).mT).mT  # (B, L, D_txt)  Eq. 7
         z_t = self.Z_txt(e_mem_txt.mT).mT + e_mem_txt  # (B, L, D_txt)  Eq. 7
         f_fuse = z_t + self.alpha * z_f  # (B, L, D_txt)  Eq. 8
@@ -145,7 +144,7 @@ class MixtureOfMemories(nn.Module, PyTorchModelHubMixin):
         K: int = 5,
         attention_heads: int = 16,
         alpha: float = 1.0,  # Eq. 8
-        tau: float = 0.07,  # of the retrieval weights: Eq. 2's, since q was trained with it
+        tau: float = 0.07,  # temperature of log_w in forward: Eq. 2's, with which q was trained
         text_rms: float = 1.0,  # of the decoder's text tokens, where the gain of Eq. 7's Norm starts
     ):
         super().__init__()
@@ -164,7 +163,8 @@ class MixtureOfMemories(nn.Module, PyTorchModelHubMixin):
         S_top, i = S.topk(self.K)  # (B, K), (B, K)
 
         e_mem_txt = pool.text(i[:, 0], self.tokens)  # (B, L, D_txt), of the top-1 memory
-        e_mem = pool.e[i] * pool.e.shape[-1] ** 0.5  # (B, K, 3, D) of unit RMS: else all logits are near 0
+        D = pool.e.shape[-1]
+        e_mem = D**0.5 * pool.e[i]  # (B, K, 3, D), entries near 1 as W_K and W_V expect them
         _, e_mem_img, e_mem_act = e_mem.unbind(2)  # (B, K, D) each
         log_w = (S_top / self.tau).log_softmax(-1)  # (B, K)
         f_fuse, z_f, z_t = self.integration(f_e, e_mem_txt, e_mem_img, e_mem_act, log_w)  # Eq. 6-8

@@ -88,8 +88,8 @@ def parse(arguments: list[str]) -> Config:
         raise ValueError(f"--width {config.width}: wanted {wanted}")
     if config.run is None:
         config.run = "full" + ("" if config.cls else "-no-cls") + ("" if config.action else "-no-action")
-    config.lambda_1 *= config.action  # an ablation leaves its term of Eq. 3 out
-    config.lambda_2 *= config.cls
+    config.lambda_1 = config.lambda_1 if config.action else 0.0  # an ablation leaves its term of Eq. 3 out
+    config.lambda_2 = config.lambda_2 if config.cls else 0.0
     return config
 
 
@@ -113,9 +113,8 @@ def train_step(brain_model: BrainModel, heads: Stage1Heads, batch: Batch, config
     """Eq. 3 of a batch of B clips; its gradients are added to .grad.
 
     InfoNCE needs all B clips at once, but the Brain Model may have no room for them. In micro-batches f_c is
-    computed without a graph first; the loss leaves its gradient at f_c, and each part, computed again, carries its
-    share of it through the Brain Model.
-    """
+    computed without a graph first; the loss leaves its gradient at f_c, and each part, computed again,
+    carries its share of it through the Brain Model."""
     parts = batch.parts(config.micro_batch)
     with training.autocast(batch.x, config.precision):
         with torch.set_grad_enabled(len(parts) == 1):
@@ -124,7 +123,7 @@ def train_step(brain_model: BrainModel, heads: Stage1Heads, batch: Batch, config
             f_c.requires_grad_()
         losses = stage1_loss(heads, f_c, batch, config.tau, config.lambda_1, config.lambda_2)  # Eq. 3
     losses.loss.backward()
-    for part in parts if len(parts) > 1 else []:
+    for part in parts if len(parts) > 1 else []:  # a new autocast: the first keeps weights without a graph
         with training.autocast(batch.x, config.precision):
             f_part, _ = brain_model(batch.x[part])  # (b, D)
         f_part.backward(f_c.grad[part].to(f_part.dtype))
@@ -163,8 +162,9 @@ def main(config: Config) -> None:
 
 
 def learn(config: Config, accelerator: Accelerator, run: RunFolder, train: Clips, test: Clips) -> None:
-    """§3.1, from the first step or the last checkpoint to the table of the held-out clips."""
-    x_test = test.averaged()  # (clips, T, N), read now: a damaged file ends it before the work
+    """§4.1: AdamW and OneCycle, 8,000 steps of 144 clips at the paper's size; from the first step or the last
+    checkpoint to the table of the held-out clips."""
+    x_test = test.averaged()  # (clips, T, N), read now, so that a damaged file fails before training
 
     # ---- the Brain Model f, its heads φ, AdamW and OneCycle (§4.1)
     set_seed(config.seed)
@@ -178,15 +178,15 @@ def learn(config: Config, accelerator: Accelerator, run: RunFolder, train: Clips
         state={"model": brain_model, "heads": heads, "optimiser": optimiser, "schedule": schedule},
         models={"brain_model": brain_model.save_pretrained, "heads": heads.save_pretrained},
     )
-    clips, millions = len(train.recall.trained), sum(p.numel() for p in brain_model.parameters()) / 1e6
+    clips, millions = len(train.trained), sum(p.numel() for p in brain_model.parameters()) / 1e6
     accelerator.print(f"{clips:,} clips, {train.sizes['voxels']:,} voxels; {millions:,.1f} M parameters")
 
     # ---- Eq. 3, step by step
     for step in run.steps():
         batch = train.batch(step, accelerator.process_index, accelerator.num_processes)
         losses = train_step(brain_model, heads, batch.to(accelerator.device), config)  # Eq. 3
-        rates = training.update(optimiser, schedule, config.max_norm)
-        run.after_step(step, losses._asdict(), rates, lambda: validate(brain_model, heads, train))
+        update = training.update(optimiser, schedule, config.max_norm)  # mean over processes, clipped, AdamW
+        run.after_step(step, losses._asdict(), update, lambda: validate(brain_model, heads, train))
 
     # ---- the held-out clips, once, with the last weights
     if accelerator.is_main_process:
@@ -199,7 +199,7 @@ def learn(config: Config, accelerator: Accelerator, run: RunFolder, train: Clips
 
 def validate(brain_model: nn.Module, heads: nn.Module, train: Clips) -> dict[str, float]:
     """The table's scores of the training clips that are held out, with names for the log."""
-    clips = train.recall.held_out
+    clips = train.held_out
     if not len(clips):
         return {}
     other = far_apart(np.array([line["segment"] for line in train.lines])[clips])

@@ -4,11 +4,10 @@
     python train_stage2.py --data cc2017 --subject 1       the paper's size, on a GPU
     accelerate launch train_stage2.py --data cc2017        on several
 
-Brain Model and heads of stage 1, and of each clip its fMRI x, embeddings and latents y  ->  a finished model in
-runs/<data>/sub<K>/<run>-s<seed>/stage2/, which evaluate.CineNeuron loads: Brain Model, heads, Mixture-of-Memories,
-LoRA, memories; samples (stimulus beside reconstruction), a picture of what is learnt. After Ctrl-C, or a kill, the
-same command goes on where it was.
-"""
+Brain Model and heads of stage 1, and of each clip its fMRI x, embeddings and latents y  ->  a finished model
+in runs/<data>/sub<K>/<run>-s<seed>/stage2/, which evaluate.CineNeuron loads: Brain Model, heads,
+Mixture-of-Memories, LoRA, memories; samples (stimulus beside reconstruction), a picture of what is learnt.
+After Ctrl-C, or a kill, the same command goes on where it was."""
 
 import sys
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ class Config:
     alpha: float = option(1.0, "weight of z_f, Eq. 8")
     attention_heads: int = option(16, "of the integration, Eq. 6", least=1)
 
-    epochs: int = option(20, "times that each clip is shown", least=1)
+    epochs: int = option(20, "epochs, each without the remainder of a batch", least=1)
     batch_size: int = option(32, "clips a step, over all processes", least=1)
     micro_batch: int = option(1, "clips that are in the decoder at once", least=1)
     checkpointing: bool = option(True, "recompute blocks in the backward pass, in less memory")
@@ -110,6 +109,7 @@ def parse(arguments: list[str]) -> Config:
         raise ValueError("--no-mom and --no-integration are two ablations: choose one")
     name = Path(config.stage1).name.removesuffix(f"-s{config.seed}") if config.stage1 else "full"
     config.stage1 = config.stage1 or config.run or name
+    # the default run is the stage 1's, and "full-no-mom" for an ablation of it
     ablation = ("" if config.mom else "-no-mom") + ("" if config.integration else "-no-integration")
     config.run = config.run or name + ablation
     config.lr_fusion = config.lr_fusion or config.lr
@@ -119,34 +119,39 @@ def parse(arguments: list[str]) -> Config:
 def train_step(model: CineNeuron, batch: Batch, config: Config) -> tuple[dict[str, Tensor], Recalled]:
     r"""Eq. 10: $L_{stage2} = L_{stage1} + L(\theta)$ of a batch of B clips; its gradients are added to .grad.
 
-    InfoNCE needs all B clips at once, but the video decoder has no room for them. So it sees a few clips at a time,
-    and only the gradient of Eq. 9 at f_fuse is kept; one backward pass then carries it through Mixture-of-Memories
-    and Brain Model. The result equals (L_stage1 + L_diffusion).backward(). Returns the losses.
-    """
+    InfoNCE needs all B clips at once, but the video decoder has no room for them. So it sees a few clips at
+    a time, and only the gradient of Eq. 9 at f_fuse is kept; one backward pass then carries it through
+    Mixture-of-Memories and Brain Model. The result equals (L_stage1 + L_diffusion).backward(). Returns the
+    losses."""
     with training.autocast(batch.x, config.precision):
         f_c, recalled = model(batch.x, batch.excluded)  # (B, D), Eq. 4-8
-        stage1 = stage1_loss(model.heads, f_c, batch, model.tau, model.lambda_1, model.lambda_2)  # Eq. 3
+        losses = stage1_loss(model.heads, f_c, batch, model.tau, model.lambda_1, model.lambda_2)  # Eq. 3
     f_fuse = recalled.f_fuse.float()  # (B, L, D_txt)
     f = f_fuse.detach().requires_grad_()  # (B, L, D_txt)
     diffusion = 0
     for part in batch.parts(config.micro_batch):  # b clips
         with training.autocast(batch.x, config.precision):
             prompt = torch.where(batch.dropped[part], model.empty, f[part])  # (b, L, D_txt)
-            loss = model.decoder(batch.y[part], prompt, batch.noise[part], batch.u[part])  # (b,)  Eq. 9
-            loss = loss.sum() / len(batch.x)
+            error = model.decoder.diffusion_loss(
+                batch.y[part], prompt, batch.noise[part], batch.u[part]
+            )  # (b,)
+        loss = error.sum() / len(batch.x)  # this part's share of Eq. 9
         loss.backward()
         diffusion = diffusion + loss.detach()
-    (stage1.loss + (f_fuse * f.grad).sum()).backward()  # Eq. 10
-    return stage1._asdict() | {"loss": stage1.loss + diffusion, "diffusion": diffusion}, recalled
+    surrogate = (f_fuse * f.grad).sum()  # its gradient is that of Eq. 9; its value means nothing
+    (losses.loss + surrogate).backward()
+    loss = losses.loss + diffusion  # Eq. 10
+    return losses._asdict() | {"loss": loss, "diffusion": diffusion}, recalled
 
 
 def measures(model: CineNeuron, batch: Batch, recalled: Recalled, clips: Clips) -> dict[str, Tensor]:
-    """What the log holds beside the losses: the mean W_r; how alike clips and their first memories look (the cosine
-    of their mean frames), and how often they share a caption; how much the fMRI's stream counts, ‖α z_f‖ / ‖z_t‖."""
+    """What the log holds beside the losses: the mean W_r; how alike clips and their first memories look (the
+    cosine of their mean frames), and how often they share a caption; how much the fMRI's stream counts, ‖α
+    z_f‖ / ‖z_t‖."""
     if recalled.W_r is None:
         return {}
     w_txt, w_img, w_act = recalled.W_r.mean(0)
-    first = clips.recall.trained[recalled.indices[:, 0].cpu().numpy()]  # (B,) clips
+    first = clips.trained[recalled.indices[:, 0].cpu().numpy()]  # (B,) clips
     frames, recalled_frames = (
         mean_frames(batch.e_img.cpu().numpy()),
         mean_frames(clips.e_img[first]),
@@ -173,8 +178,9 @@ def sample(model: CineNeuron, config: Config, accelerator: Accelerator, clips: C
     )
     x = clips.averaged(clips.held_out)[places]  # (samples, T, N)
     numbers, rows = clips.held_out[places], []
-    parts = torch.arange(len(places)).split(config.micro_batch)
-    for part in parts[accelerator.process_index :: accelerator.num_processes]:
+    shares = np.array_split(np.arange(len(places)), accelerator.num_processes)
+    share = torch.from_numpy(shares[accelerator.process_index])  # in a row: gathered, all stand in order
+    for part in share.split(config.micro_batch) if len(share) else ():
         _, recalled = model(x[part].to(accelerator.device))
         generators = [noise_generator(config.seed, i) for i in part.tolist()]
         videos = model.decoder.generate(
@@ -218,7 +224,7 @@ def main(config: Config) -> None:
 
     folder = run_folder(config.data, config.subject, config.run, config.seed) / "stage2"
     settings = settings_of(config) | {"sizes": train.sizes, "stage1_config": stage1_config}
-    total = config.epochs * (len(train.recall.trained) // config.batch_size)
+    total = config.epochs * (len(train.trained) // config.batch_size)
     with RunFolder(folder, settings, total, LAST, accelerator, MAY_CHANGE) as run:
         if run.finished:
             accelerator.print(f"{folder} is finished; another --run NAME or --seed trains anew")
@@ -239,16 +245,16 @@ def read_stage1(config: Config) -> tuple[Path, dict]:
 def learn(
     config: Config, accelerator: Accelerator, run: RunFolder, model: CineNeuron, train: Clips, test: Clips
 ) -> None:
-    """§3.2, from the first step or the last checkpoint to the last sample."""
+    """§4.1: AdamW and OneCycle at one rate, 1e-6. Here Eq. 6-7 and the LoRA may have their own (a choice)."""
     model.to(accelerator.device)
 
     # ---- AdamW and OneCycle (§4.1)
     lora = nn.ParameterList(p for p in model.decoder.parameters() if p.requires_grad)
-    router = getattr(model.mom, "router", nn.Identity())  # slow: a fast one ends on one modality
+    router = getattr(model.mom, "router", nn.Identity())  # none in the ablations
     fusion = getattr(model.mom, "integration", model.mom)
     groups = [
         (model.brain_model.parameters(), config.lr),
-        (router.parameters(), config.lr),
+        (router.parameters(), config.lr),  # with a faster one W_r ends on one modality (docs/integration.md)
         (fusion.parameters(), config.lr_fusion),
         (lora, config.lr_lora),
     ]
@@ -275,8 +281,8 @@ def learn(
         batch = train.batch(step, accelerator.process_index, accelerator.num_processes)
         batch = batch.to(accelerator.device)
         losses, recalled = train_step(model, batch, config)  # Eq. 10
-        rates = training.update(optimiser, schedule, config.max_norm)
-        run.after_step(step, losses | measures(model, batch, recalled, train), rates)
+        update = training.update(optimiser, schedule, config.max_norm)  # mean over processes, clipped, AdamW
+        run.after_step(step, losses | measures(model, batch, recalled, train), update)
 
     if accelerator.is_main_process:
         run.finish(CURVES, "Stage 2: what Eq. 9 teaches")

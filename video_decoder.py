@@ -1,16 +1,15 @@
 r"""The video decoder: a pretrained text-to-video diffusion transformer (DiT) that reads f_fuse as its prompt.
 
-Paper §3.2, Eq. 9, and §4.1: Wan2.1 1.3B with LoRA (rank 16, scaling factor 16), trained by the diffusion loss.
-The framework is model-agnostic: any `WanPipeline` of one transformer will do, and any CogVideoX 1.0.
+Paper §3.2, Eq. 9, and §4.1: Wan2.1 1.3B with LoRA (rank 16, scaling factor 16), trained by the diffusion
+loss. The framework is model-agnostic: any `WanPipeline` of one transformer will do, and any CogVideoX 1.0.
 
     in    f_fuse (B, L, D_txt)      of the Mixture-of-Memories, Eq. 8; L and D_txt are the decoder's
-    in    y      (B, C, f, h, w)    latents of the stimulus as the DiT sees them (`encode_latents`)
+    in    y      (B, C, f, h, w)    latents of the paper's video y, as the DiT sees them (`encode_latents`)
     out   diffusion_loss -> (B,)    generate -> uint8 (B, F, H, W, 3)
 
-Why latents? A DiT works in the compressed space of a VAE, here 8 x 8 pixels and 4 frames a cell. Training holds the
-DiT alone: latents and text tokens are prepared once. A clip's loss depends on no other clip, so that a batch may
-pass through the DiT in parts.
-"""
+Why latents? A DiT works in the compressed space of a VAE, here 8 x 8 pixels and 4 frames a cell. Training
+holds the DiT alone: latents and text tokens are prepared once. A clip's loss depends on no other clip, so
+that a batch may pass through the DiT in parts."""
 
 from functools import partial
 from typing import Any
@@ -32,7 +31,7 @@ ATTENTION = [  # of a GPU, and of the CPU
 
 
 def recompute(block: nn.Module, *inputs):
-    """A block of the DiT that keeps what attention puts out and computes all else again in the backward pass:
+    """A block of the DiT that keeps the output of attention and computes all else again in the backward pass:
     attention is most of the work of a long video, and little of its memory."""
     keep_attention = partial(create_selective_checkpoint_contexts, ATTENTION)
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=keep_attention)
@@ -46,9 +45,8 @@ def shifted(u: Tensor, s: float) -> Tensor:
 class VideoDecoder(nn.Module):
     """A diffusers pipeline whose prompt embeddings we supply, with LoRA on its DiT's attention.
 
-    Only `transformer` is a submodule; VAE and text encoder stay in `pipe`, outside parameters(). config is the
-    DiT's. lora_rank 0: no LoRA. Its first weights are drawn from torch's global generator.
-    """
+    Only `transformer` is a submodule; VAE and text encoder stay in `pipe`, outside parameters(). config is
+    the DiT's. lora_rank 0: no LoRA. Its first weights are drawn from torch's global generator."""
 
     def __init__(
         self,
@@ -81,22 +79,22 @@ class VideoDecoder(nn.Module):
         return self
 
     def diffusion_loss(self, y: Tensor, f_fuse: Tensor, noise: Tensor, u: Tensor) -> Tensor:
-        r"""Eq. 9: $L(\theta) = E_{y, \epsilon, f^{fuse}, t} [ \| \epsilon - \epsilon_\theta(y_t, f^{fuse}, t) \|_2^2 ]$
+        r"""Eq. 9: $L(\theta) = E_{y, \epsilon, f^{fuse}, t}
+        [ \| \epsilon - \epsilon_\theta(y_t, f^{fuse}, t) \|_2^2 ]$
 
-        The decoder learns to tell the noise in a noisy video, with f_fuse as its prompt. What it cannot see in
-        y_t it must take from f_fuse: so Eq. 9 teaches the Mixture-of-Memories. Wan predicts a velocity, noise less
-        video, in place of the noise; its σ is shifted as its scheduler says (a choice: u is uniform).
+        The decoder learns to predict the noise in a noisy video, with f_fuse as its prompt. What it cannot
+        see in y_t it must take from f_fuse: so Eq. 9 teaches the Mixture-of-Memories. Wan predicts a
+        velocity, noise less video, in place of the noise. Choices: u is uniform; the mean, not the paper's
+        sum, over a clip's latents, which else would outweigh L_stage1 a million times in Eq. 10.
 
         y, noise (B, C, f, h, w), f_fuse (B, L, D_txt), u (B,) in [0, 1) -> (B,), one value a clip.
         """
-        y, noise, u = (
-            y.float(),
-            noise.to(y.device),
-            shifted(u.to(y.device), self.noise_shift),
-        )  # latents are fp16
+        y = y.float()  # prepared latents are fp16
+        u = shifted(u, self.noise_shift)  # ours; the scheduler's own shift comes below
         scheduler = self.scheduler.config
         if self.is_wan:  # flow matching
-            s = scheduler.get("flow_shift") or scheduler.get("shift") or 3.0  # UniPC's (Wan 1.3B: 3), Euler's
+            # UniPC's name for it, or Euler's; 3 is Wan 1.3B's
+            s = scheduler.get("flow_shift") or scheduler.get("shift") or 3.0
             sigma = shifted(u, s)[:, None, None, None, None]  # (B, 1, 1, 1, 1)
             t = 1000 * sigma.flatten()  # (B,)
             y_t = (1 - sigma) * y + sigma * noise  # (B, C, f, h, w)
@@ -109,10 +107,8 @@ class VideoDecoder(nn.Module):
         error = target - self.predict(y_t, f_fuse, t).float()  # (B, C, f, h, w)
         return error.square().mean(dim=(1, 2, 3, 4))  # (B,)  Eq. 9
 
-    forward = diffusion_loss
-
     def predict(self, y_t: Tensor, f_fuse: Tensor, t: Tensor) -> Tensor:
-        r"""$\epsilon_\theta(y_t, f^{fuse}, t)$ of Eq. 9: the DiT once. y_t and the result (B, C, f, h, w), t (B,) to
+        r"""$\epsilon_\theta(y_t, f^{fuse}, t)$: the DiT once. y_t and the result (B, C, f, h, w), t (B,) to
         1000."""
         y_t, f_fuse = y_t.to(self.transformer.dtype), f_fuse.to(self.transformer.dtype)
         if self.is_wan:
@@ -132,8 +128,8 @@ class VideoDecoder(nn.Module):
         steps: int = 50,
         guidance: float = 5.0,
     ) -> Tensor:
-        """f_fuse (B, L, D_txt) -> videos uint8 (B, F, H, W, 3) on the CPU (§3.3): from noise to video, in sampling
-        steps that follow the prompt and lead away from the empty one (L, D_txt).
+        """f_fuse (B, L, D_txt) -> videos uint8 (B, F, H, W, 3) on the CPU (§3.3): from noise to video, in
+        sampling steps that follow the prompt and lead away from the empty one (L, D_txt).
 
         size: F, H, W. One generator a clip, so that a video does not depend on its batch.
         """
@@ -175,15 +171,16 @@ class VideoDecoder(nn.Module):
         config = self.pipe.vae.config
         if not self.is_wan:
             return z.new_zeros(()), z.new_tensor(1 / config.scaling_factor)
-        return tuple(z.new_tensor([config.latents_mean, config.latents_std])[:, None, :, None, None, None])
+        mean, std = z.new_tensor(config.latents_mean), z.new_tensor(config.latents_std)  # (C,), (C,)
+        return mean[:, None, None, None], std[:, None, None, None]
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> list[Tensor]:
-        """The decoder's text tokens of each caption, (n_i, D_txt) float32 on the CPU; padded with zeros to L they
-        are the pipeline's prompt embeddings.
+        """The decoder's text tokens of each caption, (n_i, D_txt) float32 on the CPU; padded with zeros to L
+        they are the pipeline's prompt embeddings.
 
-        Wan: n_i counts a caption's real tokens. CogVideoX does not mask its padding, which has values: n_i is L.
-        """
+        Wan: n_i counts a caption's real tokens. CogVideoX does not mask its padding, which has values: n_i
+        is L."""
         tokens, _ = self.pipe.encode_prompt(
             captions, do_classifier_free_guidance=False, max_sequence_length=self.text_length
         )  # (B, L, D_txt)

@@ -1,4 +1,4 @@
-"""The paper beside the code: one page, docs/reading.html, of what the docstrings and the code of the method say.
+"""The paper beside the code: one page, docs/reading.html, of the docstrings and the code of the method.
 
 python extras/reading.py            writes it anew, in half a minute
 python extras/reading.py --check    says whether it is stale; exit status 1 where it is

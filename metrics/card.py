@@ -19,14 +19,14 @@ SOURCES = {
 }
 CODE_LICENCE = "The code and these weights are under the MIT licence."
 DATA_LICENCE = (
-    "The code is under the MIT licence. These weights are bound by the licences of the data that they were trained "
-    "on, and of the decoder."
+    "The code is under the MIT licence. These weights are bound by the licences of the data that they were "
+    "trained on, and of the decoder."
 )
 
 
 def save(model, folder: Path, place: str | None = None) -> None:
-    """Writes the shared folder of an evaluate.CineNeuron, its card and its metrics. place: what the card loads it by,
-    if not its folder. Raises ValueError where the folder holds something else."""
+    """Writes the shared folder of an evaluate.CineNeuron, its card and its metrics. place: what the card
+    loads it by, if not its folder. Raises ValueError where the folder holds something else."""
     present = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     if present and MEMORIES not in present:
         raise damaged(folder, f"{len(present)} other files", "a new or an empty folder", "choose another")
@@ -95,8 +95,8 @@ def metrics_table(metrics: dict | None) -> str:
             mean, chance, shuffled = (number(entry[key]) for key in ("mean", "chance", "shuffled"))
             rows.append(f"| `{name}` | {mean} | {interval} | {chance} | {shuffled} | {entry['n']} |")
     return (
-        "Reconstructions of held-out clips against their stimuli. *Shuffled* compares each reconstruction with the "
-        "stimulus of another scene.\n\n" + "\n".join(rows)
+        "Reconstructions of held-out clips against their stimuli. *Shuffled* compares each reconstruction "
+        "with the stimulus of another scene.\n\n" + "\n".join(rows)
     )
 
 

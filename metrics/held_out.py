@@ -1,4 +1,5 @@
-"""The held-out clips of a run, around their videos: the stimuli, what was recalled, the report and its pictures."""
+"""The held-out clips of a run, around their videos: the stimuli, what was recalled, the report and its
+pictures."""
 
 import json
 from collections.abc import Sequence
@@ -43,8 +44,9 @@ class Films:
 
 
 def write_retrieved(model, x: Tensor, lines: dict[int, dict], file: Path) -> np.ndarray | None:
-    """retrieved.jsonl of x (clips, T, N), fMRI of the clips with these lines of clips.jsonl. Returns the top-1
-    memories (clips,), None where nothing is retrieved: without integration. model: evaluate.CineNeuron."""
+    """retrieved.jsonl of x (clips, T, N), fMRI of the clips with these lines of clips.jsonl. Returns the
+    top-1 memories (clips,), None where nothing is retrieved: without integration. model:
+    evaluate.CineNeuron."""
     batches = [model.remember(batch) for batch in x.split(16)]
     if batches[0].indices is None:
         return None
@@ -58,8 +60,8 @@ def write_retrieved(model, x: Tensor, lines: dict[int, dict], file: Path) -> np.
 
 
 def pairs_of(out: Path, lines: dict[int, dict], method: str) -> dict[str, list[Pair]]:
-    """Reconstruction and stimulus of these clips, {number: line of clips.jsonl}, in the folder of an evaluation; the
-    control is the stimulus of another scene, none where there are too few clips."""
+    """Reconstruction and stimulus of these clips, {number: line of clips.jsonl}, in the folder of an
+    evaluation; the control is the stimulus of another scene, none where there are too few clips."""
     names = [f"{clip:04d}" for clip in lines]
     stimuli = [Source(out / "gt" / f"{name}.mp4") for name in names]
     try:
@@ -80,9 +82,9 @@ def describe(
     near_copy: np.ndarray,  # (clips,) bool
     films: Films,
 ) -> tuple[Evaluation, str]:
-    """The evaluation with what is known of its clips beside their videos, and the table of what classifiers see in
-    them. The toy's groups are clips whose combination of attributes training shows, and the others; elsewhere
-    near-copies decide."""
+    """The evaluation with what is known of its clips beside their videos, and the table of what classifiers
+    see in them. The toy's groups are clips whose combination of attributes training shows, and the others;
+    elsewhere near-copies decide."""
     config = evaluation.config
     groups = shown_in_training(list(lines.values()), memories)
     groups = groups or {"with a near-copy": near_copy, "without a near-copy": ~near_copy}

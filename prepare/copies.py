@@ -7,9 +7,9 @@ stimuli/test/captions.npy       int64 (test clips,), the number of the training 
 stimuli/train/near_copies.json  the threshold, and the distributions behind it; near_copies.png draws them
 sub<K>/{train,test}/recorded.npy    bool (clips, repeats)
 
-A held-out clip finds in the memories neither itself nor its scene. A training clip would, so it may not: train as
-one tests. How alike may they be? As alike as a held-out clip and its best memory.
-"""
+A held-out clip finds in the memories neither itself nor its scene. A training clip would, so these are
+barred in training: train as one tests. How alike may a clip and a memory be? As a held-out clip and its best
+memory. Of the test clips only stimuli and captions enter."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +33,8 @@ def blocks(n: int) -> Iterator[slice]:
 
 
 def far_apart(segments: Sequence[str], rows: slice = slice(None)) -> np.ndarray:
-    """(rows, n) bool: are two clips of two scenes, that is of two segments, or more than SCENE_CLIPS apart?"""
+    """(rows, n) bool: are two clips of two scenes, that is of two segments, or more than SCENE_CLIPS
+    apart?"""
     segment = np.unique(segments, return_inverse=True)[1]
     i = np.arange(len(segment))
     return (segment[rows, None] != segment) | (abs(i[rows, None] - i) > SCENE_CLIPS)
@@ -72,7 +73,7 @@ def near_copy_threshold(
         cosines = train[rows] @ train.T  # (rows, N)
         cosines[~far_apart(segments, rows)] = -1
         for best, threshold in zip(remaining, thresholds, strict=True):
-            cosines[cosines > threshold] = -1
+            cosines[cosines > threshold] = -1  # in place: thresholds fall, so what is gone stays gone
             best[rows] = cosines.max(1)
     distances = [abs(np.quantile(best, levels) - aim).mean() for best in remaining]
     k = int(np.argmin(distances))  # of equals the highest
@@ -118,8 +119,8 @@ def prepare_copies(stimuli: Path) -> None:
 
 
 def prepare_recorded(folder: Path) -> None:
-    """Writes recorded.npy of both splits, from fmri.npy (clips, repeats, T, N): one that was not recorded is NaN
-    throughout. Raises ValueError for a clip without any."""
+    """Writes recorded.npy of both splits, from fmri.npy (clips, repeats, T, N): one that was not recorded is
+    NaN throughout. Raises ValueError for a clip without any."""
     for split in ("train", "test"):
         file, source = folder / split / "recorded.npy", folder / split / "fmri.npy"
         recipe = {"of": sha256(source)}
@@ -145,11 +146,10 @@ def is_current(file: Path, recipe: dict) -> bool:
 class FairRecall:
     """Train as one tests: which memories a training clip may retrieve, those that a held-out clip could have.
 
-    The memories are the clips trained on. val_segments, "seg17,seg18", are held out of training, and every near-copy
-    of their clips with them. caption_share: of the training clips that may retrieve their own caption from another
-    clip; None: as many as test clips can. Else stage 2 would learn that the best memory's text is right, which at
-    test it seldom is.
-    """
+    The memories are the clips trained on. val_segments, "seg17,seg18", are held out of training, and every
+    near-copy of their clips with them. caption_share: the share of the training clips that may retrieve
+    another clip with word for word the same caption; None: as many as test clips can. Else stage 2 would
+    learn that the best memory's text is right, which at test it seldom is."""
 
     def __init__(
         self, stimuli: Path, segments: list[str], val_segments: str | None, caption_share: float | None
@@ -168,11 +168,11 @@ class FairRecall:
         self.trained = np.flatnonzero(~is_held_out & ~copies)  # indices of clips, and of the memories
         in_test = read_prepared(stimuli.parent / "test" / "captions.npy", "iu", (None,))
         self.test_share = float(np.isin(in_test, self.captions[self.trained]).mean())
-        self._hide_captions(self.test_share if caption_share is None else caption_share)
+        self._count_choices(self.test_share if caption_share is None else caption_share)
 
-    def _hide_captions(self, share: float) -> None:
-        """hidden_captions: the share of steps in which a clip's own caption is hidden from it. fewest and most: how
-        many memories a clip may retrieve."""
+    def _count_choices(self, share: float) -> None:
+        """p_hidden: the probability that in a step a clip may not retrieve its own caption. fewest and most:
+        how many memories a clip may retrieve."""
         choices = np.empty(len(self.trained), int)  # how many memories each clip may retrieve
         recurring = np.empty(len(self.trained), int)  # and how many of these have its caption
         for rows in blocks(len(self.trained)):
@@ -180,16 +180,16 @@ class FairRecall:
             allowed = ~self.excluded(clips)
             choices[rows] = allowed.sum(1)
             recurring[rows] = (allowed & self.same_caption(clips)).sum(1)
-        self.hidden_captions = 1 - min(1.0, share / max((recurring > 0).mean(), 1e-9))
-        self.fewest = int((choices - recurring * (self.hidden_captions > 0)).min())
+        # (share of the clips whose caption recurs) x (1 - p_hidden) = share
+        self.p_hidden = 1 - min(1.0, share / max((recurring > 0).mean(), 1e-9))
+        self.fewest = int((choices - recurring * (self.p_hidden > 0)).min())
         self.most = int(choices.max())
 
     def describe(self) -> str:
         """How many memories there are, and how many of them a clip may retrieve."""
-        return (
-            f"{len(self.trained):,} clips and memories; a clip may retrieve {self.fewest:,} to {self.most:,} of them, no "
-            f"near-copies, its own caption in {1 - self.hidden_captions:.1%} of the steps (test clips: {self.test_share:.1%})"
-        )
+        choices = f"a clip may retrieve {self.fewest:,} to {self.most:,} of them, no near-copies"
+        caption = f"its own caption in {1 - self.p_hidden:.1%} of the steps"
+        return f"{len(self.trained):,} clips and memories; {choices}, {caption} (test clips: {self.test_share:.1%})"
 
     def copies_of(self, clips: np.ndarray) -> np.ndarray:
         """(B, training clips) bool: which training clips are near-copies of these?"""
@@ -205,10 +205,10 @@ class FairRecall:
         return self.captions[clips, None] == self.captions[self.trained]
 
     def excluded(self, clips: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
-        """Training clips (B,) -> (B, memories) bool: the memories that they may not retrieve. hidden (B,) bool: from
-        these clips their own caption is hidden, too."""
+        """Training clips (B,) -> (B, memories) bool: the memories that they may not retrieve. hidden (B,)
+        bool: from these clips their own caption is hidden, too."""
         alike = (self.same_scene(clips) | self.copies_of(clips))[:, self.trained]
-        return alike if hidden is None else alike | self.same_caption(clips) & hidden[:, None]
+        return alike if hidden is None else alike | (self.same_caption(clips) & hidden[:, None])
 
 
 def has_near_copy(stimuli: Path, clips: np.ndarray) -> np.ndarray:

@@ -25,11 +25,6 @@ SIZES = {  # segments, and clips of each
 SUBJECTS = {"toy": 9, "cc2017": 3, "cinebrain": 6}
 VIDEO = {"toy": (17, 64, 64), "cc2017": (57, 624, 624), "cinebrain": (33, 480, 720)}  # frames, height, width
 SECONDS = {"toy": 2.0, "cc2017": 2.0, "cinebrain": 33 / 8}  # of a clip's video; CineBrain: 4 s and one frame
-PUBLISHED = {  # what ClipDataset.sizes will be, for --plan where no data is prepared
-    # voxels: the NeuroClips release, subject 1; CineBrain's visual areas and hippocampi
-    "cc2017": {"volumes": 1, "voxels": 13_447, "frames": 8, "embed_dim": 768, "classes": 12},
-    "cinebrain": {"volumes": 5, "voxels": 8405 + 764 + 795, "frames": 8, "embed_dim": 768, "classes": 12},
-}
 SCENE_CLIPS = 15  # clips of a segment this near in time count as one scene
 
 # cc2017: a volume of 2 s is a clip, and a segment lasts 8 minutes
@@ -104,21 +99,6 @@ def in_areas(areas: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 CLIP = "ViT-L-14-quickgelu/openai"  # of open_clip, which downloads it
 VICLIP_HUB, VICLIP_FILE = "OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth"  # 1.71 GB
-
-# Wan2.1's 1.3B, for --plan where it is not downloaded: the numbers are those of "Wan-T2V-1.3B" in diffusers'
-# scripts/convert_wan_to_diffusers.py
-WAN_1_3B = {
-    "_class_name": "WanPipeline",
-    "transformer": {
-        "_class_name": "WanTransformer3DModel", "num_layers": 30, "num_attention_heads": 12,
-        "attention_head_dim": 128, "ffn_dim": 8960, "freq_dim": 256, "in_channels": 16, "out_channels": 16,
-        "patch_size": [1, 2, 2], "text_dim": 4096, "cross_attn_norm": True, "eps": 1e-6,
-        "qk_norm": "rms_norm_across_heads",
-    },
-    "vae": {"_class_name": "AutoencoderKLWan"},  # whose defaults in diffusers are Wan2.1's
-    "scheduler": {"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0, "use_flow_sigmas": True,
-                  "prediction_type": "flow_prediction"},
-}  # fmt: skip
 
 MISSING = {
     "cc2017": """data/cc2017 is not prepared for subject {subject}.
@@ -196,8 +176,8 @@ def classes_of(file: Path) -> list[str]:
 
 
 def voxels_of(rois: str, areas: np.ndarray, folder: Path) -> np.ndarray:
-    """Indices of the voxels in regions such as "visual,hippocampus"; areas (N,) of each voxel, prepared in folder.
-    Raises ValueError for an unknown region and for one without a voxel."""
+    """Indices of the voxels in regions such as "visual,hippocampus"; areas (N,) of each voxel, prepared in
+    folder. Raises ValueError for an unknown region and for one without a voxel."""
     regions = rois.split(",")
     unknown = sorted(set(regions) - set(ROIS))
     if unknown:

@@ -30,9 +30,8 @@ def load_pipeline(
 ) -> tuple[DiffusionPipeline, int, dict]:
     """A folder or a name on the Hub -> the pipeline with these parts, its text length L, its DiT's config.
 
-    What is not loaded is not downloaded either. tiling: the VAE works in tiles and clip by clip, in less memory.
-    Raises ValueError where the pipeline is of another kind or damaged.
-    """
+    What is not loaded is not downloaded either. tiling: the VAE works in tiles and clip by clip, in less
+    memory. Raises ValueError where the pipeline is of another kind or damaged."""
     try:
         kind, config = _kind_and_config(name)
         if kind == "WanPipeline":  # no config of Wan's DiT has L: the pipeline is called with 512
@@ -86,8 +85,8 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def latent_shape(decoder, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """(C, f, h, w) of a video's latents, of a video_decoder.VideoDecoder with its VAE. Raises ValueError, naming
-    the pipeline, where sizes do not divide."""
+    """(C, f, h, w) of a video's latents, of a video_decoder.VideoDecoder with its VAE. Raises ValueError,
+    naming the pipeline, where sizes do not divide."""
     pipe, config = decoder.pipe, decoder.config
     time, space, patch = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial, patch_of(decoder)
     f, h, w = (frames - 1) // time + 1, height // space, width // space
@@ -102,7 +101,8 @@ def latent_shape(decoder, frames: int, height: int, width: int) -> tuple[int, in
 
 
 def check_prepared(decoder, latents: tuple[int, ...], empty: tuple[int, ...]) -> None:
-    """Raises ValueError where prepared latents (C, f, h, w) or text tokens (L, D_txt) are not of this decoder."""
+    """Raises ValueError where prepared latents (C, f, h, w) or text tokens (L, D_txt) are not of this
+    decoder."""
     reads = (decoder.config["in_channels"], decoder.text_length, decoder.text_width)
     patch = patch_of(decoder)
     remainders = [n % p for n, p in zip(latents[1:], patch, strict=True)]
@@ -134,8 +134,8 @@ def save_lora(decoder, folder: Path) -> None:
 
 
 def load_lora(decoder, folder: Path) -> None:
-    """Reads what `save_lora` wrote into the present parameters. Raises ValueError where the file is damaged or of
-    another model, rank or scale."""
+    """Reads what `save_lora` wrote into the present parameters. Raises ValueError where the file is damaged
+    or of another model, rank or scale."""
     file, lora = Path(folder) / LORA_FILE, decoder.transformer.peft_config["default"]
     expected = get_peft_model_state_dict(decoder.transformer)
     try:

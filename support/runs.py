@@ -1,6 +1,6 @@
 """Folders of runs and evaluations, signals, and the door that every script goes through.
 
-RunFolder     settings, log and weights of a training run, which change only together; the same command goes on
+RunFolder     settings, log and weights of a training run, which change only together; it goes on
 claim         the settings of an evaluation's folder
 Stopping      Ctrl-C and SIGTERM end a training run after its step, with a checkpoint
 door          bad input ends in one line, a bug in its traceback
@@ -44,8 +44,8 @@ def run_folder(data: str, subject: int, run: str, seed: int) -> Path:
 
 
 def read_settings(file: Path, settings: dict, may_change: Sequence[str], advice: str) -> dict:
-    """config.json of a folder, {} where there is none. Raises ValueError, naming them, where its settings differ
-    from these in more than what may change."""
+    """config.json of a folder, {} where there is none. Raises ValueError, naming them, where its settings
+    differ from these in more than what may change."""
     if not file.exists():
         return {}
     stored = read_json(file)
@@ -59,8 +59,8 @@ def read_settings(file: Path, settings: dict, may_change: Sequence[str], advice:
 
 
 def claim(folder: Path, settings: dict, write: bool = True) -> None:
-    """config.json of an evaluation's folder: what its videos are made by. Raises ValueError where others would join
-    them."""
+    """config.json of an evaluation's folder: what its videos are made by. Raises ValueError where others
+    would join them."""
     file = folder / "config.json"
     with reading(file, advice=f"to make them anew delete the folder: rm -r {folder}"):
         read_settings(file, settings, (), f"to make its videos anew delete the folder: rm -r {folder}")
@@ -71,8 +71,9 @@ def claim(folder: Path, settings: dict, write: bool = True) -> None:
 def evaluation_folder(
     run: Path, config, settings: dict, complete: bool, metrics: list[str], all_metrics: list[str]
 ) -> Path:
-    """eval or eval-shuffled of a run. Fewer clips than the complete test set, other sampling than the run's settings
-    and fewer than all metrics have a folder of their own, and so never replace the results of all."""
+    """eval or eval-shuffled of a run. Fewer clips than the complete test set, other sampling than the run's
+    settings and fewer than all metrics have a folder of their own, and so never replace the results of
+    all."""
     name = "eval-shuffled" if config.shuffle else "eval"
     if not complete:
         name += f"-{config.clips}-clips"
@@ -132,8 +133,9 @@ class FolderLock:
 class RunFolder:
     """The folder of a stage of a run.
 
-    Nothing in it -> new. The same settings -> it goes on. All steps done and `last`, the file written last, in it ->
-    finished. Other settings -> ValueError that names them. Nothing in it changes before the first step has worked.
+    Nothing in it -> new. The same settings -> it goes on. All steps done and `last`, the file written last,
+    in it -> finished. Other settings -> ValueError that names them. Nothing in it changes before the first
+    step has worked.
 
     folder/config.json      settings and the step of the weights, written last: what it says is true of them
     folder/state/state.pt   to go on
@@ -192,9 +194,9 @@ class RunFolder:
         write_once: Callable[[Path], object] | None = None,
         sample: Callable[[Path], object] | None = None,
     ) -> None:
-        """state: what has a state_dict and goes on (models, optimiser, schedule); it is loaded where the run has a
-        checkpoint. models: what writes a folder of weights; write_once(folder): what stays as it is. sample(file)
-        draws what the model can."""
+        """state: what has a state_dict and goes on (models, optimiser, schedule); it is loaded where the run
+        has a checkpoint. models: what writes a folder of weights; write_once(folder): what stays as it is.
+        sample(file) draws what the model can."""
         self.state, self.models, self.write_once, self.sample = state, models, write_once, sample
         if not self.first_step:
             return
@@ -225,8 +227,8 @@ class RunFolder:
         numbers: dict[str, float],
         validate: Callable | None = None,
     ) -> None:
-        """Logs, saves, draws a sample, stops: what is due after a step. losses are averaged over the processes;
-        numbers are alike in all; validate() gives more numbers when the weights are saved."""
+        """Logs, saves, draws a sample, stops: what is due after a step. losses are averaged over the
+        processes; numbers are alike in all; validate() gives more numbers when the weights are saved."""
         done, stop = step + 1, self.stopping.asked(self.accelerator)
         saving = stop or done % self.settings["save_every"] == 0 or done == self.total
         sample_every = self.settings.get("sample_every", 0)
@@ -251,8 +253,8 @@ class RunFolder:
             )
 
     def save(self, step: int) -> None:
-        """Weights, then what is needed to go on, then config.json: a kill between them leaves the run at this step
-        or the last."""
+        """Weights, then what is needed to go on, then config.json: a kill between them leaves the run at
+        this step or the last."""
         if self.write_once and not (self.folder / "config.json").exists():
             self.write_once(self.folder)
         for name, write in self.models.items():
@@ -263,7 +265,8 @@ class RunFolder:
         write_json(self.folder / "config.json", self.settings | {"step": step, "steps_in_all": self.total})
 
     def finish(self, curves: dict[str, str], title: str, files: dict[str, str | dict] | None = None) -> None:
-        """losses.png with these columns of the log, and files of text or JSON, in order: the run is finished."""
+        """losses.png with these columns of the log, and files of text or JSON, in order: the run is
+        finished."""
         from support.pictures import loss_curves  # matplotlib
 
         loss_curves(self.folder / "losses.png", read_log(self.log_file), curves, title)
@@ -314,8 +317,8 @@ class Stopped(BaseException):
 
 
 class Stopping:
-    """Between listen() and end(), Ctrl-C and SIGTERM are noted; `asked` after a step is true in all processes once
-    one got such a signal."""
+    """Between listen() and end(), Ctrl-C and SIGTERM are noted; `asked` after a step is true in all
+    processes once one got such a signal."""
 
     def __init__(self):
         self.number, self.handlers = 0, {}

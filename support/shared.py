@@ -6,9 +6,8 @@
     memories.json                of each memory its line of clips.jsonl
     voxels.npz                   of each voxel of x its index in the source, and its area: roi
 
-Where it is shared also README.md, the model card, and eval/metrics.json of the run. The video decoder is not copied:
-its name stands in config.json.
-"""
+Where it is shared also README.md, the model card, and eval/metrics.json of the run. The video decoder is not
+copied: its name stands in config.json."""
 
 import re
 from collections.abc import Callable
@@ -36,8 +35,8 @@ STAGE1_KEYS = {"rois": (str, type(None)), "tau": float, "lambda_1": float, "lamb
 
 
 def locate(name: Path | str) -> Path:
-    """A run, its stage2/, a shared folder, or a name on the Hub, which is downloaded -> the folder of the model.
-    Raises FileNotFoundError."""
+    """A run, its stage2/, a shared folder, or a name on the Hub, which is downloaded -> the folder of the
+    model. Raises FileNotFoundError."""
     folder = Path(name)
     if not folder.exists() and re.fullmatch(HUB_ID, str(name)) and not folder.parent.exists():
         return Path(snapshot_download(str(name)))
@@ -74,7 +73,8 @@ def decoder_at(name: str, folder: Path) -> str:
 
 
 def check_place(settings: dict, run: Path) -> None:
-    """Raises ValueError where a run lies in the folder of another subject; says so where it is not finished."""
+    """Raises ValueError where a run lies in the folder of another subject; says so where it is not
+    finished."""
     place, origin = run.absolute().parts[-3:-1], (settings["data"], f"sub{settings['subject']}")
     if place != origin:
         found, wanted = f"a run of {' '.join(origin)}", f"one of {' '.join(place)}"
@@ -85,7 +85,8 @@ def check_place(settings: dict, run: Path) -> None:
 
 
 def check_parts(stage1: Path, settings: dict, clips, brain_model, decoder) -> None:
-    """Raises ValueError where stage 1, the data.Clips, the Brain Model and the video decoder do not fit each other."""
+    """Raises ValueError where stage 1, the data.Clips, the Brain Model and the video decoder do not fit each
+    other."""
     trained, L = settings["stage1_config"]["sizes"], brain_model.position.shape[1] - 1
     width, heads, recall = brain_model.norm.normalized_shape[0], settings["attention_heads"], clips.recall
     if trained != clips.sizes:
@@ -118,7 +119,8 @@ def writers(model) -> dict[str, Callable[[Path], object]]:
 
 
 def write_memories(folder: Path, model) -> None:
-    """What else the folder of an evaluate.CineNeuron holds: memories.safetensors, memories.json and voxels.npz."""
+    """What else the folder of an evaluate.CineNeuron holds: memories.safetensors, memories.json and
+    voxels.npz."""
     captions = model.pool.captions
     tensors = {
         "e": model.pool.e.detach().cpu().contiguous(),
@@ -177,8 +179,8 @@ def read_voxels(folder: Path, N: int) -> dict[str, np.ndarray]:
 
 
 def check_fmri(x: Tensor | np.ndarray, T: int, N: int) -> Tensor:
-    """x (B, T, N), or (T, N), or (B, N) where T is 1 -> float32 (B, T, N). Raises ValueError where it is of another
-    shape, not finite, or no z-scores."""
+    """x (B, T, N), or (T, N), or (B, N) where T is 1 -> float32 (B, T, N). Raises ValueError where it is of
+    another shape, not finite, or no z-scores."""
     x = torch.as_tensor(x)
     if x.ndim == 2:
         x = x[:, None] if T == 1 else x[None]
@@ -195,8 +197,8 @@ def check_fmri(x: Tensor | np.ndarray, T: int, N: int) -> Tensor:
 
 
 def read_fmri(file: Path, model) -> Tensor:
-    """One recording, .npy (T, N) or (N,) -> x (1, T, N): the voxels of an evaluate.CineNeuron, or all those that are
-    prepared of its subject. Raises FileNotFoundError, ValueError."""
+    """One recording, .npy (T, N) or (N,) -> x (1, T, N): the voxels of an evaluate.CineNeuron, or all those
+    that are prepared of its subject. Raises FileNotFoundError, ValueError."""
     T, N, settings = model.brain_model.volumes, model.brain_model.voxels, model.settings
     x = read_array(file, "fiu")
     volumes = x[None] if x.ndim == 1 else x  # (T, N)

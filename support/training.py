@@ -61,9 +61,8 @@ def adamw_onecycle(
 ) -> tuple[Optimizer, LRScheduler]:
     """AdamW with OneCycle over `total` steps (§4.1); groups: parameters, each with its highest rate.
 
-    adamw8bit: that of bitsandbytes, which keeps the moments of the first group in 8 bits (Dettmers et al. 2022).
-    Raises ValueError where that package is not installed.
-    """
+    adamw8bit: that of bitsandbytes, which keeps the moments of the first group in 8 bits (Dettmers et al.
+    2022). Raises ValueError where that package is not installed."""
     params = [{"params": [*parameters], "lr": lr} for parameters, lr in groups]
     if optimizer == "adamw":
         adamw = torch.optim.AdamW(params, weight_decay=weight_decay, fused=True)

@@ -300,13 +300,14 @@ def changes(text: str) -> Iterator[tuple[str, str, str]]:
     """(file, line, line in its place) of the blocks of ```diff."""
     for block in re.findall(r"^```diff\n(.*?)^```", text, re.M | re.S):
         for part in re.split(r"^--- ", block, flags=re.M)[1:]:
-            file, old, new = part.rstrip("\n").split("\n")
-            yield file.split(",")[0], old.removeprefix("-"), new.removeprefix("+")
+            file = re.split(r"[,\n]", part)[0]
+            for old, new in re.findall(r"^-(.*)\n\+(.*)$", part, re.M):
+                yield file, old, new
 
 
 def test_the_lines_that_exercises_change_are_those_of_the_code():
     found = [*changes((REPO / "docs" / "exercises.md").read_text())]
-    assert len(found) == 4
+    assert len(found) == 6
     for file, old, new in found:
         code = (REPO / file).read_text()
         assert code.count(old + "\n") == 1, f"{file} has no line {old}"

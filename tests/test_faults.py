@@ -9,20 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import sha256, write_prepared
+from conftest import sha256
 from safetensors.torch import load_file, save_file
-from support.experiment import door
-from test_train_stage2 import RUN, SIZE, WORDS, Films
-from test_video_decoder import wan_pipeline
+from test_evaluate import write_world
 
 import evaluate
 import train_stage1
 import train_stage2
-from prepare.decoder import prepare_decoder
-from support.videos import write_video
+from metrics.options import parse as parse_evaluate
+from support.runs import door
 
 STAGE1 = "--data cc2017 --steps 4 --batch_size 8 --tokens 12 --width 24 --layers 1 --attention_heads 4 --save_every 2 --log_every 1"
-STAGE2 = " ".join(map(str, [*RUN, "--decoder", "models/wan"]))
+STAGE2 = (
+    "--data cc2017 --decoder models/wan --frames 9 --height 32 --width 32 --epochs 2 --batch_size 8 --micro_batch 4 "
+    "--attention_heads 4 --lora_rank 4 --sample_every 0 --save_every 2 --log_every 1 --lr 1e-3 --lr_lora 1e-3"
+)
 EVALUATE = "--data cc2017 --metrics ssim --size native --steps 1 --guidance 1 --stimuli films --seconds 2"
 COMMANDS = {
     "s1": (train_stage1, f"{STAGE1} --run new"),
@@ -34,20 +35,23 @@ COMMANDS = {
     "pairs": (evaluate, "--pairs pairs --metrics ssim --size native"),
     "compare": (evaluate, "--compare full --data cc2017"),
 }
+WORDS = "red blue a circle square grows moves".split()
 
 
 def call(name: str, more: str = "") -> int:
+    """The exit status of a command of COMMANDS, with more options."""
     script, words = COMMANDS[name]
+    arguments = [*words.split(), *more.split()]
+
+    def run() -> None:
+        if script is evaluate:
+            evaluate.main(parse_evaluate(arguments, evaluate.__doc__))
+        else:
+            script.main(script.parse(arguments))
+
     with pytest.raises(SystemExit) as end:
-        door(lambda: script.main(script.parse([*words.split(), *more.split()])) and None)
+        door(run)
     return end.value.code
-
-
-def write_films(root: Path) -> None:
-    """films/seg1.mp4 ...: the bars of Films, 20 frames in the 2 s of a clip."""
-    films = Films(root)
-    for segment in (name for names in films.splits.values() for name in names):
-        write_video(root / "films" / f"{segment}.mp4", np.concatenate(list(films.read_clips(segment))), 10)
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +61,15 @@ def world(tmp_path_factory) -> Path:
 
 def make_world(root: Path) -> Path:
     """A prepared dataset, a decoder, a finished run of both stages, its evaluation, videos, a recording."""
-    folder = write_prepared(root / "data", copies=12)
     rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        file = folder / "stimuli" / split / "clips.jsonl"
-        rows = [json.loads(line) | {"caption": " ".join(rng.choice(WORDS, 3))} for line in open(file)]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    torch.manual_seed(0)
-    wan_pipeline().save_pretrained(root / "models" / "wan")
-    prepare_decoder("cc2017", Films(root), root / "data", str(root / "models" / "wan"), *SIZE)
+    write_world(root, lambda i: {"caption": " ".join(rng.choice(WORDS, 3))}, copies=12)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        write_films(root)
         for name in ("s1again", "s2again", "ev"):
             assert call(name) == 0, name
+        stimuli = next(Path(FULL).glob("eval*/gt"))
         for method in ("gt", "ours"):
-            shutil.copytree(
-                next((root / "runs/cc2017/sub1/full-s0").glob("eval*/gt")), root / "pairs" / method
-            )
+            shutil.copytree(stimuli, Path("pairs", method))
         np.save("x.npy", np.load("data/cc2017/sub1/test/fmri.npy")[0, 0])
     return root
 
@@ -84,15 +79,16 @@ def hashes_of(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): sha256(path) for path in files}
 
 
-def check(told: str, status: int, named: str) -> None:
-    told = told.replace("\r", "\n")
-    assert "Traceback" not in told
-    assert status not in (0, None), told
-    assert told.count("error: ") == 1, told
-    error = told[told.index("error: ") :].strip().splitlines()
+def check(stderr: str, status: int, name: str) -> None:
+    """One error of at most three lines, the first of which holds `name`."""
+    stderr = stderr.replace("\r", "\n")
+    assert "Traceback" not in stderr
+    assert status not in (0, None), stderr
+    assert stderr.count("error: ") == 1, stderr
+    error = stderr[stderr.index("error: ") :].strip().splitlines()
     assert len(error) <= 3 and len(error[0]) < 900, error
-    assert named in error[0], error
-    assert "allow_pickle" not in told and "weights_only" not in told
+    assert name in error[0], error
+    assert "allow_pickle" not in stderr and "weights_only" not in stderr
 
 
 # ---------------------------------------------------------------- damage to files
@@ -206,6 +202,7 @@ FLOATS = NPY | {
     "nan": filled(np.nan),
     "infinite": filled(np.inf),
 }
+NUMBERS = {key: damage for key, damage in FLOATS.items() if key not in ("nan", "infinite", "float64")}
 JSON = ANY | {
     "list": bytes_(b"[1, 2]"),
     "null": bytes_(b"null"),
@@ -221,6 +218,13 @@ LINES = JSON | {
     "no video": line(without("video")),
     "start is NaN": line(with_(start_s=float("nan"))),
     "start is text": line(with_(start_s="0")),
+}
+MEMORIES = ANY | {
+    "object": bytes_(b"{}"),
+    "numbers": bytes_(b"[1, 2]"),
+    "null": bytes_(b"null"),
+    "fewer": to_json(lambda rows: rows[1:]),
+    "no caption": to_json(lambda rows: [{"id": "x"}, *rows[1:]]),
 }
 WEIGHTS = ANY | {
     "nan": tensors(first(lambda w: w * torch.nan)),
@@ -240,67 +244,68 @@ DECODED = f"{STIMULI}/train/wan"
 
 
 def rows_of(
-    command: str, file: str, damages: dict, named: str | None = None, but: str = ""
+    command: str, file: str, damages: dict, name: str | None = None, but: str = ""
 ) -> dict[str, tuple]:
-    """A row a damage; `but`: those that are no damage here."""
-    kept = {name: damage for name, damage in damages.items() if name not in but.split(", ")}
-    return {
-        f"{command}, {file.split('cc2017/')[-1]}, {name}": (
-            command,
-            file,
-            kept[name],
-            named or Path(file).name,
-        )
-        for name in kept
-    }
+    """A row a damage. name: what the error holds, if not the file's; but: those that are no damage here."""
+    title = f"{command}, {file.split('cc2017/')[-1]}"
+    rows = {f"{title}, {key}": (command, file, damages[key], name or Path(file).name) for key in damages}
+    return {key: row for key, row in rows.items() if key.removeprefix(f"{title}, ") not in but.split(", ")}
 
 
 CASES = (
     rows_of("s1", f"{SUBJECT}/train/fmri.npy", FLOATS, but="nan")  # a showing that was not recorded is NaN
     | rows_of("s1", f"{SUBJECT}/test/fmri.npy", FLOATS, but="nan")
-    | rows_of("s1", f"{STIMULI}/train/e_img.npy", FLOATS, named="e_img")
-    | rows_of("s1", f"{STIMULI}/train/e_txt.npy", FLOATS, named="e_txt")
-    | rows_of("s1", f"{STIMULI}/test/e_act.npy", FLOATS, named="e_act")
-    | rows_of("s1", f"{STIMULI}/train/categories.npy", FLOATS, named="categories", but="bool")
+    | rows_of("s1", f"{STIMULI}/train/e_img.npy", FLOATS, name="e_img")
+    | rows_of("s1", f"{STIMULI}/train/e_txt.npy", FLOATS, name="e_txt")
+    | rows_of("s1", f"{STIMULI}/test/e_act.npy", FLOATS, name="e_act")
+    | rows_of("s1", f"{STIMULI}/train/categories.npy", FLOATS, name="categories", but="bool")
     | rows_of("s1", f"{STIMULI}/train/clips.jsonl", LINES)
     | rows_of("s1", f"{STIMULI}/train/manifest.json", JSON | {
         "no classes": to_json(lambda m: m | {"categories.npy": {"recipe": {}, "inputs": {}}}),
         "classes are a number": to_json(lambda m: m | {"categories.npy": {"recipe": {"classes": 4}, "inputs": {}}}),
     })
     | rows_of("s1", f"{SUBJECT}/voxels.npz", ANY)
+    | rows_of("s1", f"{SUBJECT}/train/recorded.npy", NUMBERS, but="bool")
+    | rows_of("s1", f"{STIMULI}/train/near_copies.npy", NUMBERS)
+    | rows_of("s1", f"{STIMULI}/train/captions.npy", NUMBERS, but="onedim")
+    | rows_of("s1", f"{STIMULI}/test/captions.npy", NPY)
+    | rows_of("ev", f"{STIMULI}/test/near_copies.npy", NPY)
     | rows_of("s1again", f"{FULL}/stage1/config.json", JSON)
     | rows_of("s2", f"{FULL}/stage1/config.json", JSON | {"no rois": to_json(without("rois")), "tau is text": to_json(with_(tau="x"))},
-              named="stage1")
-    | rows_of("s2", f"{FULL}/stage1/brain_model/config.json", JSON, named="brain_model")
-    | rows_of("s2", f"{FULL}/stage1/brain_model/model.safetensors", WEIGHTS, named="brain_model")
-    | rows_of("s2", f"{FULL}/stage1/heads/model.safetensors", WEIGHTS, named="heads")
+              name="stage1")
+    | rows_of("s2", f"{FULL}/stage1/brain_model/config.json", JSON, name="brain_model")
+    | rows_of("s2", f"{FULL}/stage1/brain_model/model.safetensors", WEIGHTS, name="brain_model")
+    | rows_of("s2", f"{FULL}/stage1/heads/model.safetensors", WEIGHTS, name="heads")
     | rows_of("s2", f"{DECODED}/latents.npy", FLOATS, but="nan, infinite, float64, bool")
-    | rows_of("s2", f"{DECODED}/text_tokens.npy", FLOATS, named="text", but="float64, bool")
-    | rows_of("s2", f"{DECODED}/text_offsets.npy", NPY, named="text")
+    | rows_of("s2", f"{DECODED}/text_tokens.npy", FLOATS, name="text", but="float64, bool")
+    | rows_of("s2", f"{DECODED}/text_offsets.npy", NPY, name="text")
     | rows_of("s2", f"{STIMULI}/wan/empty_prompt.npy", FLOATS, but="bool")
-    | rows_of("s2", "models/wan/model_index.json", JSON, named="wan")
-    | rows_of("s2", "models/wan/transformer/config.json", JSON, named="wan")
-    | rows_of("s2", "models/wan/transformer/diffusion_pytorch_model.safetensors", ANY, named="wan")
+    | rows_of("s2", "models/wan/model_index.json", JSON, name="wan")
+    | rows_of("s2", "models/wan/transformer/config.json", JSON, name="wan")
+    | rows_of("s2", "models/wan/transformer/diffusion_pytorch_model.safetensors", ANY, name="wan")
     | rows_of("ev", f"{FULL}/stage2/config.json", JSON | {
         "no decoder": to_json(without("decoder")), "frames are text": to_json(with_(frames="9")),
         "another subject": to_json(with_(subject=2)), "mom is text": to_json(with_(mom="yes")),
-    }, named="stage2")
-    | rows_of("ev", f"{FULL}/stage2/brain_model/model.safetensors", WEIGHTS, named="brain_model")
-    | rows_of("ev", f"{FULL}/stage2/heads/config.json", JSON, named="heads")
-    | rows_of("ev", f"{FULL}/stage2/mixture_of_memories/model.safetensors", WEIGHTS, named="mixture_of_memories")
-    | rows_of("ev", f"{FULL}/stage2/lora/pytorch_lora_weights.safetensors", WEIGHTS, named="lora", but="left over")
+    }, name="stage2")
+    | rows_of("ev", f"{FULL}/stage2/brain_model/model.safetensors", WEIGHTS, name="brain_model")
+    | rows_of("ev", f"{FULL}/stage2/heads/config.json", JSON, name="heads")
+    | rows_of("ev", f"{FULL}/stage2/mixture_of_memories/model.safetensors", WEIGHTS, name="mixture_of_memories")
+    | rows_of("ev", f"{FULL}/stage2/lora/pytorch_lora_weights.safetensors", WEIGHTS, name="lora", but="left over")
+    | rows_of("ev", f"{FULL}/stage2/memories.safetensors", WEIGHTS)
+    | rows_of("ev", f"{FULL}/stage2/memories.json", MEMORIES)
+    | rows_of("ev", f"{FULL}/stage2/voxels.npz", ANY)
     | rows_of("fmri", "x.npy", FLOATS, but="float64, bool, onedim, fewer")
-    | rows_of("pairs", "pairs/ours/0000.mp4", ANY, named="0000")
+    | rows_of("pairs", "pairs/ours/0000.mp4", ANY, name="0000")
     | rows_of("compare", f"{FULL}/EVAL/metrics.json", JSON | {
         "no provenance": to_json(without("provenance")), "metrics are a list": to_json(with_(metrics=[1])),
         "clips are text": to_json(with_(clips="all")),
-    }, named="metrics.json")
+    }, name="metrics.json")
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_damage_is_one_error_and_changes_nothing(case: str, world, tmp_path, monkeypatch, capfd):
-    command, file, damage, named = CASES[case]
+    command, file, damage, name = CASES[case]
     root = tmp_path / "w"
     shutil.copytree(world, root)
     monkeypatch.chdir(root)
@@ -309,7 +314,7 @@ def test_damage_is_one_error_and_changes_nothing(case: str, world, tmp_path, mon
     damage(path)
     before = hashes_of(root)
     status = call(command)
-    check(capfd.readouterr().err, status, named)
+    check(capfd.readouterr().err, status, name)
     assert hashes_of(root) == before and not (root / "exploded").exists()
 
 
@@ -363,21 +368,21 @@ def test_an_option_out_of_range_is_one_error(command: str, name: str, value: str
     before = hashes_of(world)
     more = f"--{name}={value}"
     status = call("fmri" if name == "out" else command, more)
-    told = capfd.readouterr().err
-    named = value if name in ("run", "stage1", "decoder", "out", "data") and len(value) < 100 else name
-    check(told, status, named.split("/")[0] if name == "decoder" else named)
+    is_place = name in ("run", "stage1", "decoder", "out", "data") and len(value) < 100
+    wanted = value if is_place else name
+    check(capfd.readouterr().err, status, wanted.split("/")[0] if name == "decoder" else wanted)
     assert hashes_of(world) == before
 
 
 @pytest.mark.parametrize(
-    ("command", "more", "named"),
+    ("command", "more", "name"),
     [("ev", "--split", "--split"), ("ev", "--skip_bad", "--skip_bad"), ("pairs", "--shuffle", "--shuffle"),
      ("pairs", "--fmri x.npy", "--fmri"), ("fmri", "--clips 3", "--clips"), ("s2", "--no-mom --no-integration", "--no")],
 )  # fmt: skip
-def test_options_that_do_nothing_together_are_refused(command, more, named, world, monkeypatch, capfd):
+def test_options_that_do_nothing_together_are_refused(command, more, name, world, monkeypatch, capfd):
     monkeypatch.chdir(world)
     status = call(command, more)
-    check(capfd.readouterr().err, status, named)
+    check(capfd.readouterr().err, status, name)
 
 
 # ---------------------------------------------------------------- runs

@@ -14,15 +14,18 @@ import pytest
 import torch
 from conftest import press, run_script, wait, write_prepared
 from PIL import Image
-from support.experiment import door
 
 import mixture_of_memories
 from brain_model import BrainModel
-from data import ClipDataset
+from data import Clips
 from extras import figures, memories
-from extras.runs import chosen, settings_of
+from extras.cortex import draw_cortex
+from extras.runs import choose_clips
 from heads import Stage1Heads
 from mixture_of_memories import MixtureOfMemories, mixture_scores
+from prepare.copies import prepare_copies, prepare_recorded
+from support.runs import door
+from support.shared import write_memories
 from support.videos import read_video, write_video
 
 CLIPS, K, W_R = 5, 3, [0.5, 0.3, 0.2]
@@ -67,20 +70,23 @@ def write_run(run: Path, root: Path) -> None:
         if stage == "stage2":
             mom.save_pretrained(run / stage / "mixture_of_memories")
         (run / stage / "config.json").write_text(json.dumps(settings | more))
-    train = ClipDataset("cc2017", 1, "train", root=root / "data").targets()
-    test = ClipDataset("cc2017", 1, "test", root=root / "data")
+    clips = Clips("cc2017", 1, "train", root=root / "data")
+    train, test = clips.targets(), Clips("cc2017", 1, "test", root=root / "data")
     with torch.inference_mode():
         f_c, _ = brain_model(test.averaged()[:CLIPS])
-        e = torch.stack([train["e_txt"], heads.phi_v(train["e_img"]), train["e_act"]], 1)
+        e = torch.stack([train.e_txt, heads.phi_v(train.e_img), train.e_act], 1)
         q = torch.stack([f_c, f_c, heads.phi_a(f_c)], 1)
-        S = mixture_scores(torch.tensor([W_R] * CLIPS), q, e / e.norm(dim=-1, keepdim=True))
+        e = e / e.norm(dim=-1, keepdim=True)
+        S = mixture_scores(torch.tensor([W_R] * CLIPS), q, e)
+    voxels = {"index": clips.index, "roi": clips.roi}
+    write_memories(run / "stage2", e, [torch.ones(2, 8)] * TRAIN, torch.ones(4, 8), clips.lines, voxels)
     lines = []
     for i, scores in enumerate(S):
         for kind in ("gt", "recon"):
             shown = plain(colour_of(kind, i, run.name), 5)
             write_video(run / "eval" / kind / f"{i:04d}.mp4", shown, 5)
         retrieved = scores.topk(K).indices.tolist()
-        lines.append({"clip": i, "id": test.clips[i]["id"], "retrieved": retrieved, "W_r": W_R})
+        lines.append({"clip": i, "id": test.lines[i]["id"], "retrieved": retrieved, "W_r": W_R})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (run / "eval" / "retrieved.jsonl").write_text(text)
     np.save(run / "S.npy", S.numpy())
@@ -90,6 +96,8 @@ def write_run(run: Path, root: Path) -> None:
 def world(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("figures")
     folder = write_prepared(root / "data", clips=(TRAIN, 24))
+    prepare_copies(folder / "stimuli")
+    prepare_recorded(folder / "sub1")
     write_films(folder / "raw" / "stimuli")
     for name in (FULL, WITHOUT):
         write_run(root / "runs" / "cc2017" / "sub1" / name, root)
@@ -139,7 +147,7 @@ def in_a_grid(picture: np.ndarray, rows: list[list[np.ndarray]]) -> None:
 
 
 def test_scores_are_those_of_equation_5(run):
-    of_clips = memories.scores(run, settings_of(run, "stage2"), [4, 1])
+    of_clips = memories.Remembered(run, {4: "", 1: ""}).scores
     S = np.load(run / "S.npy")
     for clip, (retrieved, W_r, cosines, _) in of_clips.items():
         assert cosines.shape == (K, 3) and W_r.tolist() == W_R
@@ -179,17 +187,19 @@ def test_voxels_lie_where_the_atlas_has_them(run):
     cortex = np.arange(59_412.0)  # grayordinates, put on the vertices by the package's own function
     index = np.array([0, 12_345, 29_695, 29_696, 51_000, 59_411, 84_600])  # the last is hippocampus
     values = np.linspace(1, 0, 7)
-    for hemisphere, some, fill in (
-        ("left", slice(0, 3), hcp.left_cortex_data),
-        ("right", slice(3, 6), hcp.right_cortex_data),
-    ):
-        _, ax = plt.subplots()
-        dots = figures.draw_cortex(ax, index, values, hemisphere)
-        vertices = [int(np.flatnonzero(fill(cortex, fill=-1) == i)[0]) for i in index[some]]
-        places = hcp.mesh[f"flat_{hemisphere}"][0][vertices][:, 1:]
-        np.testing.assert_allclose(dots.get_offsets(), places[::-1], rtol=1e-6)  # the greatest is drawn last
-        np.testing.assert_allclose(dots.get_array(), values[some][::-1])
-        assert (dots.norm.vmin, dots.norm.vmax) == (0.25, 0.75)
+    _, ax = plt.subplots()
+    dots = draw_cortex(ax, index, values, "inferno", (0.25, 0.75), figures.OUTLINED)
+    vertices = [int(np.flatnonzero(hcp.cortex_data(cortex, fill=-1) == i)[0]) for i in index[:6]]
+    places = hcp.mesh.flat[0][vertices][:, 1:]
+    np.testing.assert_allclose(dots.get_offsets(), places[::-1], rtol=1e-6)  # the greatest is drawn last
+    np.testing.assert_allclose(dots.get_array(), values[:6][::-1])
+    assert (dots.norm.vmin, dots.norm.vmax) == (0.25, 0.75) and dots.get_cmap().name == "inferno"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["lateral occipital", "ventral"]
+    (left, low), (right, high) = places.min(0), places.max(0)
+    assert ax.get_xlim() == pytest.approx((left - 25, right + 25))
+    assert ax.get_ylim() == pytest.approx((low - 25, high + 25))
+    dots = draw_cortex(plt.figure().subplots(), index[6:], values[6:], "inferno", (0, 1))  # none on the map
+    assert len(dots.get_offsets()) == 0
     plt.close("all")
 
 
@@ -227,11 +237,11 @@ def write_groups(run: Path) -> None:
 
 def test_clips_are_chosen_by_rule_half_of_each_group(own_run):
     write_groups(own_run)
-    assert chosen(own_run, None, 4) == dict.fromkeys((0, 3), "shown in training") | dict.fromkeys(
+    assert choose_clips(own_run, None, 4) == dict.fromkeys((0, 3), "shown in training") | dict.fromkeys(
         (2, 4), "never shown"
     )
-    assert chosen(own_run, [2], 4) == {2: "never shown"}
-    assert list(chosen(own_run, None, 3)) == [0, 3, 4]
+    assert choose_clips(own_run, [2], 4) == {2: "never shown"}
+    assert list(choose_clips(own_run, None, 3)) == [0, 3, 4]
 
 
 def test_the_rows_of_a_table_are_compared(run, tmp_path, monkeypatch):
@@ -291,11 +301,11 @@ def test_attention_is_that_of_equation_6(run, monkeypatch):
 
     monkeypatch.setattr(mixture_of_memories, "scaled_dot_product_attention", spy)
     mom = MixtureOfMemories.from_pretrained(run / "stage2" / "mixture_of_memories").eval()
-    of_clips = memories.scores(run, settings_of(run, "stage2"), [2])
+    of_clips = memories.Remembered(run, {2: ""}).scores
     f_e, e = torch.randn(1, 4, 16), torch.nn.functional.normalize(torch.randn(1, K, 3, 16), dim=-1)
     log_w = torch.randn(1, K).log_softmax(-1)
     with torch.inference_mode():
-        mom.integration(f_e, torch.zeros(1, 4, 8), e, log_w)
+        mom.integration(f_e, torch.zeros(1, 4, 8), e[:, :, 1], e[:, :, 2], log_w)
         found = memories.attention(mom.integration, f_e, e, log_w)
     torch.testing.assert_close(found, torch.stack(seen, -1))
     assert found.shape == (1, K, 2) and seen[0].std() > 0.05
@@ -317,7 +327,7 @@ def test_the_page_holds_all_that_it_shows(own_run, tmp_path):
         (3, "shown in training"),
         (2, "never shown"),
     ]
-    of = memories.scores(own_run, settings_of(own_run, "stage2"), [3])[3]
+    of = memories.Remembered(own_run, {3: ""}).scores[3]
     clip = run["clips"][1]
     assert clip["retrieved"] == of.retrieved and np.shape(clip["attention"]) == (K, 2)
     np.testing.assert_allclose(clip["cosines"], of.cosines, rtol=1e-5)
@@ -407,8 +417,8 @@ def test_bars_are_areas_of_enough_voxels_the_greatest_first():
 
 
 def test_the_toy_says_what_drives_an_area():
-    assert figures.planted("cc2017") == {}
-    drives = figures.planted("toy")
+    assert figures.drives_of("cc2017") == {}
+    drives = figures.drives_of("toy")
     assert (
         drives["MT"] == "motion"
         and drives["p24"] == "nothing"
@@ -470,24 +480,21 @@ def test_scores_of_other_weights_are_refused(own_run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [FULL]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        b"",
-        b"[]",
-        b"{",
-        b"\xff\xfe",
-        {"retrieved": [48, 1, 2]},
-        {"retrieved": ["0"]},
-        {"retrieved": []},
-        {"retrieved": 3},
-        {"W_r": [1, 0]},
-        {"W_r": ["a", 0, 0]},
-        {"W_r": [float("nan"), 0, 0]},
-        {"clip": True},
-    ],
-    ids=str,
-)
+NAN = float("nan")
+DAMAGE = [
+    b"",
+    b"[]",
+    b"{",
+    b"\xff\xfe",
+    {"clip": True},
+    {"W_r": [1, 0]},
+    {"W_r": ["a", 0, 0]},
+    {"W_r": [NAN, 0, 0]},
+]
+DAMAGE += [{"retrieved": value} for value in ([48, 1, 2], ["0"], [], 3)]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=str)
 def test_damaged_lines_of_what_was_retrieved(own_run, damage):
     file = own_run / "eval" / "retrieved.jsonl"
     line = json.loads(file.read_text().splitlines()[0])
@@ -503,6 +510,13 @@ def test_damaged_settings(own_run, command, text):
     assert str(file) in fails(command, own_run)
 
 
+def test_a_memory_without_its_film(own_run):
+    file = own_run / "stage2" / "memories.json"
+    lines = [line | {"start_s": "0"} for line in json.loads(file.read_text())]
+    file.write_text(json.dumps(lines))
+    assert f"{file}, line " in fails("memories", own_run, "--clips", "1")
+
+
 def test_damaged_weights_and_videos(own_run):
     weights = own_run / "stage2" / "heads" / "model.safetensors"
     whole = weights.read_bytes()
@@ -516,23 +530,13 @@ def test_damaged_weights_and_videos(own_run):
     assert "[9]" not in fails("compare", own_run, "--clips", "1")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--rows", "0"],
-        ["--rows", "1.5"],
-        ["--rows", "nan"],
-        ["--rows", "1000000000"],
-        ["--clips", "1,x"],
-        ["--clips", "-1"],
-        ["--clips", ""],
-        ["--out", "picture.xyz"],
-        ["--out", "."],
-    ],
-    ids=" ".join,
-)
-def test_options_out_of_range_are_named(run, options):
-    assert f"{options[0]}: " in fails("compare", run, *options, status=2)
+OUT_OF_RANGE = "--rows 0, --rows 1.5, --rows nan, --rows 1000000000, --clips 1,x, --clips -1, --clips, --out a.xyz, --out ."
+
+
+@pytest.mark.parametrize("words", OUT_OF_RANGE.split(", "))
+def test_options_out_of_range_are_named(run, words):
+    option, _, value = words.partition(" ")
+    assert f"{option}: " in fails("compare", run, option, value, status=2)
 
 
 def test_clips_that_were_not_reconstructed(run):

@@ -1,43 +1,55 @@
-"""--plan: counts against truth at small size, the paper's size within 3 %, what a GPU that is too small is
-told."""
+"""extras/plan.py: counts against truth at small size, the paper's size within 3 %, what is printed."""
 
 import re
-import sys
 
 import pytest
-import test_train_stage2
 import torch
 from accelerate.utils import set_seed
 from conftest import run_script, write_prepared
-from test_video_decoder import wan_pipeline
+from test_video_decoder import cogvideox_pipeline, wan_pipeline
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+import evaluate
 import train_stage1
 import train_stage2
-from extras import steps
-from prepare.facts import PUBLISHED
-from support import plan, training
+from brain_model import BrainModel
+from extras import plan
+from extras.counter import Count, Repeated
+from support.files import write_json
+from support.options import settings_of
+from support.runs import door
 
 SMALL = "--tokens 63 --width 256 --layers 3 --attention_heads 4 --batch_size 16".split()
 SIZES = {"volumes": 1, "voxels": 3000, "frames": 3, "embed_dim": 64, "classes": 4}
-BRAIN = {name: PUBLISHED["cc2017"][name] for name in ("voxels", "volumes", "embed_dim")}
+BRAIN = dict(voxels=3000, tokens=12, width=64, layers=2, attention_heads=4, embed_dim=64)
+TINY = "--attention_heads 4 --frames 9 --height 32 --width 32 --lora_rank 2".split()
+aten = torch.ops.aten
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(g, q, k, v)
+    ),
+}
 
 
-def stage1(*argv: object, sizes: dict = PUBLISHED["cc2017"]) -> plan.Count:
-    config = train_stage1.parse(["--data", "cc2017", *map(str, argv)])
-    return steps.stage1(config, sizes, train_stage1.build, train_stage1.losses_and_gradients)
+def stage1(*options: object, sizes: dict = plan.PUBLISHED["cc2017"]) -> Count:
+    return plan.count_stage1(train_stage1.parse(["--data", "cc2017", *map(str, options)]), sizes)
 
 
-def stage2(*argv: object, sizes: dict = PUBLISHED["cc2017"], brain: dict = BRAIN) -> plan.Count:
-    config = train_stage2.parse(["--data", "cc2017", *map(str, argv)])
-    return steps.stage2(config, sizes, brain, train_stage2.Parts, train_stage2.losses_and_gradients)
+def printed(capsys, *options: str) -> str:
+    plan.main(options)
+    return capsys.readouterr().out
+
+
+def numbers(text: str, *units: str) -> list[float]:
+    return [float(re.search(f"([0-9.,]+) {unit}", text)[1].replace(",", "")) for unit in units]
 
 
 # ---------------------------------------------------------------- the paper's size
 
 
 @pytest.mark.parametrize(
-    ("argv", "peak", "flop"),
+    ("options", "peak", "flop"),
     [
         ([], 34.2, 687.9),
         (["--no-checkpointing"], 140.0, 561.5),
@@ -45,171 +57,195 @@ def stage2(*argv: object, sizes: dict = PUBLISHED["cc2017"], brain: dict = BRAIN
         (["--micro_batch", 8, "--no-checkpointing", "--optimizer", "adamw8bit"], 20.8, 747.4),
     ],
 )
-def test_stage_1_at_the_papers_size(argv, peak, flop):
-    need = stage1(*argv)
+def test_stage_1_at_the_papers_size(options, peak, flop):
+    need = stage1(*options)
     assert need.peak / plan.GIB == pytest.approx(peak, rel=0.03)
     assert need.flop / plan.TERA == pytest.approx(flop, rel=0.01)
 
 
-def test_stage_2_at_the_papers_size_printed(tmp_path, monkeypatch, capsys):
-    """By --plan itself, which needs no data and writes nothing."""
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--data", "cc2017"], [27.3, 16_720, 31.7, 16.1]),
+        (["--data", "cc2017", "--optimizer", "adamw8bit", "--card", "4090"], [20.5, 16_720, 190, 16.1]),
+        (["--data", "cc2017", "--processes", "8"], [26.6, 2090, 4.0, 16.1]),
+        (["--data", "cinebrain"], [26.4, 6329, 13.4, 8.4]),
+    ],
+)
+def test_stage_2_at_the_papers_size(options, expected, tmp_path, monkeypatch, capsys):
+    """It needs no data and writes nothing."""
     monkeypatch.chdir(tmp_path)
-    train_stage2.main(train_stage2.parse(["--data", "cc2017", "--plan"]))
-    printed = capsys.readouterr().out
-    numbers = [
-        re.search(f"([0-9.,]+) {unit}", printed)[1] for unit in ("GiB", "TFLOP", "hours", "GB of latents")
-    ]
-    numbers = [float(number.replace(",", "")) for number in numbers]
-    assert numbers == pytest.approx([26.7, 16_720, 31.7, 16.1], rel=0.03)
-    assert "counted, not measured" in printed and not list(tmp_path.iterdir())
+    text = printed(capsys, "stage2", *options)
+    assert numbers(text, "GiB", "TFLOP", "hours", "GB of latents") == pytest.approx(expected, rel=0.03)
+    assert "counted, not measured" in text and not list(tmp_path.iterdir())
 
 
-def test_stage_2_on_a_24_gb_card():
-    need = stage2("--optimizer", "adamw8bit")
-    assert need.peak / plan.GIB == pytest.approx(19.8, rel=0.03)
+def test_an_evaluation_at_the_papers_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = printed(capsys, *"evaluate --data cinebrain --clips 60 --processes 4 --card 4090".split())
+    expected = [9.4, 6069, 15, 0.4, 1.4]
+    assert numbers(text, "GiB", "TFLOP", "clips  ", "hours", "GB of videos") == pytest.approx(
+        expected, rel=0.06
+    )
+    assert "for 4 x 4090" in text and "60 clips of 33 x 480 x 720" in text and not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- against truth
 
 
-def real_step(config) -> tuple:
-    """The same step on real tensors: a function, and the bytes of what lies there before it."""
+def real_step(config):
+    """The same step on real tensors: a function, and the bytes of what is held before it."""
     set_seed(0)
-    model, heads = train_stage1.build(config, SIZES)
-    x, targets = steps.inputs(config.batch_size, SIZES)
-    for value in (x, *targets.values()):
-        value.uniform_()
-    fixed = sum(p.nbytes for part in (model, heads) for p in part.parameters())
-    how = {}, config.micro_batch, plan.bf16
-    return lambda: train_stage1.losses_and_gradients(model, heads, x, targets, *how), fixed
+    config.precision = "bf16"
+    model = train_stage1.build(config, SIZES)
+    batch = plan.fake_batch(config.batch_size, SIZES)
+    inputs = [field for field in batch if field is not None]
+    for field in inputs:
+        field.zero_()
+    weights = sum(p.nbytes for part in model for p in part.parameters())
+    held = 3 * weights + sum(field.nbytes for field in inputs)  # with moments
+    return lambda: train_stage1.train_step(*model, batch, config), held
 
 
-@pytest.mark.parametrize("more", [[], ["--no-checkpointing"], ["--micro_batch", 4]])
-def test_the_peak_is_that_of_the_allocator(more):
+@pytest.mark.parametrize("options", [[], ["--no-checkpointing"], ["--micro_batch", "4"]])
+def test_the_peak_is_that_of_the_allocator(options):
     """torch.profiler sees each allocation of a real step; the count sees the tensors of a fake one."""
-    config = train_stage1.parse(["--data", "cc2017", *SMALL, *map(str, more)])
-    step, fixed = real_step(config)
-    step()  # what is allocated once and for all
-    step, fixed = real_step(config)
-    with torch.profiler.profile(
-        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-    ) as profiler:
+    config = train_stage1.parse(["--data", "cc2017", *SMALL, *options])
+    real_step(config)[0]()  # what is allocated once and for all
+    step, held = real_step(config)
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(profile_memory=True, activities=cpu) as profiler:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    x, targets = steps.inputs(config.batch_size, SIZES)
-    fixed += 2 * fixed + sum(value.nbytes for value in (x, *targets.values()))  # moments; inputs
-    assert stage1(*SMALL, *more, sizes=SIZES).peak == pytest.approx(fixed + peak, rel=0.05)
+    assert stage1(*SMALL, *options, sizes=SIZES).peak == pytest.approx(held + peak, rel=0.05)
 
 
-@pytest.mark.parametrize("more", [[], ["--no-checkpointing"], ["--micro_batch", 4]])
-def test_the_operations_are_those_of_flop_counter_mode(more):
-    step, _ = real_step(train_stage1.parse(["--data", "cc2017", *SMALL, *map(str, more)]))
-    aten = torch.ops.aten
-    attention = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
-            sdpa_backward_flop_count(g, q, k, v)
-        ),
-    }
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+@pytest.mark.parametrize("options", [[], ["--no-checkpointing"], ["--micro_batch", "4"]])
+def test_the_operations_are_those_of_flop_counter_mode(options):
+    step, _ = real_step(train_stage1.parse(["--data", "cc2017", *SMALL, *options]))
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         step()
-    assert stage1(*SMALL, *more, sizes=SIZES).flop == pytest.approx(counter.get_total_flops(), rel=0.001)
+    expected = counter.get_total_flops()
+    assert stage1(*SMALL, *options, sizes=SIZES).flop == pytest.approx(expected, rel=0.001)
 
 
-def test_of_equal_parts_one_is_counted(tmp_path, monkeypatch):
-    """As much as if each ran; and the DiT of a local folder."""
-    wan_pipeline().save_pretrained(tmp_path / "wan")
-    size = test_train_stage2.SIZE
-    argv = ["--decoder", tmp_path / "wan", "--batch_size", 8, "--micro_batch", 2, "--attention_heads", 4]
-    argv += [
-        word for name, n in zip(("--frames", "--height", "--width"), size, strict=True) for word in (name, n)
-    ]
-    how = {
-        "sizes": SIZES,
-        "brain": dict(voxels=3000, tokens=12, width=64, layers=2, attention_heads=4, embed_dim=64),
-    }
-    one = stage2(*argv, **how)
-    monkeypatch.setattr(plan.Repeated, "__call__", lambda self, *inputs: self.call(*inputs))
-    each = stage2(*argv, **how)
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipelines")
+    wan_pipeline().save_pretrained(root / "wan")
+    cogvideox_pipeline().save_pretrained(root / "cogvideox")
+    return root
+
+
+def tiny(pipelines, family: str, *options: str):
+    """A tiny stage 2: its options, and its model on "meta"."""
+    argv = ["--data", "cc2017", "--decoder", str(pipelines / family), "--batch_size", "8", *TINY, *options]
+    config = train_stage2.parse(argv)
+    return config, plan.fake_model(settings_of(config), BRAIN, SIZES, 48)
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+def test_of_equal_parts_one_is_counted(family, pipelines, monkeypatch):
+    """As much as if each ran; and a DiT of a local folder."""
+    config, model = tiny(pipelines, family, "--micro_batch", "2")
+    one = plan.count_stage2(model, config, SIZES)
+    monkeypatch.setattr(Repeated, "__call__", lambda self, *inputs: self.call(*inputs))
+    config, model = tiny(pipelines, family, "--micro_batch", "2")
+    each = plan.count_stage2(model, config, SIZES)
     assert one.flop == pytest.approx(each.flop, rel=0.001) and one.peak == pytest.approx(each.peak, rel=0.01)
 
 
-# ---------------------------------------------------------------- what is printed, and refused
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+@pytest.mark.parametrize("guidance", [1, 5])
+def test_an_evaluation_takes_what_reconstructing_takes(family, guidance, pipelines):
+    settings, model = tiny(pipelines, family)
+    config = evaluate.parse(f"--data cc2017 --batch_size 2 --steps 3 --guidance {guidance}".split())
+    need = plan.count_evaluation(model, config, SIZES)
+    real = plan.fake_model(settings_of(settings), BRAIN, SIZES, 48)
+    for module in (real, real.decoder.pipe.vae):
+        module.to_empty(device="cpu")
+        for x in (*module.parameters(), *module.buffers()):
+            x.data.zero_()
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        real.reconstruct(torch.randn(2, 1, 3000), steps=3, guidance=guidance)
+    assert 2 * need.flop == pytest.approx(counter.get_total_flops(), rel=0.001)
 
 
-def test_plan_needs_no_data_and_writes_nothing(tmp_path):
-    done = run_script("train_stage1.py", "--data", "cc2017", "--plan", cwd=tmp_path)
+@pytest.mark.parametrize("switch", ["--no-mom", "--no-integration"])
+def test_ablations_are_planned(switch, pipelines):
+    config, model = tiny(pipelines, "wan", switch)
+    full_config, full = tiny(pipelines, "wan")
+    need, of_full = plan.count_stage2(model, config, SIZES), plan.count_stage2(full, full_config, SIZES)
+    assert need.trained < of_full.trained and need.flop < of_full.flop
+
+
+# ---------------------------------------------------------------- sizes that are there, what is printed
+
+
+def test_plan_is_a_command_that_needs_no_data_and_writes_nothing(tmp_path):
+    done = run_script("extras/plan.py", "stage1", "--data", "cc2017", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "34.2 GiB a process: fits" in done.stdout and "3.4 hours" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
+def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, capsys, pipelines):
+    monkeypatch.chdir(tmp_path)
+    write_prepared(tmp_path / "data")
+    assert "1 x 40 voxels" in printed(capsys, "stage1", "--data", "cc2017", *SMALL)
+
+    run = tmp_path / "runs" / "cc2017" / "sub1" / "full-s0"
+    BrainModel(**BRAIN).save_pretrained(run / "stage1" / "brain_model")
+    write_json(run / "stage1" / "config.json", {"sizes": SIZES})
+    options = ["--data", "cc2017", "--decoder", str(pipelines / "wan"), *TINY]
+    untrained = printed(capsys, "stage2", *options)
+    assert untrained.startswith("stage 2 of cc2017, 9 x 32 x 32") and "0.0 GiB" in untrained
+
+    stage1_config = {"rois": None, "tau": 0.07, "lambda_1": 1.0, "lambda_2": 1.0}
+    settings = settings_of(train_stage2.parse(options)) | {"sizes": SIZES, "stage1_config": stage1_config}
+    write_json(run / "stage2" / "config.json", settings)
+    BrainModel(**BRAIN).save_pretrained(run / "stage2" / "brain_model")
+    assert "1,200 clips of 9 x 32 x 32 by" in printed(capsys, "evaluate", "--data", "cc2017")
+
+
 def test_seconds_follow_from_the_card(monkeypatch):
-    need = plan.Count(20 * plan.GIB, 989 * plan.TERA, plan.GB, 3 * plan.GB)
-    monkeypatch.setattr(plan, "gpu", lambda: ("NVIDIA H100 80GB HBM3", 79 * plan.GIB))
-    text = plan.report("x", need, 3600, 0.5, {"of weights": plan.GB})
-    assert (
-        "2.00 s at 50% of 989" in text
-        and "2.0 hours" in text
-        and "fits in 79.0" in text
-        and "1.0 GB of" in text
-    )
-    monkeypatch.setattr(plan, "gpu", lambda: ("NVIDIA T4", 15 * plan.GIB))
-    text = plan.report("x", need, 3600, 0.5, {})
+    need = Count(20 * plan.GIB, 989 * plan.TERA, plan.GB, 3 * plan.GB)
+    planned = plan.Plan("x", need, "step", 3600, 0.5, {"of weights": plan.GB})
+    text = plan.report(planned, "H100", 1)
+    assert "2.00 s at 50% of 989" in text and "2.0 hours" in text and "fits in 80.0" in text
+    assert "1.0 GB of weights" in text and "no GPU is at hand" not in text
+    monkeypatch.setattr(plan, "card_of", lambda name: ("NVIDIA T4", 15 * plan.GIB, ""))
+    text = plan.report(planned, None, 1)
     assert "DOES NOT FIT in 15.0" in text and "no estimate of seconds" in text and "hours" not in text
 
 
-LARGE = [*SMALL, "--batch_size", 96]  # activations take more than the weights
-
-
 @pytest.mark.parametrize(
-    ("argv", "fits", "message"),
+    ("options", "error"),
     [
-        (["--no-checkpointing"], ["--no-checkpointing"], None),
-        (["--no-checkpointing"], ["--checkpointing"], r"with --checkpointing: add that"),
-        ([], ["--micro_batch", 8], r"with --micro_batch 8: add that"),
-        (
-            [],
-            ["--micro_batch", 8, "--optimizer", "adamw8bit"],
-            r"--micro_batch 8 --optimizer adamw8bit: add that",
-        ),
-        ([], None, r"wanted another GPU \(.* GiB with --micro_batch 8 --optimizer adamw8bit\)"),
+        ("stage2 --card T4", "'T4' .*H200.*3090"),
+        ("stage3", "'stage3' .*stage1.*stage2.*evaluate"),
+        ("stage1 --processes 0", "'0', wanted a whole number at least 1"),
+        ("stage1 --decoder x", "unrecognized arguments: --decoder x"),
+        ("evaluate --pairs x", "--pairs: wanted the evaluation of a run"),
     ],
 )
-def test_what_cannot_fit_is_refused_with_what_mends_it(argv, fits, message, monkeypatch):
-    """A card on which just the options `fits` fit."""
-    free = stage1(*LARGE, *fits, sizes=SIZES).peak if fits else 1000
-    monkeypatch.setattr(plan, "gpu", lambda: ("a card", free))
-    config = train_stage1.parse(["--data", "cc2017", *map(str, [*LARGE, *argv])])
-    how = config, SIZES, train_stage1.build, train_stage1.losses_and_gradients
-    if message is None:
-        return steps.refuse_stage1(*how)
-    with pytest.raises(ValueError, match=message):
-        steps.refuse_stage1(*how)
-
-
-def test_a_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+def test_what_cannot_be_planned_is_one_error(options, error, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_prepared(tmp_path / "data")
-    monkeypatch.setattr(plan, "gpu", lambda: ("a card", 1000))
-    monkeypatch.setattr(train_stage1, "learn", lambda *_: sys.exit("it was loaded"))
-    with pytest.raises(ValueError, match=r"a step needs .* a card has 0.0 free"):
-        train_stage1.main(train_stage1.parse(["--data", "cc2017", *SMALL, "--steps", "1"]))
-    assert not (tmp_path / "runs").exists()
+    with pytest.raises(SystemExit) as stopped:
+        door(lambda: plan.main(options.split()))
+    message = capsys.readouterr().err
+    assert stopped.value.code and message.count("\n") == 1 and re.search(error, message)
 
 
-@pytest.mark.parametrize("kernel", ["math", "flash", "auto"])
-def test_the_attention_kernel_is_chosen_and_named(kernel, capsys):
-    from accelerate import Accelerator
+def test_an_error_without_memory_names_the_plan(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has")
 
-    try:
-        training.choose_attention(kernel, Accelerator(cpu=True), 32)
-        named = capsys.readouterr().out
-        assert named == "attention: MATH\n" if kernel == "math" else "FLASH" in named
-        assert torch.backends.cuda.math_sdp_enabled() == (kernel in ("auto", "math"))
-    finally:
-        training.choose_attention("auto", Accelerator(cpu=True), 32)
+    with pytest.raises(SystemExit):
+        door(main)
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "extras/plan.py" in message and message.count("\n") == 1

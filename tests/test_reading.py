@@ -1,23 +1,28 @@
-"""extras/reading.py: the page is that of today's code, its shapes are those of a real run, its links lead somewhere."""
+"""extras/page: the page is that of today's code, its shapes are those of a real run, its links lead somewhere."""
 
+import html
 import re
 import sys
 from itertools import islice
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPO
 
-from extras import reading, shapes
-from toy.release import write_release
+from extras import reading
+from extras.page import draw, prose, shapes
+from prepare.fmri import select_voxels
+from toy import subject, world
+from toy.release import ToyRelease, write_release
 
-PATHS = [REPO / f"{module}.py" for module in reading.FILES]
+PATHS = [REPO / f"{module}.py" for module in draw.FILES]
 
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return reading.build()
+    return draw.build()
 
 
 def test_the_page_in_docs_is_that_of_this_code(page):
@@ -49,36 +54,57 @@ def test_links_lead_to_lines_and_back(page):
         assert f'href="#eq-{number}"' in re.search(rf'id="{place}".*', page)[0]
 
 
-def test_every_line_of_the_files_is_there_in_order(page):
-    for path in PATHS:
-        lines = path.read_text().splitlines()
-        rows = re.findall(rf'<span class="l" id="{path.stem}-(\d+)" [^>]*><a [^>]*>\d+</a>(.*)\n', page)
-        shown = {int(row): re.sub(r"<[^>]+>", "", code) for row, code in rows}
-        assert [*shown] == sorted(shown)
-        for row, line in enumerate(lines, 1):
-            text = shown.get(row, "").replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-            assert text.replace("&quot;", '"').replace("&#x27;", "'") == line
+def test_the_pieces_of_a_file_are_there_in_order_line_by_line(page):
+    for module in draw.FILES:
+        source = draw.read(module)
+        rows = re.findall(rf'<span class="l" id="{module}-(\d+)" [^>]*><a [^>]*>\d+</a>(.*)\n', page)
+        lines = {int(row): html.unescape(re.sub(r"<[^>]+>", "", code)) for row, code in rows}
+        assert [*lines] == [row for piece in source.on_page for row in piece.lines] == sorted(lines)
+        for row, line in lines.items():
+            assert line == source.lines[row - 1]
+    for name in ("Clips.batch", "CineNeuron.reconstruct", "train_step", "Integration", "BrainModel.forward"):
+        assert f'<div class="at">{name}</div>' in page
+    assert "class Config" not in page and "def _read_clips" not in page
+    assert 'class="skipped">⋯ Config, parse<' in page
 
 
-def test_mathml_is_well_formed():
-    from xml.etree import ElementTree
+def test_a_docstring_becomes_html():
+    text = r"""Eq. 5: $S_i = \sum_{m}
+w_m$ of *all* clips, like Eq. 2 -> `S`, $\hat{f}^e$.
 
-    formulas = [formula for _, formula, _ in reading.EQUATIONS.values()]
-    for formula in [*formulas, *(symbols for symbols, _ in reading.NOTES.values())]:
-        ElementTree.fromstring(reading.mathml(formula))
-    text = reading.mathml(r"\frac{a}{b_1} \sum_{i=1}^N \hat{f}^e \{ x \}")
-    assert "<mfrac><mrow><mi>a</mi></mrow><mrow><msub><mi>b</mi><mn>1</mn></msub></mrow></mfrac>" in text
-    assert "<munderover><mo>∑</mo>" in text and "<mo>{</mo><mi>x</mi><mo>}</mo>" in text
+    f_e --> S   Eq. 4"""
+    out = prose.prose(text, {5: "lines"})
+    assert '<div class="eq" id="eq-5"><h3>Eq. 5 <span class="at">lines</span></h3>' in out
+    assert '<p>of <em>all</em> clips, like <a href="#eq-2">Eq. 2</a> → <code>S</code>, <math>' in out
+    assert '<pre>    f_e --&gt; S   <a href="#eq-4">Eq. 4</a></pre>' in out
+    assert "<mtext>info</mtext>" in prose.mathml(r"L_{info} + \alpha")
+    assert len(re.findall("<math>", prose.breakable(r"f = g(a + b) + c, \quad z_t = 1"))) == 5
 
 
-def test_a_note_about_nothing_and_an_equation_without_a_line_are_refused(monkeypatch):
-    monkeypatch.setitem(reading.NOTES, "heads.Gone", ("", ""))
-    with pytest.raises(ValueError, match="no file has heads.Gone"):
-        reading.build()
-    monkeypatch.delitem(reading.NOTES, "heads.Gone")
-    monkeypatch.setitem(reading.EQUATIONS, 2, ("heads.focal_bce", "a", ""))
-    with pytest.raises(ValueError, match="no line of heads.focal_bce says # Eq. 2"):
-        reading.equation_lines({path.stem: path.read_text() for path in PATHS})
+def test_each_formula_of_the_docstrings_is_well_formed(page):
+    formulas = re.findall(r"<math>.*?</math>", page)
+    assert len(formulas) > 40
+    for formula in formulas:
+        ElementTree.fromstring(formula)
+        assert "\\" not in formula, "LaTeX that latex2mathml cannot read"
+
+
+def test_an_equation_without_a_line_and_a_line_without_an_equation_are_refused():
+    source = draw.read("heads")
+    (piece,) = [piece for piece in source.pieces if piece.name == "info_nce"]
+    piece.lines.pop()
+    with pytest.raises(ValueError, match="heads.info_nce: its docstring says Eq. 2, and no line # Eq. 2"):
+        draw.equations([source])
+    piece.docstring = ""
+    source.lines[piece.lines[-1] - 1] += "  # Eq. 2"
+    with pytest.raises(ValueError, match="no docstring says Eq. 2"):
+        draw.equations([source])
+
+
+def test_a_piece_that_a_file_lacks_is_refused(monkeypatch):
+    monkeypatch.setitem(draw.FILES, "heads", "info_nce gone")
+    with pytest.raises(ValueError, match="heads.py: found no gone: correct FILES"):
+        draw.read("heads")
 
 
 # ---------------------------------------------------------------- the tracer
@@ -105,13 +131,13 @@ def test_the_tracer_sees_what_lines_assign(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     import traced
 
-    seen = shapes.Shapes({str(file): "traced"})
+    tracer = shapes.Tracer([file])
     before = sys.gettrace()
-    with seen.tracing():
+    with tracer.tracing():
         traced.double(torch.zeros(2, 3))
         traced.double(torch.zeros(5, 5))  # the first call alone counts
     assert sys.gettrace() is before
-    assert seen.seen == {
+    assert tracer.shapes == {
         ("traced", 4): {"x": "(2, 3)"},
         ("traced", 6): {"B": "2", "T": "3"},
         ("traced", 10): {"y": "(2, 3)"},
@@ -123,28 +149,41 @@ def test_the_tracer_sees_what_lines_assign(tmp_path, monkeypatch):
 
 def test_meta_shapes_are_those_of_numbers():
     """The Brain Model of the toy, with numbers, against what the page says."""
-    seen, sizes = shapes.traced("toy", PATHS)
+    seen, rows = shapes.traced("toy", PATHS)
+    sizes = {symbol: size for symbol, _, size in rows}
     from brain_model import BrainModel
 
-    model = BrainModel(sizes["N"], sizes["T"], sizes["L"], sizes["D'"], 1, 4, sizes["D"], sizes["r"])
-    f_c, f_e = model(torch.zeros(sizes["B1"], sizes["T"], sizes["N"]))
+    B, N = int(sizes["B"].split(",")[0]), shapes.TOY_SIZES["voxels"]
+    L, width, D, r = (int(sizes[symbol]) for symbol in ("L", "D'", "D", "r"))
+    f_c, f_e = BrainModel(N, 1, L, width, 1, 4, D, r)(torch.zeros(B, 1, N))
     lines = (REPO / "brain_model.py").read_text().splitlines()
     (row,) = [row for row, line in enumerate(lines, 1) if line.strip() == "return f_c, f_e"]
     assert seen["brain_model", row] == {"returns": f"{tuple(f_c.shape)} {tuple(f_e.shape)}"}
-    forwards = {module for module, _ in seen}
-    assert forwards == set(reading.FILES) - {"train_stage1"}  # its loop alone is not run
+    assert {module for module, _ in seen} == set(draw.FILES)
+
+
+class Recorded(ToyRelease):
+    """The recordings of the toy's training segments, without a file: enough to select its voxels."""
+
+    def __init__(self):
+        self.splits = {"train": [f"seg{s + 1}" for s in range(world.TRAIN_SEGMENTS)]}
+        self.clips, self.delay, self.runs = dict.fromkeys(self.splits["train"], world.TRAIN_CLIPS), 2, {}
+        films = world.film("train", 0) + world.film("test", 0)
+        response = subject.responses(films, np.load(subject.VOXELS)["roi"], 0)  # (clips, voxels)
+        for s, segment in enumerate(self.splits["train"]):
+            shown = response[s * world.TRAIN_CLIPS :][: world.TRAIN_CLIPS]
+            self.runs[segment] = [*subject.recordings(shown, world.TRAIN_REPEATS, [0, False, s])]
+
+    def load_run(self, segment: str, repeat: int) -> np.ndarray:
+        return self.runs[segment][repeat]
 
 
 def test_the_voxels_of_the_toy_are_those_that_its_preparation_keeps(tmp_path):
-    """Two segments of the release, from files, against the recordings that shapes.py makes without one."""
-    raw, of_page = tmp_path / "raw", shapes.Recorded()
-    runs = list(islice(write_release(raw), 4))  # seg1, seg2, twice each
-    assert runs == ["seg1_1", "seg1_2", "seg2_1", "seg2_2"]
+    """Two segments of the release, from files, against the recordings without one; and the page's N."""
+    raw, release = tmp_path / "raw", Recorded()
+    assert [*islice(write_release(raw), 4)] == ["seg1_1", "seg1_2", "seg2_1", "seg2_2"]
     for segment in ("seg1", "seg2"):
         for repeat in (0, 1):
             recorded = np.load(raw / "fmri" / f"{segment}_{repeat + 1}.npy")
-            assert np.array_equal(of_page.load_run(segment, repeat), recorded)
-    sizes = shapes.settings("toy")
-    assert sizes["N"] == shapes.select_voxels(of_page).kept and sizes["memories"] == 2000
-    prepared = REPO / "data" / "toy" / "sub1" / "voxels.npz"
-    assert not prepared.is_file() or sizes["N"] == len(np.load(prepared)["index"])
+            assert np.array_equal(release.load_run(segment, repeat), recorded)
+    assert shapes.TOY_SIZES["voxels"] == select_voxels(release).kept

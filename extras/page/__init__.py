@@ -1,1 +1,1 @@
-"""The page beside the paper, docs/reading.html: what the docstrings say, the code, and the shapes of its lines."""
+"""The page beside the paper, docs/reading.html: docstrings, code, and the shapes of its lines."""

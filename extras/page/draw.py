@@ -5,53 +5,27 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Template
 
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from extras.page.prose import EQUATION, inline, linked, mathml, prose
-from extras.page.shapes import ROOT, traced
+from extras.page.prose import EQUATION, linked, mathml, prose
+from extras.page.shapes import ROOT, first_line, traced
 
-STYLE = Path(__file__).with_name("page.css")
+TEMPLATE = Path(__file__).with_name("page.html")
 FILES = {  # in reading order: what of a file is on the page; nothing: all of it
-    "brain_model": [],
-    "heads": [],
-    "data": [
-        "Batch",
-        "Clips.batch",
-        "Clips.targets",
-        "Clips._draw_fmri",
-        "Clips._draw_stage2",
-        "Clips.averaged",
-        "memories",
-    ],
-    "train_stage1": ["build", "train_step"],
-    "mixture_of_memories": [],
-    "video_decoder": [],
-    "evaluate": [
-        "CineNeuron",
-        "CineNeuron.from_stage1",
-        "CineNeuron.forward",
-        "CineNeuron.remember",
-        "CineNeuron.reconstruct",
-    ],
-    "train_stage2": ["train_step", "measures", "learn"],
-}
-SYMBOLS = {
-    "B": "clips of a step, in stage 1 and in stage 2",
-    "b": "clips in the video decoder at once",
-    "T": "fMRI volumes of a clip",
-    "N": "voxels; of a pool: memories",
-    "L": "tokens of f_e, and of the decoder's text",
-    "D'": "width of the Brain Model",
-    "r": "numbers a token keeps of each volume (ours)",
-    "D": "width of CLIP and ViCLIP",
-    "F": "frames that CLIP sees of a clip",
-    "K": "memories retrieved",
-    "D_{txt}": "width of the decoder's text tokens",
-    "y": "latents of a video: channels, frames, rows, columns",
-    "classes": "categories of objects",
+    "brain_model": "",
+    "heads": "",
+    "data": "Batch Batch.parts Clips.batch Clips.targets Clips._draw_fmri Clips._draw_stage2 Clips.averaged "
+    "memories",
+    "train_stage1": "build train_step learn",
+    "mixture_of_memories": "",
+    "video_decoder": "",
+    "evaluate": "CineNeuron CineNeuron.from_stage1 CineNeuron.forward CineNeuron.remember "
+    "CineNeuron.reconstruct",
+    "train_stage2": "train_step measures learn",
 }
 
 
@@ -75,7 +49,7 @@ class Source:
 
     @property
     def on_page(self) -> list[Piece]:
-        return [piece for piece in self.pieces if piece.name in (FILES[self.module] or [piece.name])]
+        return [piece for piece in self.pieces if piece.name in (FILES[self.module].split() or [piece.name])]
 
 
 @dataclass
@@ -111,25 +85,23 @@ def read(module: str) -> Source:
     text = (ROOT / f"{module}.py").read_text(encoding="utf-8")
     tree, lines = ast.parse(text), text.splitlines()
     code = [node for node in tree.body[1:] if not isinstance(node, ast.Import | ast.ImportFrom)]
-    end = next(
-        (node.lineno for node in code if isinstance(node, ast.If)), len(lines) + 1
-    )  # if __name__ == ...
-    nodes = [("", code[0]), *documented(code)]
-    starts = [
-        min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) for _, node in nodes
-    ]
+    stop = len(lines) + 1
+    if isinstance(code[-1], ast.If):  # if __name__ == "__main__"
+        stop = code[-1].lineno
     pieces = []
-    for (name, node), start, stop in zip(nodes, starts, [*starts[1:], end], strict=True):
-        hidden = range(node.body[0].lineno, node.body[0].end_lineno + 1) if name else ()
-        while stop > start and lines[stop - 2].strip()[:1] in (
-            "",
-            "#",
-        ):  # blank, or a comment about what follows
+    for name, node in reversed([("", code[0]), *documented(code)]):
+        start = first_line(node)
+        while stop > start and lines[stop - 2].strip()[:1] in ("", "#"):  # about what follows
             stop -= 1
-        numbers = [number for number in range(start, stop) if number not in hidden]
+        numbers, docstring = list(range(start, stop)), ""
+        if name:
+            docstring = ast.get_docstring(node)
+            text = node.body[0]
+            numbers = [number for number in numbers if not text.lineno <= number <= text.end_lineno]
         if numbers:
-            pieces.append(Piece(name, ast.get_docstring(node) if name else "", numbers))
-    if missing := set(FILES[module]) - {piece.name for piece in pieces}:
+            pieces.insert(0, Piece(name, docstring, numbers))
+        stop = start
+    if missing := set(FILES[module].split()) - {piece.name for piece in pieces}:
         raise ValueError(f"{module}.py: found no {', '.join(sorted(missing))}: correct FILES in {__file__}")
     return Source(module, lines, ast.get_docstring(tree), pieces)
 
@@ -142,68 +114,76 @@ def equations(sources: list[Source]) -> dict[int, Equation]:
         for number, latex in EQUATION.findall(piece.docstring):
             found[int(number)] = Equation(latex, f"{source.module}.{piece.name}")
     for source, piece in pieces:
-        for row in piece.lines:
-            match = re.search(r"#.*Eq\. (\d+)(?:-(\d+))?", source.lines[row - 1])
-            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-            for number in range(first, last + 1):
+        for line in piece.lines:
+            for number in equations_of(source.lines[line - 1]):
                 if number not in found:
-                    raise ValueError(f"{source.module}.py:{row}: no docstring says Eq. {number}: $LaTeX$")
-                is_home = f"{source.module}.{piece.name}.".startswith(f"{found[number].home}.")
-                lines = found[number].at_home if is_home else found[number].elsewhere
-                lines.append((source.module, row))
+                    raise ValueError(f"{source.module}.py:{line}: no docstring says Eq. {number}: $LaTeX$")
+                equation = found[number]
+                is_home = f"{source.module}.{piece.name}.".startswith(f"{equation.home}.")
+                lines = equation.at_home if is_home else equation.elsewhere
+                lines.append((source.module, line))
     for number, equation in found.items():
         if not equation.at_home:
             raise ValueError(f"{equation.home}: its docstring says Eq. {number}, and no line # Eq. {number}")
     return dict(sorted(found.items()))
 
 
+def equations_of(line: str) -> range:
+    """The numbers that its comment names: # Eq. 5, # Eq. 6-8."""
+    match = re.search(r"#.*Eq\. (\d+)(?:-(\d+))?", line)
+    return range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+
+
 # ---------------------------------------------------------------- HTML
 
 
-def shape_line(toy: dict[str, str], paper: dict[str, str], indent: int) -> str:
+def shape_groups(toy: dict[str, str], paper: dict[str, str]) -> str:
     """What stands below a line: names of one shape together, q, k, v."""
-    names: dict[tuple[str, str], list[str]] = {}
-    for name in toy:
-        names.setdefault((toy[name], paper.get(name, "")), []).append(name)
-    groups = []
-    for small, large in names:
-        shape = f"<b>{small}</b>" if small == large else f'<b class="t">{small}</b> <b class="p">{large}</b>'
-        groups.append(f"<span>{', '.join(names[small, large])} {shape}</span>")
-    return f'<span class="shape" style="--i:{indent}">{" ".join(groups)}</span>'
+    names: dict[str, list[str]] = {}
+    for name, small in toy.items():
+        large = f' <b class="paper">{paper[name]}</b>' if name in paper else ""
+        shape = f"<b>{small}</b>" if small == paper.get(name) else f'<b class="toy">{small}</b>{large}'
+        names.setdefault(shape, []).append(name)
+    return " ".join(f"<span>{', '.join(names[shape])} {shape}</span>" for shape in names)
+
+
+def coloured(lines: list[str]) -> list[str]:
+    """Python -> HTML, line by line."""
+    code = highlight("\n".join(lines), PythonLexer(stripnl=False), HtmlFormatter(nowrap=True))
+    plain = re.sub(r'<span class="[npow]">([^<]*)</span>', r"\1", code)  # names, brackets, operators, blanks
+    return linked(plain).split("\n")
 
 
 def section(source: Source, toy: dict, paper: dict, links: dict[int, str]) -> str:
-    """A file: rows of a docstring and its code."""
-    module, docstring = source.module, source.docstring
-    if FILES[module]:
-        docstring = docstring.split("\n\n")[0]
-    formatter = HtmlFormatter(nowrap=True)
-    code = highlight("\n".join(source.lines), PythonLexer(stripnl=False), formatter).split("\n")
-    parts = [f'<section id="{module}"><h2>{module}.py</h2><div class="about">{prose(docstring, links)}</div>']
-    skipped: list[str] = []
+    """A file: rows of a docstring and its code, and between them the names of what is not on the page."""
+    about = source.docstring.split("\n\n")[0] if FILES[source.module] else source.docstring
+    blocks = [f'<section id="{source.module}"><h2>{source.module}.py</h2>']
+    blocks.append(f'<div class="about">{prose(about, links)}</div>')
+    code, skipped = coloured(source.lines), []
     for piece in source.pieces:
         if piece not in source.on_page:
-            skipped.append(piece.name)
+            skipped += [piece.name] if piece.name else []
             continue
-        if skipped:
-            parts.append(f'<p class="skipped">⋯ {", ".join(filter(None, skipped))}</p>')
-            skipped = []
-        right = []
-        for row in piece.lines:
-            line = source.lines[row - 1]
-            indent = len(line) - len(line.lstrip())
-            number = f'<a class="n" href="#{module}-{row}">{row}</a>'
-            right.append(
-                f'<span class="l" id="{module}-{row}" style="--i:{indent}">{number}{linked(code[row - 1])}\n</span>'
-            )
-            if (module, row) in toy:
-                right.append(shape_line(toy[module, row], paper.get((module, row), {}), indent))
-        name = f'<div class="at">{piece.name}</div>' if piece.name else ""
-        left = f"<div>{name}{prose(piece.docstring, links)}</div>"
-        parts.append(f'<div class="row"><aside>{left}</aside><pre class="code">{"".join(right)}</pre></div>')
-    if skipped:
-        parts.append(f'<p class="skipped">⋯ {", ".join(skipped)}</p>')
-    return "\n".join([*parts, "</section>"])
+        blocks.append(ellipsis(skipped))
+        skipped = []
+        left = f'<div><div class="at">{piece.name}</div>{prose(piece.docstring, links)}</div>'
+        right = "".join(code_line(source, number, code, toy, paper) for number in piece.lines)
+        blocks.append(f'<div class="row"><aside>{left}</aside><pre class="code">{right}</pre></div>')
+    return "\n".join([*blocks, ellipsis(skipped), "</section>"])
+
+
+def ellipsis(names: list[str]) -> str:
+    return f'<p class="skipped">⋯ {", ".join(names)}</p>' if names else ""
+
+
+def code_line(source: Source, number: int, code: list[str], toy: dict, paper: dict) -> str:
+    """A line of code, and below it its shapes."""
+    text, place = source.lines[number - 1], f"{source.module}-{number}"
+    style = f'style="--i:{len(text) - len(text.lstrip())}"'
+    link = f'<a class="number" href="#{place}">{number}</a>'
+    shapes = shape_groups(toy.get((source.module, number), {}), paper.get((source.module, number), {}))
+    below = f'<span class="shape" {style}>{shapes}</span>' if shapes else ""
+    return f'<span class="l" id="{place}" {style}>{link}{code[number - 1]}\n</span>{below}'
 
 
 def build() -> str:
@@ -211,36 +191,16 @@ def build() -> str:
     sources = [read(module) for module in FILES]
     paths = [ROOT / f"{module}.py" for module in FILES]
     (toy, toy_sizes), (paper, paper_sizes) = traced("toy", paths), traced("cc2017", paths)
-    table, links = "", {}
+    table, sizes, links = "", "", {}
     for number, equation in equations(sources).items():
         links[number] = equation.links()
         module, row = equation.at_home[0]
         table += f'<tr><td><a href="#eq-{number}">Eq. {number}</a></td><td>{mathml(equation.latex)}</td>'
         table += f'<td><a href="#{module}-{row}">{module}.py:{row}</a></td></tr>\n'
-    sizes = ""
-    for symbol, meaning in SYMBOLS.items():
-        sizes += f"<tr><td>{mathml(symbol)}</td><td>{inline(meaning)}</td>"
-        sizes += f'<td class="t">{toy_sizes[symbol]}</td><td class="p">{paper_sizes[symbol]}</td></tr>\n'
+    for (symbol, meaning, small), (_, _, large) in zip(toy_sizes, paper_sizes, strict=True):
+        sizes += f'<tr><td>{mathml(symbol)}</td><td>{meaning}</td><td class="toy">{small}</td>'
+        sizes += f'<td class="paper">{large}</td></tr>\n'
     files = " → ".join(f'<a href="#{module}">{module}.py</a>' for module in FILES)
     body = "\n".join(section(source, toy, paper, links) for source in sources)
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>CineNeuron: the paper beside the code</title><style>
-{STYLE.read_text(encoding="utf-8")}</style></head><body>
-<h1>CineNeuron: the paper beside the code</h1>
-<div class="intro"><p>Left: what the docstrings say, the paper's equations among it. Right: the code. Read the files
-in this order: {files}. Of data.py, the training scripts and evaluate.py the page shows the method; what reads files
-and options stays in them (⋯).</p>
-<p>Below a line stand the shapes of what it assigns or returns, as they were when it ran: <span class="t">at the
-toy's size</span> and <span class="p">at the paper's</span> (cc2017, subject 1 of the NeuroClips release, Wan2.1
-1.3B). A shape that both share stands once. The shapes are of the first call of a function: stage 1 calls the Brain
-Model with its batch, stage 2 the memories with its own. An equation links to its lines, and a line to its
-equation.</p></div>
-<div class="tables"><div><table><tr><th></th><th>equation</th><th>line</th></tr>
-{table}</table></div>
-<div><table><tr><th></th><th>size</th><th>toy</th><th>paper</th></tr>
-{sizes}</table></div></div>
-{body}
-</body></html>
-"""
+    template = Template(TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(files=files, equations=table, sizes=sizes, body=body)

@@ -5,26 +5,26 @@ import re
 
 from latex2mathml.converter import convert
 
-EQUATION = re.compile(r"^Eq\. (\d+): \$(.+?)\$", re.MULTILINE)
+EQUATION = re.compile(r"^Eq\. (\d+): \$([^$]+)\$", re.MULTILINE)
 
 
-def mathml(latex: str) -> str:
+def mathml(latex: str, display: str = "inline") -> str:
     """LaTeX -> a <math>. A word of several letters is upright, as if it stood in \\text."""
     upright = re.sub(r"(\\[a-zA-Z]+)|([a-zA-Z]{2,})", lambda m: m[1] or rf"\text{{{m[2]}}}", latex)
-    return convert(upright).replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
+    return re.sub(r"<math[^>]*>", "<math>", convert(upright, display=display))
 
 
 def breakable(latex: str) -> str:
-    """A long equation as several <math>, so that a line may end after = or a comma, and before +."""
+    """A long equation as several <math>, so that a line may end before = and +, and after a comma."""
     parts, depth = [""], 0
-    for token in re.findall(r"\\[a-zA-Z]+|\\.|.", latex):
+    for token in re.findall(r"\\[a-zA-Z]+|\\.|.", latex, re.DOTALL):
         depth += (token in "{([") - (token in "})]")
-        if token == "+" and not depth:
-            parts.append("")
+        if token in "=+" and not depth:
+            parts.append("{}")  # without it, the sign would stand too near to what follows
         parts[-1] += token
-        if token in ("=", r"\quad") and not depth:
+        if token == r"\quad" and not depth:
             parts.append("")
-    return " ".join(mathml(part) for part in parts)
+    return " ".join(mathml(part, "block") for part in parts)
 
 
 def linked(text: str) -> str:
@@ -39,14 +39,14 @@ def inline(text: str) -> str:
         if n % 2:
             parts.append(mathml(part))
             continue
-        part = linked(html.escape(part, quote=False))
+        part = linked(html.escape(part, quote=False).replace("-&gt;", "→"))
         part = re.sub(r"`([^`]+)`", r"<code>\1</code>", part)
         parts.append(re.sub(r"(?<!\w)\*(\w[^*]*\w)\*(?!\w)", r"<em>\1</em>", part))
     return "".join(parts)
 
 
 def prose(docstring: str, lines_of: dict[int, str]) -> str:
-    """A docstring as HTML; lines_of: of each equation the links to its lines. What is indented stays as it is."""
+    """A docstring as HTML; lines_of: the links of each equation to its lines. Indented text stays as is."""
     blocks = []
     for paragraph in docstring.split("\n\n"):
         if re.search(r"^( |>>>)", paragraph, re.MULTILINE):

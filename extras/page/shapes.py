@@ -1,13 +1,11 @@
 """The shapes of each line of the method, at the sizes of the toy and of the paper.
 
-A training step of both stages runs, its batches of zeros, its models on meta tensors, which have a shape and no
-numbers. A tracer looks at the first call of each function: at its arguments, at what each statement assigns, and at
-what it returns.
+A step of both stages runs. Its batches are zeros, its models meta tensors: they have a shape and no numbers.
+A tracer sees of the first call of each function its arguments, what each statement assigns, what it returns.
 """
 
 import ast
 import sys
-from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,8 +31,8 @@ from support.readers import read_json
 from video_decoder import VideoDecoder
 
 ROOT = Path(__file__).parents[2]
-TOY = {"volumes": 1, "voxels": 1300, "frames": 8, "embed_dim": 64, "classes": 5}  # as prepared, subject 1
-DATA = {"toy": TOY, "cc2017": facts.PUBLISHED["cc2017"]}
+TOY_SIZES = dict(volumes=1, voxels=1300, frames=8, embed_dim=64, classes=5)  # as prepared, subject 1
+DATA = {"toy": TOY_SIZES, "cc2017": facts.PUBLISHED["cc2017"]}
 SIZES = ("B", "T", "N", "L", "D_txt")  # variables that hold a size
 CPU, META = torch.device("cpu"), torch.device("meta")
 LAYERS = 1  # of Brain Model and DiT: more would change no shape
@@ -50,7 +48,6 @@ class Statement:
     last_line: int
     names: list[str]  # what it assigns, or the arguments of a function
     returns: bool
-    is_with: bool
 
 
 class Tracer:
@@ -77,24 +74,28 @@ class Tracer:
             return None
         self.called.add(code)
         module, by_line = Path(file).stem, self.statements[file]
-        statement = by_line[code.co_firstlineno]
+        statement, returned = by_line[code.co_firstlineno], None
 
         def step(frame: FrameType, event: str, arg: object):
-            nonlocal statement
+            nonlocal statement, returned
             following = by_line.get(frame.f_lineno) if event == "line" else None
             if following and following is statement:  # it has several lines
                 return step
-            seen = self.shapes.setdefault((module, statement.last_line), {}) if statement else {}
             for name in statement.names if statement else ():
                 if name in frame.f_locals:
-                    seen |= shapes_of(name, frame.f_locals[name]) | seen
-            if event == "return" and statement and statement.returns:
-                seen |= shapes_of("returns", arg)
-            leaves_with = following and following.is_with and statement and statement.returns
-            statement = statement if leaves_with else following
+                    self._add(module, statement, shapes_of(name, frame.f_locals[name]))
+            statement = following
+            if following and following.returns:
+                returned = following
+            if event == "return" and returned:
+                self._add(module, returned, shapes_of("returns", arg))
             return step
 
         return step
+
+    def _add(self, module: str, statement: Statement, shapes: dict[str, str]) -> None:
+        for name, shape in shapes.items():
+            self.shapes.setdefault((module, statement.last_line), {}).setdefault(name, shape)
 
 
 def statements(file: Path) -> dict[int, Statement]:
@@ -103,28 +104,32 @@ def statements(file: Path) -> dict[int, Statement]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.stmt):
             continue
-        body, names = getattr(node, "body", None), []
-        if isinstance(node, ast.FunctionDef):
-            names = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
-        for target in getattr(node, "targets", None) or [getattr(node, "target", None)]:
-            parts = ast.walk(target) if target else ()
-            names += [part.id for part in parts if isinstance(part, ast.Name) and part.id != "_"]
-        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+        body = getattr(node, "body", None)
         last = max(node.lineno, body[0].lineno - 1 if body else node.end_lineno)
-        statement = Statement(last, names, isinstance(node, ast.Return), isinstance(node, ast.With))
-        by_line |= dict.fromkeys(range(first, last + 1), statement)
+        names = [argument.arg for argument in node.args.args] if isinstance(node, ast.FunctionDef) else []
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            for part in ast.walk(target) if target else ():
+                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                    names.append(part.id)
+        statement = Statement(last, names, isinstance(node, ast.Return))
+        by_line |= dict.fromkeys(range(first_line(node), last + 1), statement)
     return by_line
 
 
+def first_line(node: ast.stmt) -> int:
+    """Of a statement with its decorators."""
+    return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+
+
 def shapes_of(name: str, value: object) -> dict[str, str]:
-    """Of a tensor or an array, of a few in a tuple, of the fields that a function returns; of a size its number."""
+    """Of a tensor, of a few in a tuple, of the fields that a function returns; of a size its number."""
     if isinstance(value, Tensor | np.ndarray):
         return {name: str(tuple(value.shape)) if value.ndim else "scalar"}
     if type(value) is int and name in SIZES:
         return {name: str(value)}
     if name == "returns" and hasattr(value, "_asdict"):
-        fields = (shapes_of(f".{field}", x) for field, x in value._asdict().items())
-        return dict(ChainMap(*reversed(list(fields))))
+        fields = {f".{field}": x for field, x in value._asdict().items() if x is not None}
+        return {field: shapes_of(field, x)[field] for field, x in fields.items()}
     if isinstance(value, tuple | list) and 0 < len(value) <= 4 and all(isinstance(x, Tensor) for x in value):
         return {name: " ".join(shapes_of("", x)[""] for x in value)}
     return {}
@@ -149,20 +154,24 @@ class EmptyClips(Clips):
     """The training clips of a dataset, all numbers 0, without a file."""
 
     def __init__(self, n: int, sizes: dict[str, int], batch_size: int, voxel_dropout: float):
-        T, N, F, D = sizes["volumes"], sizes["voxels"], sizes["frames"], sizes["embed_dim"]
-        self.lines, self.roi, self.voxels, self.latents = [{}] * n, np.empty(N, str), slice(None), None
-        self.fmri, self.recorded = zeros(n, 1, T, N), np.ones((n, 1), bool)
-        self.e_img, self.e_txt, self.e_act = zeros(n, F, D), zeros(n, D), zeros(n, D)
+        T, N, F, D = (sizes[name] for name in ("volumes", "voxels", "frames", "embed_dim"))
+        self.lines = [{}] * n
+        self.roi = np.empty(N, str)
+        self.voxels = slice(None)
+        self.fmri = zeros(n, 1, T, N)
+        self.recorded = np.ones((n, 1), bool)
+        self.e_img = zeros(n, F, D)
+        self.e_txt = zeros(n, D)
+        self.e_act = zeros(n, D)
         self.categories = zeros(n, sizes["classes"])
-        self.seed, self.batch_size, self.voxel_dropout, self.condition_dropout = (
-            0,
-            batch_size,
-            voxel_dropout,
-            0.1,
-        )
-        excluded = np.zeros((batch_size, n), bool)
+        self.latents = None
+        self.seed = 0
+        self.batch_size = batch_size
+        self.voxel_dropout = voxel_dropout
+        self.condition_dropout = 0.0
+        nothing = np.zeros((batch_size, n), bool)
         self.recall = SimpleNamespace(
-            trained=np.arange(n), hidden_captions=0.5, excluded=lambda clips, hidden: excluded
+            trained=np.arange(n), hidden_captions=0, excluded=lambda *clips: nothing
         )
 
 
@@ -188,60 +197,60 @@ def empty_decoder(data: str, config: train_stage2.Config, L: int) -> VideoDecode
     return VideoDecoder(pipe, L, dit, config.lora_rank, config.lora_alpha)
 
 
-def run(data: str, tracer: Tracer) -> dict[str, str]:
-    """A step of both stages at the sizes of a dataset, traced. Returns the sizes, by the paper's symbols."""
+def run(data: str, tracer: Tracer) -> list[tuple[str, str, str]]:
+    """A step of both stages at the sizes of a dataset, traced. Returns (symbol, meaning, size) of each."""
     sizes, (segments, clips) = DATA[data], facts.SIZES[data]["train"]
-    one, two = (stage.parse(["--data", data]) for stage in (train_stage1, train_stage2))
+    one, two = train_stage1.parse(["--data", data]), train_stage2.parse(["--data", data])
     one.layers, one.checkpointing, one.precision, two.precision = LAYERS, False, "fp32", "fp32"
     n, D, L = segments * clips, sizes["embed_dim"], one.tokens
     no_autocast = patch.object(torch, "autocast", lambda *args, **options: nullcontext())  # meta has none
-    train = EmptyClips(n, sizes, one.batch_size, one.dropout)
-    with tracer.tracing():
-        batch = train.batch(0)
-    with no_autocast, NoNumbers():
-        with META:
-            brain_model, heads = train_stage1.build(one, sizes)
-        with tracer.tracing():
-            train_stage1.train_step(brain_model, heads, batch.to(META), one)
 
+    # ---- stage 1
+    train = EmptyClips(n, sizes, one.batch_size, one.dropout)
+    with META:
+        brain_model, heads = train_stage1.build(one, sizes)
+    with no_autocast, NoNumbers(), tracer.tracing():
+        train_stage1.train_step(brain_model, heads, train.batch(0).to(META), one)
+
+    # ---- stage 2
     with META:
         decoder = empty_decoder(data, two, L)
         D_txt = decoder.text_width
         mom = MixtureOfMemories(L, one.width, D, D_txt, two.K, two.attention_heads, two.alpha, one.tau)
+        empty = torch.empty(L, D_txt)
     train = EmptyClips(n, sizes, two.batch_size, one.dropout)
     train.latents = zeros(n, *latent_shape(decoder, two.frames, two.height, two.width))
-    train.texts, train.text_file = zeros(n, 1, D_txt), None
-    with tracer.tracing():
-        batch, (e, captions) = train.batch(0), memories(train, ImageAggregator(sizes["frames"]))
+    train.texts = zeros(n, 1, D_txt)  # captions of one token
+    train.text_file = None
     settings = vars(two) | {"stage1_config": vars(one)}
-    with no_autocast, NoNumbers(), META:
-        pool, empty = MemoryPool(e, captions).to(META), torch.empty(L, D_txt)
+    with no_autocast, NoNumbers(), tracer.tracing():
+        e, captions = memories(train, ImageAggregator(sizes["frames"]))
+        pool = MemoryPool(e, captions).to(META)
         model = CineNeuron(settings, brain_model, heads, mom, pool, decoder, empty, train.lines, {})
-    with no_autocast, NoNumbers():
-        with tracer.tracing():
-            train_stage2.train_step(model, batch.to(META), two)
-            f_c, f_e = brain_model(batch.x.to(META))
-            for ablation in (TopTextMemory(L, two.K), DirectProjection(one.width, D_txt).to(META)):
-                ablation(f_e, heads.queries(f_c), pool)
-    return {
-        "B": f"{one.batch_size}, {two.batch_size}",
-        "b": f"{two.micro_batch}",
-        "T": f"{sizes['volumes']}",
-        "N": f"{sizes['voxels']:,}; {n:,}",
-        "L": f"{L}",
-        "D'": f"{one.width}",
-        "r": f"{one.rank}",
-        "D": f"{D}",
-        "F": f"{sizes['frames']}",
-        "K": f"{two.K}",
-        "D_{txt}": f"{D_txt}",
-        "y": " × ".join(map(str, train.latents.shape[1:])),
-        "classes": f"{sizes['classes']}",
-    }
+        batch = train.batch(0).to(META)
+        train_stage2.train_step(model, batch, two)
+        f_c, f_e = brain_model(batch.x)
+        for ablation in (TopTextMemory(L, two.K), DirectProjection(one.width, D_txt).to(META)):
+            ablation(f_e, heads.queries(f_c), pool)
+    return [
+        ("B", "clips of a step, in stage 1 and in stage 2", f"{one.batch_size}, {two.batch_size}"),
+        ("b", "clips in the video decoder at once", f"{two.micro_batch}"),
+        ("T", "fMRI volumes of a clip", f"{sizes['volumes']}"),
+        ("N", "voxels; of a pool: memories", f"{sizes['voxels']:,}; {n:,}"),
+        ("L", "tokens of f_e, and of the decoder's text", f"{L}"),
+        ("D'", "width of the Brain Model", f"{one.width}"),
+        ("r", "numbers a token keeps of each volume (ours)", f"{one.rank}"),
+        ("D", "width of CLIP and ViCLIP", f"{D}"),
+        ("F", "frames that CLIP sees of a clip", f"{sizes['frames']}"),
+        ("K", "memories retrieved", f"{two.K}"),
+        ("D_{txt}", "width of the decoder's text tokens", f"{D_txt}"),
+        ("y", "latents of a video: channels, frames, rows, columns", f"{train.latents.shape[1:]}"),
+        ("classes", "categories of objects", f"{sizes['classes']}"),
+    ]
 
 
-def traced(data: str, files: list[Path]) -> tuple[dict[tuple[str, int], dict[str, str]], dict[str, str]]:
-    """(module, line) -> {name: shape} of the files, at the sizes of a dataset; and these sizes."""
+def traced(data: str, files: list[Path]) -> tuple[dict[tuple[str, int], dict[str, str]], list]:
+    """(module, line) -> {name: shape} of the files, at the sizes of a dataset; and the rows of `run`."""
     tracer = Tracer(files)
-    sizes = run(data, tracer)
-    return {line: shapes for line, shapes in tracer.shapes.items() if shapes}, sizes
+    rows = run(data, tracer)
+    return tracer.shapes, rows

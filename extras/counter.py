@@ -1,0 +1,120 @@
+"""Operations and bytes of what runs on fake tensors, which have a shape and no values.
+
+Counted are the operations of matrix products, convolutions and attention, recomputed ones too, and the bytes
+of the tensors that live at once: parameters, gradients, moments, activations. What a GPU takes beside them is
+not (its context, the gaps between tensors), as nothing is measured.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from support.training import SMALL
+
+aten = torch.ops.aten
+FLOP = flop_registry | {  # the registry lacks the CPU's attention, which takes its inputs in a GPU's order
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+class Count(NamedTuple):
+    peak: int  # bytes
+    flop: int  # of a step, or of a clip
+    trained: int  # bytes of the trained parameters
+    state: int  # bytes of what is needed to go on: trained parameters and moments
+
+
+class Counter(TorchDispatchMode):
+    """Adds up operations and bytes of what runs below it."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = self.flop = self.trained = 0
+        self.moments = []
+        self.live = {}  # storages
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return False if args[0].dtype == torch.bool else 0  # a question about values: no, or 0
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        tree_map_only(Tensor, self._see, out)
+        if operations := FLOP.get(function.overloadpacket):
+            self.flop += operations(*args, **kwargs, out_val=out)
+        return out
+
+    def _see(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key = storage._cdata
+        size = -(-storage.nbytes() // 512) * 512  # as the allocator of a GPU rounds
+        if key not in self.live:
+            self.live[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _forget(self, key: int, size: int) -> None:
+        del self.live[key]
+        self.now -= size
+
+    def hold(self, *models: nn.Module) -> None:
+        """Tensors of models on the device "meta" -> fake ones, which take memory; counting starts anew."""
+        for module in (module for model in models for module in model.modules()):
+            for name, p in module._parameters.items():
+                if p is not None:
+                    fake = torch.empty(p.shape, dtype=p.dtype)
+                    module._parameters[name] = nn.Parameter(fake, p.requires_grad)
+            for name, x in module._buffers.items():
+                if x is not None:
+                    module._buffers[name] = torch.empty(x.shape, dtype=x.dtype)
+        self.peak, self.flop = self.now, 0
+
+    def train(self, models: Iterable[nn.Module], in_8_bit: bool) -> None:
+        """Hold what AdamW keeps: two numbers a parameter, of 4 bytes; or of 1, and a scale for each 256."""
+        for p in (p for model in models for p in model.parameters() if p.requires_grad):
+            self.trained += p.nbytes
+            if in_8_bit and p.numel() >= SMALL:
+                self.moments.append(torch.empty(2, p.numel(), dtype=torch.uint8))
+                self.moments.append(torch.empty(2, -(-p.numel() // 256)))
+            else:
+                self.moments.append(torch.empty(2, p.numel()))
+
+    def count(self) -> Count:
+        state = self.trained + sum(x.nbytes for x in self.moments)
+        return Count(self.peak, self.flop, self.trained, state)
+
+
+@contextmanager
+def counting() -> Iterator[Counter]:
+    """Every tensor that is made below it is fake, and counted. A scheduler's real ones count as fake, too."""
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # an RMSNorm under autocast
+    with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
+        yield counter
+
+
+class Repeated:
+    """A call of a step that is made many times: the first one runs, the others cost what it did."""
+
+    def __init__(self, call: Callable, stand_in: Callable, counter: Counter):
+        self.call, self.stand_in, self.counter = call, stand_in, counter
+        self.starts = []
+
+    def __call__(self, *inputs):
+        self.starts.append(self.counter.flop)
+        return self.call(*inputs) if len(self.starts) == 1 else self.stand_in(*inputs)
+
+    def finish(self) -> None:
+        """Add what did not run: the second start lies behind the first call and its backward pass."""
+        if len(self.starts) > 1:
+            self.counter.flop += (len(self.starts) - 1) * (self.starts[1] - self.starts[0])
