@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 def brain() -> tuple[float, list[torch.Tensor]]:
     from brain_model import BrainModel
-    from prepare.facts import PUBLISHED
+    from extras.plan import PUBLISHED
 
     model = BrainModel(PUBLISHED["cc2017"]["voxels"]).train()
     model.gradient_checkpointing = True
