@@ -171,9 +171,8 @@ class EmptyClips(Clips):
         self.voxel_dropout = voxel_dropout
         self.condition_dropout = 0.0
         nothing = np.zeros((batch_size, n), bool)
-        self.recall = SimpleNamespace(
-            trained=np.arange(n), hidden_captions=0, excluded=lambda *clips: nothing
-        )
+        self.trained = np.arange(n)
+        self.recall = SimpleNamespace(p_hidden=0, excluded=lambda *clips: nothing)
 
 
 def zeros(*shape: int) -> np.ndarray:
