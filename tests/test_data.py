@@ -486,23 +486,7 @@ def test_a_nan_or_infinity_at_a_recorded_showing_names_clip_and_voxel(tmp_path, 
 
 def resave(change):
     """A change of an .npy file's array."""
-
-    def changed(file: Path) -> None:
-        np.save(file, change(np.load(file)))
-
-    return changed
-
-
-def change_line(**values):
-    """A change of the third line of clips.jsonl; a value None takes the key away."""
-
-    def changed(file: Path) -> None:
-        lines = file.read_text().splitlines()
-        row = json.loads(lines[2]) | values
-        lines[2] = json.dumps({key: value for key, value in row.items() if value is not None})
-        file.write_text("\n".join(lines) + "\n")
-
-    return changed
+    return lambda file: np.save(file, change(np.load(file)))
 
 
 def with_value(value, place=(5, 0)):
@@ -514,17 +498,15 @@ def with_value(value, place=(5, 0)):
     return resave(change)
 
 
-def change_classes(classes):
-    def changed(file: Path) -> None:
-        manifest = json.loads(file.read_text())
-        manifest["categories.npy"]["recipe"]["classes"] = classes
-        file.write_text(json.dumps(manifest))
+def rewrite(old: str, new: str):
+    """A change of a file's text, at its first place."""
 
-    return changed
+    def change(file: Path) -> None:
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new, 1))
 
-
-def write(text: str):
-    return lambda file: file.write_text(text)
+    return change
 
 
 def cut_off(size: int):
@@ -555,14 +537,18 @@ FAULTS = {
     "categories of another K": (f"{TRAIN}/categories.npy", resave(lambda x: x[:, :3]), "48, 4"),
     "categories of 2": (f"{TRAIN}/categories.npy", with_value(2), "wanted 0 and 1"),
     "categories of 0.5": (f"{TRAIN}/categories.npy", resave(lambda x: x / 2), "whole numbers"),
-    "classes that are no list": (MANIFEST, change_classes("person"), "a list of names"),
-    "classes that are no names": (MANIFEST, change_classes([1, 2, 3, 4]), "a list of names"),
-    "a manifest without them": (MANIFEST, write("{}"), "a list of names"),
-    "a manifest that is no JSON": (MANIFEST, write("{"), "JSON"),
-    "a start that is no number": (LINES, change_line(start_s="2"), "start_s"),
-    "a start that is NaN": (LINES, change_line(start_s=float("nan")), "start_s"),
-    "a clip without a video": (LINES, change_line(video=None), "no video"),
-    "a caption that is a list": (LINES, change_line(caption=["a"]), "caption"),
+    "classes that are no list": (
+        MANIFEST,
+        rewrite('"classes": [', '"classes": "person", "also": ['),
+        "a list of names",
+    ),
+    "classes that are no names": (MANIFEST, rewrite('"person"', "1"), "a list of names"),
+    "a manifest without them": (MANIFEST, lambda file: file.write_text("{}"), "a list of names"),
+    "a manifest that is no JSON": (MANIFEST, cut_off(40), "JSON"),
+    "a start that is no number": (LINES, rewrite('"start_s": 4.0', '"start_s": "4"'), "start_s"),
+    "a start that is NaN": (LINES, rewrite('"start_s": 4.0', '"start_s": NaN'), "start_s"),
+    "a clip without a video": (LINES, rewrite('"video": "seg1.mp4", ', ""), "no video"),
+    "a caption that is a list": (LINES, rewrite('"caption": "clip 2"', '"caption": ["a"]'), "caption"),
     "lines cut off": (LINES, cut_off(310), "JSON"),
     "voxels cut off": (VOXELS, cut_off(100), "an .npz file of index, roi"),
 }
