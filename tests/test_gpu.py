@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPO, environment, write_prepared
+from test_train_stage1 import signalled
 from test_train_stage2 import Films
 from test_video_decoder import wan_pipeline
 
@@ -23,6 +23,8 @@ from support.videos import read_video, write_video
 DEVICE = os.environ.get("CINENEURON_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "")
 pytestmark = pytest.mark.skipif(not DEVICE, reason="no CUDA GPU")
 GPUS = torch.cuda.device_count() if DEVICE == "cuda" else 2  # on the CPU two processes stand for them
+
+ALL = ",".join(map(str, range(torch.cuda.device_count())))
 
 RUN = Path("runs/cc2017/sub1/full-s0")
 SIZE = 9, 32, 32  # frames, height, width
@@ -45,17 +47,19 @@ def command(script: str) -> list[str]:
     return [str(REPO / script), *COMMON, *COMMANDS[script].split()]
 
 
-def on(device: str) -> dict[str, str]:
-    """The environment of a script that is to run on the device."""
-    mine = environment()
-    if device == "cuda":
-        del mine["CUDA_VISIBLE_DEVICES"]
-        mine |= {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if name in os.environ}
-    return mine
+def visible(device: str) -> dict[str, str]:
+    """What the environment says of the GPUs that a script on this device sees."""
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", ALL) if device == "cuda" else ""}
 
 
 def run(folder: Path, device: str, argv: list[str], launch: tuple[str, ...] = ()) -> str:
-    how = {"cwd": folder, "env": on(device), "capture_output": True, "text": True, "timeout": 900}
+    how = {
+        "cwd": folder,
+        "env": environment() | visible(device),
+        "capture_output": True,
+        "text": True,
+        "timeout": 900,
+    }
     done = subprocess.run([sys.executable, *launch, *argv], **how)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -117,12 +121,8 @@ def test_training_agrees_with_the_cpu_and_goes_on_after_a_stop(script, project, 
     run(whole, DEVICE, command(script))
     agree(losses(whole, stage), losses(on_cpu, stage))
 
-    log = halved / RUN / stage / "log.jsonl"
-    with subprocess.Popen([sys.executable, *command(script)], cwd=halved, env=on(DEVICE)) as process:
-        while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 5):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(200) == 130
+    log, argv = halved / RUN / stage / "log.jsonl", command(script)[1:]
+    assert signalled(script, argv, halved, log, 5, signal.SIGINT, **visible(DEVICE)).returncode == 130
     before = len(losses(halved, stage))
     run(halved, DEVICE, command(script))
     found, wanted = losses(halved, stage), losses(whole, stage)

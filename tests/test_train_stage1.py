@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, chatter, environment, run_script, sha256, write_prepared
+from torch.nn.functional import cross_entropy, normalize
 
 import train_stage1
 from brain_model import BrainModel
@@ -54,8 +55,8 @@ def assert_logs_agree(one: Path, other: Path, tolerance: float = 1e-4) -> None:
 
 
 @pytest.fixture
-def prepared(tmp_path, monkeypatch):
-    """The tiny dataset in the working directory; returns its folder."""
+def prepared(tmp_path, monkeypatch) -> Path:
+    """The folder of the tiny dataset in the working directory."""
     monkeypatch.chdir(tmp_path)
     return write_prepared(tmp_path / "data")
 
@@ -84,8 +85,7 @@ def test_it_writes_all_that_a_run_has(trained):
     assert (config["tau"], config["lambda_1"], config["weight_decay"]) == (0.07, 1.0, 0.01)  # the defaults
     assert BrainModel.from_pretrained(out / "brain_model").voxels == 40
     assert Stage1Heads.from_pretrained(out / "heads").phi_v.mix.weight.shape == (1, 3, 1)
-    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
-    assert list(out.glob("events.out.tfevents*"))
+    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG") and list(out.glob("events.out.tfevents*"))
     assert not list(out.rglob(".*")), "temporary files are left"
     assert [row["step"] for row in log(out)] == list(range(150))
     assert log(out)[0].keys() >= {"step", "loss", "image", "text", "action", "category", "lr", "norm"}
@@ -95,9 +95,8 @@ def test_the_loss_falls_and_the_log_adds_up_to_eq_3(trained):
     rows = log(trained[0] / STAGE1)
     assert np.mean([row["loss"] for row in rows[-10:]]) < 0.4 * rows[0]["loss"]
     for row in rows:
-        assert row["loss"] == pytest.approx(
-            row["image"] + row["text"] + row["action"] + row["category"], rel=1e-5
-        )
+        parts = sum(row[name] for name in ("image", "text", "action", "category"))
+        assert row["loss"] == pytest.approx(parts, rel=1e-5)
 
 
 def test_the_table_of_the_held_out_clips_beats_chance_and_shuffled_fmri(trained):
@@ -120,13 +119,10 @@ def test_the_table_of_the_held_out_clips_beats_chance_and_shuffled_fmri(trained)
 
 def test_one_batch_is_learnt_by_heart(prepared):
     here("--batch_size", 48, "--steps", 300, "--width", 64)
-    last, embeddings = log(STAGE1)[-1], {}
-    for name in ("e_img", "e_txt", "e_act"):
-        embeddings[name] = torch.from_numpy(np.load(prepared / "stimuli" / "train" / f"{name}.npy"))
-    embeddings["e_img"] = torch.nn.functional.normalize(embeddings["e_img"].mean(1), dim=-1)
-    for part, name in (("image", "e_img"), ("text", "e_txt"), ("action", "e_act")):
-        e = embeddings[name]
-        floor = torch.nn.functional.cross_entropy(e @ e.T / 0.07, torch.arange(48)).item()  # of f = e
+    last, clips = log(STAGE1)[-1], Clips("cc2017", 1, "train").targets()
+    image = normalize(clips.e_img.mean(1), dim=-1)
+    for part, e in {"image": image, "text": clips.e_txt, "action": clips.e_act}.items():
+        floor = cross_entropy(e @ e.T / 0.07, torch.arange(48)).item()  # of f = e
         assert last[part] < 1.3 * floor + 0.3, (part, last[part], floor)
     assert last["category"] < 0.5
 
@@ -134,19 +130,26 @@ def test_one_batch_is_learnt_by_heart(prepared):
 # ---------------------------------------------------------------- killed, stopped, on several processes
 
 
-def stopped(folder: Path, number: int, lines: int, *argv: object) -> subprocess.CompletedProcess:
-    """The script, sent a signal once log.jsonl has so many lines."""
-    out = folder / STAGE1
-    script = [sys.executable, str(REPO / "train_stage1.py"), *map(str, argv)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(script, cwd=folder, env=environment(), **pipes) as process:
-        while process.poll() is None:
-            if (out / "log.jsonl").is_file() and (out / "log.jsonl").read_text().count("\n") >= lines:
-                process.send_signal(number)
-                break
+def signalled(script: str, argv: list, cwd: Path, file: Path, lines: int, number: int, **env: str):
+    """A script of the repository, sent a signal once a file of its log has so many lines."""
+    command, env = [sys.executable, str(REPO / script), *map(str, argv)], environment() | env
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=cwd, env=env, text=True, **pipes) as process:
+        while not (file.is_file() and file.read_text().count("\n") >= lines) and process.poll() is None:
             time.sleep(0.005)
+        assert process.poll() is None, "it ended before it was stopped"
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=200)
-    return subprocess.CompletedProcess(script, process.returncode, stdout, stderr)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def stopped(folder: Path, number: int, lines: int) -> subprocess.CompletedProcess:
+    return signalled("train_stage1.py", LONG, folder, folder / STAGE1 / "log.jsonl", lines, number)
+
+
+def contents(folder: Path) -> dict[Path, str]:
+    """Of each file of the runs its sha256."""
+    return {path: sha256(path) for path in (folder / "runs").rglob("*") if path.is_file()}
 
 
 def weights(out: Path) -> list[str]:
@@ -156,7 +159,7 @@ def weights(out: Path) -> list[str]:
 def test_killed_and_started_again_the_weights_are_bit_equal(trained, tmp_path):
     uninterrupted, out = trained[0] / STAGE1, tmp_path / STAGE1
     (tmp_path / "data").symlink_to(trained[0] / "data")
-    done = stopped(tmp_path, signal.SIGKILL, 56, *LONG)  # two checkpoints, and on the way to a third
+    done = stopped(tmp_path, signal.SIGKILL, 56)  # two checkpoints, and on the way to a third
     assert done.returncode == -signal.SIGKILL and not (out / "test.json").exists()
     assert 55 < len(log(out)) < 150
     again = run_script("train_stage1.py", *LONG, cwd=tmp_path)
@@ -169,7 +172,7 @@ def test_killed_and_started_again_the_weights_are_bit_equal(trained, tmp_path):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_ctrl_c_and_sigterm_save_the_step_and_the_same_command_goes_on(trained, tmp_path, number, status):
     (tmp_path / "data").symlink_to(trained[0] / "data")
-    done, out = stopped(tmp_path, number, 30, *LONG), tmp_path / STAGE1
+    done, out = stopped(tmp_path, number, 30), tmp_path / STAGE1
     step = json.loads((out / "config.json").read_text())["step"]
     assert done.returncode == status and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == f"saved after step {step} of 150; the same command goes on"
@@ -179,11 +182,10 @@ def test_ctrl_c_and_sigterm_save_the_step_and_the_same_command_goes_on(trained, 
 
 
 def test_a_finished_run_says_so_and_changes_nothing(trained):
-    folder = trained[0]
-    before = {path: sha256(path) for path in (folder / "runs").rglob("*") if path.is_file()}
-    done = run_script("train_stage1.py", *LONG, cwd=folder)
+    before = contents(trained[0])
+    done = run_script("train_stage1.py", *LONG, cwd=trained[0])
     assert done.returncode == 0 and "full-s0/stage1 is finished" in done.stdout
-    assert before == {path: sha256(path) for path in (folder / "runs").rglob("*") if path.is_file()}
+    assert contents(trained[0]) == before
 
 
 def test_a_run_that_lacks_its_table_makes_it(trained, tmp_path):
@@ -236,18 +238,18 @@ def test_several_processes_train_as_one_does(prepared, tmp_path, processes, batc
         torch.testing.assert_close(torch.load(tmp_path / f"many-{number}.pt"), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [2, 16])
-def test_a_batch_that_processes_cannot_share_evenly_is_an_error(prepared, monkeypatch, batch):
+def test_a_batch_that_processes_cannot_share_evenly_is_an_error(prepared, monkeypatch):
     monkeypatch.setattr(training, "start", lambda: SimpleNamespace(num_processes=3))
-    with pytest.raises(ValueError, match=f"--batch_size {batch}: wanted a multiple of the 3 processes"):
-        here("--batch_size", batch)
+    with pytest.raises(ValueError, match="--batch_size 16: wanted a multiple of the 3 processes"):
+        here()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("micro_batch", [1, 3, 8, 16])
-def test_micro_batches_have_the_gradients_of_the_whole_batch(micro_batch, checkpointing):
+@pytest.mark.parametrize("micro_batch", [None, 1, 3, 8, 16])
+def test_the_gradients_of_a_step_are_those_of_eq_3(micro_batch, checkpointing):
     """InfoNCE is over the whole batch, however many clips are in the Brain Model at once."""
-    config = train_stage1.parse(command("--layers", 2, "--lambda_2", 0.5, "--precision", "fp32"))
+    options = ["--layers", 2, "--lambda_2", 0.5, "--precision", "fp32"]
+    config = replace(train_stage1.parse(command(*options)), micro_batch=micro_batch)
     torch.manual_seed(0)
     sizes = {"volumes": 2, "voxels": 30, "frames": 3, "embed_dim": 16, "classes": 4}
     model, heads = train_stage1.build(config, sizes)
@@ -257,48 +259,22 @@ def test_micro_batches_have_the_gradients_of_the_whole_batch(micro_batch, checkp
     categories = (torch.rand(16, 4) > 0.7).float()
     batch = Batch(None, torch.randn(16, 2, 30), torch.randn(16, 3, 16), e_txt, e_act, categories)
     parameters = [*model.parameters(), *heads.parameters()]
-
-    def step(size: int | None) -> tuple[float, list[torch.Tensor]]:
-        for p in parameters:
-            p.grad = None
-        losses = train_stage1.train_step(model, heads, batch, replace(config, micro_batch=size))
-        return losses.loss.item(), [p.grad for p in parameters]
-
-    whole_loss, whole = step(None)
-    loss, parts = step(micro_batch)
-    assert loss == pytest.approx(whole_loss, rel=1e-6)
-    for a, b in zip(parts, whole, strict=True):
-        assert b.norm() > 0 and (a - b).norm() <= 1e-6 * b.norm()
+    eq_3 = stage1_loss(heads, model(batch.x)[0], batch, 0.07, 1.0, 0.5)
+    expected = torch.autograd.grad(eq_3.loss, parameters)
+    losses = train_stage1.train_step(model, heads, batch, config)
+    torch.testing.assert_close(losses, eq_3)
+    for p, gradient in zip(parameters, expected, strict=True):
+        assert gradient.norm() > 0 and (p.grad - gradient).norm() <= 1e-6 * gradient.norm()
 
 
-def test_the_gradients_are_those_of_eq_3(prepared):
-    """train_step against Eq. 3 and one backward pass; the heads have gradients, too."""
-    config = train_stage1.parse(command("--precision", "fp32", "--no-checkpointing"))
-    batch = Clips("cc2017", 1, "train", batch_size=16, voxel_dropout=0.2).batch(0)
-    model, heads = train_stage1.build(config, Clips("cc2017", 1, "train").sizes)
-    parameters = [*model.parameters(), *heads.parameters()]
-    losses = stage1_loss(heads, model(batch.x)[0], batch)
-    expected = torch.autograd.grad(losses.loss, parameters)
-    torch.testing.assert_close(
-        train_step_losses := train_stage1.train_step(model, heads, batch, config), losses
-    )
-    assert train_step_losses.loss == sum(train_step_losses[1:])
-    torch.testing.assert_close([p.grad for p in parameters], [*expected])
-
-
-def test_micro_batches_may_change_while_a_run_goes_on(prepared):
-    here("--steps", 6, "--run", "whole")
-    here("--steps", 6, "--run", "parts", "--micro_batch", 5)
-    assert_logs_agree(of("whole"), of("parts"))
-
-
-def test_compiled_blocks_train_as_they_are(prepared):
-    if shutil.which("g++") is None:
+@pytest.mark.parametrize("options", ["--micro_batch 5", "--compile --checkpointing"])
+def test_parts_of_a_batch_and_compiled_blocks_train_as_it_does_without(prepared, options):
+    if "--compile" in options and shutil.which("g++") is None:
         pytest.skip("no compiler")
-    here("--steps", 3, "--run", "eager")
-    here("--steps", 3, "--run", "compiled", "--compile", "--checkpointing")
-    assert_logs_agree(of("eager"), of("compiled"))
-    assert BrainModel.from_pretrained(of("compiled") / "brain_model").voxels == 40
+    here("--steps", 4, "--run", "plain", "--no-checkpointing")
+    here("--steps", 4, "--run", "other", *options.split())
+    assert_logs_agree(of("plain"), of("other"))
+    assert BrainModel.from_pretrained(of("other") / "brain_model").voxels == 40
 
 
 def test_bf16_is_a_choice_and_keeps_weights_and_losses_in_float32(prepared):
@@ -325,13 +301,11 @@ def test_8_bit_moments_train_and_go_on(prepared):
     pytest.importorskip("bitsandbytes")
     here("--steps", 30, "--width", 64, "--optimizer", "adamw8bit")
     here("--steps", 30, "--width", 64, "--run", "32")
-    rows, other = log(STAGE1), log(of("32"))
-    assert rows[0]["loss"] == other[0]["loss"] and rows[-1]["loss"] == pytest.approx(
-        other[-1]["loss"], rel=0.02
-    )
+    eight, full = ([row["loss"] for row in log(out)] for out in (STAGE1, of("32")))
+    assert eight[0] == full[0] and eight[-1] == pytest.approx(full[-1], rel=0.02)
     state = torch.load(STAGE1 / "state" / "state.pt", weights_only=True)["optimiser"]["state"]
-    kept = [of.get("__bnb_optimizer_quant_state__", of)["state1"] for of in state.values()]
-    kinds = {(x.numel() >= 4096, x.dtype) for x in kept}
+    moments = [entry.get("__bnb_optimizer_quant_state__", entry)["state1"] for entry in state.values()]
+    kinds = {(x.numel() >= 4096, x.dtype) for x in moments}
     assert kinds == {(True, torch.uint8), (False, torch.float32)}
     (STAGE1 / "test.json").unlink()
     here("--steps", 30, "--width", 64, "--optimizer", "adamw8bit")  # its state is read again
@@ -361,11 +335,11 @@ def test_ablation_switches_name_the_run_and_leave_their_loss_out(prepared):
 
 
 def test_seeds_have_runs_of_their_own(prepared):
+    three, zero = of("full", 3), of("full")
     here("--steps", 1, "--seed", 3)
     here("--steps", 1)
-    three, zero = of("full", 3), of("full")
     assert log(three)[0]["loss"] != log(zero)[0]["loss"]
-    assert sha256(three / "brain_model/model.safetensors") != sha256(zero / "brain_model/model.safetensors")
+    assert weights(three)[0] != weights(zero)[0]
 
 
 def test_val_segments_are_held_out_with_their_near_copies(tmp_path, monkeypatch, capsys):
@@ -390,9 +364,8 @@ def test_val_segments_are_held_out_with_their_near_copies(tmp_path, monkeypatch,
     assert checked == [9, 19, 29, 39]
     assert log(STAGE1)[-1]["held out, text top-5"] > 3 * 5 / 40  # of clips never seen
     assert printed.count("48 held-out clips, cc2017") == 1
-    with pytest.raises(
-        ValueError, match="--val_segments seg3,seg9: the training segments are seg1, seg2, seg3"
-    ):
+    message = "--val_segments seg3,seg9: the training segments are seg1, seg2, seg3"
+    with pytest.raises(ValueError, match=message):
         here("--steps", 1, "--val-segments", "seg3,seg9", "--run", "other")
 
 
@@ -430,9 +403,10 @@ def test_help_lists_each_option_with_its_default(capsys):
 
 @pytest.mark.parametrize(
     "option",
-    "--lr=0 --lr=nan --tau=1e-4 --seed=-1 --seed=4294967296 --steps=0 --batch_size=0 --tokens=0 --width=0 "
-    "--layers=0 --micro_batch=0 --optimizer=sgd --precision=fp16 --attention_heads=0 --rank=0 --dropout=1 "
-    "--dropout=-0.1 --save_every=0 --log_every=0 --weight_decay=-1 --lambda_1=-1 --max_norm=0 --subject=0".split(),
+    "--stepz=3 --steps=many --lr=0 --lr=nan --tau=1e-4 --seed=-1 --seed=4294967296 --steps=0 "
+    "--batch_size=0 --tokens=0 --width=0 --layers=0 --micro_batch=0 --optimizer=sgd --precision=fp16 "
+    "--attention_heads=0 --rank=0 --dropout=1 --dropout=-0.1 --save_every=0 --log_every=0 "
+    "--weight_decay=-1 --lambda_1=-1 --max_norm=0 --subject=0".split(),
 )
 def test_a_value_out_of_its_range_is_one_line_that_names_the_option(option, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -455,18 +429,10 @@ def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_paper():
 # ---------------------------------------------------------------- what it refuses
 
 
-def test_an_unknown_option_ends_with_2_and_its_name(tmp_path):
-    done = run_script("train_stage1.py", "--data", "cc2017", "--stepz", 3, cwd=tmp_path)
-    assert done.returncode == 2 and "--stepz" in done.stderr and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"), [(["--data", "cc2018"], "toy, cc2017, cinebrain"), (["--steps", "many"], "--steps")]
-)
-def test_a_wrong_value_ends_with_2_and_what_there_is(argv, message, capsys):
+def test_an_unknown_dataset_ends_with_2_and_those_there_are(capsys):
     with pytest.raises(SystemExit) as ended:
-        train_stage1.parse(argv)
-    assert ended.value.code == 2 and message in capsys.readouterr().err
+        train_stage1.parse(["--data", "cc2018"])
+    assert ended.value.code == 2 and "toy, cc2017, cinebrain" in capsys.readouterr().err
 
 
 def test_a_missing_dataset_is_one_screen_with_the_next_command(tmp_path):
@@ -501,18 +467,14 @@ def test_a_batch_larger_than_the_training_set_is_an_error(prepared):
 
 def test_other_settings_or_voxels_are_refused_and_nothing_changes(prepared):
     here("--steps", 4, "--save_every", 2)
-    before = {path: sha256(path) for path in STAGE1.rglob("*.*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"made with .*width 32 \(now 16\).*--run NAME"):
-        here("--steps", 4, "--width", 16)
-    with pytest.raises(ValueError, match=r"rois None \(now 'visual'\)"):
-        here("--steps", 4, "--rois", "visual")
-    with pytest.raises(ValueError, match=r"steps 4 \(now 8\)"):
-        here("--steps", 8)
+    before = contents(Path())
+    for name, found, now in (("width", 32, 16), ("rois", None, "visual"), ("steps", 4, 8)):
+        with pytest.raises(ValueError, match=rf"made with .*{name} {found} \(now {now!r}\).*--run NAME"):
+            here("--steps", 4, f"--{name}", now)
     write_prepared(Path("data"), N=35)
     with pytest.raises(ValueError, match=r"'voxels': 40.*'voxels': 35"):
         here("--steps", 4)
-    after = {path: sha256(path) for path in STAGE1.rglob("*.*") if path.is_file()}
-    assert before == after, "a refused run changes nothing"
+    assert contents(Path()) == before, "a refused run changes nothing"
 
 
 def test_what_may_change_while_a_run_goes_on(prepared, capsys):
@@ -543,8 +505,8 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(prepared, damage):
 
 def test_the_import_of_the_script_loads_no_encoder_and_no_decoder():
     code = "import sys, train_stage1; print([n for n in ('open_clip', 'diffusers') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    stdout = subprocess.check_output([sys.executable, "-c", code], env=environment(), text=True)
+    assert stdout.strip() == "[]"
 
 
 # ---------------------------------------------------------------- the table
@@ -556,7 +518,7 @@ def test_retrieval_against_a_count_by_hand():
     e[3] = e[4]  # two clips of one caption
     i = np.arange(12)
     other = (i[:, None] // 6 != i // 6) | (abs(i[:, None] - i) > 2)  # of two segments, or far apart
-    S = (torch.nn.functional.normalize(f, dim=1) @ torch.nn.functional.normalize(e, dim=1).T).numpy()
+    S = (normalize(f, dim=1) @ normalize(e, dim=1).T).numpy()
     ranks = np.array([(row > row[i] + 1e-6).sum() for i, row in enumerate(S)])
     equal = np.array([(abs(row - row[i]) < 1e-6).sum() for i, row in enumerate(S)])
     top_1, top_5, n_way = retrieval.retrieval(f, e, other, n=3)
@@ -574,6 +536,4 @@ def test_retrieval_against_a_count_by_hand():
 
 def test_average_precision_is_that_of_scikit_learn_by_hand():
     scores, truth = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]), np.array([[1, 0], [0, 0], [1, 0]])
-    assert retrieval.average_precision(scores, truth) == pytest.approx(
-        (1 / 1 + 2 / 3) / 2
-    )  # one column occurs
+    assert retrieval.average_precision(scores, truth) == pytest.approx((1 + 2 / 3) / 2)  # one column occurs
