@@ -49,7 +49,6 @@ SETTINGS = dict(
     data="cc2017", subject=1, seed=0, mom=True, integration=True, K=3, alpha=1.0,
     attention_heads=4, frames=SIZE[0], height=SIZE[1], width=SIZE[2], lora_rank=4, lora_alpha=8,
     noise_shift=1.0, checkpointing=False, sampling_steps=2, guidance=2.0, sample_every=0, step=6, steps_in_all=6,
-    stage1_config=dict(rois=None, tau=0.07, lambda_1=1.0, lambda_2=1.0),
 )  # fmt: skip
 
 
@@ -102,11 +101,13 @@ def write_world(root: Path, describe_clip, noise: float = 0.0, copies: int = 0) 
 
 def write_run(run: Path, **changes) -> None:
     """What both stages leave in the working directory, with a LoRA and zero-convolutions that are away from zero."""
-    settings = SETTINGS | {"decoder": str(Path("models/wan").absolute())} | changes
+    decoder = str(Path("models/wan").absolute())
+    train = Clips("cc2017", 1, "train", None, decoder, SIZE)
+    stage1 = dict(rois=None, sizes=train.sizes, tau=0.07, lambda_1=1.0, lambda_2=1.0)
+    settings = SETTINGS | {"decoder": decoder, "stage1_config": stage1} | changes
     torch.manual_seed(0)
     BrainModel(40, 1, L, WIDTH, 1, 4, D).save_pretrained(run / "stage1" / "brain_model")
     Stage1Heads(D, 3, 4).save_pretrained(run / "stage1" / "heads")
-    train = Clips("cc2017", 1, "train", None, settings["decoder"], SIZE)
     model = CineNeuron.from_stage1(run / "stage1", settings, train)
     for name, p in model.named_parameters():
         if ".Z_" in name or "lora_B" in name:

@@ -239,6 +239,11 @@ STATE = ANY | {
     "no model": state(lambda s: {"step": 2}),
     "list": state(lambda s: [s]),
 }
+MISSING = {"missing": Path.unlink}
+OLD = {  # settings of a run of another version of this program
+    "an option that went": to_json(with_(attention_kernel="auto")),
+    "an option that came": to_json(without("optimizer")),
+}
 STIMULI, SUBJECT, FULL = "data/cc2017/stimuli", "data/cc2017/sub1", "runs/cc2017/sub1/full-s0"
 DECODED = f"{STIMULI}/train/wan"
 
@@ -265,12 +270,14 @@ CASES = (
         "classes are a number": to_json(lambda m: m | {"categories.npy": {"recipe": {"classes": 4}, "inputs": {}}}),
     })
     | rows_of("s1", f"{SUBJECT}/voxels.npz", ANY)
-    | rows_of("s1", f"{SUBJECT}/train/recorded.npy", NUMBERS, but="bool")
-    | rows_of("s1", f"{STIMULI}/train/near_copies.npy", NUMBERS)
-    | rows_of("s1", f"{STIMULI}/train/captions.npy", NUMBERS, but="onedim")
+    | rows_of("s1", f"{SUBJECT}/train/recorded.npy", NUMBERS | MISSING, but="bool")
+    | rows_of("s1", f"{STIMULI}/train/near_copies.npy", NUMBERS | MISSING)
+    | rows_of("s1", f"{STIMULI}/train/captions.npy", NUMBERS | MISSING, but="onedim")
     | rows_of("s1", f"{STIMULI}/test/captions.npy", NPY)
     | rows_of("ev", f"{STIMULI}/test/near_copies.npy", NPY)
     | rows_of("s1again", f"{FULL}/stage1/config.json", JSON)
+    | rows_of("s1again", f"{FULL}/stage1/config.json", OLD, name="stage1 was made with")
+    | rows_of("s2again", f"{FULL}/stage2/config.json", OLD, name="stage2 was made with")
     | rows_of("s2", f"{FULL}/stage1/config.json", JSON | {"no rois": to_json(without("rois")), "tau is text": to_json(with_(tau="x"))},
               name="stage1")
     | rows_of("s2", f"{FULL}/stage1/brain_model/config.json", JSON, name="brain_model")
@@ -291,9 +298,9 @@ CASES = (
     | rows_of("ev", f"{FULL}/stage2/heads/config.json", JSON, name="heads")
     | rows_of("ev", f"{FULL}/stage2/mixture_of_memories/model.safetensors", WEIGHTS, name="mixture_of_memories")
     | rows_of("ev", f"{FULL}/stage2/lora/pytorch_lora_weights.safetensors", WEIGHTS, name="lora", but="left over")
-    | rows_of("ev", f"{FULL}/stage2/memories.safetensors", WEIGHTS)
+    | rows_of("ev", f"{FULL}/stage2/memories.safetensors", WEIGHTS | MISSING)
     | rows_of("ev", f"{FULL}/stage2/memories.json", MEMORIES)
-    | rows_of("ev", f"{FULL}/stage2/voxels.npz", ANY)
+    | rows_of("ev", f"{FULL}/stage2/voxels.npz", ANY | MISSING)
     | rows_of("fmri", "x.npy", FLOATS, but="float64, bool, onedim, fewer")
     | rows_of("pairs", "pairs/ours/0000.mp4", ANY, name="0000")
     | rows_of("compare", f"{FULL}/EVAL/metrics.json", JSON | {
