@@ -222,7 +222,8 @@ class Clips:
         return x * torch.from_numpy(visible) / (1 - self.voxel_dropout) if self.voxel_dropout else x
 
     def _draw_stage2(self, batch: Batch, step: int) -> Batch:
-        """The batch with what Eq. 5 may not retrieve, and what Eq. 9 draws."""
+        """The batch with what Eq. 5 may not retrieve, and what Eq. 9 draws. In training a clip may not recall
+        itself or its copies: at test it has no such memory, either (a choice)."""
         clips = batch.clips.numpy()
         shape = self.latents.shape[1:]  # (C, f, h, w)
         hidden = np.empty(len(clips), bool)  # these clips may not retrieve their own caption

@@ -102,7 +102,8 @@ def info_nce(f: Tensor, e: Tensor, tau: float = 0.07) -> Tensor:
 
 
 def focal_bce(logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:
-    """L_cls of §3.1: BCE + focal loss (Lin et al. 2017), of equal weight, mean over clips and categories.
+    r"""$L_{cls}$ of §3.1: BCE + focal loss (Lin et al. 2017), of equal weight, mean over clips and
+    categories.
 
     logits (B, classes), targets (B, classes) in {0, 1}. Why focal? Most clips lack most categories: what is
     right already (p of the truth near 1) weighs only (1 - p)^gamma. That favours the rare positives so much

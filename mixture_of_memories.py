@@ -94,7 +94,8 @@ class Integration(nn.Module):
     Eq. 7: $z_f = Z_{fMRI}(Norm(\hat{f}^e)), \quad z_t = Z_{txt}(e_{txt}^{mem}) + e_{txt}^{mem}$
     Eq. 8: $f^{fuse} = z_t + \alpha z_f$
 
-    Two streams: the fMRI with what it attends to, and the caption of the best memory. Why zero-convolutions?
+    Two streams: the fMRI with what it attends to, and the caption of the best memory. Their sum is what the
+    video decoder reads in place of a prompt. Why zero-convolutions?
     Both start at 0, so f_fuse starts as e_mem_txt, exactly: a prompt that the decoder knows."""
 
     def __init__(self, width: int, embed_dim: int, text_dim: int, heads: int, alpha: float, text_rms: float):

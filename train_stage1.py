@@ -162,7 +162,8 @@ def main(config: Config) -> None:
 
 
 def learn(config: Config, accelerator: Accelerator, run: RunFolder, train: Clips, test: Clips) -> None:
-    """§3.1, from the first step or the last checkpoint to the table of the held-out clips."""
+    """§4.1: AdamW and OneCycle, 8,000 steps of 144 clips at the paper's size; from the first step or the last
+    checkpoint to the table of the held-out clips."""
     x_test = test.averaged()  # (clips, T, N), read now, so that a damaged file fails before training
 
     # ---- the Brain Model f, its heads φ, AdamW and OneCycle (§4.1)

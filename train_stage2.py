@@ -245,7 +245,7 @@ def read_stage1(config: Config) -> tuple[Path, dict]:
 def learn(
     config: Config, accelerator: Accelerator, run: RunFolder, model: CineNeuron, train: Clips, test: Clips
 ) -> None:
-    """§3.2, from the first step or the last checkpoint to the last sample."""
+    """§4.1: AdamW and OneCycle at one rate, 1e-6. Here Eq. 6-7 and the LoRA may have their own (a choice)."""
     model.to(accelerator.device)
 
     # ---- AdamW and OneCycle (§4.1)

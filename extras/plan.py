@@ -4,10 +4,10 @@
     python extras/plan.py stage2 --data cc2017 --card 4090          of train_stage2.py, on a named card
     python extras/plan.py evaluate --data cc2017 --processes 8      of evaluate.py, in one of eight processes
 
-All other options are the script's. Only sizes are read, of the run and the data where they are there, else those
-published. Without --card the plan is for the GPU at hand and its free memory, or for an H100. The scripts' own
-train_step runs on fake tensors (extras/counter.py), in bf16; of an evaluation one pass of DiT and VAE.
-"""
+All other options are the script's. Only sizes are read, of the run and the data where they are there, else
+those published. Without --card the plan is for the GPU at hand and its free memory, or for an H100. The
+scripts' own train_step runs on fake tensors (extras/counter.py), in bf16; of an evaluation one pass of DiT
+and VAE."""
 
 import argparse
 import sys

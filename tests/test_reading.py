@@ -69,7 +69,8 @@ def test_the_pieces_of_a_file_are_there_in_order_line_by_line(page):
 
 
 def test_a_docstring_becomes_html():
-    text = r"""Eq. 5: $S_i = \sum_{m} w_m$ of *all* clips, like Eq. 2 -> `S`, $\hat{f}^e$.
+    text = r"""Eq. 5: $S_i = \sum_{m}
+w_m$ of *all* clips, like Eq. 2 -> `S`, $\hat{f}^e$.
 
     f_e --> S   Eq. 4"""
     out = prose.prose(text, {5: "lines"})
@@ -101,7 +102,7 @@ def test_an_equation_without_a_line_and_a_line_without_an_equation_are_refused()
 
 
 def test_a_piece_that_a_file_lacks_is_refused(monkeypatch):
-    monkeypatch.setitem(draw.FILES, "heads", "gather gone")
+    monkeypatch.setitem(draw.FILES, "heads", "info_nce gone")
     with pytest.raises(ValueError, match="heads.py: found no gone: correct FILES"):
         draw.read("heads")
 

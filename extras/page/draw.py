@@ -20,7 +20,7 @@ FILES = {  # in reading order: what of a file is on the page; nothing: all of it
     "heads": "",
     "data": "Batch Batch.parts Clips.batch Clips.targets Clips._draw_fmri Clips._draw_stage2 Clips.averaged "
     "memories",
-    "train_stage1": "build train_step",
+    "train_stage1": "build train_step learn",
     "mixture_of_memories": "",
     "video_decoder": "",
     "evaluate": "CineNeuron CineNeuron.from_stage1 CineNeuron.forward CineNeuron.remember "
@@ -85,22 +85,22 @@ def read(module: str) -> Source:
     text = (ROOT / f"{module}.py").read_text(encoding="utf-8")
     tree, lines = ast.parse(text), text.splitlines()
     code = [node for node in tree.body[1:] if not isinstance(node, ast.Import | ast.ImportFrom)]
-    end = next(
-        (node.lineno for node in code if isinstance(node, ast.If)), len(lines) + 1
-    )  # if __name__ == ...
-    nodes = [("", code[0]), *documented(code)]
-    starts = [first_line(node) for _, node in nodes]
+    stop = len(lines) + 1
+    if isinstance(code[-1], ast.If):  # if __name__ == "__main__"
+        stop = code[-1].lineno
     pieces = []
-    for (name, node), start, stop in zip(nodes, starts, [*starts[1:], end], strict=True):
-        hidden = range(node.body[0].lineno, node.body[0].end_lineno + 1) if name else ()
-        while stop > start and lines[stop - 2].strip()[:1] in (
-            "",
-            "#",
-        ):  # blank, or a comment about what follows
+    for name, node in reversed([("", code[0]), *documented(code)]):
+        start = first_line(node)
+        while stop > start and lines[stop - 2].strip()[:1] in ("", "#"):  # about what follows
             stop -= 1
-        numbers = [number for number in range(start, stop) if number not in hidden]
+        numbers, docstring = list(range(start, stop)), ""
+        if name:
+            docstring = ast.get_docstring(node)
+            text = node.body[0]
+            numbers = [number for number in numbers if not text.lineno <= number <= text.end_lineno]
         if numbers:
-            pieces.append(Piece(name, ast.get_docstring(node) if name else "", numbers))
+            pieces.insert(0, Piece(name, docstring, numbers))
+        stop = start
     if missing := set(FILES[module].split()) - {piece.name for piece in pieces}:
         raise ValueError(f"{module}.py: found no {', '.join(sorted(missing))}: correct FILES in {__file__}")
     return Source(module, lines, ast.get_docstring(tree), pieces)
@@ -114,68 +114,76 @@ def equations(sources: list[Source]) -> dict[int, Equation]:
         for number, latex in EQUATION.findall(piece.docstring):
             found[int(number)] = Equation(latex, f"{source.module}.{piece.name}")
     for source, piece in pieces:
-        for row in piece.lines:
-            match = re.search(r"#.*Eq\. (\d+)(?:-(\d+))?", source.lines[row - 1])
-            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-            for number in range(first, last + 1):
+        for line in piece.lines:
+            for number in equations_of(source.lines[line - 1]):
                 if number not in found:
-                    raise ValueError(f"{source.module}.py:{row}: no docstring says Eq. {number}: $LaTeX$")
-                is_home = f"{source.module}.{piece.name}.".startswith(f"{found[number].home}.")
-                lines = found[number].at_home if is_home else found[number].elsewhere
-                lines.append((source.module, row))
+                    raise ValueError(f"{source.module}.py:{line}: no docstring says Eq. {number}: $LaTeX$")
+                equation = found[number]
+                is_home = f"{source.module}.{piece.name}.".startswith(f"{equation.home}.")
+                lines = equation.at_home if is_home else equation.elsewhere
+                lines.append((source.module, line))
     for number, equation in found.items():
         if not equation.at_home:
             raise ValueError(f"{equation.home}: its docstring says Eq. {number}, and no line # Eq. {number}")
     return dict(sorted(found.items()))
 
 
+def equations_of(line: str) -> range:
+    """The numbers that its comment names: # Eq. 5, # Eq. 6-8."""
+    match = re.search(r"#.*Eq\. (\d+)(?:-(\d+))?", line)
+    return range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+
+
 # ---------------------------------------------------------------- HTML
 
 
-def shape_line(toy: dict[str, str], paper: dict[str, str], indent: int) -> str:
+def shape_groups(toy: dict[str, str], paper: dict[str, str]) -> str:
     """What stands below a line: names of one shape together, q, k, v."""
     names: dict[str, list[str]] = {}
     for name, small in toy.items():
         large = f' <b class="paper">{paper[name]}</b>' if name in paper else ""
         shape = f"<b>{small}</b>" if small == paper.get(name) else f'<b class="toy">{small}</b>{large}'
         names.setdefault(shape, []).append(name)
-    groups = [f"<span>{', '.join(names[shape])} {shape}</span>" for shape in names]
-    return f'<span class="shape" style="--i:{indent}">{" ".join(groups)}</span>'
+    return " ".join(f"<span>{', '.join(names[shape])} {shape}</span>" for shape in names)
 
 
 def coloured(lines: list[str]) -> list[str]:
     """Python -> HTML, line by line."""
     code = highlight("\n".join(lines), PythonLexer(stripnl=False), HtmlFormatter(nowrap=True))
-    plain = re.sub(
-        r'<span class="(?:n|p|o|w)">([^<]*)</span>', r"\1", code
-    )  # names, brackets, operators, blanks
-    return [linked(line) for line in plain.split("\n")]
+    plain = re.sub(r'<span class="[npow]">([^<]*)</span>', r"\1", code)  # names, brackets, operators, blanks
+    return linked(plain).split("\n")
 
 
 def section(source: Source, toy: dict, paper: dict, links: dict[int, str]) -> str:
     """A file: rows of a docstring and its code, and between them the names of what is not on the page."""
-    module, code, skipped = source.module, coloured(source.lines), []
-    about = source.docstring.split("\n\n")[0] if FILES[module] else source.docstring
-    parts = [f'<section id="{module}"><h2>{module}.py</h2><div class="about">{prose(about, links)}</div>']
+    about = source.docstring.split("\n\n")[0] if FILES[source.module] else source.docstring
+    blocks = [f'<section id="{source.module}"><h2>{source.module}.py</h2>']
+    blocks.append(f'<div class="about">{prose(about, links)}</div>')
+    code, skipped = coloured(source.lines), []
     for piece in source.pieces:
         if piece not in source.on_page:
             skipped += [piece.name] if piece.name else []
             continue
-        parts += [f'<p class="skipped">⋯ {", ".join(skipped)}</p>'] if skipped else []
-        skipped, right = [], []
-        for row in piece.lines:
-            indent = len(source.lines[row - 1]) - len(source.lines[row - 1].lstrip())
-            number = f'<a class="number" href="#{module}-{row}">{row}</a>'
-            line = (
-                f'<span class="l" id="{module}-{row}" style="--i:{indent}">{number}{code[row - 1]}\n</span>'
-            )
-            right.append(line)
-            if (module, row) in toy:
-                right.append(shape_line(toy[module, row], paper.get((module, row), {}), indent))
+        blocks.append(ellipsis(skipped))
+        skipped = []
         left = f'<div><div class="at">{piece.name}</div>{prose(piece.docstring, links)}</div>'
-        parts.append(f'<div class="row"><aside>{left}</aside><pre class="code">{"".join(right)}</pre></div>')
-    parts += [f'<p class="skipped">⋯ {", ".join(skipped)}</p>'] if skipped else []
-    return "\n".join([*parts, "</section>"])
+        right = "".join(code_line(source, number, code, toy, paper) for number in piece.lines)
+        blocks.append(f'<div class="row"><aside>{left}</aside><pre class="code">{right}</pre></div>')
+    return "\n".join([*blocks, ellipsis(skipped), "</section>"])
+
+
+def ellipsis(names: list[str]) -> str:
+    return f'<p class="skipped">⋯ {", ".join(names)}</p>' if names else ""
+
+
+def code_line(source: Source, number: int, code: list[str], toy: dict, paper: dict) -> str:
+    """A line of code, and below it its shapes."""
+    text, place = source.lines[number - 1], f"{source.module}-{number}"
+    style = f'style="--i:{len(text) - len(text.lstrip())}"'
+    link = f'<a class="number" href="#{place}">{number}</a>'
+    shapes = shape_groups(toy.get((source.module, number), {}), paper.get((source.module, number), {}))
+    below = f'<span class="shape" {style}>{shapes}</span>' if shapes else ""
+    return f'<span class="l" id="{place}" {style}>{link}{code[number - 1]}\n</span>{below}'
 
 
 def build() -> str:

@@ -5,7 +5,7 @@ import re
 
 from latex2mathml.converter import convert
 
-EQUATION = re.compile(r"^Eq\. (\d+): \$(.+?)\$", re.MULTILINE)
+EQUATION = re.compile(r"^Eq\. (\d+): \$([^$]+)\$", re.MULTILINE)
 
 
 def mathml(latex: str, display: str = "inline") -> str:
@@ -17,7 +17,7 @@ def mathml(latex: str, display: str = "inline") -> str:
 def breakable(latex: str) -> str:
     """A long equation as several <math>, so that a line may end before = and +, and after a comma."""
     parts, depth = [""], 0
-    for token in re.findall(r"\\[a-zA-Z]+|\\.|.", latex):
+    for token in re.findall(r"\\[a-zA-Z]+|\\.|.", latex, re.DOTALL):
         depth += (token in "{([") - (token in "})]")
         if token in "=+" and not depth:
             parts.append("{}")  # without it, the sign would stand too near to what follows

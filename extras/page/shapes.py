@@ -31,13 +31,7 @@ from support.readers import read_json
 from video_decoder import VideoDecoder
 
 ROOT = Path(__file__).parents[2]
-TOY_SIZES = {
-    "volumes": 1,
-    "voxels": 1300,
-    "frames": 8,
-    "embed_dim": 64,
-    "classes": 5,
-}  # as prepared, subject 1
+TOY_SIZES = dict(volumes=1, voxels=1300, frames=8, embed_dim=64, classes=5)  # as prepared, subject 1
 DATA = {"toy": TOY_SIZES, "cc2017": facts.PUBLISHED["cc2017"]}
 SIZES = ("B", "T", "N", "L", "D_txt")  # variables that hold a size
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -112,11 +106,11 @@ def statements(file: Path) -> dict[int, Statement]:
             continue
         body = getattr(node, "body", None)
         last = max(node.lineno, body[0].lineno - 1 if body else node.end_lineno)
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        parts = [part for target in targets if target for part in ast.walk(target)]
-        names = [part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
-        if isinstance(node, ast.FunctionDef):
-            names = [argument.arg for argument in node.args.args]
+        names = [argument.arg for argument in node.args.args] if isinstance(node, ast.FunctionDef) else []
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            for part in ast.walk(target) if target else ():
+                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                    names.append(part.id)
         statement = Statement(last, names, isinstance(node, ast.Return))
         by_line |= dict.fromkeys(range(first_line(node), last + 1), statement)
     return by_line
@@ -160,20 +154,24 @@ class EmptyClips(Clips):
     """The training clips of a dataset, all numbers 0, without a file."""
 
     def __init__(self, n: int, sizes: dict[str, int], batch_size: int, voxel_dropout: float):
-        T, N, F, D = sizes["volumes"], sizes["voxels"], sizes["frames"], sizes["embed_dim"]
-        self.lines, self.roi, self.voxels, self.latents = [{}] * n, np.empty(N, str), slice(None), None
-        self.fmri, self.recorded = zeros(n, 1, T, N), np.ones((n, 1), bool)
-        self.e_img, self.e_txt, self.e_act = zeros(n, F, D), zeros(n, D), zeros(n, D)
+        T, N, F, D = (sizes[name] for name in ("volumes", "voxels", "frames", "embed_dim"))
+        self.lines = [{}] * n
+        self.roi = np.empty(N, str)
+        self.voxels = slice(None)
+        self.fmri = zeros(n, 1, T, N)
+        self.recorded = np.ones((n, 1), bool)
+        self.e_img = zeros(n, F, D)
+        self.e_txt = zeros(n, D)
+        self.e_act = zeros(n, D)
         self.categories = zeros(n, sizes["classes"])
-        self.seed, self.batch_size, self.voxel_dropout, self.condition_dropout = (
-            0,
-            batch_size,
-            voxel_dropout,
-            0.1,
-        )
-        excluded = np.zeros((batch_size, n), bool)
+        self.latents = None
+        self.seed = 0
+        self.batch_size = batch_size
+        self.voxel_dropout = voxel_dropout
+        self.condition_dropout = 0.0
+        nothing = np.zeros((batch_size, n), bool)
         self.recall = SimpleNamespace(
-            trained=np.arange(n), hidden_captions=0.5, excluded=lambda clips, hidden: excluded
+            trained=np.arange(n), hidden_captions=0, excluded=lambda *clips: nothing
         )
 
 
@@ -222,7 +220,8 @@ def run(data: str, tracer: Tracer) -> list[tuple[str, str, str]]:
         empty = torch.empty(L, D_txt)
     train = EmptyClips(n, sizes, two.batch_size, one.dropout)
     train.latents = zeros(n, *latent_shape(decoder, two.frames, two.height, two.width))
-    train.texts, train.text_file = zeros(n, 1, D_txt), None  # captions of one token
+    train.texts = zeros(n, 1, D_txt)  # captions of one token
+    train.text_file = None
     settings = vars(two) | {"stage1_config": vars(one)}
     with no_autocast, NoNumbers(), tracer.tracing():
         e, captions = memories(train, ImageAggregator(sizes["frames"]))
