@@ -271,7 +271,7 @@ CASES = (
     })
     | rows_of("s1", f"{SUBJECT}/voxels.npz", ANY)
     | rows_of("s1", f"{SUBJECT}/train/recorded.npy", NUMBERS | MISSING, but="bool")
-    | rows_of("s1", f"{STIMULI}/train/near_copies.npy", NUMBERS | MISSING)
+    | rows_of("s1", f"{STIMULI}/train/near_copies.npy", NUMBERS)
     | rows_of("s1", f"{STIMULI}/train/captions.npy", NUMBERS | MISSING, but="onedim")
     | rows_of("s1", f"{STIMULI}/test/captions.npy", NPY)
     | rows_of("ev", f"{STIMULI}/test/near_copies.npy", NPY)
@@ -339,6 +339,16 @@ def test_a_damaged_checkpoint_is_one_error(damage: str, world, tmp_path, monkeyp
     assert hashes_of(root) == before and not (root / "exploded").exists()
 
 
+def test_data_of_an_older_version_are_to_be_prepared_anew(world, monkeypatch, capfd):
+    """The guide to a dataset ends with what is not there."""
+    monkeypatch.chdir(world)
+    file = Path(STIMULI, "train", "near_copies.npy")
+    file.rename("aside.npy")
+    status = call("s1")
+    Path("aside.npy").rename(file)
+    assert status == 1 and capfd.readouterr().err.endswith(f"{file} is not there.\n")
+
+
 # ---------------------------------------------------------------- options
 
 BAD = "nan inf -1 x"
@@ -358,18 +368,16 @@ OPTIONS = {
     },
     "ev": {
         "steps": "0 -1", "guidance": BAD, "clips": "0 -1", "fps": "0 1e9 nan", "seconds": "0 nan -1", "trials": "-1",
-        "batch_size": "0", "metrics": "ssim,beauty", "size": "big", "flow": "tv-l1", "run": "absent ..", "out": "x.avi",
+        "batch_size": "0", "metrics": "ssim,beauty", "size": "big 128", "subject": "0", "seed": "-1", "classifier_frames": "8", "flow": "tv-l1", "run": "absent ..", "out": "x.avi",
     },
 }  # fmt: skip
-ASKED = [
-    (c, name, value)
-    for c, options in OPTIONS.items()
-    for name, values in options.items()
-    for value in values.split()
-]
+OUT_OF_RANGE = []
+for command, options in OPTIONS.items():
+    for name, values in options.items():
+        OUT_OF_RANGE += [(command, name, value) for value in values.split()]
 
 
-@pytest.mark.parametrize(("command", "name", "value"), ASKED)
+@pytest.mark.parametrize(("command", "name", "value"), OUT_OF_RANGE)
 def test_an_option_out_of_range_is_one_error(command: str, name: str, value: str, world, monkeypatch, capfd):
     monkeypatch.chdir(world)
     before = hashes_of(world)
@@ -383,8 +391,11 @@ def test_an_option_out_of_range_is_one_error(command: str, name: str, value: str
 
 @pytest.mark.parametrize(
     ("command", "more", "name"),
-    [("ev", "--split", "--split"), ("ev", "--skip_bad", "--skip_bad"), ("pairs", "--shuffle", "--shuffle"),
-     ("pairs", "--fmri x.npy", "--fmri"), ("fmri", "--clips 3", "--clips"), ("s2", "--no-mom --no-integration", "--no")],
+    [("ev", "--split", "--split without --pairs"), ("ev", "--skip_bad", "--skip_bad without --pairs"),
+     ("ev", "--out x.gif", "--out without --fmri or --pairs"), ("pairs", "--shuffle", "--shuffle with --pairs"),
+     ("pairs", "--fmri x.npy", "--fmri with --pairs"), ("pairs", "--compare full", "--pairs with --compare"),
+     ("pairs", "--guidance 0", "--guidance with --pairs"), ("fmri", "--clips 3", "--clips with --fmri"),
+     ("s2", "--no-mom --no-integration", "--no-mom and --no-integration")],
 )  # fmt: skip
 def test_options_that_do_nothing_together_are_refused(command, more, name, world, monkeypatch, capfd):
     monkeypatch.chdir(world)

@@ -471,7 +471,7 @@ def test_a_run_goes_on_finishes_and_refuses_other_settings(tmp_path):
         assert [row["loss"] for row in rows] == [0, 1, 9]  # what came after the checkpoint goes
         assert rows[1] == {"step": 1, "loss": 1, "lr": 0.5, "held out": 1} and "held out" not in rows[0]
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"lr 1.0 \(now 2.0\).*--run NAME"):
+    with pytest.raises(ValueError, match=r"^\S+stage1 was made with lr 1.0 \(now 2.0\): .*--run NAME"):
         begin(tmp_path, lr=2.0)
     assert contents(tmp_path) == before
     with begin(tmp_path) as run:
@@ -534,7 +534,7 @@ def test_settings_of_an_evaluation_are_claimed(tmp_path):
     assert not (tmp_path / "eval").exists()
     claim(tmp_path / "eval", {"steps": 2})
     claim(tmp_path / "eval", {"steps": 2})
-    with pytest.raises(ValueError, match=r"made with steps 2 \(now 3\).*rm -r "):
+    with pytest.raises(ValueError, match=r"^\S+eval was made with steps 2 \(now 3\): .*rm -r "):
         claim(tmp_path / "eval", {"steps": 3})
     (tmp_path / "eval" / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match="config.json: found list.*rm -r "):
