@@ -99,11 +99,9 @@ FULL_ROW = {4: -1, 5: -2, 6: -1}  # the paper's model, of which the control is
 
 
 def rows_of(table: int, data: str, subject: int) -> list[Row]:
-    """The rows of a table from top to bottom.
-
-    Table 5: the run of areas is `full` where they are the dataset's own, and where the prepared subject has no
-    voxel elsewhere. A row cannot be trained where the subject has no voxel of its region: nothing drives the
-    toy's mPFC, and only reproducible voxels are prepared.
+    """The rows of a table from top to bottom. In Table 5 the run of areas is `full` where they are the
+    dataset's own, and where the prepared subject has no voxel elsewhere. A row cannot be trained where the
+    subject has no voxel of its region: nothing drives the toy's mPFC, and only reproducible voxels are prepared.
     """
     if table != 5:
         return ROWS[table]
@@ -201,33 +199,37 @@ class Job(NamedTuple):
         return None
 
 
-PARSE = {"stage1": train_stage1.parse, "stage2": train_stage2.parse, "evaluate": evaluate.parse}
+PARSE = {
+    "stage1": train_stage1.parse,
+    "stage2": train_stage2.parse,
+    "evaluate": lambda options: evaluate.parse(options, evaluate.__doc__),
+}
 MODES = {"shuffle", "fmri", "pairs", "compare"}  # of evaluate.py: the table's to choose
 
 
+def flags_of(words: Sequence[str]) -> set[str]:
+    """The names of the options: {"data", "action"} of --data toy --no-action."""
+    flags = [word.split("=")[0] for word in words if word.startswith("--")]
+    return {flag.removeprefix("--").removeprefix("no-") for flag in flags}
+
+
 def job_of(script: str, options: list[str], more: str, stage2: Job | None = None) -> Job:
-    """The job of a row's options and `more` of the user; stage2: what an evaluation is of. Raises ValueError where
-    the user's replace what the table sets."""
-    flags = []
-    for words in (options, shlex.split(more)):
-        flags.append(
-            {word.split("=")[0].lstrip("-").removeprefix("no-") for word in words if word[:2] == "--"}
-        )
-    if clash := sorted((flags[0] | MODES) & flags[1]):
+    """The job of a row's options and `more` of the user; stage2: what an evaluation is of. Raises ValueError
+    where the user's options replace what the table sets."""
+    if clash := sorted((flags_of(options) | MODES) & flags_of(shlex.split(more))):
         raise ValueError(f"--{script} '{more}': --{clash[0]} is the table's to set: leave it out")
     words = [*options, *shlex.split(more)]
     config = PARSE[script](words)
     folder = run_folder(config.data, config.subject, config.run, config.seed) / script
     if stage2:
         every = asked(evaluate.Config(**evaluate.PRESETS[config.data]))
-        settings = settings_of(stage2.config)
-        complete = config.clips is None
+        settings, complete = settings_of(stage2.config), config.clips is None
         folder = evaluation_folder(folder.parent, config, settings, complete, asked(config), every)
     return Job(script, words, folder, config)
 
 
 class Plan(NamedTuple):
-    waves: list[list[Job]]  # each wave needs the one before
+    waves: list[list[Job]]  # each wave needs the previous one
     stage1: dict[str, list[Path]]  # row's label -> test.json of stage 1, one a seed
     evaluations: dict[str, list[Path]]  # likewise metrics.json
     controls: list[Path]  # of the paper's model, likewise
@@ -244,10 +246,8 @@ def plan(config: Config, rows: Sequence[Row]) -> Plan:
             from_stage1 = ["--stage1", stage1.config.run]
             stage2 = job_of("stage2", [*common, *from_stage1, *row.stage2], config.stage2)
             if stage2.folder in waves[1]:
-                options = f"--stage1 '{config.stage1}' --stage2 '{config.stage2}'"
-                raise ValueError(
-                    f"{options}: two rows would be one run, {stage2.folder.parent}: leave it out"
-                )
+                found = f"two rows would be one run, {stage2.folder.parent}"
+                raise ValueError(f"--stage1 '{config.stage1}' --stage2 '{config.stage2}': {found}")
             options = [*common, "--run", stage2.config.run]
             scored = job_of("evaluate", options, config.evaluate, stage2)
             tests.setdefault(row.label, []).append(stage1.folder / train_stage1.LAST)
@@ -324,8 +324,8 @@ def begin(job: Job, logs: Path, one_thread: bool) -> Process:
 
 
 def run(jobs: list[Job], at_once: int, logs: Path) -> None:
-    """Run jobs, some at once. When one fails, or a signal comes, no more begin, and those under way get SIGTERM,
-    once: they save what they have. Raises ValueError where one fails."""
+    """Run jobs, some at once. When one fails, or a signal comes, no more begin, and those under way get
+    SIGTERM once, and save what they have. Raises ValueError where one fails."""
     waiting, running, error = [*jobs], [], ""
     try:
         while waiting or running:
