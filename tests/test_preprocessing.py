@@ -375,7 +375,8 @@ def test_a_value_that_is_not_finite_names_the_neuroclips_file(tmp_path):
     source = NeuroClipsRelease(tmp_path, 1, train_segments=2, test_segments=1)
     source.load_run("test1", 2)
     with pytest.raises(
-        ValueError, match=r"subj01_test_fmri.pt\[0:240, 3\]: found inf at \(7, 5\), wanted finite .*: download it again"
+        ValueError,
+        match=r"subj01_test_fmri.pt\[0:240, 3\]: found inf at \(7, 5\), wanted finite .*: download it again",
     ):
         source.load_run("test1", 3)
 
