@@ -141,10 +141,13 @@ class CineNeuron(nn.Module):
             mom = load_model(
                 kind if settings["integration"] else DirectProjection, folder / "mixture_of_memories"
             )
-            e, captions, empty, lines = shared.read_memories(folder)
             voxels = shared.read_voxels(folder, brain_model.voxels)
             on_gpu = torch.device(device).type == "cuda"
             decoder = load_decoder(settings, vae=True, dtype=torch.bfloat16 if on_gpu else torch.float32)
+            L, D_txt = decoder.text_length, decoder.text_width
+            e, captions, empty, lines = shared.read_memories(
+                folder, brain_model.to_f_c.out_features, L, D_txt
+            )
             latent_shape(decoder, settings["frames"], settings["height"], settings["width"])
             load_lora(decoder, folder / "lora")
         pool = MemoryPool(e, captions)
