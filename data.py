@@ -31,7 +31,7 @@ from torch.nn.functional import normalize
 from prepare import facts
 from prepare.copies import FairRecall
 from support.files import MissingData, is_made_by, read_prepared
-from support.readers import check_array, damaged, read_json_lines, read_npz, reading
+from support.readers import advising, check_array, damaged, read_json_lines, read_npz
 
 LINE = {"id": str, "segment": str, "caption": str, "video": str, "start_s": float, "categories": list}
 ROOT = Path("data")
@@ -112,7 +112,7 @@ class Clips:
         )
         self.folder = root / name / f"sub{subject}"
         self.stimuli = facts.stimuli_folder(name, subject, root) / split
-        with reading(self.folder, advice=f"delete it and run {facts.prepare_command(name, subject)}"):
+        with advising(f"delete it and run {facts.prepare_command(name, subject)}"):
             self._read_clips(rois)
             if decoder:
                 self._read_decoder(decoder, size or facts.VIDEO[name])

@@ -53,7 +53,7 @@ from mixture_of_memories import (
 from prepare.copies import far_apart, has_near_copy
 from support import shared
 from support.pipelines import latent_shape, load_lora, load_pipeline
-from support.readers import load_model, reading
+from support.readers import advising, load_model
 from support.runs import claim, door, evaluation_folder, run_folder
 from support.training import start
 from support.videos import check_writable, write_video
@@ -133,7 +133,7 @@ class CineNeuron(nn.Module):
         FileNotFoundError where a file is missing, ValueError where one is damaged or does not fit the
         others."""
         folder = shared.locate(name)
-        with reading(folder, advice="train stage 2 anew, or download the folder again"):
+        with advising("train stage 2 anew, or download the folder again"):
             settings = shared.read_settings(folder)
             brain_model = load_model(BrainModel, folder / "brain_model")
             heads = load_model(Stage1Heads, folder / "heads")
@@ -141,10 +141,13 @@ class CineNeuron(nn.Module):
             mom = load_model(
                 kind if settings["integration"] else DirectProjection, folder / "mixture_of_memories"
             )
-            e, captions, empty, lines = shared.read_memories(folder)
             voxels = shared.read_voxels(folder, brain_model.voxels)
             on_gpu = torch.device(device).type == "cuda"
             decoder = load_decoder(settings, vae=True, dtype=torch.bfloat16 if on_gpu else torch.float32)
+            L, D_txt = decoder.text_length, decoder.text_width
+            e, captions, empty, lines = shared.read_memories(
+                folder, brain_model.to_f_c.out_features, L, D_txt
+            )
             latent_shape(decoder, settings["frames"], settings["height"], settings["width"])
             load_lora(decoder, folder / "lora")
         pool = MemoryPool(e, captions)

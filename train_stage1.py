@@ -11,6 +11,7 @@ held-out clips, a picture of the losses. After Ctrl-C, or a kill, the same comma
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from heads import Stage1Heads, Stage1Loss, stage1_loss
 from metrics import retrieval
 from prepare.copies import far_apart
 from support import training
+from support.files import save_model
 from support.options import option, parse as parse_options, settings_of
 from support.runs import RunFolder, door, run_folder
 
@@ -176,7 +178,7 @@ def learn(config: Config, accelerator: Accelerator, run: RunFolder, train: Clips
         training.compile_blocks(brain_model.blocks)
     run.restore(
         state={"model": brain_model, "heads": heads, "optimiser": optimiser, "schedule": schedule},
-        models={"brain_model": brain_model.save_pretrained, "heads": heads.save_pretrained},
+        models={"brain_model": partial(save_model, brain_model), "heads": partial(save_model, heads)},
     )
     clips, millions = len(train.trained), sum(p.numel() for p in brain_model.parameters()) / 1e6
     accelerator.print(f"{clips:,} clips, {train.sizes['voxels']:,} voxels; {millions:,.1f} M parameters")

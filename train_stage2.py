@@ -91,7 +91,7 @@ MAY_CHANGE = (*training.MAY_CHANGE, "samples", "sample_every")
 TEXT = (str, type(None))
 STAGE1 = {  # what stage 2 reads in the config.json of a stage 1
     "data": str, "subject": int, "rois": TEXT, "val_segments": TEXT, "sizes": dict, "tau": float,
-    "lambda_1": float, "lambda_2": float, "dropout": float,
+    "lambda_1": float, "lambda_2": float, "dropout": float, "precision": str,
 }  # fmt: skip
 CURVES = {
     "diffusion": "diffusion, Eq. 9",

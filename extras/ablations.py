@@ -22,13 +22,10 @@ Out: runs/ as of the three scripts, what they printed in runs/<data>/sub<K>/abla
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -43,19 +40,11 @@ import train_stage2  # noqa: E402
 from extras.ablation_tables import PAGE, RESULTS, as_text, made_by, result_of, write_page  # noqa: E402
 from metrics.table import asked  # noqa: E402
 from prepare.facts import ROIS, in_areas, raw_folder  # noqa: E402
+from support import training  # noqa: E402
 from support.files import write_json  # noqa: E402
-from support.options import (  # noqa: E402
-    check_options,
-    option,
-    parse as parse_options,  # noqa: E402
-    settings_of,
-)
+from support.options import option, parse as parse_options, settings_of  # noqa: E402
 from support.readers import read_json, read_npz  # noqa: E402
-from support.runs import (  # noqa: E402
-    door,
-    evaluation_folder,  # noqa: E402
-    run_folder,
-)
+from support.runs import door, evaluation_folder, run_folder  # noqa: E402
 from toy.release import prepare_toy  # noqa: E402
 
 
@@ -84,61 +73,53 @@ class Row(NamedTuple):
     lacks: str = ""  # why it cannot be trained
 
 
-def prepared(data: str, subject: int) -> np.ndarray | None:
-    """The area of each voxel of the prepared subject, (N,) str; None where it is not prepared."""
-    file = Path("data", data, f"sub{subject}", "voxels.npz")
-    return read_npz(file, {"index": "iu", "roi": "U"})["roi"] if file.is_file() else None
-
-
-def areas(rois: str, data: str, subject: int) -> list[str]:
-    """The options of a stage 1 on these areas. Its run is `full` where they are the dataset's own, and where
-    the prepared subject has no voxel elsewhere."""
-    names, roi = [name for region in rois.split(",") for name in ROIS[region]], prepared(data, subject)
-    if roi is not None and in_areas(roi, names).all():
-        return []
-    own = train_stage1.PRESETS[data].get("rois") == rois
-    return ["--rois", rois] + ([] if own else ["--run", rois.replace(",", "-")])
-
-
-def lacking(region: str, data: str, subject: int) -> str:
-    """Why no run can have the voxels of this region: where the prepared subject has none of them. The toy
-    subject has mPFC voxels that nothing drives, and none but reproducible voxels are kept."""
-    roi = prepared(data, subject)
-    if roi is None or in_areas(roi, ROIS[region]).any():
-        return ""
-    return "not trained: no voxel of this region responds reproducibly"
+FULL = Row("", quoted="0.846±0.02 0.237±0.02 0.973±0.01 0.959±0.01 0.967±0.02")
+ROWS = {
+    4: [
+        Row("L_clip", ["--no-cls", "--no-action"], ["--no-mom"],
+            "0.824±0.01 0.217±0.03 0.973±0.01 0.960±0.03 0.961±0.01"),
+        Row("+ L_cls", ["--no-action"], ["--no-mom"],
+            "0.829±0.01 0.228±0.03 0.965±0.01 0.951±0.01 0.956±0.02"),
+        Row("+ L_action", [], ["--no-mom"], "0.835±0.02 0.223±0.04 0.970±0.01 0.957±0.01 0.963±0.01"),
+        FULL._replace(label="+ MoM"),
+    ],
+    6: [
+        Row("w/o integration", [], ["--no-integration"],
+            "0.830±0.02 0.224±0.05 0.802±0.01 0.920±0.01 0.961±0.01"),
+        FULL._replace(label="w/ integration"),
+    ],
+}  # fmt: skip
+REGIONS = {  # of Table 5, a row each
+    "visual": Row("visual areas", quoted="0.935±0.02 0.358±0.03 0.993±0.01 0.974±0.01 0.975±0.01"),
+    "hippocampus": Row("+ hippocampus", quoted="0.938±0.01 0.401±0.02 0.990±0.01 0.978±0.01 0.976±0.01"),
+    "mpfc": Row("+ mPFC", quoted="0.945±0.01 0.442±0.03 0.993±0.01 0.981±0.01 0.976±0.01"),
+}
+QUOTED_OF = {4: "cc2017, subject 1", 5: "CineBrain, subject 5", 6: "cc2017, subject 1"}
+FULL_ROW = {4: -1, 5: -2, 6: -1}  # the paper's model, of which the control is
 
 
 def rows_of(table: int, data: str, subject: int) -> list[Row]:
-    """The rows of a table from top to bottom, and what the paper prints of each."""
-    full = "0.846±0.02 0.237±0.02 0.973±0.01 0.959±0.01 0.967±0.02"
-    if table == 4:
-        return [
-            Row("L_clip", ["--no-cls", "--no-action"], ["--no-mom"],
-                "0.824±0.01 0.217±0.03 0.973±0.01 0.960±0.03 0.961±0.01"),
-            Row("+ L_cls", ["--no-action"], ["--no-mom"],
-                "0.829±0.01 0.228±0.03 0.965±0.01 0.951±0.01 0.956±0.02"),
-            Row("+ L_action", [], ["--no-mom"], "0.835±0.02 0.223±0.04 0.970±0.01 0.957±0.01 0.963±0.01"),
-            Row("+ MoM", [], [], full),
-        ]  # fmt: skip
-    if table == 5:
-        quoted = (
-            "0.935±0.02 0.358±0.03 0.993±0.01 0.974±0.01 0.975±0.01",
-            "0.938±0.01 0.401±0.02 0.990±0.01 0.978±0.01 0.976±0.01",
-            "0.945±0.01 0.442±0.03 0.993±0.01 0.981±0.01 0.976±0.01",
-        )
-        rois = "visual", "visual,hippocampus", "visual,hippocampus,mpfc"
-        names = "visual areas", "+ hippocampus", "+ mPFC"
-        rows = []
-        for name, regions, printed in zip(names, rois, quoted, strict=True):
-            lacks = lacking(regions.split(",")[-1], data, subject)
-            rows.append(Row(name, areas(regions, data, subject), [], printed, lacks))
-        return rows
-    quoted = "0.830±0.02 0.224±0.05 0.802±0.01 0.920±0.01 0.961±0.01"
-    return [Row("w/o integration", [], ["--no-integration"], quoted), Row("w/ integration", [], [], full)]
-
-
-QUOTED_OF = {4: "cc2017, subject 1", 5: "CineBrain, subject 5", 6: "cc2017, subject 1"}
+    """The rows of a table from top to bottom. In Table 5 the run of areas is `full` where they are the
+    dataset's own, and where the prepared subject has no voxel elsewhere. A row cannot be trained where the
+    subject has no voxel of its region: nothing drives the toy's mPFC, and only reproducible voxels are prepared.
+    """
+    if table != 5:
+        return ROWS[table]
+    file = Path("data", data, f"sub{subject}", "voxels.npz")
+    areas = read_npz(file, {"index": "iu", "roi": "U"})["roi"] if file.is_file() else None
+    rows, regions, names = [], [], []
+    for region, row in REGIONS.items():
+        regions.append(region)
+        names += ROIS[region]
+        if areas is not None and not in_areas(areas, ROIS[region]).any():
+            row = row._replace(lacks="not trained: no voxel of this region responds reproducibly")
+        if areas is None or not in_areas(areas, names).all():
+            rois = ",".join(regions)
+            is_preset = train_stage1.PRESETS[data].get("rois") == rois
+            run = [] if is_preset else ["--run", "-".join(regions)]
+            row = row._replace(stage1=["--rois", rois, *run])
+        rows.append(row)
+    return rows
 
 
 # ---------------------------------------------------------------- what is to be run
@@ -147,7 +128,7 @@ QUOTED_OF = {4: "cc2017, subject 1", 5: "CineBrain, subject 5", 6: "cc2017, subj
 class Job(NamedTuple):
     """One command, and the folder that shows how far it is."""
 
-    script: str
+    script: str  # stage1, stage2 or evaluate
     options: list[str]
     folder: Path  # a stage of a run, or its eval
     config: object  # the script's
@@ -156,127 +137,147 @@ class Job(NamedTuple):
     def name(self) -> str:
         return f"{self.folder.parent.name}-{self.folder.name}"  # full-s0-stage1
 
-    def done(self) -> bool:
-        """Has the script written all that it writes?"""
-        if self.script == "evaluate.py":
-            scored, stage2 = self.folder / "metrics.json", self.folder.with_name("stage2")
-            weights = [file.stat().st_mtime for file in stage2.glob("*/*.safetensors")]
-            newest = max(weights, default=np.inf)
-            return scored.is_file() and scored.stat().st_mtime >= newest and "groups" in read_json(scored)
-        file = self.folder / "config.json"
-        there = read_json(file) if file.is_file() and self.last_file.is_file() else {}
-        return "step" in there and there["step"] == there.get("steps_in_all")
+    @property
+    def file(self) -> str:
+        return "evaluate.py" if self.script == "evaluate" else f"train_{self.script}.py"
 
-    def finished(self) -> bool:
-        """Is it done, by these settings? Where they seem to be others, the script is to run, and to say
-        so."""
-        if self.script == "evaluate.py" or not self.done():
-            return self.done()
-        may_change = sys.modules[self.script.removesuffix(".py")].MAY_CHANGE
-        wanted = json.loads(json.dumps(settings_of(self.config, "plan", *may_change)))
-        there = read_json(self.folder / "config.json")
-        return all(there.get(name) == value for name, value in wanted.items() if value is not None)
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", self.file, *self.options])
 
     @property
     def last_file(self) -> Path:
         """That the script writes last, or, of an evaluation, when all is measured."""
-        names = {"train_stage1.py": train_stage1.LAST, "train_stage2.py": "losses.png"}
-        return self.folder / names.get(self.script, "values/0.jsonl")
+        names = {"stage1": train_stage1.LAST, "stage2": train_stage2.LAST, "evaluate": "values/0.jsonl"}
+        return self.folder / names[self.script]
+
+    def done(self) -> bool:
+        """Has the script written all that it writes?"""
+        if self.script == "evaluate":
+            file, stage2 = self.folder / "metrics.json", self.folder.with_name("stage2")
+            times = [weights.stat().st_mtime for weights in stage2.glob("*/*.safetensors")]
+            newest = max(times, default=np.inf)
+            return file.is_file() and file.stat().st_mtime >= newest and "groups" in read_json(file)
+        file = self.folder / "config.json"
+        stored = read_json(file) if file.is_file() and self.last_file.is_file() else {}
+        return "step" in stored and stored["step"] == stored.get("steps_in_all")
+
+    def finished(self) -> bool:
+        """Is it done, by these settings? Where they seem to differ, the script is to run, and to say so."""
+        if self.script == "evaluate" or not self.done():
+            return self.done()
+        may_change = train_stage2.MAY_CHANGE if self.script == "stage2" else training.MAY_CHANGE
+        settings = json.loads(json.dumps(settings_of(self.config, *may_change)))
+        stored = read_json(self.folder / "config.json")
+        return all(stored.get(name) == value for name, value in settings.items() if value is not None)
 
     def minutes(self) -> float | None:
         """How long it took, by the times of the files that it left: a stage from the beginning of its log for
         TensorBoard to its last file, an evaluation from its first stimulus to its last value. None where a
         stage was interrupted, or is not finished."""
-        if self.script == "evaluate.py":
-            first = [file.stat().st_mtime for file in self.folder.glob("gt/*.mp4")]
+        if self.script == "evaluate":
+            starts = [file.stat().st_mtime for file in self.folder.glob("gt/*.mp4")]
         else:
             logs = [file.name.split(".")[3] for file in self.folder.glob("events.out.tfevents.*")]
-            first = [int(begun) for begun in logs if begun.isdecimal()]
-            first = first if len(first) == 1 else []
-        last = self.last_file
-        return max(0.0, last.stat().st_mtime - min(first)) / 60 if first and last.is_file() else None
+            starts = [int(start) for start in logs if start.isdecimal()]
+            starts = starts if len(starts) == 1 else []
+        if not starts or not self.last_file.is_file():
+            return None
+        return max(0.0, self.last_file.stat().st_mtime - min(starts)) / 60
 
-    def command(self) -> str:
-        return shlex.join(["python", self.script, *self.options])
+    def estimate(self) -> float | None:
+        """Minutes that it will take: the median of finished ones of the same row; else of the same script on
+        this dataset, where the control takes as long as the evaluation; None where no run is finished."""
+        runs, stage = self.folder.parents[2], self.folder.name
+        row = Path(*self.folder.parts[-3:-1]).as_posix().rstrip("0123456789")  # sub1/full-s
+        every = "sub*/*-s[0-9]*"
+        for pattern in (f"{row}[0-9]*/{stage}", f"{every}/{stage}", f"{every}/{stage.split('-')[0]}"):
+            minutes = [self._replace(folder=folder).minutes() for folder in runs.glob(pattern)]
+            known = [value for value in minutes if value is not None]
+            if known:
+                return float(np.median(known))
+        return None
+
+
+PARSE = {
+    "stage1": train_stage1.parse,
+    "stage2": train_stage2.parse,
+    "evaluate": lambda options: evaluate.parse(options, evaluate.__doc__),
+}
+MODES = {"shuffle", "fmri", "pairs", "compare"}  # of evaluate.py: the table's to choose
+
+
+def flags_of(words: Sequence[str]) -> set[str]:
+    """The names of the options: {"data", "action"} of --data toy --no-action."""
+    flags = [word.split("=")[0] for word in words if word.startswith("--")]
+    return {flag.removeprefix("--").removeprefix("no-") for flag in flags}
+
+
+def job_of(script: str, options: list[str], more: str, stage2: Job | None = None) -> Job:
+    """The job of a row's options and `more` of the user; stage2: what an evaluation is of. Raises ValueError
+    where the user's options replace what the table sets."""
+    if clash := sorted((flags_of(options) | MODES) & flags_of(shlex.split(more))):
+        raise ValueError(f"--{script} '{more}': --{clash[0]} is the table's to set: leave it out")
+    words = [*options, *shlex.split(more)]
+    config = PARSE[script](words)
+    folder = run_folder(config.data, config.subject, config.run, config.seed) / script
+    if stage2:
+        every = asked(evaluate.Config(**evaluate.PRESETS[config.data]))
+        settings, complete = settings_of(stage2.config), config.clips is None
+        folder = evaluation_folder(folder.parent, config, settings, complete, asked(config), every)
+    return Job(script, words, folder, config)
 
 
 class Plan(NamedTuple):
-    waves: list[list[Job]]  # each wave needs the one before
+    waves: list[list[Job]]  # each wave needs the previous one
     stage1: dict[str, list[Path]]  # row's label -> test.json of stage 1, one a seed
     evaluations: dict[str, list[Path]]  # likewise metrics.json
     controls: list[Path]  # of the paper's model, likewise
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Config, rows: Sequence[Row]) -> Plan:
     """All jobs of a table, each once: stage 1, stage 2, evaluations."""
     waves: list[dict[Path, Job]] = [{}, {}, {}]
     tests, evaluations, controls = {}, {}, []
-    stage1, stage2 = shlex.split(config.stage1), shlex.split(config.stage2)
-    every = evaluate.PRESETS[config.data].get("metrics", evaluate.Config.metrics)
-
-    def add(wave: int, script: str, options: list[str], folder: Path, parsed) -> Path:
-        waves[wave].setdefault(folder, Job(script, options, folder, parsed))
-        return folder
-
     for seed in config.seeds:
         common = ["--data", config.data, "--subject", str(config.subject), "--seed", str(seed)]
-        rows = rows_of(config.table, config.data, config.subject)
         for row in (row for row in rows if not row.lacks):
-            options = [*common, *row.stage1, *stage1]
-            first = train_stage1.parse(options)
-            place = run_folder(config.data, config.subject, first.run, seed)
-            tests.setdefault(row.label, []).append(place / "stage1" / train_stage1.LAST)
-            add(0, "train_stage1.py", options, place / "stage1", first)
-            options = [*common, "--stage1", first.run, *row.stage2, *stage2]
-            second = train_stage2.parse(options)
-            place = run_folder(config.data, config.subject, second.run, seed)
-            add(1, "train_stage2.py", options, place / "stage2", second)
-            for control in (False, True) if row is rows[full_row(config.table)] else (False,):
-                more = shlex.split(config.evaluate) + ["--shuffle"] * control
-                options = [*common, "--run", second.run, *more]
-                third = evaluate.parse(options)
-                folder = evaluation_folder(place, third, settings_of(second), third.clips is None, every)
-                add(2, "evaluate.py", options, folder, third)
-                of_row = controls if control else evaluations.setdefault(row.label, [])
-                of_row.append(folder / "metrics.json")
+            stage1 = job_of("stage1", [*common, *row.stage1], config.stage1)
+            from_stage1 = ["--stage1", stage1.config.run]
+            stage2 = job_of("stage2", [*common, *from_stage1, *row.stage2], config.stage2)
+            if stage2.folder in waves[1]:
+                found = f"two rows would be one run, {stage2.folder.parent}"
+                raise ValueError(f"--stage1 '{config.stage1}' --stage2 '{config.stage2}': {found}")
+            options = [*common, "--run", stage2.config.run]
+            scored = job_of("evaluate", options, config.evaluate, stage2)
+            tests.setdefault(row.label, []).append(stage1.folder / train_stage1.LAST)
+            evaluations.setdefault(row.label, []).append(scored.folder / "metrics.json")
+            waves[0].setdefault(stage1.folder, stage1)
+            waves[1][stage2.folder] = stage2
+            waves[2][scored.folder] = scored
+            if row is rows[FULL_ROW[config.table]]:
+                control = job_of("evaluate", [*options, "--shuffle"], config.evaluate, stage2)
+                waves[2][control.folder] = control
+                controls.append(control.folder / "metrics.json")
     return Plan([[*wave.values()] for wave in waves], tests, evaluations, controls)
 
 
-def check_films(third: evaluate.Config) -> None:
+def check_films(config: evaluate.Config) -> None:
     """Raises FileNotFoundError where the films are not there: before days of training, not after. (The toy
     world makes its own.)"""
-    films = Path(third.stimuli or raw_folder(third.data, third.subject) / "stimuli")
-    if third.data != "toy" and not films.is_dir():
-        raise FileNotFoundError(
-            f"{films} is not there, whose films the evaluations need: --evaluate '--stimuli FOLDER'"
-        )
-
-
-def full_row(table: int) -> int:
-    """The row that is the paper's model, of which the control is: the last, in Table 5 the one before it."""
-    return -2 if table == 5 else -1
-
-
-def estimated(job: Job) -> float | None:
-    """Minutes that a job will take: the median of finished ones of the same row; else of the same script
-    on this dataset, where the control takes as long as the evaluation; None where no run is finished."""
-    runs, stage = job.folder.parents[2], job.folder.name
-    row = Path(*job.folder.parts[-3:-1]).as_posix().rstrip("0123456789")  # sub1/full-s
-    for like in (f"{row}[0-9]*/{stage}", f"sub*/*-s[0-9]*/{stage}", f"sub*/*-s[0-9]*/{stage.split('-')[0]}"):
-        took = [job._replace(folder=folder).minutes() for folder in runs.glob(like)]
-        took = [minutes for minutes in took if minutes is not None]
-        if took:
-            return float(np.median(took))
-    return None
+    films = Path(config.stimuli or raw_folder(config.data, config.subject) / "stimuli")
+    if config.data != "toy" and not films.is_dir():
+        advice = "--evaluate '--stimuli FOLDER'"
+        raise FileNotFoundError(f"{films} is not there, whose films the evaluations need: {advice}")
 
 
 def listed(jobs: list[Job], at_once: int) -> str:
     """The commands that are left, with their minutes."""
-    guesses = [estimated(job) for job in jobs]
-    known = [minutes for minutes in guesses if minutes is not None]
+    minutes = [job.estimate() for job in jobs]
+    known = [value for value in minutes if value is not None]
     lines = []
-    for job, minutes in zip(jobs, guesses, strict=True):
-        lines.append(f"{'?' if minutes is None else f'{minutes:.1f}':>6} min  {job.command()}")
+    for job, value in zip(jobs, minutes, strict=True):
+        lines.append(f"{'?' if value is None else f'{value:.1f}':>6} min  {job.command}")
     total = f"{len(jobs)} commands are left"
     if known:
         together = sum(known) / min(at_once, len(jobs))
@@ -290,67 +291,66 @@ def listed(jobs: list[Job], at_once: int) -> str:
 # ---------------------------------------------------------------- running
 
 
-class Runner:
-    """Runs jobs, some at once. When one fails, or a signal comes, those under way are told to stop, which
-    saves what they have, and no more are begun."""
+class Process(NamedTuple):
+    job: Job
+    child: subprocess.Popen
+    log: Path
+    start: float  # seconds, of a clock
 
-    def __init__(self, at_once: int, logs: Path):
-        self.at_once, self.logs = at_once, logs
-        self.under_way, self.failed, self.stopped = set(), [], False
-        self.lock = threading.Lock()
-        self.environment = os.environ | ({"OMP_NUM_THREADS": "1"} if at_once > 1 else {})
+    def ended(self) -> str:
+        """The error of a process that has ended, or "" and a line on the terminal."""
+        status, minutes = self.child.returncode, (time.monotonic() - self.start) / 60
+        if status == 0 and self.job.done() or status == 3 and self.job.script == "evaluate":
+            in_part = f", in part: {self.log} says why" if status else ""
+            print(f"{minutes:7.1f} min: {self.job.name}{in_part}", flush=True)
+            return ""
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        message = lines[-1].split("\r")[-1][:300] if lines else "it printed nothing"
+        advice = f"all is in {self.log}; what is finished is kept, the same command goes on"
+        return f"{self.job.command} ended with status {status}: {message}; {advice}"
 
-    def run(self, jobs: list[Job]) -> None:
-        """Raises ValueError where one fails."""
-        with ThreadPoolExecutor(self.at_once) as pool:
-            futures = [pool.submit(self._one, job) for job in jobs]
-            try:
-                while not all(future.done() for future in futures):
-                    time.sleep(0.2)  # the main thread gets the signals
-                    if self.failed:
-                        self.stop()
-            except BaseException:
-                self.failed.append("stopped")
-                self.stop()
-                raise
-        for future in futures:
-            future.result()
-        if self.failed:
-            raise ValueError(self.failed[0])
 
-    def _one(self, job: Job) -> None:
-        if self.failed:
-            return
-        log, begun = self.logs / f"{job.name}.log", time.monotonic()
-        log.parent.mkdir(parents=True, exist_ok=True)
-        print(f"begins: {job.command()}", flush=True)
-        with open(log, "wb") as file:
-            command = [sys.executable, str(REPO / job.script), *job.options]
-            how = {"stdout": file, "stderr": file, "env": self.environment, "start_new_session": True}
-            with self.lock:  # a session of its own: Ctrl-C reaches it once, by `stop`
-                if self.stopped:
-                    return
-                child = subprocess.Popen(command, **how)
-                self.under_way.add(child)
-            status = child.wait()
-            with self.lock:
-                self.under_way.discard(child)
-        minutes = (time.monotonic() - begun) / 60
-        if status == 0 and job.done() or status == 3 and job.script == "evaluate.py":
-            in_part = f", in part: {log} says why" if status else ""
-            print(f"{minutes:7.1f} min: {job.name}{in_part}", flush=True)
-        elif not self.failed:
-            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            said = lines[-1].split("\r")[-1][:300] if lines else "it printed nothing"
-            mend = f"all is in {log}; what is finished is kept, the same command goes on"
-            self.failed.append(f"{job.command()} ended with status {status}: {said}; {mend}")
+def begin(job: Job, logs: Path, one_thread: bool) -> Process:
+    """The job in a session of its own, which Ctrl-C does not reach."""
+    log, environment = logs / f"{job.name}.log", dict(os.environ)
+    if one_thread:
+        environment["OMP_NUM_THREADS"] = "1"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"begins: {job.command}", flush=True)
+    command = [sys.executable, str(REPO / job.file), *job.options]
+    with open(log, "wb") as file:
+        child = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+    return Process(job, child, log, time.monotonic())
 
-    def stop(self) -> None:
-        """Tell those under way, once: a second signal would not let them save."""
-        with self.lock:
-            for child in () if self.stopped else self.under_way:
-                child.send_signal(signal.SIGTERM)
-            self.stopped = True
+
+def run(jobs: list[Job], at_once: int, logs: Path) -> None:
+    """Run jobs, some at once. When one fails, or a signal comes, no more begin, and those under way get
+    SIGTERM once, and save what they have. Raises ValueError where one fails."""
+    waiting, running, error = [*jobs], [], ""
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(begin(waiting.pop(0), logs, at_once > 1))
+            time.sleep(0.2)
+            for process in [process for process in running if process.child.poll() is not None]:
+                running.remove(process)
+                fault = process.ended()
+                if fault and not error:
+                    error, waiting = fault, []
+                    terminate(running)
+    except BaseException:
+        if not error:
+            terminate(running)
+        for process in running:
+            process.child.wait()
+        raise
+    if error:
+        raise ValueError(error)
+
+
+def terminate(processes: list[Process]) -> None:
+    for process in processes:
+        process.child.terminate()
 
 
 # ---------------------------------------------------------------- the command
@@ -359,7 +359,6 @@ class Runner:
 def main(argv: Sequence[str]) -> None:
     presets = {data: {} for data in evaluate.PRESETS}
     config = parse_options(Config, presets, __doc__, "ablations.py", argv)
-    check_options(config)
     if config.page:
         write_page()
         print(f"written: {PAGE}")
@@ -367,26 +366,34 @@ def main(argv: Sequence[str]) -> None:
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, config.seeds))}: wanted each once")
     if config.data == "toy" and not config.dry_run:  # once, before several would at once
-        how = train_stage2.parse(["--data", "toy", *shlex.split(config.stage2)])
-        prepare_toy(Path("data"), how.decoder, (how.frames, how.height, how.width), config.subject)
-    planned = plan(config)
+        stage2 = train_stage2.parse(["--data", "toy", *shlex.split(config.stage2)])
+        size = (stage2.frames, stage2.height, stage2.width)
+        prepare_toy(decoder=stage2.decoder, size=size, subject=config.subject)
+    rows = rows_of(config.table, config.data, config.subject)
+    planned = plan(config, rows)
     if config.dry_run:
         print(listed([job for wave in planned.waves for job in wave if not job.finished()], config.jobs))
         return
-    for job in planned.waves[2]:
-        check_films(job.config)
-    place = run_folder(config.data, config.subject, "full", 0).parent
-    runner = Runner(config.jobs, place / "ablations")
+    scored = planned.waves[2][0].config
+    check_films(scored)
     for wave in planned.waves:
-        runner.run([job for job in wave if not job.finished()])
-    result = {name: getattr(config, name) for name in ("table", "data", "subject", "seeds")}
-    command = shlex.join(["python", "extras/ablations.py", *argv])
-    result |= {"quoted_of": QUOTED_OF[config.table], "command": command} | made_by(REPO)
-    took = {job.name: job.minutes() for wave in planned.waves for job in wave}
-    result["minutes"] = {name: minutes and round(minutes, 2) for name, minutes in took.items()}
-    rows = rows_of(config.table, config.data, config.subject)
-    measured = asked(planned.waves[2][0].config)
-    result |= result_of(rows, planned.stage1, planned.evaluations, planned.controls, measured)
+        logs = run_folder(config.data, config.subject, "full", 0).with_name("ablations")
+        run([job for job in wave if not job.finished()], config.jobs, logs)
+    minutes = {}
+    for job in (job for wave in planned.waves for job in wave):
+        value = job.minutes()
+        minutes[job.name] = value and round(value, 2)
+    result = {
+        "table": config.table,
+        "data": config.data,
+        "subject": config.subject,
+        "seeds": config.seeds,
+        "quoted_of": QUOTED_OF[config.table],
+        "command": shlex.join(["python", "extras/ablations.py", *argv]),
+        **made_by(REPO),
+        "minutes": minutes,
+        **result_of(rows, planned.stage1, planned.evaluations, planned.controls, asked(scored)),
+    }
     file = RESULTS / f"table{config.table}-{config.data}-sub{config.subject}.json"
     write_json(file, result)
     print(f"\n{as_text(result)}\n\nwritten: {file}")

@@ -27,6 +27,7 @@ from brain_model import BrainModel  # noqa: E402
 from data import Batch, Clips  # noqa: E402
 from extras.counter import Count, Repeated, counting  # noqa: E402
 from heads import Stage1Heads  # noqa: E402
+from metrics.options import MODES  # noqa: E402
 from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories, TopTextMemory  # noqa: E402
 from prepare.facts import SIZES  # noqa: E402
 from support.files import MissingData  # noqa: E402
@@ -265,8 +266,8 @@ def plan_stage2(options: list[str], processes: int) -> Plan:
 
 
 def plan_evaluation(options: list[str], processes: int) -> Plan:
-    config = evaluate.parse(options)
-    for mode in evaluate.MODES:
+    config = evaluate.parse(options, evaluate.__doc__)
+    for mode in MODES:
         if getattr(config, mode):
             raise ValueError(f"--{mode}: wanted the evaluation of a run, which reconstructs its test clips")
     folder = run_folder(config.data, config.subject, config.run, config.seed) / "stage2"

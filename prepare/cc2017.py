@@ -15,51 +15,54 @@ import torch
 from prepare.cifti import mmp_areas, read_cifti
 from prepare.facts import CC2017_DELAY, CC2017_FPS, CC2017_TR, CORTEX, SEGMENT_VOLUMES, cc2017_splits
 from prepare.release import Release, only, visible
-from support.readers import FileFault, damaged
-from support.videos import check_film, read_clips
+from support.readers import FileFault, check_array, damaged
 
 AFTER = 4  # volumes that a run goes on for when the film has ended
 DOWNLOAD = "download it again"
 
 
-def check_delay(delay: int | None) -> None:
-    if not 0 <= (delay or 0) <= AFTER:
-        raise ValueError(f"--delay {delay}: wanted 0 to {AFTER} volumes of 2 s, which follow a film")
+class CC2017(Release):
+    """Segments of 8 minutes. Raises ValueError for a delay that leaves the runs."""
+
+    def __post_init__(self):
+        if not 0 <= (self.delay or 0) <= AFTER:
+            raise ValueError(f"--delay {self.delay}: wanted 0 to {AFTER} volumes of 2 s, which follow a film")
+        self.splits = cc2017_splits(self.train_segments, self.test_segments)
+
+    def window(self, segment: str) -> tuple[int, int]:
+        return 0, SEGMENT_VOLUMES
 
 
-class PurdueFilms(Release):
-    """The films of the Purdue release: stimuli/seg1.mp4 ..., 30 frames a second, somewhere below `raw`."""
+class PurdueFilms(CC2017):
+    """The films of the Purdue release: stimuli/seg1.mp4 ..., 30 frames a second, below a folder."""
 
-    def find_films(self) -> None:
+    film = CC2017_FPS, 2 * SEGMENT_VOLUMES, 5
+
+    def find_films(self, folder: Path) -> None:
         """Raises FileNotFoundError for a segment without its film."""
-        self.films = self._below("stimuli") or self.raw / "stimuli"
+        self.films = below(folder, "stimuli") or folder / "stimuli"
         for segment in self.segments:
             (film,) = self.stimulus(segment)
             if not film.is_file():
-                raise FileNotFoundError(f"{film}, the stimulus, is not there: {self._advice()}")
-
-    def _below(self, name: str) -> Path | None:
-        """The folder of this name: in raw, or up to three folders further down, as archives unpack."""
-        places = visible(self.raw, *("*/" * depth + name for depth in range(4)))
-        folders = {place.resolve(): place for place in places if place.is_dir()}
-        return next(iter(only([*folders.values()], f"the release's {name}")), None)
-
-    def _advice(self) -> str:
-        for archive in visible(self.raw, "bundle.zip", "*/bundle.zip"):
-            return f"unpack {archive} where it lies"
-        return "download it from the Purdue release, or use fewer --train-segments and --test-segments"
+                raise FileNotFoundError(f"{film}, the stimulus, is not there: {how_to_get(folder)}")
 
     def stimulus(self, segment: str) -> list[Path]:
         return [self.films / f"{segment}.mp4"]
 
-    def read_clips(self, segment: str) -> Iterator[np.ndarray]:
-        (film,) = self.stimulus(segment)
-        return read_clips(film, SEGMENT_VOLUMES)
+    read_clips, check = Release.read_clips, Release.check  # and not those of NeuroClips
 
-    def check(self) -> None:
-        for segment in self.segments:
-            (film,) = self.stimulus(segment)
-            check_film(film, fps=CC2017_FPS, seconds=2 * SEGMENT_VOLUMES, over=5)
+
+def below(folder: Path, name: str) -> Path | None:
+    """The folder of this name: in `folder`, or up to three folders further down, as archives unpack."""
+    places = visible(folder, *("*/" * depth + name for depth in range(4)))
+    folders = {place.resolve(): place for place in places if place.is_dir()}
+    return next(iter(only([*folders.values()], f"the release's {name}")), None)
+
+
+def how_to_get(folder: Path) -> str:
+    for archive in visible(folder, "bundle.zip", "*/bundle.zip"):
+        return f"unpack {archive} where it lies"
+    return "download it from the Purdue release, or use fewer --train-segments and --test-segments"
 
 
 class PurdueRelease(PurdueFilms):
@@ -70,32 +73,24 @@ class PurdueRelease(PurdueFilms):
 
     raw: the folder of these two, or the one in which the archives were unpacked, such as
     raw/10_4231_R7X63K3M/video_fmri_dataset/subject1. delay: of the haemodynamic response, in volumes of 2 s.
-    Raises ValueError for a delay that leaves the runs and FileNotFoundError for a segment without any
-    recording or without its film.
+    Raises FileNotFoundError for a segment without any recording or without its film.
     """
 
-    def __init__(
-        self,
-        raw: Path,
-        subject: int,
-        delay: int | None = None,
-        train_segments: int = 18,
-        test_segments: int = 5,
-    ):
-        check_delay(delay)
-        self.raw, self.subject = Path(raw), subject
-        self.delay = CC2017_DELAY if delay is None else delay
-        self.splits = cc2017_splits(train_segments, test_segments)
-        self.runs = self._below(f"subject{subject}/fmri")
+    name = "PurdueRelease"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.delay = CC2017_DELAY if self.delay is None else self.delay
+        self.runs = below(self.raw, f"subject{self.subject}/fmri")
         if not self.runs:
-            text = f"{self.raw} has no subject{subject}/fmri below it, the recordings of subject {subject}"
-            raise FileNotFoundError(f"{text}: {self._advice()}")
+            text = f"{self.raw} has no subject{self.subject}/fmri below it, the recordings of the subject"
+            raise FileNotFoundError(f"{text}: {how_to_get(self.raw)}")
         for segment in self.segments:
             if not self.files(segment):
                 path = self.run_file(segment, 0)
                 text = f"{path.parent} has no recording of {segment}: wanted {path.name}"
-                raise FileNotFoundError(f"{text}; {self._advice()}")
-        self.find_films()
+                raise FileNotFoundError(f"{text}; {how_to_get(self.raw)}")
+        self.find_films(self.raw)
 
     def run_file(self, segment: str, repeat: int) -> Path:
         return self.runs / segment / "cifti" / f"{segment}_{repeat + 1}_Atlas.dtseries.nii"
@@ -104,7 +99,7 @@ class PurdueRelease(PurdueFilms):
         return visible(self.runs / segment / "cifti", f"{segment}_*_Atlas.dtseries.nii")
 
     def recording(self, subject: int) -> list[Path]:
-        runs = self._below(f"subject{subject}/fmri")
+        runs = below(self.raw, f"subject{subject}/fmri")
         return visible(runs / "seg1" / "cifti", "seg1_1_Atlas.dtseries.nii") if runs else []
 
     def repeats(self, segment: str) -> int:
@@ -129,7 +124,7 @@ class PurdueRelease(PurdueFilms):
         return read_cifti(path, slice(CORTEX), CC2017_TR, volumes)
 
 
-class NeuroClipsRelease(Release):
+class NeuroClipsRelease(CC2017):
     """Hugging Face gongzx/cc2017_dataset: selected and preprocessed recordings.
 
         subj01_train_fmri.pt (4320, 2, N)   subj01_test_fmri.pt (1200, 10, N)     clips x showings x voxels
@@ -144,25 +139,16 @@ class NeuroClipsRelease(Release):
     preprocessed = True
     name = "NeuroClipsRelease"
 
-    def __init__(
-        self,
-        folder: Path,
-        subject: int,
-        delay: int | None = None,
-        train_segments: int = 18,
-        test_segments: int = 5,
-    ):
-        check_delay(delay)
-        self.folder, self.subject, self.delay = Path(folder), subject, delay
-        self.splits = cc2017_splits(train_segments, test_segments)
+    def __post_init__(self):
+        super().__post_init__()
         self._fmri = {split: self._load(self._recordings(split), split) for split in self.splits}
         train, test = (tuple(self._fmri[split].shape) for split in ("train", "test"))
         if len(train) != 3 or len(test) != 3 or train[2] != test[2]:
             wanted = "(clips, showings, N) of one N"
-            raise ValueError(f"{self.folder} has recordings of {train} and {test}, wanted {wanted}")
+            raise ValueError(f"{self.raw} has recordings of {train} and {test}, wanted {wanted}")
 
     def _recordings(self, split: str, subject: int | None = None) -> Path:
-        return self.folder / f"subj{subject or self.subject:02d}_{split}_fmri.pt"
+        return self.raw / f"subj{subject or self.subject:02d}_{split}_fmri.pt"
 
     def _load(self, file: Path, split: str) -> torch.Tensor:
         value, segments = load_pt(file), len(self.splits[split])
@@ -184,9 +170,6 @@ class NeuroClipsRelease(Release):
         split, _ = self._place(segment)
         return self._fmri[split].shape[1]
 
-    def window(self, segment: str) -> tuple[int, int]:
-        return 0, SEGMENT_VOLUMES
-
     @property
     def voxels(self) -> tuple[np.ndarray, np.ndarray]:
         N = self._fmri["train"].shape[2]
@@ -195,10 +178,8 @@ class NeuroClipsRelease(Release):
     def load_run(self, segment: str, repeat: int) -> np.ndarray:
         split, clips = self._place(segment)
         run = self._fmri[split][clips, repeat].float().numpy()  # (240, N)
-        if not np.isfinite(run).all():
-            clip, voxel = np.argwhere(~np.isfinite(run))[0]
-            place = f"{run[clip, voxel]} at [{clips.start + clip}, {repeat}, {voxel}]"
-            raise damaged(self._recordings(split), place, "finite numbers", DOWNLOAD)
+        place = f"{self._recordings(split)}[{clips.start}:{clips.stop}, {repeat}]"
+        check_array(run, place, finite=True, mend=DOWNLOAD)
         return run[np.minimum(np.arange(len(run)) + (self.delay or 0), len(run) - 1)]
 
     def files(self, segment: str) -> list[Path]:
@@ -206,15 +187,15 @@ class NeuroClipsRelease(Release):
         return [self._recordings(split)]
 
     def recording(self, subject: int) -> list[Path]:
-        return visible(self.folder, self._recordings("train", subject).name)
+        return visible(self.raw, self._recordings("train", subject).name)
 
     @property
     def captions(self) -> dict[str, Path]:
-        return {split: self.folder / f"GT_{split}_caption.pt" for split in self.splits}
+        return {split: self.raw / f"GT_{split}_caption.pt" for split in self.splits}
 
     def stimulus(self, segment: str) -> list[Path]:
         split, _ = self._place(segment)
-        return [self.folder / f"GT_{split}_3fps.pt"]
+        return [self.raw / f"GT_{split}_3fps.pt"]
 
     def check(self) -> None:
         for split, segments in self.splits.items():
@@ -240,10 +221,9 @@ class NeuroClipsRelease(Release):
 class NeuroClipsWithFilms(PurdueFilms, NeuroClipsRelease):
     """The recordings of NeuroClips and the films of Purdue: all that stage 2 and Table 1 need."""
 
-    def __init__(self, folder: Path, raw: Path, *recordings, **more):
-        NeuroClipsRelease.__init__(self, folder, *recordings, **more)
-        self.raw = Path(raw)
-        self.find_films()
+    def __init__(self, raw: Path, films: Path, *options, **more):
+        super().__init__(raw, *options, **more)
+        self.find_films(films)
 
 
 def load_pt(path: Path) -> torch.Tensor | list:

@@ -1,5 +1,4 @@
-"""CineBrain as published (Gao et al. 2025): CIFTI runs and CSV files, or volumes that the authors
-prepared."""
+"""CineBrain as published (Gao et al. 2025): CIFTI runs and CSV files, or the volumes of its authors."""
 
 import csv
 import warnings
@@ -39,32 +38,25 @@ class CineBrainRelease(Release):
     """
 
     preprocessed = True
+    name = "CineBrainRelease"
     volumes = facts.CLIP_VOLUMES
+    film = facts.CINEBRAIN_FPS, facts.SECONDS["cinebrain"], 1
 
-    def __init__(
-        self,
-        raw: Path,
-        subject: int,
-        delay: int | None = None,
-        train_segments: int = 18,
-        test_segments: int = 2,
-    ):
-        self.raw, self.subject = Path(raw), subject
-        second = 11 if subject in facts.NINTH_SEASON else 21
+    def __post_init__(self):
+        second = 11 if self.subject in facts.NINTH_SEASON else 21
         episodes = [f"episode{n:02d}" for n in (*range(1, 11), *range(second, second + 10))]
-        self.splits = {"train": episodes[:18][:train_segments], "test": episodes[18:][:test_segments]}
+        train, test = episodes[:18], episodes[18:]
+        self.splits = {"train": train[: self.train_segments], "test": test[: self.test_segments]}
         self.run_of = {episode: run for run, episode in enumerate(episodes, 1)}
-        self.cifti = bool(self._find(subject, "dtseries/*.dtseries.nii"))
+        self.cifti = bool(self._find(self.subject, "dtseries/*.dtseries.nii"))
         if self.cifti:
-            self.delay = facts.CINEBRAIN_DELAY if delay is None else delay
-            if self.delay < 0:
-                raise ValueError(f"--delay {delay}: wanted 0 or more volumes of {facts.CINEBRAIN_TR} s")
-        elif delay is not None:
+            self.delay = facts.CINEBRAIN_DELAY if self.delay is None else self.delay
+        elif self.delay is not None:
             text = f"the preprocessed volumes of {self.raw} are delayed already"
-            raise ValueError(f"--delay {delay}: {text}; leave it out")
+            raise ValueError(f"--delay {self.delay}: {text}; leave it out")
         else:
-            text = f"{self.raw} has no CIFTI runs of subject {subject}: visual areas only, and no hippocampus"
-            warnings.warn(text, stacklevel=2)
+            missing = f"{self.raw} has no CIFTI runs of subject {self.subject}"
+            warnings.warn(f"{missing}: visual areas only, and no hippocampus", stacklevel=3)
         places = [self.raw / place for place in ("videos", "clips", "videos/clips", "video_annos/clips")]
         self.films = next((place for place in places if (place / "000000.mp4").is_file()), places[0])
         for episode in self.segments:
@@ -78,13 +70,12 @@ class CineBrainRelease(Release):
             raise FileNotFoundError(f"{missing[0]} is not there ({n} clips of {episode}): unpack videos.tar")
         if not self.files(episode):
             run = self.run_of[episode]
-            wanted = f"dtseries/*_run-{run}_*.dtseries.nii and beh_data/*_{run}.csv"
-            if not self.cifti:
-                first, *_, last = self._numbers(run)
-                wanted = f"visual_audio/{first}.npy to {last}.npy"
-            wanted = f"{self.raw}/sub_{self.subject:04d}/{wanted}"
-            advice = "download it (or --train-segments FEWER)"
-            raise FileNotFoundError(f"{episode} is not there whole: wanted {wanted}; {advice}")
+            numbers = self._numbers(run)
+            names = f"visual_audio/{numbers[0]}.npy to {numbers[-1]}.npy"
+            if self.cifti:
+                names = f"dtseries/*_run-{run}_*.dtseries.nii and beh_data/*_{run}.csv"
+            text = f"{episode} is not there whole: wanted {self.raw}/sub_{self.subject:04d}/{names}"
+            raise FileNotFoundError(f"{text}; download it (or --train-segments FEWER)")
 
     def _find(self, subject: int, pattern: str) -> list[Path]:
         folders = [self.raw / f"sub{dash}{subject:0{digits}d}" for digits in (4, 3) for dash in "_-"]
@@ -114,9 +105,8 @@ class CineBrainRelease(Release):
 
     @property
     def recipe(self) -> dict:
-        if self.cifti:
-            return super().recipe
-        return {**super().recipe, "recordings": "preprocessed volumes"}
+        recipe = super().recipe
+        return recipe if self.cifti else recipe | {"recordings": "preprocessed volumes"}
 
     @property
     def captions(self) -> dict[str, Path]:
@@ -127,8 +117,7 @@ class CineBrainRelease(Release):
         return self.films / f"{number:06d}.mp4", 0.0
 
     def stimulus(self, segment: str) -> list[Path]:
-        videos = [self.video(segment, clip) for clip in range(facts.EPISODE_CLIPS)]
-        return [film for film, _ in videos]
+        return [self.video(segment, clip)[0] for clip in range(facts.EPISODE_CLIPS)]
 
     def repeats(self, segment: str) -> int:
         return 1
@@ -167,15 +156,14 @@ class CineBrainRelease(Release):
     def _volumes(self, segment: str) -> np.ndarray:
         """The volumes of an episode, float32 (1350, N), as they are in the release."""
         files = self.files(segment)
+        index, _ = self.voxels
         if self.cifti:
             start, length = self.window(segment)
-            index, _ = self.voxels
             run = read_cifti(files[0], index, facts.CINEBRAIN_TR)
             if len(run) < start + length:
                 wanted = f"{start + length}: start, delay and 18 minutes of video"
                 raise ValueError(f"{files[0]} has {len(run)} volumes, wanted {wanted}")
             return run[start : start + length]
-        index, _ = self.voxels
         response = np.empty((len(files), len(index)), np.float32)
         for row, file in zip(response, files, strict=True):
             with reading(file, advice="unpack the archive again"):
@@ -212,13 +200,5 @@ class CineBrainRelease(Release):
 
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
         for file in self.stimulus(segment):
-            self._check_film(file)
+            check_film(file, *self.film)
             yield read_clip(file, 0.0, facts.SECONDS["cinebrain"])
-
-    def check(self) -> None:
-        for segment in self.segments:
-            film, _ = self.video(segment, 0)
-            self._check_film(film)
-
-    def _check_film(self, file: Path) -> None:
-        check_film(file, fps=facts.CINEBRAIN_FPS, seconds=facts.SECONDS["cinebrain"], over=1)

@@ -187,9 +187,13 @@ class FairRecall:
 
     def describe(self) -> str:
         """How many memories there are, and how many of them a clip may retrieve."""
-        choices = f"a clip may retrieve {self.fewest:,} to {self.most:,} of them, no near-copies"
-        caption = f"its own caption in {1 - self.p_hidden:.1%} of the steps"
-        return f"{len(self.trained):,} clips and memories; {choices}, {caption} (test clips: {self.test_share:.1%})"
+        choices = (
+            f"{len(self.trained):,} clips and memories; a clip may retrieve {self.fewest:,} to {self.most:,}"
+        )
+        caption = (
+            f"its own caption in {1 - self.p_hidden:.1%} of the steps (test clips: {self.test_share:.1%})"
+        )
+        return f"{choices} of them, no near-copies, {caption}"
 
     def copies_of(self, clips: np.ndarray) -> np.ndarray:
         """(B, training clips) bool: which training clips are near-copies of these?"""

@@ -5,39 +5,56 @@ segment is a piece of film that was shown as a whole; its name says whether it i
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from support import videos
+from support.videos import check_film, read_clips
 
 
+@dataclass
 class Release:
     """A source of recordings and films, read one run at a time. The defaults are those of films in which a
     clip lasts 2 s and has one volume.
 
-    raw: the folder of the release; subject: whose recordings these are
+    raw: the folder of the release; subject: whose recordings these are; name: of the recordings, in the manifest
+    delay: of the haemodynamic response, in volumes; None: recordings are taken as they are
+    train_segments, test_segments: only so many, from the first on
     splits: {"train": names of the segments, "test": ...}
     volumes: how many a clip has for itself; TR: seconds a volume
-    delay: of the haemodynamic response, in volumes; None: recordings are taken as they are
     preprocessed: do runs come trimmed, delayed and standardised?
     voxels: (N,) int64 index of each voxel in the source, (N,) str name of its area
+    film: what a film must be: frames a second, seconds, and how many seconds longer it may last
     """
 
     raw: Path
     subject: int
-    splits: dict[str, list[str]]
-    voxels: tuple[np.ndarray, np.ndarray]
+    delay: int | None = None
+    train_segments: int = 18
+    test_segments: int = 5
+
     volumes = 1
     TR = 2.0
-    delay: int | None = None
     preprocessed = False
+    film = None
+
+    def __post_init__(self):
+        """Finds the files. Raises FileNotFoundError for what is missing, ValueError for an option or a file
+        that does not fit."""
 
     @property
     def segments(self) -> list[str]:
         """Those of training, then those of testing."""
         return [*chain(*self.splits.values())]
+
+    @property
+    def recipe(self) -> dict:
+        """What makes the recordings, for the manifest."""
+        return {"release": self.name, "subject": self.subject, "delay": self.delay}
+
+    # ------------------------------------------------------------ recordings
 
     def repeats(self, segment: str) -> int:
         """How often the segment was shown."""
@@ -67,15 +84,7 @@ class Release:
         """The files of any subject's first run; none where the release lacks it."""
         return []
 
-    @property
-    def name(self) -> str:
-        """Of the recordings, in the manifest."""
-        return type(self).__name__
-
-    @property
-    def recipe(self) -> dict:
-        """What makes the recordings, for the manifest."""
-        return {"release": self.name, "subject": self.subject, "delay": self.delay}
+    # ------------------------------------------------------------ stimuli
 
     @property
     def captions(self) -> dict[str, Path]:
@@ -92,10 +101,12 @@ class Release:
 
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
         """The clips of a segment in order, uint8 (frames, H, W, 3) each."""
-        return videos.read_clips(self.stimulus(segment)[0], self.clips_of(segment))
+        return read_clips(self.stimulus(segment)[0], self.clips_of(segment))
 
     def check(self) -> None:
         """Raises ValueError where the films are not as they should be: before hours of work."""
+        for segment in self.segments if self.film else ():
+            check_film(self.stimulus(segment)[0], *self.film)
 
 
 def visible(folder: Path, *patterns: str) -> list[Path]:
@@ -103,15 +114,15 @@ def visible(folder: Path, *patterns: str) -> list[Path]:
     begin with a dot, and the folder __MACOSX of archives packed on a Mac."""
     paths = []
     for path in set(chain(*map(folder.glob, patterns))):
-        parts = path.relative_to(folder).parts
-        if not any(part.startswith(".") or part == "__MACOSX" for part in parts):
+        names = path.relative_to(folder).parts
+        if not any(name.startswith(".") or name == "__MACOSX" for name in names):
             paths.append(path)
     return sorted(paths)
 
 
-def only(paths: list[Path], what: str) -> list[Path]:
+def only(paths: list[Path], role: str) -> list[Path]:
     """The path itself, or none. Raises ValueError, naming both, where two would do."""
     if len(paths) > 1:
         first, second = paths[:2]
-        raise ValueError(f"{first} and {second} both look like {what}: move the wrong one out of the folder")
+        raise ValueError(f"{first} and {second} both look like {role}: move the wrong one out of the folder")
     return paths

@@ -72,6 +72,12 @@ def write_json(path: Path, value: object) -> None:
         part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
+def save_model(model, folder: Path) -> None:
+    """config.json and model.safetensors of a PyTorchModelHubMixin, without its card, which says nothing."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
 def save_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """write(temporary folder), whose files then replace those of `folder`."""
     with written_whole(folder) as part:

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from support.readers import reading
+
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 PIPELINES = {"WanPipeline": WanPipeline, "CogVideoXPipeline": CogVideoXPipeline}
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
@@ -32,7 +34,7 @@ def load_pipeline(
 
     What is not loaded is not downloaded either. tiling: the VAE works in tiles and clip by clip, in less
     memory. Raises ValueError where the pipeline is of another kind or damaged."""
-    try:
+    with reading(name, WANTED, ADVICE):  # whatever damage makes diffusers, transformers and safetensors say
         kind, config = _kind_and_config(name)
         if kind == "WanPipeline":  # no config of Wan's DiT has L: the pipeline is called with 512
             tokenizer = get_tokenizer_config(name, subfolder="tokenizer")
@@ -52,9 +54,6 @@ def load_pipeline(
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 _check_finite(part)
-    except Exception as error:  # whatever damage makes diffusers, transformers and safetensors say
-        fault = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
-        raise ValueError(f"{name}: found {fault}, wanted {WANTED}: {ADVICE}") from error
     if vae and tiling:
         pipe.vae.enable_tiling()
         pipe.vae.enable_slicing()
@@ -138,7 +137,8 @@ def load_lora(decoder, folder: Path) -> None:
     or of another model, rank or scale."""
     file, lora = Path(folder) / LORA_FILE, decoder.transformer.peft_config["default"]
     expected = get_peft_model_state_dict(decoder.transformer)
-    try:
+    matrices = f"the {len(expected)} matrices of rank {lora.r}, alpha {lora.lora_alpha} of {name_of(decoder)}"
+    with reading(file, matrices, "load it into the decoder, rank and alpha that it was trained with"):
         with safe_open(file, "pt") as opened:
             metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
             weights = {key.removeprefix("transformer."): opened.get_tensor(key) for key in opened.keys()}
@@ -150,9 +150,4 @@ def load_lora(decoder, folder: Path) -> None:
         for key, weight in weights.items():
             if not weight.isfinite().all():
                 raise ValueError(f"NaN or infinity in {key}")
-    except Exception as error:  # no such file, a damaged one, none of its metadata
-        fault = str(error)[:200] or type(error).__name__
-        wanted = f"{len(expected)} matrices of rank {lora.r}, alpha {lora.lora_alpha} of {name_of(decoder)}"
-        advice = "load it into the decoder, rank and alpha that it was trained with"
-        raise ValueError(f"{file}: found {fault}, wanted the {wanted}: {advice}") from error
     set_peft_model_state_dict(decoder.transformer, weights)

@@ -21,7 +21,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-KINDS = {"f": "floating-point", "u": "whole", "iu": "whole", "fiu": "real", "b": "true-or-false"}
+KINDS = {
+    "f": "floating-point",
+    "u": "whole",
+    "iu": "whole",
+    "fiu": "real",
+    "fiub": "real",
+    "b": "true-or-false",
+}
 Shape = Sequence[int | None] | None  # None: any, or of any size
 Type = type | tuple[type, ...]
 # faults of the machine, which no file is deleted for: the texts that libraries hand on in errors of their own
@@ -46,6 +53,16 @@ def damaged(path: Path | str, found: object, wanted: str, advice: str | None = N
     if any(words in text for words in ("pickle", "Weights only load", "mmap can only")):
         text = "a damaged file, or Python objects, which could run code"  # the library advises to load them
     return FileFault(f"{path}: found {text}, wanted {wanted}: {advice or _advice.get()}")
+
+
+@contextmanager
+def advising(advice: str) -> Iterator[None]:
+    """What errors about files inside advise, where they do not say it themselves."""
+    token = _advice.set(advice)
+    try:
+        yield
+    finally:
+        _advice.reset(token)
 
 
 @contextmanager
@@ -215,6 +232,6 @@ def load_model(kind: type, folder: Path, mend: str | None = None) -> nn.Module:
         read_json(folder / "config.json")
         open(weights, "rb").close()  # as in read_tensors
         with redirect_stdout(None):  # it prints where it reads the weights from
-            model = kind.from_pretrained(folder)
+            model = kind.from_pretrained(folder, strict=True)  # the mixin lets weights be missing
         check_tensors(model.state_dict(), weights)
     return model

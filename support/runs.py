@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from support.files import MissingData, save_folder, write_json, written_whole
 from support.options import check_name
-from support.readers import check_tensors, damaged, read_json, read_state, reading
+from support.readers import advising, check_tensors, damaged, read_json, read_state, reading
 
 # ---------------------------------------------------------------- the settings of a folder
 
@@ -48,7 +48,8 @@ def read_settings(file: Path, settings: dict, may_change: Sequence[str], advice:
     differ from these in more than what may change."""
     if not file.exists():
         return {}
-    stored = read_json(file)
+    with advising(advice):
+        stored = read_json(file)
     names = settings.keys() | stored.keys() - {"step", "steps_in_all"}
     differ = [name for name in sorted(names - {*may_change}) if stored.get(name) != settings.get(name)]
     if differ:
@@ -62,8 +63,7 @@ def claim(folder: Path, settings: dict, write: bool = True) -> None:
     """config.json of an evaluation's folder: what its videos are made by. Raises ValueError where others
     would join them."""
     file = folder / "config.json"
-    with reading(file, advice=f"to make them anew delete the folder: rm -r {folder}"):
-        read_settings(file, settings, (), f"to make its videos anew delete the folder: rm -r {folder}")
+    read_settings(file, settings, (), f"to make its videos anew delete the folder: rm -r {folder}")
     if write:
         write_json(file, settings)
 
@@ -91,7 +91,7 @@ def finished_run(places: Sequence[Path], settings: dict, keys: dict, advice: str
     """The first of these folders that holds a run, and its config.json with `keys` of their types. Raises
     FileNotFoundError where none does, ValueError where settings are not these or steps are left."""
     folder = next((place for place in places if (place / "config.json").is_file()), places[0])
-    with reading(folder, advice=advice):
+    with advising(advice):
         stored = read_json(folder / "config.json", keys=keys | {"step": int, "steps_in_all": int})
         expected = settings | {"step": stored["steps_in_all"]}
         actual = {name: stored[name] for name in expected}
@@ -165,12 +165,11 @@ class RunFolder:
         self.stopping = Stopping()
         advice = f"choose another --run NAME, or delete {folder}"
         try:
-            with reading(folder, advice=advice):
-                stored = read_settings(folder / "config.json", self.settings, may_change, advice)
-                self.first_step = stored.get("step", 0)
-                if not isinstance(self.first_step, int) or self.first_step > total:
-                    wanted = f"a step of 0 to {total}"
-                    raise damaged(folder / "config.json", f"step = {self.first_step!r}", wanted)
+            stored = read_settings(folder / "config.json", self.settings, may_change, advice)
+            self.first_step = stored.get("step", 0)
+            if not isinstance(self.first_step, int) or self.first_step > total:
+                wanted = f"a step of 0 to {total}"
+                raise damaged(folder / "config.json", f"step = {self.first_step!r}", wanted, advice)
         except ValueError:
             self.__exit__()
             raise
@@ -201,15 +200,12 @@ class RunFolder:
         if not self.first_step:
             return
         keys = {"step": int} | dict.fromkeys(state, dict)
-        with reading(self.state_file, advice=f"delete {self.folder} and train again"):
+        with reading(self.state_file, "what this run saved", f"delete {self.folder} and train again"):
             stored = read_state(self.state_file, keys)
             for name, part in state.items():
                 if all(isinstance(value, Tensor) for value in stored[name].values()):
                     check_tensors(stored[name], self.state_file)
-                try:
-                    part.load_state_dict(stored[name])
-                except Exception as error:  # other sizes, missing weights
-                    raise damaged(self.state_file, f"{name}: {error}", "what this run saved") from error
+                part.load_state_dict(stored[name])
             if not 0 < stored["step"] <= self.total:
                 raise damaged(self.state_file, f"step {stored['step']}", f"a step of 1 to {self.total}")
         self.first_step = stored["step"]

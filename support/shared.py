@@ -21,9 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from support.files import write_json, written_whole
+from support.files import save_model, write_json, written_whole
 from support.pipelines import check_prepared, save_lora
-from support.readers import check_array, check_keys, damaged, read_array, read_json, read_npz, read_tensors
+from support.readers import (
+    advising,
+    check_array,
+    check_keys,
+    damaged,
+    read_array,
+    read_json,
+    read_npz,
+    read_tensors,
+)
 
 MEMORIES = "memories.safetensors"
 PROJECT = Path(__file__).parents[1]
@@ -40,7 +49,7 @@ def locate(name: Path | str) -> Path:
     folder = Path(name)
     if not folder.exists() and re.fullmatch(HUB_ID, str(name)) and not folder.parent.exists():
         return Path(snapshot_download(str(name)))
-    if (folder / MEMORIES).is_file():
+    if (folder / MEMORIES).is_file() or (folder / "config.json").is_file():
         return folder
     if not (folder / "stage2" / "config.json").is_file():
         trained = ", ".join(sorted(stage2.parent.name for stage2 in folder.parent.glob("*/stage2"))) or "none"
@@ -111,9 +120,9 @@ def check_parts(stage1: Path, settings: dict, clips, brain_model, decoder) -> No
 def writers(model) -> dict[str, Callable[[Path], object]]:
     """What writes each folder of weights of an evaluate.CineNeuron."""
     return {
-        "brain_model": model.brain_model.save_pretrained,
-        "heads": model.heads.save_pretrained,
-        "mixture_of_memories": model.mom.save_pretrained,
+        "brain_model": partial(save_model, model.brain_model),
+        "heads": partial(save_model, model.heads),
+        "mixture_of_memories": partial(save_model, model.mom),
         "lora": partial(save_lora, model.decoder),
     }
 
@@ -135,8 +144,11 @@ def write_memories(folder: Path, model) -> None:
         np.savez(part, **model.voxels)
 
 
-def read_memories(folder: Path) -> tuple[Tensor, list[Tensor], Tensor, list[dict]]:
-    """e (N, 3, D), N captions (n_i, D_txt), the empty prompt (L, D_txt), N lines of clips.jsonl."""
+def read_memories(
+    folder: Path, D: int, L: int, D_txt: int
+) -> tuple[Tensor, list[Tensor], Tensor, list[dict]]:
+    """e (N, 3, D), N captions (n_i, D_txt), the empty prompt (L, D_txt), N lines of clips.jsonl; D of the
+    Brain Model, L and D_txt of the video decoder."""
     file = folder / MEMORIES
     # memory of their own, which is aligned as the run's is: products round otherwise where it is not
     tensors = {name: x.clone() for name, x in read_tensors(file).items()}
@@ -200,15 +212,17 @@ def read_fmri(file: Path, model) -> Tensor:
     """One recording, .npy (T, N) or (N,) -> x (1, T, N): the voxels of an evaluate.CineNeuron, or all those
     that are prepared of its subject. Raises FileNotFoundError, ValueError."""
     T, N, settings = model.brain_model.volumes, model.brain_model.voxels, model.settings
-    x = read_array(file, "fiu")
+    with advising("--fmri wants an array (T, N) like one clip of fmri.npy, saved by np.save"):
+        x = read_array(file, "fiu")
     volumes = x[None] if x.ndim == 1 else x  # (T, N)
     prepared = Path("data") / settings["data"] / f"sub{settings['subject']}" / "voxels.npz"
     if prepared.is_file() and volumes.shape != (T, N):
         index = read_npz(prepared, {"index": "iu", "roi": "U"})["index"]
         if volumes.shape == (T, len(index)):
             volumes = volumes[:, np.isin(index, model.voxels["index"])]
-    check_array(volumes, file, "fiu", (T, N), finite=True)
+    with advising("prepare it with data.py, as the clips of fmri.npy"):
+        check_array(volumes, file, "fiu", (T, N), finite=True)
     try:
         return check_fmri(volumes.astype(np.float32)[None], T, N)
     except ValueError as error:
-        raise damaged(file, str(error).removeprefix("x: found "), "z-scores") from error
+        raise ValueError(f"{file}, {error}") from error

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 def brain() -> tuple[float, list[torch.Tensor]]:
     from brain_model import BrainModel
-    from prepare.facts import PUBLISHED
+    from extras.plan import PUBLISHED
 
     model = BrainModel(PUBLISHED["cc2017"]["voxels"]).train()
     model.gradient_checkpointing = True
@@ -36,13 +36,19 @@ def brain() -> tuple[float, list[torch.Tensor]]:
 def wan() -> tuple[float, list[torch.Tensor]]:
     from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 
-    from prepare.facts import WAN_1_3B
+    from extras.plan import WAN_1_3B
 
     config = WAN_1_3B["transformer"]
     heads, head = config["num_attention_heads"], config["attention_head_dim"]
     width = heads * head
-    how = {"qk_norm": config["qk_norm"], "cross_attn_norm": config["cross_attn_norm"], "eps": config["eps"]}
-    block = WanTransformerBlock(width, config["ffn_dim"], heads, **how)
+    block = WanTransformerBlock(
+        width,
+        config["ffn_dim"],
+        heads,
+        qk_norm=config["qk_norm"],
+        cross_attn_norm=config["cross_attn_norm"],
+        eps=config["eps"],
+    )
     rotary = WanRotaryPosEmbed(head, tuple(config["patch_size"]), 1024)(torch.empty(1, 16, 15, 78, 78))
     h = torch.randn(1, 15 * 39 * 39, width, requires_grad=True)
     text, time_embedding = torch.randn(1, 512, width), torch.randn(1, 6, width)
@@ -63,11 +69,10 @@ if __name__ == "__main__":
             subprocess.run([sys.executable, __file__, name], check=True)
     else:
         torch.manual_seed(0)
-        seconds, tensors = {"brain": brain, "wan": wan}[part]()
+        seconds, tensors = brain() if part == "brain" else wan()
         finite = all(x.isfinite().all() for x in tensors)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(
-            f"{part}: {seconds:.1f} s on {torch.get_num_threads()} threads, {peak:.1f} GiB resident at most"
-        )
+        threads = torch.get_num_threads()
+        print(f"{part}: {seconds:.1f} s on {threads} threads, {peak:.1f} GiB resident at most")
         print(f"{part}: {len(tensors)} tensors and gradients, {'all finite' if finite else 'NOT FINITE'}")
         sys.exit(not finite)

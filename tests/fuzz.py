@@ -22,15 +22,16 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from support.experiment import BAD_INPUT, RunFolder, read_log  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 
 from brain_model import BrainModel  # noqa: E402
-from data import ClipDataset, DecoderData  # noqa: E402
+from data import Clips  # noqa: E402
 from evaluate import CineNeuron  # noqa: E402
 from heads import Stage1Heads  # noqa: E402
 from metrics.score import known_values  # noqa: E402
 from prepare.captions import read_captions  # noqa: E402
 from support.readers import load_model, read_json  # noqa: E402
+from support.runs import BAD_INPUT, RunFolder, read_log  # noqa: E402
 from support.videos import read_video, write_video  # noqa: E402
 
 JUNK = [None, True, -1, 0, 1e308, float("nan"), "", "x" * 99, [], {}, [[]], {"a": 1}, "\u2028", 2**70]
@@ -94,59 +95,51 @@ TEXT = [junk, junk, junk, *BYTES]
 
 
 def targets(root: Path) -> list[tuple[Path, Callable[[], object], list]]:
-    """(file, how the scripts read it, how to damage it)."""
+    """(file, the function that reads it as the scripts do, what may damage it)."""
     data, run = root / "data" / "cc2017", root / "runs/cc2017/sub1/full-s0"
     evaluation = next(run.glob("eval*"))
-    wan = str(root / "models" / "wan")
 
-    def dataset() -> None:
-        train = ClipDataset("cc2017", 1, "train", root=root / "data")
-        train.batch(np.arange(8), 0, 0)
+    def clips() -> None:
+        train = Clips("cc2017", 1, "train", None, "models/wan", (9, 32, 32), root / "data", batch_size=8)
+        train.batch(0)
         train.averaged(np.arange(8))
 
-    def decoder() -> None:
-        DecoderData("cc2017", wan, "train", root / "data", (9, 32, 32))
-
     def state() -> None:
-        model = load_model(BrainModel, run / "stage1" / "brain_model")
-        heads = load_model(Stage1Heads, run / "stage1" / "heads")
-        folder = RunFolder(
-            root / "copy" / "stage1", read_json(run / "stage1" / "config.json"), 4, "test.json"
-        )
-        folder.first_step = 4
-        folder.state_file = run / "stage1" / "state" / "state.pt"
-        folder.restore({"model": model, "heads": heads})
-        folder.close()
+        settings, log = read_json(run / "stage1" / "config.json"), "test.json"
+        with RunFolder(root / "copy" / "stage1", settings, 4, log, Accelerator(cpu=True)) as folder:
+            folder.first_step, folder.state_file = 4, run / "stage1" / "state" / "state.pt"
+            model = load_model(BrainModel, run / "stage1" / "brain_model")
+            folder.restore({"model": model, "heads": load_model(Stage1Heads, run / "stage1" / "heads")}, {})
 
-    found = [(p, dataset, BYTES) for p in [data / "sub1/train/fmri.npy", data / "sub1/voxels.npz"]]
+    def model() -> None:
+        CineNeuron.from_pretrained(run)
+
+    rows = [
+        (data / "sub1" / name, clips, BYTES)
+        for name in ("train/fmri.npy", "train/recorded.npy", "voxels.npz")
+    ]
     train = data / "stimuli" / "train"
-    found += [(train / f"{n}.npy", dataset, BYTES) for n in ("e_img", "e_txt", "e_act", "categories")]
-    found += [(train / n, dataset, TEXT) for n in ("clips.jsonl", "manifest.json")]
-    found += [
-        (train / "wan" / n, decoder, BYTES) for n in ("latents.npy", "text_tokens.npy", "text_offsets.npy")
-    ]
-    found += [(train / "wan" / "manifest.json", decoder, TEXT)]
-    found += [(run / "stage1/state/state.pt", state, BYTES)]
-    found += [(run / "stage1/log.jsonl", lambda: read_log(run / "stage1/log.jsonl"), TEXT)]
-    found += [
-        (p, lambda: CineNeuron.from_pretrained(run), BYTES)
-        for p in sorted(run.glob("stage2/*/*.safetensors"))
-    ]
-    found += [
-        (p, lambda: CineNeuron.from_pretrained(run), TEXT) for p in sorted(run.glob("stage2/*/config.json"))
-    ]
-    found += [(run / "stage2/config.json", lambda: CineNeuron.from_pretrained(run), TEXT)]
-    found += [
-        (p, lambda p=p: known_values(evaluation), TEXT) for p in sorted(evaluation.glob("values/*.jsonl"))
-    ]
-    videos = root / "videos"
+    for name in ("e_img", "e_txt", "e_act", "categories", "near_copies", "captions"):
+        rows.append((train / f"{name}.npy", clips, BYTES))
+    for name in ("latents", "text_tokens", "text_offsets"):
+        rows.append((train / "wan" / f"{name}.npy", clips, BYTES))
+    for name in ("clips.jsonl", "manifest.json", "wan/manifest.json"):
+        rows.append((train / name, clips, TEXT))
+    rows.append((run / "stage1/state/state.pt", state, BYTES))
+    rows.append((run / "stage1/log.jsonl", lambda: read_log(run / "stage1/log.jsonl"), TEXT))
+    stage2 = run / "stage2"
+    for file in sorted([*stage2.rglob("*.safetensors"), stage2 / "voxels.npz"]):
+        rows.append((file, model, BYTES))
+    for file in sorted([*stage2.rglob("config.json"), stage2 / "memories.json"]):
+        rows.append((file, model, TEXT))
+    for file in sorted(evaluation.glob("values/*.jsonl")):
+        rows.append((file, lambda: known_values(evaluation), TEXT))
+    videos, frames = root / "videos", np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)
     for suffix in (".mp4", ".gif"):
-        write_video(
-            videos / f"a{suffix}", np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8), 8
-        )
+        write_video(videos / f"a{suffix}", frames, 8)
     np.save(videos / "a.npy", np.zeros((9, 32, 32, 3), np.uint8))
-    found += [(p, lambda p=p: read_video(p), BYTES) for p in sorted(videos.iterdir())] * 4
-    return found + caption_targets(root) + cifti_targets(root)
+    rows += [(p, lambda p=p: read_video(p), BYTES) for p in sorted(videos.iterdir())] * 4
+    return rows + caption_targets(root) + cifti_targets(root)
 
 
 def caption_targets(root: Path) -> list:
@@ -202,26 +195,22 @@ def main() -> None:
     signal.signal(signal.SIGALRM, alarm)
     counts: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
-        root = make_world(Path(folder) / "world") if not (Path(folder) / "world").mkdir() else None
+        root = make_world(Path(folder))
         every = targets(root)
         os.chdir(root)
         for i in range(args.files):
             rng = random.Random(args.seed * 10**6 + i)
             path, read, ways = every[i % len(every)]
-            keep = path.read_bytes()
-            path.write_bytes(rng.choice(ways)(keep, rng))
+            content = path.read_bytes()
+            path.write_bytes(rng.choice(ways)(content, rng))
             signal.alarm(70)
             try:
                 read()
                 counts["read"] += 1
             except BAD_INPUT as error:
-                named = (
-                    path.name in str(error)
-                    or path.parent.name in str(error)
-                    or path.parent.parent.name in str(error)
-                )
-                counts["refused, named" if named else "refused, not named"] += 1
-                if not named:
+                is_named = any(part in str(error) for part in (path.name, *path.parts[-3:-1]))
+                counts["refused, named" if is_named else "refused, not named"] += 1
+                if not is_named:
                     print(f"{i} {path.name}: {str(error)[:200]}")
             except Hang:
                 counts["HANG"] += 1
@@ -232,7 +221,7 @@ def main() -> None:
                 print("\n".join(traceback.format_exc().splitlines()[-8:-1]))
             finally:
                 signal.alarm(0)
-                path.write_bytes(keep)
+                path.write_bytes(content)
                 shutil.rmtree(root / "copy", ignore_errors=True)
     os.chdir(Path(__file__).parent)
     print(", ".join(f"{n} {name}" for name, n in counts.most_common()))

@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import environment, write_prepared
+from conftest import REPO, environment, write_prepared
 from test_evaluate import SIZE, Films
 from test_video_decoder import wan_pipeline
 
@@ -39,7 +39,7 @@ def world(tmp_path_factory) -> Path:
         write_video(folder / "raw" / "stimuli" / f"{name}.mp4", bars, 10)
     torch.manual_seed(0)
     wan_pipeline().save_pretrained(root / "models" / "wan")
-    prepare_decoder("cc2017", films, root / "data", str(root / "models" / "wan"), *SIZE)
+    prepare_decoder(films, folder / "stimuli", str(root / "models" / "wan"), SIZE)
     return root
 
 
@@ -56,7 +56,8 @@ def here(world, monkeypatch) -> Path:
 
 def commands(*argv: str) -> list[str]:
     config = ablations.parse_options(ablations.Config, {"toy": {}, "cinebrain": {}}, "", "", argv)
-    return [" ".join(job.options[6:]) for wave in ablations.plan(config).waves for job in wave]
+    rows = ablations.rows_of(config.table, config.data, config.subject)
+    return [" ".join(job.options[6:]) for wave in ablations.plan(config, rows).waves for job in wave]
 
 
 def test_the_rows_share_their_stage_1(tmp_path, monkeypatch):
@@ -110,7 +111,7 @@ def test_a_region_without_voxels_is_not_trained(tmp_path, monkeypatch):
     rows = ablations.rows_of(5, "toy", 1)
     assert [bool(row.lacks) for row in rows] == [False, False, True]
     visual, all_voxels = (row.stage1 for row in rows[:2])
-    assert visual == ["--rois", "visual", "--run", "visual"] and all_voxels == []  # the run `full`
+    assert visual == ["--rois", "visual", "--run", "visual"] and not all_voxels  # the run `full`
     assert len(commands("--table", "5", "--seeds", "0")) == 2 + 2 + 3
     np.savez(voxels, index=np.arange(3), roi=np.array(["L_V1", "hippocampus_left", "R_p24"]))
     rows = ablations.rows_of(5, "toy", 1)
@@ -180,10 +181,9 @@ def test_when_one_fails_the_others_are_told_once(tmp_path, monkeypatch):
     jobs = []
     for name in ("good", "bad", "later"):
         folder = tmp_path / f"{name}-s0" / "stage1"
-        jobs.append(ablations.Job("train_stage1.py", [str(tmp_path / name)], folder, None))
-    runner = ablations.Runner(2, tmp_path / "logs")
+        jobs.append(ablations.Job("stage1", [str(tmp_path / name)], folder, None))
     with pytest.raises(ValueError, match="bad ended with status 1: this went wrong"):
-        runner.run(jobs)
+        ablations.run(jobs, 2, tmp_path / "logs")
     assert (tmp_path / "good").read_text() == "1" and not (tmp_path / "later").exists()
     assert sorted(file.name for file in (tmp_path / "logs").iterdir()) == [
         "bad-s0-stage1.log",
@@ -202,9 +202,9 @@ def test_ctrl_c_lets_those_under_way_save(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ablations.time, "sleep", interrupted)
-    job = ablations.Job("train_stage1.py", [str(tmp_path / "good")], folder, None)
+    job = ablations.Job("stage1", [str(tmp_path / "good")], folder, None)
     with pytest.raises(KeyboardInterrupt):
-        ablations.Runner(1, tmp_path / "logs").run([job, job])
+        ablations.run([job, job], 1, tmp_path / "logs")
     assert (tmp_path / "good").read_text() == "1"  # told once, and waited for
 
 
@@ -335,6 +335,14 @@ def test_the_page_keeps_the_words_around_its_tables(result, tmp_path):
     assert page.read_text() == "# Words\n"
 
 
+def test_the_page_is_what_the_results_make(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    page = tmp_path / "ablations.md"
+    page.write_bytes(ablation_tables.PAGE.read_bytes())
+    ablation_tables.write_page(page)
+    assert page.read_bytes() == ablation_tables.PAGE.read_bytes()
+
+
 def test_runs_of_other_clips_do_not_join(tmp_path):
     files = [write_metrics(tmp_path, "a", seed, np.ones(CLIPS), np.ones(CLIPS)) for seed in (0, 1)]
     cut = json.loads(files[1].read_text())
@@ -351,6 +359,24 @@ def test_options_out_of_range(options, said, capsys):
     with pytest.raises((SystemExit, ValueError)) as stopped:
         ablations.main(options.split())
     assert said in capsys.readouterr().err + str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--stage1", "--seed 5"], "--stage1 '--seed 5': --seed is the table's to set"),
+        (["--table", "5", "--stage1=--rois=visual"], "--rois is the table's to set"),
+        (["--evaluate=--shuffle"], "--evaluate '--shuffle': --shuffle is the table's"),
+        (["--evaluate", "--compare full"], "--compare is the table's"),
+        (["--stage1", "--run small"], "two rows would be one run, runs/toy/sub1/small-no-mom-s0"),
+        (["--stage2=--no-integration"], "choose one"),
+    ],
+)
+def test_options_that_break_the_table_are_refused_before_any_training(options, error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=error):
+        ablations.main([*options, "--dry-run"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_films_that_are_missing_are_told_before_any_training(tmp_path, monkeypatch):

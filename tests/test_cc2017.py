@@ -16,7 +16,7 @@ from conftest import REPO, environment, run_script
 from mini_releases import CLIPS, write_neuroclips, write_purdue
 from test_video_decoder import L, cogvideox_pipeline, wan_pipeline
 
-from data import ClipDataset
+from data import Clips
 from prepare.captions import describe_clips
 from prepare.cc2017 import NeuroClipsRelease, NeuroClipsWithFilms, PurdueRelease
 from prepare.command import main
@@ -212,7 +212,7 @@ def test_a_copy_of_another_subject_is_refused_and_subjects_share_their_stimuli(
     with pytest.warns(UserWarning, match="is not there; this showing of test1 is masked"):
         main([*command, "--allow-duplicate-subject"])
     assert (folder / "data" / "cc2017" / "stimuli" / "train" / "e_img.npy").stat().st_mtime_ns == made
-    assert len(ClipDataset("cc2017", 2, "test")) == CLIPS
+    assert len(Clips("cc2017", 2, "test")) == CLIPS
     shutil.rmtree(copy)
     shutil.rmtree(folder / "data" / "cc2017" / "sub2")  # else subject 1 would be refused next
 

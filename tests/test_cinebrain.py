@@ -17,11 +17,12 @@ from test_video_decoder import L, wan_pipeline
 import evaluate
 import train_stage1
 import train_stage2
-from data import ClipDataset
+from data import Clips
 from prepare import command
 from prepare.captions import describe_clips
 from prepare.cifti import mmp_areas
 from prepare.cinebrain import CineBrainRelease
+from prepare.copies import prepare_recorded
 from prepare.decoder import prepare_decoder
 from prepare.facts import AUDITORY_AND_LANGUAGE, GRAYORDINATES, ROIS, in_areas, stimuli_folder
 from prepare.fmri import prepare_fmri, refuse_twins
@@ -157,12 +158,12 @@ def test_training_and_evaluation_run_on_it(here, release):
 
 def test_the_regions_are_chosen_at_training(here):
     sizes = {
-        rois: ClipDataset("cinebrain", 3, "test", rois).sizes["voxels"]
+        rois: Clips("cinebrain", 3, "test", rois).sizes["voxels"]
         for rois in ("visual", "hippocampus", "visual,hippocampus,mpfc")
     }
     assert sizes == {"visual": 8_405, "hippocampus": 1_559, "visual,hippocampus,mpfc": 13_204}
-    batch = ClipDataset("cinebrain", 3, "train", "mpfc").batch(np.array([5, 7]), 0, 0)
-    assert batch["x"].shape == (2, 5, 3_240) and batch["x"].std() > 0.1
+    batch = Clips("cinebrain", 3, "train", "mpfc", batch_size=2).batch(0)
+    assert batch.x.shape == (2, 5, 3_240) and batch.x.std() > 0.1
 
 
 def test_preprocessed_volumes_give_the_same_visual_recordings(here, release, tmp_path, monkeypatch):
@@ -171,10 +172,11 @@ def test_preprocessed_volumes_give_the_same_visual_recordings(here, release, tmp
     with pytest.warns(UserWarning, match="no CIFTI runs of subject 3: visual areas only"):
         source = CineBrainRelease(tmp_path / "raw", 3, train_segments=1, test_segments=1)
     prepare_fmri(source, tmp_path / "data" / "cinebrain" / "sub3", {}, 5)
+    prepare_recorded(tmp_path / "data" / "cinebrain" / "sub3")
     shutil.copytree(here / "data" / "cinebrain" / "stimuli", tmp_path / "data" / "cinebrain" / "stimuli")
     theirs, ours = (
-        ClipDataset("cinebrain", 3, "test", "visual"),
-        ClipDataset("cinebrain", 3, "test", "visual", root=here / "data"),
+        Clips("cinebrain", 3, "test", "visual"),
+        Clips("cinebrain", 3, "test", "visual", root=here / "data"),
     )
     assert np.array_equal(theirs.index, ours.index) and np.array_equal(theirs.roi, ours.roi)
     np.testing.assert_allclose(theirs.averaged(), ours.averaged(), atol=2e-3)
@@ -182,7 +184,7 @@ def test_preprocessed_volumes_give_the_same_visual_recordings(here, release, tmp
         ValueError,
         match="none of the voxels of .* lies in hippocampus, they are in .*CIFTI runs, or leave it out",
     ):
-        ClipDataset("cinebrain", 3, "train", "visual,hippocampus")
+        Clips("cinebrain", 3, "train", "visual,hippocampus")
     with pytest.raises(ValueError, match="--delay 5: the preprocessed volumes"):
         CineBrainRelease(tmp_path / "raw", 3, 5, 1, 1)
     volume = tmp_path / "raw" / "sub-0003" / "visual_audio" / "7.npy"
@@ -281,7 +283,7 @@ def test_what_is_missing_is_named(empty_release, monkeypatch, tmp_path):
         CineBrainRelease(empty_release, 1)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="python data.py cinebrain --raw RAW --subject 2"):
-        ClipDataset("cinebrain", 2, "train")
+        Clips("cinebrain", 2, "train")
 
 
 @pytest.mark.parametrize("times", ["nan,1092.0", "-9.0,1071.0", "12.0", "", "a,b", "12.0,inf"])

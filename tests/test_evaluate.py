@@ -18,14 +18,13 @@ from PIL import Image
 from test_metrics import write_classifier
 from test_video_decoder import wan_pipeline
 
-import evaluate
 from brain_model import BrainModel
 from data import Clips
 from evaluate import CineNeuron, load_decoder, main
 from heads import Stage1Heads
 from metrics.attributes import class_probabilities, recognise, shares
 from metrics.held_out import Films as Stimuli, describe, reconstruct
-from metrics.options import Config, parse
+from metrics.options import Config
 from metrics.pairs import other_scenes
 from metrics.report import Evaluation
 from prepare.copies import far_apart, has_near_copy, mean_frames, prepare_copies
@@ -49,7 +48,6 @@ SETTINGS = dict(
     data="cc2017", subject=1, seed=0, mom=True, integration=True, K=3, alpha=1.0,
     attention_heads=4, frames=SIZE[0], height=SIZE[1], width=SIZE[2], lora_rank=4, lora_alpha=8,
     noise_shift=1.0, checkpointing=False, sampling_steps=2, guidance=2.0, sample_every=0, step=6, steps_in_all=6,
-    stage1_config=dict(rois=None, tau=0.07, lambda_1=1.0, lambda_2=1.0),
 )  # fmt: skip
 
 
@@ -102,11 +100,13 @@ def write_world(root: Path, describe_clip, noise: float = 0.0, copies: int = 0) 
 
 def write_run(run: Path, **changes) -> None:
     """What both stages leave in the working directory, with a LoRA and zero-convolutions that are away from zero."""
-    settings = SETTINGS | {"decoder": str(Path("models/wan").absolute())} | changes
+    decoder = str(Path("models/wan").absolute())
+    train = Clips("cc2017", 1, "train", None, decoder, SIZE)
+    stage1 = dict(rois=None, sizes=train.sizes, tau=0.07, lambda_1=1.0, lambda_2=1.0)
+    settings = SETTINGS | {"decoder": decoder, "stage1_config": stage1} | changes
     torch.manual_seed(0)
     BrainModel(40, 1, L, WIDTH, 1, 4, D).save_pretrained(run / "stage1" / "brain_model")
     Stage1Heads(D, 3, 4).save_pretrained(run / "stage1" / "heads")
-    train = Clips("cc2017", 1, "train", None, settings["decoder"], SIZE)
     model = CineNeuron.from_stage1(run / "stage1", settings, train)
     for name, p in model.named_parameters():
         if ".Z_" in name or "lora_B" in name:
@@ -470,22 +470,17 @@ def test_recordings_of_any_kind_of_numbers(model, tmp_path, kind):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (np.full(40, np.nan), r"found nan at \(0, 0\), wanted finite"),
         (np.zeros(40), "found 0 ± 0.*wanted z-scores"),
         (np.zeros(41), r"found float64 of shape \(1, 41\), wanted .*\(1, 40\)"),
         (np.zeros((2, 40)), r"found float64 of shape \(2, 40\), wanted .*\(1, 40\)"),
         (np.zeros((1, 1, 40)), r"found float64 of shape \(1, 1, 40\), wanted .*\(1, 40\)"),
         (np.float32(1), r"found float32 of shape \(\), wanted"),
         (np.linspace(9000, 11000, 40), "found 1e.04 ± 599.*wanted z-scores"),
-        (np.array(["a"] * 40), "found <U1 .*wanted real numbers"),
-        (np.array([None] * 40), "found .*wanted a whole .npy file"),
-        (b"0.1, 0.2", "found .*wanted a whole .npy file"),
-        (b"", "found .*wanted a whole .npy file"),
     ],
 )
 def test_recordings_that_do_not_fit(model, tmp_path, content, message):
     file = tmp_path / "x.npy"
-    file.write_bytes(content) if isinstance(content, bytes) else np.save(file, content)
+    np.save(file, content)
     with pytest.raises(ValueError, match=f"x.npy: {message}"):
         shared.read_fmri(file, model)
 
@@ -493,46 +488,6 @@ def test_recordings_that_do_not_fit(model, tmp_path, content, message):
 def test_recording_that_is_not_there(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="x.npy is not there"):
         shared.read_fmri(tmp_path / "x.npy", model)
-
-
-# -- options ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options, names",
-    [
-        ("--split", "--split without --pairs"),
-        ("--skip-bad", "--skip_bad without --pairs"),
-        ("--out x.gif", "--out without --fmri or --pairs"),
-        ("--fmri x.npy --pairs y", "--fmri with --pairs"),
-        ("--pairs y --compare full", "--pairs with --compare"),
-        ("--shuffle --pairs y", "--shuffle with --pairs"),
-        ("--clips 3 --fmri x.npy", "--clips with --fmri"),
-        ("--guidance 0 --pairs y", "--guidance with --pairs"),
-        ("--fmri x.npy --out y.avi", "y.avi: found the suffix .avi, wanted .mp4 or .gif"),
-        ("--metrics ssim,lpips", "--metrics lpips: there are video_2way"),
-        ("--run ../x", "--run ../x: wanted"),
-    ],
-)
-def test_options_that_do_not_fit_together(options, names, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=names):
-        main(parse(options.split(), evaluate.__doc__))
-    assert not [*tmp_path.iterdir()]
-
-
-OUT_OF_RANGE = (
-    "clips=0 batch_size=0 steps=-1 guidance=inf guidance=-1 fps=0 fps=1e9 seconds=nan seconds=0 trials=-1 "
-    "subject=0 seed=-1 size=128 flow=tv-l1 classifier_frames=8"
-)
-
-
-@pytest.mark.parametrize("option", OUT_OF_RANGE.split())
-def test_options_out_of_range(option, capsys):
-    with pytest.raises(SystemExit) as end:
-        parse([f"--{option}"], evaluate.__doc__)
-    assert end.value.code == 2
-    assert f"--{option.split('=')[0]} " in capsys.readouterr().err
 
 
 # -- toy world: what is recognised ------------------------------------------------------------------------

@@ -239,6 +239,11 @@ STATE = ANY | {
     "no model": state(lambda s: {"step": 2}),
     "list": state(lambda s: [s]),
 }
+MISSING = {"missing": Path.unlink}
+OLD = {  # settings of a run of another version of this program
+    "an option that went": to_json(with_(attention_kernel="auto")),
+    "an option that came": to_json(without("optimizer")),
+}
 STIMULI, SUBJECT, FULL = "data/cc2017/stimuli", "data/cc2017/sub1", "runs/cc2017/sub1/full-s0"
 DECODED = f"{STIMULI}/train/wan"
 
@@ -265,12 +270,14 @@ CASES = (
         "classes are a number": to_json(lambda m: m | {"categories.npy": {"recipe": {"classes": 4}, "inputs": {}}}),
     })
     | rows_of("s1", f"{SUBJECT}/voxels.npz", ANY)
-    | rows_of("s1", f"{SUBJECT}/train/recorded.npy", NUMBERS, but="bool")
+    | rows_of("s1", f"{SUBJECT}/train/recorded.npy", NUMBERS | MISSING, but="bool")
     | rows_of("s1", f"{STIMULI}/train/near_copies.npy", NUMBERS)
-    | rows_of("s1", f"{STIMULI}/train/captions.npy", NUMBERS, but="onedim")
+    | rows_of("s1", f"{STIMULI}/train/captions.npy", NUMBERS | MISSING, but="onedim")
     | rows_of("s1", f"{STIMULI}/test/captions.npy", NPY)
     | rows_of("ev", f"{STIMULI}/test/near_copies.npy", NPY)
     | rows_of("s1again", f"{FULL}/stage1/config.json", JSON)
+    | rows_of("s1again", f"{FULL}/stage1/config.json", OLD, name="stage1 was made with")
+    | rows_of("s2again", f"{FULL}/stage2/config.json", OLD, name="stage2 was made with")
     | rows_of("s2", f"{FULL}/stage1/config.json", JSON | {"no rois": to_json(without("rois")), "tau is text": to_json(with_(tau="x"))},
               name="stage1")
     | rows_of("s2", f"{FULL}/stage1/brain_model/config.json", JSON, name="brain_model")
@@ -291,9 +298,9 @@ CASES = (
     | rows_of("ev", f"{FULL}/stage2/heads/config.json", JSON, name="heads")
     | rows_of("ev", f"{FULL}/stage2/mixture_of_memories/model.safetensors", WEIGHTS, name="mixture_of_memories")
     | rows_of("ev", f"{FULL}/stage2/lora/pytorch_lora_weights.safetensors", WEIGHTS, name="lora", but="left over")
-    | rows_of("ev", f"{FULL}/stage2/memories.safetensors", WEIGHTS)
+    | rows_of("ev", f"{FULL}/stage2/memories.safetensors", WEIGHTS | MISSING)
     | rows_of("ev", f"{FULL}/stage2/memories.json", MEMORIES)
-    | rows_of("ev", f"{FULL}/stage2/voxels.npz", ANY)
+    | rows_of("ev", f"{FULL}/stage2/voxels.npz", ANY | MISSING)
     | rows_of("fmri", "x.npy", FLOATS, but="float64, bool, onedim, fewer")
     | rows_of("pairs", "pairs/ours/0000.mp4", ANY, name="0000")
     | rows_of("compare", f"{FULL}/EVAL/metrics.json", JSON | {
@@ -332,6 +339,16 @@ def test_a_damaged_checkpoint_is_one_error(damage: str, world, tmp_path, monkeyp
     assert hashes_of(root) == before and not (root / "exploded").exists()
 
 
+def test_data_of_an_older_version_are_to_be_prepared_anew(world, monkeypatch, capfd):
+    """The guide to a dataset ends with what is not there."""
+    monkeypatch.chdir(world)
+    file = Path(STIMULI, "train", "near_copies.npy")
+    file.rename("aside.npy")
+    status = call("s1")
+    Path("aside.npy").rename(file)
+    assert status == 1 and capfd.readouterr().err.endswith(f"{file} is not there.\n")
+
+
 # ---------------------------------------------------------------- options
 
 BAD = "nan inf -1 x"
@@ -351,18 +368,16 @@ OPTIONS = {
     },
     "ev": {
         "steps": "0 -1", "guidance": BAD, "clips": "0 -1", "fps": "0 1e9 nan", "seconds": "0 nan -1", "trials": "-1",
-        "batch_size": "0", "metrics": "ssim,beauty", "size": "big", "flow": "tv-l1", "run": "absent ..", "out": "x.avi",
+        "batch_size": "0", "metrics": "ssim,beauty", "size": "big 128", "subject": "0", "seed": "-1", "classifier_frames": "8", "flow": "tv-l1", "run": "absent ..", "out": "x.avi",
     },
 }  # fmt: skip
-ASKED = [
-    (c, name, value)
-    for c, options in OPTIONS.items()
-    for name, values in options.items()
-    for value in values.split()
-]
+OUT_OF_RANGE = []
+for command, options in OPTIONS.items():
+    for name, values in options.items():
+        OUT_OF_RANGE += [(command, name, value) for value in values.split()]
 
 
-@pytest.mark.parametrize(("command", "name", "value"), ASKED)
+@pytest.mark.parametrize(("command", "name", "value"), OUT_OF_RANGE)
 def test_an_option_out_of_range_is_one_error(command: str, name: str, value: str, world, monkeypatch, capfd):
     monkeypatch.chdir(world)
     before = hashes_of(world)
@@ -376,8 +391,11 @@ def test_an_option_out_of_range_is_one_error(command: str, name: str, value: str
 
 @pytest.mark.parametrize(
     ("command", "more", "name"),
-    [("ev", "--split", "--split"), ("ev", "--skip_bad", "--skip_bad"), ("pairs", "--shuffle", "--shuffle"),
-     ("pairs", "--fmri x.npy", "--fmri"), ("fmri", "--clips 3", "--clips"), ("s2", "--no-mom --no-integration", "--no")],
+    [("ev", "--split", "--split without --pairs"), ("ev", "--skip_bad", "--skip_bad without --pairs"),
+     ("ev", "--out x.gif", "--out without --fmri or --pairs"), ("pairs", "--shuffle", "--shuffle with --pairs"),
+     ("pairs", "--fmri x.npy", "--fmri with --pairs"), ("pairs", "--compare full", "--pairs with --compare"),
+     ("pairs", "--guidance 0", "--guidance with --pairs"), ("fmri", "--clips 3", "--clips with --fmri"),
+     ("s2", "--no-mom --no-integration", "--no-mom and --no-integration")],
 )  # fmt: skip
 def test_options_that_do_nothing_together_are_refused(command, more, name, world, monkeypatch, capfd):
     monkeypatch.chdir(world)

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import REPO, environment, sha256
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from support.experiment import RunFolder, brief, read_log, run_folder, share
 
 from brain_model import BrainModel
 from support.files import (
@@ -45,6 +45,7 @@ from support.readers import (
     read_tensors,
     reading,
 )
+from support.runs import RunFolder, brief, claim, finished_run, read_log, run_folder
 
 # ---------------------------------------------------------------- readers
 
@@ -425,12 +426,6 @@ def test_the_folder_of_a_run():
     assert str(run_folder("toy", 1, "full-no-mom", 0)) == "runs/toy/sub1/full-no-mom-s0"
 
 
-@pytest.mark.parametrize(("n", "world"), [(15, 2), (7, 3), (4, 4), (2, 5)])
-def test_shares_cover_everything_once(n: int, world: int):
-    items = list(range(n))
-    assert sum((items[share(items, rank, world)] for rank in range(world)), []) == items
-
-
 # ---------------------------------------------------------------- runs
 
 
@@ -439,75 +434,146 @@ def weights(value: float = 1.0, rows: int = 1) -> dict:
 
 
 def begin(tmp_path, **settings) -> RunFolder:
-    return RunFolder(
-        tmp_path / "runs" / "r" / "stage1", {"lr": 1.0, "seed": 0} | settings, 4, "losses.png", ("seed",)
-    )
+    settings = {"lr": 1.0, "seed": 0, "save_every": 2, "log_every": 1} | settings
+    folder = tmp_path / "runs" / "r" / "stage1"
+    return RunFolder(folder, settings, 4, "losses.png", Accelerator(cpu=True), ("seed",))
+
+
+def restore(run: RunFolder, model: torch.nn.Module, **more) -> None:
+    run.restore({"model": model}, {"model": lambda folder: (folder / "weights").write_text("whole")}, **more)
+
+
+def train(run: RunFolder, model: torch.nn.Module, steps: int, **more) -> None:
+    """The steps that are left, `steps` of them at most; a step writes its number into the weights."""
+    restore(run, model, **more)
+    for step, _ in zip(run.steps(), range(steps), strict=False):
+        torch.nn.init.constant_(model.weight, step)
+        run.after_step(step, {"loss": torch.tensor(float(step))}, {"lr": 0.5}, lambda: {"held out": 1.0})
+
+
+def contents(folder: Path) -> dict[Path, str]:
+    return {file: sha256(file) for file in folder.rglob("*") if file.is_file()}
 
 
 def test_a_run_goes_on_finishes_and_refuses_other_settings(tmp_path):
     model = torch.nn.Linear(2, 1)
     with begin(tmp_path) as run:
-        assert run.restore({"model": model}) == 0 and not run.finished
+        restore(run, model)
+        assert run.first_step == 0 and not run.finished
     assert not (tmp_path / "runs").exists()  # nothing before the first batch has worked
     with begin(tmp_path) as run:
-        for step in range(3):
-            run.log(step, {"loss": 1.0})
-        run.save(2, {"model": model}, {})
-    other = torch.nn.Linear(2, 1)
+        train(run, model, 3)  # of which two are saved
     with begin(tmp_path, seed=5) as run:  # what may change
-        assert run.restore({"model": other}) == 2 and torch.equal(model.weight, other.weight)
+        restore(run, model)
+        assert run.first_step == 2 and model.weight.tolist() == [[1, 1]]
         run.log(2, {"loss": 9.0})
-        assert [row["loss"] for row in read_log(run.log_file)] == [1.0, 1.0, 9.0]
-    before = {path: sha256(path) for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"lr 1.0 \(now 2.0\).*--run NAME"):
+        rows = read_log(run.log_file)
+        assert [row["loss"] for row in rows] == [0, 1, 9]  # what came after the checkpoint goes
+        assert rows[1] == {"step": 1, "loss": 1, "lr": 0.5, "held out": 1} and "held out" not in rows[0]
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"^\S+stage1 was made with lr 1.0 \(now 2.0\): .*--run NAME"):
         begin(tmp_path, lr=2.0)
-    assert {path: sha256(path) for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert contents(tmp_path) == before
     with begin(tmp_path) as run:
-        run.restore({"model": other})
-        run.save(4, {"model": other}, {})
+        train(run, model, 4)
+        assert read_json(run.folder / "config.json")["step"] == 4
+        assert (run.folder / "model" / "weights").read_text() == "whole"
     with begin(tmp_path) as run:
         assert not run.finished  # what is written last is missing
-        (run.folder / "losses.png").write_text("")
+        run.finish({"loss": "a loss"}, "A run", {"table.txt": "text", "table.json": {"a": 1}})
+        assert read_json(run.folder / "table.json") == {"a": 1}
     with begin(tmp_path) as run:
         assert run.finished
+
+
+def test_samples_and_what_is_written_once(tmp_path):
+    model, files, folders = torch.nn.Linear(2, 1), [], []
+    for _ in range(2):
+        with begin(tmp_path, sample_every=1) as run:
+            train(run, model, 2, write_once=folders.append, sample=files.append)
+    assert [file.name for file in files] == [f"step-{step:06d}.gif" for step in (1, 2, 3, 4)]
+    assert folders == [run.folder]
+
+
+@pytest.mark.parametrize("step", [5, "2", None])
+def test_a_damaged_step_is_one_error(step, tmp_path):
+    with begin(tmp_path) as run:
+        train(run, torch.nn.Linear(2, 1), 2)
+    file = run.folder / "config.json"
+    write_json(file, read_json(file) | {"step": step})
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="config.json: found step = .*another --run NAME"):
+        begin(tmp_path)
+    assert contents(tmp_path) == before
 
 
 def test_one_process_at_a_time(tmp_path):
     with begin(tmp_path), pytest.raises(ValueError, match="another process works in it"):
         begin(tmp_path)
-    begin(tmp_path).close()
+    with begin(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(
     "state",
     [[1], {"model": {}}, {"step": "2", "model": {}}, {"step": 9, "model": weights()}, {"step": 2},
-     {"step": 2, "model": weights(rows=3)}, {"step": 2, "model": {}},
+     {"step": 2, "model": weights(rows=3)}, {"step": 2, "model": {}}, {"step": 0, "model": weights()},
      {"step": 2, "model": weights(torch.nan)}],
 )  # fmt: skip
 def test_a_damaged_state_is_one_error(state, tmp_path):
     model = torch.nn.Linear(2, 1)
     with begin(tmp_path) as run:
-        run.save(2, {"model": model}, {})
-        torch.save(state, run.state_file)
+        train(run, model, 2)
+    torch.save(state, run.state_file)
     with begin(tmp_path) as run, pytest.raises(ValueError, match="state.pt.*found.*wanted.*train again"):
-        run.restore({"model": model})
+        restore(run, model)
+
+
+def test_settings_of_an_evaluation_are_claimed(tmp_path):
+    claim(tmp_path / "eval", {"steps": 2}, write=False)
+    assert not (tmp_path / "eval").exists()
+    claim(tmp_path / "eval", {"steps": 2})
+    claim(tmp_path / "eval", {"steps": 2})
+    with pytest.raises(ValueError, match=r"^\S+eval was made with steps 2 \(now 3\): .*rm -r "):
+        claim(tmp_path / "eval", {"steps": 3})
+    (tmp_path / "eval" / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="config.json: found list.*rm -r "):
+        claim(tmp_path / "eval", {"steps": 2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({}, None), ({"step": 3}, "found .*'step': 3.*a finished run: train"), ({"subject": 2}, "found .*'subject': 2"),
+     ({"subject": "1"}, "subject as int"), ({"steps_in_all": None}, "steps_in_all as int")],
+)  # fmt: skip
+def test_only_a_finished_run_is_started_from(changes, message, tmp_path):
+    places = [tmp_path / "absent", tmp_path / "run"]
+    write_json(tmp_path / "run" / "config.json", {"subject": 1, "step": 4, "steps_in_all": 4} | changes)
+    if message is None:
+        assert finished_run(places, {"subject": 1}, {"subject": int}, "train")[0] == tmp_path / "run"
+    else:
+        with pytest.raises(ValueError, match=message):
+            finished_run(places, {"subject": 1}, {"subject": int}, "train")
+    with pytest.raises(FileNotFoundError, match="absent/config.json is not there: train"):
+        finished_run(places[:1], {}, {}, "train")
 
 
 # ---------------------------------------------------------------- the door
 
 SCRIPT = """
 import os, signal, sys, time, zipfile, pickle
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from accelerate import Accelerator
-from support.experiment import Stopped, Stopping, door
+from support.runs import Stopped, Stopping, door
 def train():
-    with Stopping() as stop:
-        accelerator = Accelerator(cpu=True)
-        print("ready", flush=True)
-        for step in range(1000):
-            time.sleep(0.01)
-            if stop.asked(accelerator):
-                raise Stopped(stop.number, f"stopped at step {step + 1}; the same command goes on")
+    stop, accelerator = Stopping(), Accelerator(cpu=True)
+    stop.listen()
+    print("ready", flush=True)
+    for step in range(1000):
+        time.sleep(0.01)
+        if stop.asked(accelerator):
+            raise Stopped(stop.number, f"stopped at step {step + 1}; the same command goes on")
 def wait():
     print("ready", flush=True)
     time.sleep(10)

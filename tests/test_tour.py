@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from conftest import REPO, environment
 from nbclient import NotebookClient
-from test_evaluate import RUN, here, world  # noqa: F401  fixtures
+from test_evaluate import RUN, in_world, world  # noqa: F401  fixtures
 
 TOUR = REPO / "docs" / "tour.ipynb"
 

@@ -23,6 +23,7 @@ import train_stage1
 import train_stage2
 from data import Clips, memories
 from evaluate import CineNeuron
+from extras import plan
 from heads import ImageAggregator
 from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories, TopTextMemory
 from prepare import facts
@@ -32,7 +33,7 @@ from video_decoder import VideoDecoder
 
 ROOT = Path(__file__).parents[2]
 TOY_SIZES = dict(volumes=1, voxels=1300, frames=8, embed_dim=64, classes=5)  # as prepared, subject 1
-DATA = {"toy": TOY_SIZES, "cc2017": facts.PUBLISHED["cc2017"]}
+DATA = {"toy": TOY_SIZES, "cc2017": plan.PUBLISHED["cc2017"]}
 SIZES = ("B", "T", "N", "L", "D_txt")  # variables that hold a size
 CPU, META = torch.device("cpu"), torch.device("meta")
 LAYERS = 1  # of Brain Model and DiT: more would change no shape
@@ -170,9 +171,8 @@ class EmptyClips(Clips):
         self.voxel_dropout = voxel_dropout
         self.condition_dropout = 0.0
         nothing = np.zeros((batch_size, n), bool)
-        self.recall = SimpleNamespace(
-            trained=np.arange(n), hidden_captions=0, excluded=lambda *clips: nothing
-        )
+        self.trained = np.arange(n)
+        self.recall = SimpleNamespace(p_hidden=0, excluded=lambda *clips: nothing)
 
 
 def zeros(*shape: int) -> np.ndarray:
@@ -182,7 +182,7 @@ def zeros(*shape: int) -> np.ndarray:
 
 def empty_decoder(data: str, config: train_stage2.Config, L: int) -> VideoDecoder:
     """The video decoder of a dataset, one layer deep, without weights."""
-    dit, vae = facts.WAN_1_3B["transformer"], facts.WAN_1_3B["vae"]
+    dit, vae = plan.WAN_1_3B["transformer"], plan.WAN_1_3B["vae"]
     if data == "toy":
         dit, vae = (read_json(ROOT / "toy" / "wan" / part / "config.json") for part in ("transformer", "vae"))
     with CPU:  # it has numbers
