@@ -401,7 +401,7 @@ def stage_2(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
 
     def step() -> None:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = model(y, f_fuse, noise, u).sum()
+            loss = model.diffusion_loss(y, f_fuse, noise, u).sum()
         loss.backward()
 
     yield step
