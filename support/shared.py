@@ -40,7 +40,9 @@ HUB_ID = r"[\w.-]+/[\w.-]+"
 KEYS = {"data": str, "subject": int, "decoder": str, "mom": bool, "integration": bool, "stage1_config": dict}
 KEYS |= dict.fromkeys(("frames", "height", "width", "sampling_steps", "lora_rank"), int)
 KEYS |= {"guidance": float, "lora_alpha": float, "noise_shift": float, "checkpointing": bool}
-STAGE1_KEYS = {"rois": (str, type(None)), "tau": float, "lambda_1": float, "lambda_2": float}
+TEXT = (str, type(None))
+STAGE1 = {"data": str, "subject": int, "rois": TEXT, "val_segments": TEXT, "sizes": dict, "precision": str}
+STAGE1 |= dict.fromkeys(("tau", "lambda_1", "lambda_2", "dropout"), float)
 
 
 def locate(name: Path | str) -> Path:
@@ -63,7 +65,7 @@ def locate(name: Path | str) -> Path:
 def read_settings(folder: Path) -> dict:
     """config.json, checked."""
     settings = read_json(folder / "config.json", keys=KEYS)
-    check_keys(settings["stage1_config"], f"{folder / 'config.json'}, stage1_config", STAGE1_KEYS)
+    check_keys(settings["stage1_config"], f"{folder / 'config.json'}, stage1_config", STAGE1)
     settings["decoder"] = decoder_at(settings["decoder"], folder)
     return settings
 
@@ -144,11 +146,10 @@ def write_memories(folder: Path, model) -> None:
         np.savez(part, **model.voxels)
 
 
-def read_memories(
-    folder: Path, D: int, L: int, D_txt: int
-) -> tuple[Tensor, list[Tensor], Tensor, list[dict]]:
-    """e (N, 3, D), N captions (n_i, D_txt), the empty prompt (L, D_txt), N lines of clips.jsonl; D is the Brain
-    Model's, L and D_txt are the video decoder's."""
+def read_memories(folder: Path, brain_model, decoder) -> tuple[Tensor, list[Tensor], Tensor, list[dict]]:
+    """e (N, 3, D), N captions (n_i, D_txt), the empty prompt (L, D_txt), N lines of clips.jsonl; D is the
+    Brain Model's, L and D_txt are the video decoder's."""
+    D, L, D_txt = brain_model.to_f_c.out_features, decoder.text_length, decoder.text_width
     file = folder / MEMORIES
     # memory of their own, which is aligned as the run's is: products round otherwise where it is not
     tensors = {name: x.clone() for name, x in read_tensors(file).items()}
