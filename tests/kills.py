@@ -90,7 +90,7 @@ def full_disk(name: str, command: list[str], world: Path, folder: Path) -> bool:
     """On a file system that has no room: one error; with room the same command ends well."""
     place = folder / f"{name}-full"
     place.mkdir()
-    pages = [-(-path.stat().st_size // 4096) + 1 for path in world.rglob("*")]
+    pages = [-(-path.stat().st_size // 4096) for path in world.rglob("*") if path.is_file()]
     size = 4096 * sum(pages) + 20_000
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True
