@@ -65,7 +65,8 @@ def locate(name: Path | str) -> Path:
 def read_settings(folder: Path) -> dict:
     """config.json, checked."""
     settings = read_json(folder / "config.json", keys=KEYS)
-    check_keys(settings["stage1_config"], f"{folder / 'config.json'}, stage1_config", STAGE1)
+    keys = {key: STAGE1[key] for key in ("rois", "tau", "lambda_1", "lambda_2")}
+    check_keys(settings["stage1_config"], f"{folder / 'config.json'}, stage1_config", keys)
     settings["decoder"] = decoder_at(settings["decoder"], folder)
     return settings
 
