@@ -129,9 +129,8 @@ class CineNeuron(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: Path | str, device: torch.device | str = "cpu") -> "CineNeuron":
-        """A run, a shared folder or its name on the Hub, for inference. It needs no data/. Raises
-        FileNotFoundError where a file is missing, ValueError where one is damaged or does not fit the
-        others."""
+        """A run, a shared folder or its name on the Hub, for inference; it needs no data/. Raises ValueError
+        where a file is damaged or does not fit the others, FileNotFoundError where one is missing."""
         folder = shared.locate(name)
         with advising("train stage 2 anew, or download the folder again"):
             settings = shared.read_settings(folder)
