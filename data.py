@@ -127,8 +127,9 @@ class Clips:
 
     def _read_clips(self, rois: str | None) -> None:
         folder, stimuli = self.folder / self.split, self.stimuli
-        names = ("clips.jsonl", "e_img.npy", "e_txt.npy", "e_act.npy", "categories.npy", "near_copies.npy")
-        for file in (self.folder / "voxels.npz", folder / "fmri.npy", *(stimuli / name for name in names)):
+        names = ("clips", "e_img", "e_txt", "e_act", "categories", "near_copies", "captions")
+        files = [stimuli / f"{name}.{'jsonl' if name == 'clips' else 'npy'}" for name in names]
+        for file in (self.folder / "voxels.npz", folder / "fmri.npy", folder / "recorded.npy", *files):
             if not file.exists():
                 raise facts.not_prepared(self.name, self.subject, file)
         self.lines = read_json_lines(stimuli / "clips.jsonl", LINE)

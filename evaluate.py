@@ -129,25 +129,20 @@ class CineNeuron(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: Path | str, device: torch.device | str = "cpu") -> "CineNeuron":
-        """A run, a shared folder or its name on the Hub, for inference. It needs no data/. Raises
-        FileNotFoundError where a file is missing, ValueError where one is damaged or does not fit the
-        others."""
+        """A run, a shared folder or its name on the Hub, for inference; it needs no data/. Raises ValueError
+        where a file is damaged or does not fit the others, FileNotFoundError where one is missing."""
         folder = shared.locate(name)
         with advising("train stage 2 anew, or download the folder again"):
             settings = shared.read_settings(folder)
             brain_model = load_model(BrainModel, folder / "brain_model")
             heads = load_model(Stage1Heads, folder / "heads")
             kind = MixtureOfMemories if settings["mom"] else TopTextMemory
-            mom = load_model(
-                kind if settings["integration"] else DirectProjection, folder / "mixture_of_memories"
-            )
+            kind = kind if settings["integration"] else DirectProjection
+            mom = load_model(kind, folder / "mixture_of_memories")
             voxels = shared.read_voxels(folder, brain_model.voxels)
             on_gpu = torch.device(device).type == "cuda"
             decoder = load_decoder(settings, vae=True, dtype=torch.bfloat16 if on_gpu else torch.float32)
-            L, D_txt = decoder.text_length, decoder.text_width
-            e, captions, empty, lines = shared.read_memories(
-                folder, brain_model.to_f_c.out_features, L, D_txt
-            )
+            e, captions, empty, lines = shared.read_memories(folder, brain_model, decoder)
             latent_shape(decoder, settings["frames"], settings["height"], settings["width"])
             load_lora(decoder, folder / "lora")
         pool = MemoryPool(e, captions)

@@ -88,11 +88,6 @@ PRESETS = {
 }  # fmt: skip
 LAST = "losses.png"  # the last file that a run writes
 MAY_CHANGE = (*training.MAY_CHANGE, "samples", "sample_every")
-TEXT = (str, type(None))
-STAGE1 = {  # what stage 2 reads in the config.json of a stage 1
-    "data": str, "subject": int, "rois": TEXT, "val_segments": TEXT, "sizes": dict, "tau": float,
-    "lambda_1": float, "lambda_2": float, "dropout": float, "precision": str,
-}  # fmt: skip
 CURVES = {
     "diffusion": "diffusion, Eq. 9",
     "w_txt": "W_r, text",
@@ -239,7 +234,7 @@ def read_stage1(config: Config) -> tuple[Path, dict]:
     places = [runs / f"{config.stage1}-s{config.seed}" / "stage1", Path(config.stage1) / "stage1"]
     options = f"--data {config.data} --subject {config.subject} --seed {config.seed} --run {config.stage1}"
     advice = f"python train_stage1.py {options}, or another --stage1"
-    return finished_run(places, {"data": config.data, "subject": config.subject}, STAGE1, advice)
+    return finished_run(places, {"data": config.data, "subject": config.subject}, shared.STAGE1, advice)
 
 
 def learn(

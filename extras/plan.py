@@ -66,9 +66,6 @@ WAN_1_3B = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------- on fake tensors
-
-
 def fake_pipeline(name: str) -> diffusers.DiffusionPipeline:
     """The pipeline of a folder or of the Hub's cache, without its text encoder, in the precision of a GPU."""
     if name == WAN:

@@ -19,6 +19,7 @@ import numpy as np
 
 from prepare.categories import clip_categories
 from prepare.cc2017 import load_pt
+from prepare.copies import mean_frames
 from prepare.facts import words_of
 from prepare.release import Release
 from support.readers import check_keys, damaged, read_json, read_json_lines, reading
@@ -26,6 +27,7 @@ from support.readers import check_keys, damaged, read_json, read_json_lines, rea
 WANTED = "captions.jsonl, or the training and the test list of captions (.json, .h5 or .pt)"
 ADVICE = "mend the list, or give --captions another one"
 NOT_COPIED = {"id", "segment", "clip", "split", "idx", "text"}  # of a row to clips.jsonl
+OPTIONAL = {"tags": list, "categories": list, "clip": int, "idx": int}
 SHARE = 0.75  # of the clips must be nearer to their own caption than to that of a clip far away
 
 
@@ -39,7 +41,8 @@ def read_captions(path: Path, segments: Sequence[str]) -> list[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: --captions takes {WANTED}")
     with reading(path, WANTED, ADVICE):
-        rows = [_row(value) for value in _read_list(path)]
+        rows = [value if isinstance(value, dict) else {"caption": value} for value in _read_list(path)]
+        rows = [{"caption": row["text"], **row} if "text" in row else row for row in rows]
         _check(path, rows)
         if path.suffix.lower() != ".jsonl":
             return _in_order(path, rows)
@@ -48,12 +51,6 @@ def read_captions(path: Path, segments: Sequence[str]) -> list[dict]:
             of_segment = [row for row in rows if row["segment"] == segment]
             split += _in_order(f"{path}, {segment}", of_segment)
         return split
-
-
-def _row(value: object) -> dict:
-    if not isinstance(value, dict):
-        return {"caption": value}
-    return {"caption": value["text"], **value} if "text" in value else value
 
 
 def _read_list(path: Path) -> list:
@@ -108,16 +105,13 @@ def _check(path: Path, rows: list[dict]) -> None:
         raise damaged(path, "no caption", "one for each clip")
     for number, row in enumerate(rows, 1):
         place = f"{path}, entry {number}"
-        check_keys(row, place, {"caption": str})
+        optional = {key: kind for key, kind in OPTIONAL.items() if row.get(key) is not None}
+        check_keys(row, place, {"caption": str, **optional})
         if not row["caption"].strip():
             raise damaged(place, "an empty caption", "a sentence")
         for key in ("tags", "categories"):
-            value = row.get(key)
-            if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
-                raise damaged(place, f"{key} = {value!r}", "a list of strings")
-        for key in ("clip", "idx"):
-            if row.get(key) is not None:
-                check_keys(row, place, {key: int})
+            if not all(isinstance(word, str) for word in row.get(key) or ()):
+                raise damaged(place, f"{key} = {row[key]!r}", "a list of strings")
 
 
 def _in_order(place: Path | str, rows: list[dict]) -> list[dict]:
@@ -129,13 +123,12 @@ def _in_order(place: Path | str, rows: list[dict]) -> list[dict]:
     numbers = [row.get(key) for row in rows]
     if None in numbers:
         raise damaged(place, f"no {key} in entry {numbers.index(None) + 1}", f"a {key} in each")
-    rows = sorted(rows, key=lambda row: row[key])
-    first = 0 if rows[0][key] == 0 else 1
-    for number, row in enumerate(rows, first):
-        if row[key] != number:
-            wrong = f"{key} {row[key]} twice" if row[key] == number - 1 else f"no {key} {number}"
-            raise damaged(place, wrong, f"numbers {first} to {first + len(rows) - 1}, each once")
-    return rows
+    first = 0 if min(numbers) == 0 else 1
+    for wanted, number in enumerate(sorted(numbers), first):
+        if number != wanted:
+            fault = f"{key} {number} twice" if number == wanted - 1 else f"no {key} {wanted}"
+            raise damaged(place, fault, f"numbers {first} to {first + len(rows) - 1}, each once")
+    return sorted(rows, key=lambda row: row[key])
 
 
 def describe_clips(source: Release, split: str, captions: Path) -> list[dict]:
@@ -164,17 +157,16 @@ def describe_clips(source: Release, split: str, captions: Path) -> list[dict]:
 def _of_videos(captions: Path, rows: list[dict], split: str, files: list[str]) -> list[dict]:
     """The rows of the videos with these names, in their order."""
     by_video = {}
-    with reading(captions, advice=ADVICE):
-        for number, row in enumerate(rows, 1):
-            check_keys(row, f"{captions}, entry {number}", {"video": str})
-            name = Path(row["video"]).name
-            if name in by_video:
-                raise damaged(f"{captions}, entry {number}", f"{name} again", "each video once")
-            by_video[name] = row
+    for number, row in enumerate(rows, 1):
+        place = f"{captions}, entry {number}"
+        name = Path(check_keys(row, place, {"video": str}, ADVICE)["video"]).name
+        if name in by_video:
+            raise damaged(place, f"{name} again", "each video once", ADVICE)
+        by_video[name] = row
     missing = [name for name in files if name not in by_video]
     if missing:
-        text = f"{captions} has no caption of {missing[0]} and {len(missing) - 1} other {split} clips"
-        raise ValueError(f"{text}: download it again")
+        count = f"{missing[0]} and {len(missing) - 1} other {split} clips"
+        raise ValueError(f"{captions} has no caption of {count}: download it again")
     return [by_video[name] for name in files]
 
 
@@ -197,16 +189,12 @@ def captions_that_fit(e_img: np.ndarray, e_txt: np.ndarray, segments: Sequence[s
     that of the clip half the set away, for 3 of 4 clips at least (by chance 1 of 2), and on average nearer
     than to its neighbours' captions.
     """
-    frames, segments = np.asarray(e_img, np.float32).mean(1), np.array(segments)
-    frames /= np.linalg.norm(frames, axis=1, keepdims=True)  # (clips, D)
-    half = len(frames) // 2
-    matching, far, previous, following = (
-        (frames * np.roll(e_txt, shift, 0)).sum(1) for shift in (0, half, 1, -1)
-    )  # (clips,) each
+    frames = mean_frames(e_img)  # (clips, D)
+    shifts = (0, len(frames) // 2, 1, -1)
+    matching, far, previous, following = ((frames * np.roll(e_txt, n, 0)).sum(1) for n in shifts)  # (clips,)
     nearer = matching > far  # (clips,)
     report = f"CLIP cosine of a clip and its own caption {matching.mean():.3f}"
     report += f", the caption before {previous.mean():.3f}, after {following.mean():.3f}"
     report += f", of one far away {far.mean():.3f}; own above far away in {nearer.mean():.0%} of the clips"
-    shifted = matching.mean() < max(previous.mean(), following.mean())
-    names = list(dict.fromkeys(segments.tolist()))
-    return report, [name for name in names if shifted or nearer[segments == name].mean() < SHARE]
+    shifted, names = matching.mean() < max(previous.mean(), following.mean()), np.array(segments)
+    return report, [n for n in dict.fromkeys(segments) if shifted or nearer[names == n].mean() < SHARE]

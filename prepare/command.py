@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from prepare import facts
 from prepare.release import Release
 from support.files import MissingData
 from support.options import option, parse
-from support.readers import read_array
+from support.readers import reading
 
 PRESETS = {"toy": {}, "cc2017": {"test_segments": 5}, "cinebrain": {"window": facts.CLIP_VOLUMES}}
 DELAYS = f"cc2017: {facts.CC2017_DELAY}, of 2 s; cinebrain: {facts.CINEBRAIN_DELAY}, of 0.8 s"
@@ -70,8 +71,7 @@ def check(config: Config) -> None:
         raise ValueError(f"--captions: {n} files are given, wanted one, or the training and the test list")
     if name != "toy" and not config.folders:
         either = ", --fmri-release (NeuroClips release), or both" if name == "cc2017" else ""
-        guide = facts.MISSING[name].format(subject=config.subject)
-        raise MissingData(f"give --raw (the release){either}\n\n{guide}")
+        raise MissingData(f"give --raw (the release){either}\n\n{facts.guide(name, config.subject)}")
     for folder in config.folders:
         if not folder.is_dir():
             raise FileNotFoundError(
@@ -80,7 +80,7 @@ def check(config: Config) -> None:
 
 
 def open_release(config: Config) -> Release:
-    """The release that is asked for."""
+    """The release that the options name."""
     from prepare.cc2017 import NeuroClipsRelease, NeuroClipsWithFilms, PurdueRelease
     from prepare.cinebrain import CineBrainRelease
 
@@ -122,7 +122,8 @@ def prepare(config: Config, root: Path = Path("data")) -> None:
 
         prepare_decoder(source, stimuli, config.decoder, facts.VIDEO[config.data], sentences)
     for file in sorted([*folder.rglob("*.npy"), *stimuli.rglob("*.npy")]):
-        array = read_array(file, "fiub")
+        with reading(file, "a whole .npy file"):
+            array = np.load(file, mmap_mode="r")
         tqdm.write(f"{file}  {array.dtype} {array.shape}  {file.stat().st_size / 1e6:,.1f} MB")
     tqdm.write(f"next: python train_stage1.py --data {config.data} --subject {config.subject}")
 

@@ -32,9 +32,8 @@ def blocks(n: int) -> Iterator[slice]:
         yield slice(start, start + BLOCK)
 
 
-def far_apart(segments: Sequence[str], rows: slice = slice(None)) -> np.ndarray:
-    """(rows, n) bool: are two clips of two scenes, that is of two segments, or more than SCENE_CLIPS
-    apart?"""
+def far_apart(segments: Sequence, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+    """(rows, n) bool: are two clips of two scenes, that is of two segments, or SCENE_CLIPS apart?"""
     segment = np.unique(segments, return_inverse=True)[1]
     i = np.arange(len(segment))
     return (segment[rows, None] != segment) | (abs(i[rows, None] - i) > SCENE_CLIPS)
@@ -84,8 +83,8 @@ def near_copy_threshold(
 def prepare_copies(stimuli: Path) -> None:
     """Writes near_copies and captions of both splits, from their e_img.npy and clips.jsonl."""
     folders = {split: stimuli / split for split in ("train", "test")}
-    inputs = [[folder / name] for folder in folders.values() for name in ("e_img.npy", "clips.jsonl")]
-    recipe = {"scene_clips": SCENE_CLIPS, "of": [sha256(*files) for files in inputs]}
+    inputs = [folder / name for folder in folders.values() for name in ("e_img.npy", "clips.jsonl")]
+    recipe = {"scene_clips": SCENE_CLIPS, "of": [*map(sha256, inputs)]}
     files = [folder / f"{name}.npy" for folder in folders.values() for name in ("near_copies", "captions")]
     if all(is_current(file, recipe) for file in files):
         return
@@ -106,12 +105,14 @@ def prepare_copies(stimuli: Path) -> None:
         with writing_array(folder / "captions.npy", (n,), "int64", recipe) as array:
             array[:] = numbers[split]
 
-    shared = float((numbers["test"] >= 0).mean())
     percent = [100 * quantile for quantile in QUANTILES]
-    facts = {"threshold": threshold, "percent": percent, "best_match": distributions}
-    write_json(
-        folders["train"] / "near_copies.json", facts | {"test clips with a caption of training": shared}
-    )
+    facts = {
+        "threshold": threshold,
+        "percent": percent,
+        "best_match": distributions,
+        "test clips with a caption of training": float((numbers["test"] >= 0).mean()),
+    }
+    write_json(folders["train"] / "near_copies.json", facts)
     from support.pictures import near_copies  # matplotlib
 
     near_copies(folders["train"] / "near_copies.png", threshold, percent, distributions)
@@ -187,22 +188,14 @@ class FairRecall:
 
     def describe(self) -> str:
         """How many memories there are, and how many of them a clip may retrieve."""
-        choices = (
-            f"{len(self.trained):,} clips and memories; a clip may retrieve {self.fewest:,} to {self.most:,}"
-        )
-        caption = (
-            f"its own caption in {1 - self.p_hidden:.1%} of the steps (test clips: {self.test_share:.1%})"
-        )
-        return f"{choices} of them, no near-copies, {caption}"
+        choices = f"a clip may retrieve {self.fewest:,} to {self.most:,} of them, no near-copies"
+        caption = f"its own caption in {1 - self.p_hidden:.1%} of the steps"
+        test = f"(test clips: {self.test_share:.1%})"
+        return f"{len(self.trained):,} clips and memories; {choices}, {caption} {test}"
 
     def copies_of(self, clips: np.ndarray) -> np.ndarray:
         """(B, training clips) bool: which training clips are near-copies of these?"""
         return np.unpackbits(self.near_copies[clips], axis=1, count=len(self.segment)).astype(bool)
-
-    def same_scene(self, clips: np.ndarray) -> np.ndarray:
-        """(B, training clips) bool: which are of the same segment, and near in time?"""
-        apart = abs(clips[:, None] - np.arange(len(self.segment)))
-        return (self.segment[clips, None] == self.segment) & (apart <= SCENE_CLIPS)
 
     def same_caption(self, clips: np.ndarray) -> np.ndarray:
         """(B, memories) bool: which memories have the same caption, word for word?"""
@@ -211,7 +204,7 @@ class FairRecall:
     def excluded(self, clips: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
         """Training clips (B,) -> (B, memories) bool: the memories that they may not retrieve. hidden (B,)
         bool: from these clips their own caption is hidden, too."""
-        alike = (self.same_scene(clips) | self.copies_of(clips))[:, self.trained]
+        alike = (~far_apart(self.segment, clips) | self.copies_of(clips))[:, self.trained]
         return alike if hidden is None else alike | (self.same_caption(clips) & hidden[:, None])
 
 

@@ -6,7 +6,6 @@ stimuli/{train,test}/<decoder>/text_offsets.npy     int64 (clips + 1,), where ea
 stimuli/<decoder>/empty_prompt.npy                  float32 (L, D_txt)
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,21 +37,17 @@ def prepare_decoder(
     not fit the size.
     """
     latent_recipe, text_recipe = decoder_recipes(decoder, size)
-    rows, folders = {}, {}
+    text_recipe["caption_sentences"] = sentences
+    rows, captions, files = {}, {}, {}
     for split in source.splits:
-        folders[split] = stimuli / split / Path(decoder).name
+        folder = stimuli / split / Path(decoder).name
+        files[split] = folder / "latents.npy"
         rows[split] = read_json_lines(stimuli / split / "clips.jsonl", {"segment": str, "caption": str})
+        captions[folder] = [first_sentences(row["caption"], sentences) for row in rows[split]]
 
     empty = stimuli / Path(decoder).name / "empty_prompt.npy"  # written last
-    if not is_made_by(empty, {**text_recipe, "caption_sentences": sentences}):
-        if sentences is not None:
-            text_recipe["caption_sentences"] = sentences
-        captions = {}
-        for split, folder in folders.items():
-            captions[folder] = [first_sentences(row["caption"], sentences) for row in rows[split]]
+    if not is_made_by(empty, text_recipe):
         _prepare_text(decoder, captions, empty, text_recipe)
-
-    files = {split: folder / "latents.npy" for split, folder in folders.items()}
     missing = [split for split, file in files.items() if not is_made_by(file, latent_recipe)]
     if missing:
         encoder = _load(decoder, vae=True, tiling=np.prod(size) > WHOLE)
@@ -82,12 +77,18 @@ def _prepare_text(decoder: str, captions: dict[Path, list[str]], empty: Path, re
     title = f"{decoder}: text tokens of {n:,} captions, at most {L} x {D_txt} float16 each"
     at_once = plan(title, lambda: encoder.encode_text(first), n, on_cpu=32)
     for folder, texts in captions.items():
-        tokens = _encode_texts(encoder, list(dict.fromkeys(texts)), at_once, folder.parent.name)
-        if not all(np.isfinite(e).all() for e in tokens.values()):
-            raise ValueError(
-                f"{decoder}/text_encoder gives NaN or values beyond float16: download it again, or choose "
-                "another --decoder"
-            )
+        tokens = {}  # of each text, (n, D_txt)
+        unique = list(dict.fromkeys(texts))
+        for i in tqdm(
+            range(0, len(unique), at_once), desc=f"text tokens, {folder.parent.name}", unit="batch"
+        ):
+            for text, e in zip(
+                unique[i : i + at_once], encoder.encode_text(unique[i : i + at_once]), strict=True
+            ):
+                tokens[text] = e.numpy().astype(np.float16)
+                if not np.isfinite(tokens[text]).all():
+                    fault = f"{decoder}/text_encoder gives NaN or values beyond float16"
+                    raise ValueError(f"{fault}: download it again, or choose another --decoder")
         offsets = np.cumsum([0] + [len(tokens[text]) for text in texts])  # (clips + 1,)
         shape = (int(offsets[-1]), D_txt)
         with writing_array(folder / "text_tokens.npy", shape, "float16", recipe) as array:
@@ -98,18 +99,6 @@ def _prepare_text(decoder: str, captions: dict[Path, list[str]], empty: Path, re
     with writing_array(empty, (L, D_txt), "float32", recipe) as array:
         (e,) = encoder.encode_text([""])  # (n, D_txt)
         array[: len(e)] = e
-
-
-def _encode_texts(
-    encoder: VideoDecoder, texts: Sequence[str], at_once: int, split: str
-) -> dict[str, np.ndarray]:
-    """Of each text its tokens, (n, D_txt) float16."""
-    tokens = {}
-    for i in tqdm(range(0, len(texts), at_once), desc=f"text tokens, {split}", unit="batch"):
-        batch = texts[i : i + at_once]
-        for text, e in zip(batch, encoder.encode_text(batch), strict=True):
-            tokens[text] = e.numpy().astype(np.float16)
-    return tokens
 
 
 def _prepare_latents(

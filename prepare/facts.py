@@ -8,6 +8,7 @@ toy         toy/world.py, toy/subject.py
 import hashlib
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -46,16 +47,17 @@ def stimuli_folder(name: str, subject: int, root: Path = Path("data")) -> Path:
     data/cinebrain/stimuli-1-2-6, and data/toy/stimuli-K from the toy's second subject on."""
     if name == "cinebrain" and subject in NINTH_SEASON:
         return root / name / "stimuli-1-2-6"
-    return root / name / ("stimuli" + _of_subject(name, subject))
+    return _subjects_folder(root / name / "stimuli", subject)
 
 
 def raw_folder(name: str, subject: int, root: Path = Path("data")) -> Path:
     """The release, with its films in stimuli/: data/<name>/raw, and data/toy/raw-K as in `stimuli_folder`."""
-    return root / name / ("raw" + _of_subject(name, subject))
+    return _subjects_folder(root / name / "raw", subject)
 
 
-def _of_subject(name: str, subject: int) -> str:
-    return f"-{subject}" if name == "toy" and subject > 1 else ""
+def _subjects_folder(folder: Path, subject: int) -> Path:
+    is_shared = folder.parent.name != "toy" or subject == 1
+    return folder if is_shared else folder.with_name(f"{folder.name}-{subject}")
 
 
 def check_subject(name: str, subject: int) -> None:
@@ -100,9 +102,8 @@ def in_areas(areas: np.ndarray, names: Sequence[str]) -> np.ndarray:
 CLIP = "ViT-L-14-quickgelu/openai"  # of open_clip, which downloads it
 VICLIP_HUB, VICLIP_FILE = "OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth"  # 1.71 GB
 
-MISSING = {
-    "cc2017": """data/cc2017 is not prepared for subject {subject}.
-
+DOWNLOADS = {
+    "cc2017": """
 1. Download two archives of the Purdue University Research Repository to one folder RAW: the stimuli,
    doi.org/10.4231/R71Z42KK, and the recordings: doi.org/10.4231/R7X63K3M (subject 1, 15.3 GB),
    doi.org/10.4231/R7NS0S1F (subject 2) or doi.org/10.4231/R7J101BV (subject 3).
@@ -114,8 +115,7 @@ MISSING = {
 4. python data.py cc2017 --raw RAW --subject {subject} --captions TRAIN TEST
    and, for stage 2, --decoder Wan-AI/Wan2.1-T2V-1.3B-Diffusers. docs/cc2017.md has all of it.
 5. python train_stage1.py --data cc2017 --subject {subject}""",
-    "cinebrain": """data/cinebrain is not prepared for subject {subject}.
-
+    "cinebrain": """
 1. Download from Hugging Face, Fudan-fMRI/CineBrain, to one folder RAW: captions-qwen-2.5-vl-7b.json, and
    videos.tar, which you unpack there.
 2. Download the recordings of subject {subject}. Either the CIFTI runs and the behavioural CSV files
@@ -126,6 +126,12 @@ MISSING = {
    and, for stage 2, --decoder Wan-AI/Wan2.1-T2V-1.3B-Diffusers. docs/cinebrain.md has all of it.
 4. python train_stage1.py --data cinebrain --subject {subject} [--rois visual]""",
 }
+
+
+def guide(name: str, subject: int) -> str:
+    """How to prepare a dataset: one screen."""
+    steps = DOWNLOADS.get(name, "").format(subject=subject)
+    return f"data/{name} is not prepared for subject {subject}.\n{steps}"
 
 
 def decoder_recipes(decoder: str, size: Sequence[int]) -> tuple[dict, dict]:
@@ -155,16 +161,15 @@ def prepare_command(name: str, subject: int, decoder: str | None = None) -> str:
     """What prepares a dataset, for a video decoder."""
     if name == "toy":
         return "train_stage2.py" if decoder else "train_stage1.py"
-    return f"python data.py {name} --raw DIR --subject {subject}" + (
-        f" --decoder {decoder}" if decoder else ""
-    )
+    option = f" --decoder {decoder}" if decoder else ""
+    return f"python data.py {name} --raw DIR --subject {subject}{option}"
 
 
 def check_batch(batch_size: int, clips: int) -> None:
     """Raises ValueError where a batch has more clips than the data."""
     if clips < batch_size:
-        found = f"a batch of {batch_size} clips, but only {clips} clips to train on"
-        raise ValueError(f"{found}; choose a smaller --batch_size")
+        text = f"a batch of {batch_size} clips, but only {clips} clips to train on"
+        raise ValueError(f"{text}; choose a smaller --batch_size")
 
 
 def classes_of(file: Path) -> list[str]:
@@ -182,14 +187,13 @@ def voxels_of(rois: str, areas: np.ndarray, folder: Path) -> np.ndarray:
     unknown = sorted(set(regions) - set(ROIS))
     if unknown:
         raise ValueError(f"--rois {rois}: {unknown} unknown; there are {', '.join(ROIS)}")
-    inside = {region: in_areas(areas, ROIS[region]) for region in regions}
-    empty = [region for region in regions if not inside[region].any()]
-    if empty:
-        found = f"--rois {rois}: none of the voxels of {folder} lies in {', '.join(empty)}"
-        advice = "; prepare the CIFTI runs, or" if folder.parent.name == "cinebrain" else ":"
-        prepared = ", ".join(sorted(set(areas))[:9])
-        raise ValueError(f"{found}, they are in {prepared} ...{advice} leave it out")
-    return np.flatnonzero(np.any([*inside.values()], 0))
+    for region in regions:
+        if not in_areas(areas, ROIS[region]).any():
+            text = f"--rois {rois}: none of the voxels of {folder} lies in {region}"
+            advice = "; prepare the CIFTI runs, or" if folder.parent.name == "cinebrain" else ":"
+            prepared = ", ".join(sorted(set(areas))[:9])
+            raise ValueError(f"{text}, they are in {prepared} ...{advice} leave it out")
+    return np.flatnonzero(in_areas(areas, [*chain(*(ROIS[region] for region in regions))]))
 
 
 def not_prepared(name: str, subject: int, file: Path) -> MissingData:
@@ -198,5 +202,4 @@ def not_prepared(name: str, subject: int, file: Path) -> MissingData:
     if name == "toy":
         makes = "train_stage1.py and train_stage2.py make and prepare the toy world"
         return MissingData(f"{file} is not there: {makes}")
-    guide = MISSING.get(name, f"data/{name} is not prepared for subject {{subject}}.").format(subject=subject)
-    return MissingData(f"{guide}\n\n{file} is not there.")
+    return MissingData(f"{guide(name, subject)}\n\n{file} is not there.")

@@ -78,14 +78,16 @@ def reproducible_voxels(z: list[np.ndarray], alpha: float = 0.05) -> Selection:
     Raises ValueError with fewer than two segments or no voxel to test.
     """
     if len(z) < 2:
-        text = f"{len(z)} training segments were shown twice"
-        raise ValueError(f"{text}, wanted at least 2: add some (--train-segments)")
+        raise ValueError(
+            f"{len(z)} training segments were shown twice, wanted at least 2: add --train-segments"
+        )
     z = np.stack(z)  # (segments, N)
     finite = np.isfinite(z).all(0)
     tested, dropped = int(finite.sum()), int((~finite).sum())
     if tested == 0:
-        text = f"each of the {dropped} voxels is constant or not finite in some segment"
-        raise ValueError(f"{text}: check the recordings")
+        raise ValueError(
+            f"each of the {dropped} voxels is constant or not finite in some segment: check the files"
+        )
     p, mean_z = np.full((2, z.shape[1]), np.nan)
     mean_z[finite] = z[:, finite].mean(0)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -169,11 +171,11 @@ def _choose_voxels(source: Release, folder: Path) -> np.ndarray:
     if source.preprocessed:  # chosen by the release's authors, or by the names of their areas
         mask, note = np.ones(len(index), bool), f"{len(index):,} voxels, as the release has them"
     else:
-        chosen = select_voxels(source)
-        mask = chosen.mask
-        note = f"{chosen.kept:,} of {chosen.tested:,} voxels respond reproducibly"
-        note += f"; {chosen.dropped:,} constant or not finite, dropped"
-        if not chosen.kept:
+        mask, _, tested, dropped, kept = select_voxels(source)
+        note = (
+            f"{kept:,} of {tested:,} voxels respond reproducibly; {dropped:,} constant or not finite, dropped"
+        )
+        if not kept:
             doubt = "the two showings of a segment do not correlate: are the runs in the right folders?"
             raise ValueError(f"{folder}: {note}; {doubt}")
     tqdm.write(note)
@@ -200,7 +202,8 @@ def refuse_twins(source: Release, folder: Path) -> None:
     for subject in {*range(1, 7)} - {source.subject}:
         theirs, prepared = source.recording(subject), folder.with_name(f"sub{subject}") / "train" / "fmri.npy"
         manifest = read_manifest(prepared) or {"inputs": {}}
-        raw = bool(theirs) and theirs != ours and all(map(_equal, ours, theirs))
+        pairs = zip(ours, theirs, strict=False)
+        raw = bool(theirs) and theirs != ours and all(filecmp.cmp(*pair, shallow=False) for pair in pairs)
         if raw or digests & {*manifest["inputs"].values()}:
             raise ValueError(
                 f"subjects {source.subject} and {subject} have identical recordings, {ours[0]} and "
@@ -208,7 +211,3 @@ def refuse_twins(source: Release, folder: Path) -> None:
                 "(CineBrain's preprocessed sub_005 is published as a copy of sub_001: take the CIFTI runs), "
                 "delete what was prepared of the wrong one, or go on with --allow-duplicate-subject"
             )
-
-
-def _equal(file: Path, copy: Path) -> bool:
-    return file.is_file() and copy.is_file() and filecmp.cmp(file, copy, shallow=False)

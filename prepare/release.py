@@ -19,7 +19,7 @@ class Release:
     """A source of recordings and films, read one run at a time. The defaults are those of films in which a
     clip lasts 2 s and has one volume.
 
-    raw: the folder of the release; subject: whose recordings these are; name: of the recordings, in the manifest
+    raw: the folder of the release; subject: whose recordings these are; name: of the recordings
     delay: of the haemodynamic response, in volumes; None: recordings are taken as they are
     train_segments, test_segments: only so many, from the first on
     splits: {"train": names of the segments, "test": ...}

@@ -46,7 +46,7 @@ def plan(title: str, encode: Callable[[], object], clips: int, on_cpu: int) -> i
     """Encode one clip to see what it takes, and print it. Returns how many to encode at once: as many as fit
     into half of the GPU's free memory, 64 at most; `on_cpu` where there is no GPU."""
     encode()  # the first takes longer
-    gpu = torch.cuda.is_available()
+    at_once, gpu = on_cpu, torch.cuda.is_available()
     if gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -58,14 +58,13 @@ def plan(title: str, encode: Callable[[], object], clips: int, on_cpu: int) -> i
         memory = max(torch.cuda.max_memory_allocated() - weights, 1)
         torch.cuda.empty_cache()  # what a model before this one took is free, too
         free, _ = torch.cuda.mem_get_info()
-        on_gpu = int(np.clip(free / 2 / memory, 1, 64))
+        at_once = int(np.clip(free / 2 / memory, 1, 64))
         room = f"{memory / 1e9:.2f} GB of GPU memory a clip, beside {weights / 1e9:.1f} GB of weights"
     else:
         import resource  # not on Windows
 
         room = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory in all"
     minutes = (perf_counter() - start) * clips / 60
-    at_once = on_gpu if gpu else on_cpu
     tqdm.write(f"{title}: {room}; {clips:,} clips take about {minutes:,.1f} minutes; {at_once} at once")
     return at_once
 
@@ -111,30 +110,28 @@ def prepare_stimuli(
     frames: int = 8,
     sentences: int | None = None,
 ) -> None:
-    """Stimuli and captions -> folder/{train,test}/clips.jsonl, categories.npy, e_txt.npy, e_img.npy,
-    e_act.npy.
+    """The files named above, in folder/{train,test}/; what is whole is kept.
 
     captions: the file of each split. frames: F, of a clip. sentences: of a caption that CLIP sees, from its
-    first on; None for all. What is whole is kept. Raises ValueError where it was made by another recipe.
+    first on; None for all. Raises ValueError where an array was made by another recipe.
     """
     rows = {split: describe_clips(source, split, captions[split]) for split in source.splits}
     classes = _report_categories(folder, rows)
     encoders = None
     for split in source.splits:
-        recipe = {"clip": clip_name, "viclip": viclip_name, "frames": frames}
+        recipe = {"clip": clip_name, "viclip": viclip_name, "frames": frames, "caption_sentences": sentences}
         recipe["captions"] = hashes([[captions[split]]])
-        recipe["caption_sentences"] = sentences
         files = [folder / split / f"{name}.npy" for name in ("e_txt", "e_img", "e_act")]
         encoded = [is_made_by(file, recipe) for file in files]
         _write_clips(folder / split, rows[split], classes)
         if all(encoded):
             continue
-        if sentences is None:  # then the manifest does not name it
-            del recipe["caption_sentences"]
         encoders = encoders or Encoders(clip_name, viclip_name)
-        doubts = _encode_split(source, folder / split, rows[split], encoders, recipe)
-        if doubts:
-            warnings.warn(f"{captions[split]}: {doubts}", stacklevel=2)
+        report, doubtful = _encode_split(source, folder / split, rows[split], encoders, recipe)
+        tqdm.write(f"{split}: {report}")
+        if doubtful:
+            doubt = f"the captions of {', '.join(doubtful)} may be in another order than the clips"
+            warnings.warn(f"{captions[split]}: {doubt} ({report})", stacklevel=2)
 
 
 def _report_categories(folder: Path, rows: dict[str, list[dict]]) -> list[str]:
@@ -177,11 +174,11 @@ class Encoders:
 
 def _encode_split(
     source: Release, folder: Path, rows: list[dict], encoders: Encoders, recipe: dict
-) -> str | None:
-    """folder/e_txt.npy, e_img.npy and e_act.npy of a split. Returns a doubt whether the captions fit."""
+) -> tuple[str, list[str]]:
+    """folder/e_txt.npy, e_img.npy and e_act.npy of a split. Returns `captions_that_fit`."""
     split, n, F = folder.name, len(rows), recipe["frames"]
     inputs = hashes(map(source.stimulus, source.splits[split]))
-    captions = [first_sentences(row["caption"], recipe.get("caption_sentences")) for row in rows]
+    captions = [first_sentences(row["caption"], recipe["caption_sentences"]) for row in rows]
     e_txt = encode_texts(encoders.clip, encoders.tokenizer, captions)  # (n, D)
     with writing_array(folder / "e_txt.npy", e_txt.shape, "float32", recipe, inputs) as array:
         array[:] = e_txt
@@ -190,8 +187,4 @@ def _encode_split(
     with resumable_arrays(shapes, "float32", recipe, inputs) as (arrays, done, filled):
         clips = (clip[uniform_frames(len(clip), F)] for clip in clips_from(source, rows, done))
         encode_all(clips, encoders.encode, arrays, done, filled, f"CLIP and ViCLIP, {split}", on_cpu=16)
-        report, doubtful = captions_that_fit(arrays[0], e_txt, [row["segment"] for row in rows])
-    tqdm.write(f"{split}: {report}")
-    if doubtful:
-        return f"the captions of {', '.join(doubtful)} may be in another order than the clips ({report})"
-    return None
+        return captions_that_fit(arrays[0], e_txt, [row["segment"] for row in rows])

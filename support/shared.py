@@ -40,7 +40,9 @@ HUB_ID = r"[\w.-]+/[\w.-]+"
 KEYS = {"data": str, "subject": int, "decoder": str, "mom": bool, "integration": bool, "stage1_config": dict}
 KEYS |= dict.fromkeys(("frames", "height", "width", "sampling_steps", "lora_rank"), int)
 KEYS |= {"guidance": float, "lora_alpha": float, "noise_shift": float, "checkpointing": bool}
-STAGE1_KEYS = {"rois": (str, type(None)), "tau": float, "lambda_1": float, "lambda_2": float}
+TEXT = (str, type(None))
+STAGE1 = {"data": str, "subject": int, "rois": TEXT, "val_segments": TEXT, "sizes": dict, "precision": str}
+STAGE1 |= dict.fromkeys(("tau", "lambda_1", "lambda_2", "dropout"), float)
 
 
 def locate(name: Path | str) -> Path:
@@ -63,7 +65,8 @@ def locate(name: Path | str) -> Path:
 def read_settings(folder: Path) -> dict:
     """config.json, checked."""
     settings = read_json(folder / "config.json", keys=KEYS)
-    check_keys(settings["stage1_config"], f"{folder / 'config.json'}, stage1_config", STAGE1_KEYS)
+    keys = {key: STAGE1[key] for key in ("rois", "tau", "lambda_1", "lambda_2")}
+    check_keys(settings["stage1_config"], f"{folder / 'config.json'}, stage1_config", keys)
     settings["decoder"] = decoder_at(settings["decoder"], folder)
     return settings
 
@@ -144,39 +147,42 @@ def write_memories(folder: Path, model) -> None:
         np.savez(part, **model.voxels)
 
 
-def read_memories(
-    folder: Path, D: int, L: int, D_txt: int
-) -> tuple[Tensor, list[Tensor], Tensor, list[dict]]:
-    """e (N, 3, D), N captions (n_i, D_txt), the empty prompt (L, D_txt), N lines of clips.jsonl; D of the
-    Brain Model, L and D_txt of the video decoder."""
+def read_memories(folder: Path, brain_model, decoder) -> tuple[Tensor, list[Tensor], Tensor, list[dict]]:
+    """e (N, 3, D), N captions (n_i, D_txt), the empty prompt (L, D_txt), N lines of clips.jsonl; D is the
+    Brain Model's, L and D_txt are the video decoder's."""
+    D, L, D_txt = brain_model.to_f_c.out_features, decoder.text_length, decoder.text_width
     file = folder / MEMORIES
     # memory of their own, which is aligned as the run's is: products round otherwise where it is not
     tensors = {name: x.clone() for name, x in read_tensors(file).items()}
     if tensors.keys() != {"e", "text_tokens", "text_offsets", "empty"}:
         raise damaged(file, f"tensors {', '.join(tensors)}", "e, text_tokens, text_offsets, empty")
-    e, tokens, offsets, empty = (tensors[name] for name in ("e", "text_tokens", "text_offsets", "empty"))
-    fits = e.ndim == 3 and e.shape[1] == 3 and e.dtype == empty.dtype == torch.float32
-    fits = fits and tokens.ndim == empty.ndim == 2 and tokens.shape[1] == empty.shape[1]
-    if not fits or offsets.shape != (len(e) + 1,) or offsets.is_floating_point():
-        shapes = {name: (str(x.dtype), tuple(x.shape)) for name, x in tensors.items()}
-        raise damaged(
-            file, shapes, "e (N, 3, D) and empty (L, D_txt) in float32, N + 1 offsets of the tokens"
-        )
+    e, empty, offsets = tensors["e"], tensors["empty"], tensors["text_offsets"]
+    tokens, N = tensors["text_tokens"], len(tensors["e"])
+    check_array(e.numpy(), f"{file}, e", "f", (None, 3, D))
+    check_array(empty.numpy(), f"{file}, empty", "f", (L, D_txt))
+    check_array(tokens.numpy(), f"{file}, text_tokens", "f", (None, D_txt))
+    check_array(offsets.numpy(), f"{file}, text_offsets", "iu", (N + 1,))
+    if not e.dtype == empty.dtype == torch.float32:
+        raise damaged(file, f"{e.dtype} of e, {empty.dtype} of empty", "float32")
     lengths = offsets.diff()
-    if offsets[0] != 0 or offsets[-1] != len(tokens) or lengths.min() < 1 or lengths.max() > len(empty):
-        raise damaged(
-            file, "text_offsets", f"numbers that rise from 0 to {len(tokens)}, by {len(empty)} at most"
-        )
+    if not N or offsets[0] != 0 or offsets[-1] != len(tokens) or lengths.min() < 1 or lengths.max() > L:
+        wanted = f"{N + 1} numbers that rise from 0 to {len(tokens)}, by {L} at most"
+        raise damaged(file, f"text_offsets {offsets.tolist()[:4]} ...", wanted)
     if not ((e.norm(dim=-1) - 1).abs() < 1e-3).all():
         raise damaged(file, "rows of e of another length", "unit vectors")
-    lines = read_json(folder / "memories.json", list)
-    if len(lines) != len(e):
-        raise damaged(folder / "memories.json", f"{len(lines)} lines", f"one for each memory of {MEMORIES}")
+    return e, list(tokens.split(lengths.tolist())), empty, read_lines(folder / "memories.json", N)
+
+
+def read_lines(file: Path, N: int) -> list[dict]:
+    """memories.json of N memories."""
+    lines = read_json(file, list)
+    if len(lines) != N:
+        raise damaged(file, f"{len(lines)} lines", f"one for each of the {N} memories")
     for number, line in enumerate(lines):
         if not isinstance(line, dict):
-            raise damaged(folder / "memories.json", f"{line!r:.40} as line {number}", "objects {...}")
-        check_keys(line, f"{folder / 'memories.json'}, line {number}", {"id": str, "caption": str})
-    return e, list(tokens.split(lengths.tolist())), empty, lines
+            raise damaged(file, f"{line!r:.40} as line {number}", "objects {...}")
+        check_keys(line, f"{file}, line {number}", {"id": str, "caption": str})
+    return lines
 
 
 def read_voxels(folder: Path, N: int) -> dict[str, np.ndarray]:

@@ -42,7 +42,7 @@ def test_every_voxel_and_volume_reaches_both_outputs(model, x, output):
 
 @pytest.mark.parametrize("shape", [(3, 2, 29), (3, 1, 30)])
 def test_another_number_of_voxels_or_volumes_is_refused(model, shape):
-    with pytest.raises(AssertionError, match=rf"fMRI \(B, {shape[1]}, {shape[2]}\)"):
+    with pytest.raises(AssertionError, match=rf"fMRI \({shape[1]}, {shape[2]}\), wanted \(2, 30\)"):
         model(torch.randn(shape))
 
 

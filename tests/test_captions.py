@@ -115,7 +115,7 @@ def numbered(numbers: list, key: str = "idx") -> str:
         (
             "a.json",
             '[{"caption": "a dog", "tags": "dog"}]',
-            "entry 1: found tags = 'dog', wanted a list of strings",
+            "entry 1: found tags = 'dog', wanted tags as a list",
         ),
         (
             "a.json",

@@ -15,6 +15,7 @@ from mini_releases import CINEBRAIN_VISUAL, CLIP_SHAPE, EPISODE_CLIPS, contents,
 from test_video_decoder import L, wan_pipeline
 
 import evaluate
+import metrics.options
 import train_stage1
 import train_stage2
 from data import Clips
@@ -145,11 +146,8 @@ def test_training_and_evaluation_run_on_it(here, release):
     logged = [json.loads(line) for line in open(run / "stage2" / "log.jsonl")]
     assert logged[-1]["step"] == 2 and all(np.isfinite(row["loss"]) for row in logged)
     assert [*(run / "stage2" / "samples").glob("*.gif")]
-    evaluate.main(
-        evaluate.parse(
-            [*common, *"--clips 2 --steps 2 --metrics ssim --stimuli".split(), str(release.folder / "videos")]
-        )
-    )
+    pictures = [*"--clips 2 --steps 2 --metrics ssim --stimuli".split(), str(release.folder / "videos")]
+    evaluate.main(metrics.options.parse([*common, *pictures], ""))
     (out,) = run.glob("eval*")
     for kind in ("gt", "recon"):
         assert sorted(file.name for file in (out / kind).glob("*.mp4")) == ["0000.mp4", "0269.mp4"]

@@ -652,22 +652,22 @@ def test_the_draws_of_stage_2_belong_to_seed_step_and_clip(wan_root):
 
 def test_a_step_excludes_what_a_held_out_clip_could_not_retrieve(wan_root):
     """All test captions recur in training: so may a training clip's, unless a share is asked for."""
-    for share, hidden_captions in ((None, 0), (0.0, 1), (0.25, 0.75)):
+    for share, p_hidden in ((None, 0), (0.0, 1), (0.25, 0.75)):
         clips = read_clips(wan_root, batch_size=48, caption_share=share)
-        assert clips.recall.test_share == 1 and clips.recall.hidden_captions == pytest.approx(hidden_captions)
+        assert clips.recall.test_share == 1 and clips.recall.p_hidden == pytest.approx(p_hidden)
         batch, hidden = clips.batch(2), []
         for row, clip in zip(batch.excluded.numpy(), batch.clips.numpy(), strict=True):
             draw = np.random.default_rng([0, 2, clip, 2]).random()
-            hidden.append(draw < hidden_captions)
+            hidden.append(draw < p_hidden)
             assert np.array_equal(row, clips.recall.excluded(np.array([clip]), np.array([hidden[-1]]))[0])
-        assert np.mean(hidden) == pytest.approx(hidden_captions, abs=0.2)
+        assert np.mean(hidden) == pytest.approx(p_hidden, abs=0.2)
 
 
 def test_memories_are_the_clips_trained_on(wan_root):
     clips = read_clips(wan_root, val_segments="seg1")
     e, captions = memories(clips, lambda e_img: 2 * e_img[:, 1])
-    assert clips.recall.trained.min() >= 24 and len(e) == len(captions) == len(clips.recall.trained)
-    for n, clip in enumerate(clips.recall.trained):
+    assert clips.trained.min() >= 24 and len(e) == len(captions) == len(clips.trained)
+    for n, clip in enumerate(clips.trained):
         kinds = torch.from_numpy(np.stack([clips.e_txt[clip], clips.e_img[clip, 1], clips.e_act[clip]]))
         torch.testing.assert_close(e[n], kinds)
         assert np.array_equal(captions[n], clips.texts[clip])
@@ -979,9 +979,9 @@ def test_training_clips_find_their_caption_as_seldom_as_held_out_clips(recall_of
         (0.06, 0.9),
         (0.0, 1),
     ):  # 60 % have theirs: a tenth are 6 % of all
-        assert recall_of(captions=captions, share=share).hidden_captions == pytest.approx(hidden)
+        assert recall_of(captions=captions, share=share).p_hidden == pytest.approx(hidden)
     recall = recall_of(captions=captions, in_test=[49, -1, -1, 100, -1], share=None)
-    assert recall.test_share == 0.4 and recall.hidden_captions == pytest.approx(1 - 0.4 / 0.6)
+    assert recall.test_share == 0.4 and recall.p_hidden == pytest.approx(1 - 0.4 / 0.6)
     allowed = ~recall.excluded(np.arange(100))
     assert recall.most == allowed.sum(1).max()
     assert recall.fewest == (allowed & ~recall.same_caption(np.arange(100))).sum(1).min()
@@ -1004,7 +1004,7 @@ def test_held_out_are_the_segments_and_no_copy_of_theirs_is_trained_on(recall_of
 @pytest.mark.parametrize("nothing", [None, ""])
 def test_without_segments_held_out_all_clips_are_trained_on(root, nothing):
     train = Clips("cc2017", 1, "train", root=root, val_segments=nothing)
-    assert train.recall.trained.tolist() == [*range(48)] and len(train.held_out) == 0
+    assert train.trained.tolist() == [*range(48)] and len(train.held_out) == 0
     two = Clips("cc2017", 1, "train", root=root, val_segments="seg1,seg3")
     assert two.held_out.tolist() == [*range(16), *range(32, 48)]
     unknown = "--val_segments seg1,seg9: the training segments are seg1, seg2, seg3"

@@ -47,7 +47,7 @@ RUN = Path("runs/cc2017/sub1/full-s0")
 SETTINGS = dict(
     data="cc2017", subject=1, seed=0, mom=True, integration=True, K=3, alpha=1.0,
     attention_heads=4, frames=SIZE[0], height=SIZE[1], width=SIZE[2], lora_rank=4, lora_alpha=8,
-    noise_shift=1.0, checkpointing=False, sampling_steps=2, guidance=2.0, sample_every=0, step=6, steps_in_all=6,
+    noise_shift=1.0, checkpointing=False, precision="fp32", sampling_steps=2, guidance=2.0, sample_every=0, step=6, steps_in_all=6,
 )  # fmt: skip
 
 

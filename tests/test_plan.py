@@ -163,7 +163,8 @@ def test_of_equal_parts_one_is_counted(family, pipelines, monkeypatch):
 @pytest.mark.parametrize("guidance", [1, 5])
 def test_an_evaluation_takes_what_reconstructing_takes(family, guidance, pipelines):
     settings, model = tiny(pipelines, family)
-    config = evaluate.parse(f"--data cc2017 --batch_size 2 --steps 3 --guidance {guidance}".split())
+    options = f"--data cc2017 --batch_size 2 --steps 3 --guidance {guidance}"
+    config = evaluate.parse(options.split(), "")
     need = plan.count_evaluation(model, config, SIZES)
     real = plan.fake_model(settings_of(settings), BRAIN, SIZES, 48)
     for module in (real, real.decoder.pipe.vae):
