@@ -100,9 +100,8 @@ FULL_ROW = {4: -1, 5: -2, 6: -1}  # the paper's model, of which the control is
 
 def rows_of(table: int, data: str, subject: int) -> list[Row]:
     """The rows of a table from top to bottom. In Table 5 the run of areas is `full` where they are the
-    dataset's own, and where the prepared subject has no voxel elsewhere. A row cannot be trained where the
-    subject has no voxel of its region: nothing drives the toy's mPFC, and reproducible voxels alone
-    remain."""
+    dataset's own and where the prepared subject has no voxel elsewhere. A row cannot be trained where the
+    subject has no voxel of its region: nothing drives the toy's mPFC, and reproducible voxels stay."""
     if table != 5:
         return ROWS[table]
     file = Path("data", data, f"sub{subject}", "voxels.npz")
