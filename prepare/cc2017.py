@@ -76,8 +76,6 @@ class PurdueRelease(PurdueFilms):
     Raises FileNotFoundError for a segment without any recording or without its film.
     """
 
-    name = "PurdueRelease"
-
     def __post_init__(self):
         super().__post_init__()
         self.delay = CC2017_DELAY if self.delay is None else self.delay

@@ -38,7 +38,6 @@ class CineBrainRelease(Release):
     """
 
     preprocessed = True
-    name = "CineBrainRelease"
     volumes = facts.CLIP_VOLUMES
     film = facts.CINEBRAIN_FPS, facts.SECONDS["cinebrain"], 1
 

@@ -102,7 +102,7 @@ def in_areas(areas: np.ndarray, names: Sequence[str]) -> np.ndarray:
 CLIP = "ViT-L-14-quickgelu/openai"  # of open_clip, which downloads it
 VICLIP_HUB, VICLIP_FILE = "OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth"  # 1.71 GB
 
-DOWNLOADS = {
+MISSING = {
     "cc2017": """
 1. Download two archives of the Purdue University Research Repository to one folder RAW: the stimuli,
    doi.org/10.4231/R71Z42KK, and the recordings: doi.org/10.4231/R7X63K3M (subject 1, 15.3 GB),
@@ -130,7 +130,7 @@ DOWNLOADS = {
 
 def guide(name: str, subject: int) -> str:
     """How to prepare a dataset: one screen."""
-    steps = DOWNLOADS.get(name, "").format(subject=subject)
+    steps = MISSING.get(name, "").format(subject=subject)
     return f"data/{name} is not prepared for subject {subject}.\n{steps}"
 
 
