@@ -32,8 +32,7 @@ SHARE = 0.75  # of the clips must be nearer to their own caption than to that of
 
 
 def read_captions(path: Path, segments: Sequence[str]) -> list[dict]:
-    """The clips of a split in order, each with `caption` and, where the file has them, `tags` or
-    `categories`.
+    """The clips of a split in order: `caption` and, where the file has them, `tags` or `categories`.
 
     segments: those of the split, in order; a .jsonl file is searched for them. Raises FileNotFoundError, or a
     ValueError that names the file, its row, what that holds and what is wanted.
@@ -83,16 +82,15 @@ print(json.dumps({"names": names, "values": values}))
 
 
 def _read_hdf5(path: Path) -> list[str]:
-    """The only dataset of the file. A process of its own reads it: in a damaged file the HDF5 library can
-    loop for ever, or crash."""
+    """The only dataset of the file; read in another process: by a damaged one the library loops or dies."""
     command = [sys.executable, "-c", READ_HDF5, str(path)]
-    wanted = "a whole .h5 file of UTF-8 captions"
+    content = "a whole .h5 file of UTF-8 captions"
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired as error:
-        raise damaged(path, "no answer in a minute", wanted) from error
+        raise damaged(path, "no answer in a minute", content) from error
     if process.returncode:
-        raise damaged(path, process.stderr.strip().split("\n")[-1] or "no answer", wanted)
+        raise damaged(path, process.stderr.strip().split("\n")[-1] or "no answer", content)
     answer = json.loads(process.stdout)
     if answer["values"] is None:
         raise damaged(path, f"datasets {', '.join(answer['names']) or '(none)'}", "one dataset of captions")
@@ -115,8 +113,7 @@ def _check(path: Path, rows: list[dict]) -> None:
 
 
 def _in_order(place: Path | str, rows: list[dict]) -> list[dict]:
-    """The rows by their `clip` or `idx`, where they have one. Raises ValueError for a number that is missing
-    or there twice."""
+    """The rows by their `clip` or `idx`, if any. Raises ValueError for a number missing or there twice."""
     key = next((key for key in ("clip", "idx") if any(row.get(key) is not None for row in rows)), None)
     if key is None:
         return rows
@@ -124,16 +121,15 @@ def _in_order(place: Path | str, rows: list[dict]) -> list[dict]:
     if None in numbers:
         raise damaged(place, f"no {key} in entry {numbers.index(None) + 1}", f"a {key} in each")
     first = 0 if min(numbers) == 0 else 1
-    for wanted, number in enumerate(sorted(numbers), first):
-        if number != wanted:
-            fault = f"{key} {number} twice" if number == wanted - 1 else f"no {key} {wanted}"
+    for expected, number in enumerate(sorted(numbers), first):
+        if number != expected:
+            fault = f"{key} {number} twice" if number == expected - 1 else f"no {key} {expected}"
             raise damaged(place, fault, f"numbers {first} to {first + len(rows) - 1}, each once")
     return sorted(rows, key=lambda row: row[key])
 
 
 def describe_clips(source: Release, split: str, captions: Path) -> list[dict]:
-    """The lines of clips.jsonl. Raises ValueError where the captions are not those of the clips, by their
-    number or the videos' names."""
+    """The lines of clips.jsonl. Raises ValueError where number or names show captions of other clips."""
     segments = source.splits[split]
     clips = [(segment, k) for segment in segments for k in range(source.clips_of(segment))]
     videos = [source.video(segment, k) for segment, k in clips]
@@ -142,8 +138,8 @@ def describe_clips(source: Release, split: str, captions: Path) -> list[dict]:
     if rows and "video" in rows[0] and len(set(files)) == len(files):  # a file a clip
         rows = _of_videos(captions, rows, split, files)
     if len(rows) != len(clips):
-        wanted = f"{len(clips)} {split} clips of {len(segments)} segments"
-        raise ValueError(f"{captions} has {len(rows)} captions for the {wanted}")
+        clips_of_split = f"{len(clips)} {split} clips of {len(segments)} segments"
+        raise ValueError(f"{captions} has {len(rows)} captions for the {clips_of_split}")
     lines = []
     for (segment, k), (path, start), row in zip(clips, videos, rows, strict=True):
         line = {"id": f"{segment}-{k:03d}", "segment": segment}
@@ -172,8 +168,7 @@ def _of_videos(captions: Path, rows: list[dict], split: str, files: list[str]) -
 
 def caption_copies(train: Sequence[dict], test: Sequence[dict]) -> tuple[float, float]:
     """Shares of training clips whose caption another training segment has, and of test clips whose caption a
-    training clip has. Case, punctuation and spaces do not matter. train, test: rows of segment and
-    caption."""
+    training clip has, by `words_of`. train, test: rows of segment and caption."""
     segments: dict[str, set] = {}
     for row in train:
         segments.setdefault(words_of(row["caption"]), set()).add(row["segment"])

@@ -56,8 +56,7 @@ def _longest_name(words: list[str]) -> tuple[int, str]:
 
 
 def _read(text: str, caption: str) -> Iterator[tuple[list[str], str]]:
-    """Names in `text` from left to right, the longest first: the words of a name, and its supercategory or
-    'none'."""
+    """Names in `text` from left to right, the longest first: their words, and supercategory or 'none'."""
     words = re.findall(r"[a-z]+", text)
     i, last = 0, "none"
     while i < len(words):
@@ -78,8 +77,7 @@ def _read(text: str, caption: str) -> Iterator[tuple[list[str], str]]:
 
 
 def clip_categories(caption: str, tags: Sequence[str] | None) -> list[str]:
-    """Sorted supercategories of the objects named by a clip's caption and, where it has them, its tags
-    (§3.1).
+    """Sorted supercategories of the objects that a clip's caption and tags name (§3.1).
 
     Their union: tags add what "people dining together" leaves out, the caption what three or four tags leave
     out, and the context that a tag lacks (bat, tank, orange). On cc2017 tags alone and captions alone agree
@@ -99,25 +97,22 @@ def clip_categories(caption: str, tags: Sequence[str] | None) -> list[str]:
 
 
 def merge_rare(labels: Sequence[Sequence[str]], minimum: float = 0.01) -> list[str]:
-    """Classes, from the training clips: supercategories of share >= `minimum`, then 'other' if a rarer one
-    occurs."""
+    """Classes of the training clips: supercategories of share >= `minimum`, 'other' if a rarer one occurs."""
     names = [*COCO, *sorted({k for clip in labels for k in clip} - set(COCO))]
     share = {k: sum(k in clip for clip in labels) / max(len(labels), 1) for k in names}
-    kept = [k for k in names if share[k] >= minimum]
-    return kept + ["other"] * any(0 < share[k] < minimum for k in names)
+    frequent = [k for k in names if share[k] >= minimum]
+    return frequent + ["other"] * any(0 < share[k] < minimum for k in names)
 
 
 def category_matrix(labels: Sequence[Sequence[str]], classes: Sequence[str]) -> np.ndarray:
-    """Targets of the category head, (clips, K) uint8; a label that is no class counts as 'other', if that is
-    one."""
+    """Targets of the category head, (clips, K) uint8; a label that is no class counts as 'other'."""
     rows = [{k if k in classes else "other" for k in clip} for clip in labels]
     matrix = np.array([[k in row for k in classes] for row in rows], np.uint8)
     return matrix.reshape(len(rows), len(classes))
 
 
 def category_table(labels: Sequence[Sequence[str]], classes: Sequence[str]) -> str:
-    """Plain text: each supercategory and class, its training clips, their share, and whether it was
-    merged."""
+    """Plain text: each supercategory and class, its training clips, their share; is it merged or absent?"""
     lines = [f"{'class':<12}{'clips':>6}{'share':>9}"]
     for k in dict.fromkeys([*COCO, *classes] if set(classes) & set(COCO) else classes):
         n = sum(k in clip or (k == "other" and not set(clip) <= set(classes)) for clip in labels)

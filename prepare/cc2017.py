@@ -76,8 +76,6 @@ class PurdueRelease(PurdueFilms):
     Raises FileNotFoundError for a segment without any recording or without its film.
     """
 
-    name = "PurdueRelease"
-
     def __post_init__(self):
         super().__post_init__()
         self.delay = CC2017_DELAY if self.delay is None else self.delay
@@ -144,8 +142,8 @@ class NeuroClipsRelease(CC2017):
         self._fmri = {split: self._load(self._recordings(split), split) for split in self.splits}
         train, test = (tuple(self._fmri[split].shape) for split in ("train", "test"))
         if len(train) != 3 or len(test) != 3 or train[2] != test[2]:
-            wanted = "(clips, showings, N) of one N"
-            raise ValueError(f"{self.raw} has recordings of {train} and {test}, wanted {wanted}")
+            shape = "(clips, showings, N) of one N"
+            raise ValueError(f"{self.raw} has recordings of {train} and {test}, wanted {shape}")
 
     def _recordings(self, split: str, subject: int | None = None) -> Path:
         return self.raw / f"subj{subject or self.subject:02d}_{split}_fmri.pt"
@@ -155,9 +153,9 @@ class NeuroClipsRelease(CC2017):
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
             raise damaged(file, type(value).__name__, "a tensor", DOWNLOAD)
         if len(value) != SEGMENT_VOLUMES * segments:
-            wanted = f"{SEGMENT_VOLUMES * segments} ({segments} segments)"
+            clips = f"{SEGMENT_VOLUMES * segments} ({segments} segments)"
             advice = "download it again, or give --train-segments, --test-segments"
-            raise ValueError(f"{file} has {len(value)} clips, wanted {wanted}: {advice}")
+            raise ValueError(f"{file} has {len(value)} clips, wanted {clips}: {advice}")
         return value
 
     def _place(self, segment: str) -> tuple[str, slice]:
@@ -202,8 +200,8 @@ class NeuroClipsRelease(CC2017):
             (file,) = self.stimulus(segments[0])
             shape = tuple(self._load(file, split).shape)
             if len(shape) != 5 or shape[1:3] != (6, 3):
-                wanted = "(clips, 6, 3, H, W): 2 s at 3 frames a second"
-                raise ValueError(f"{file} has the shape {shape}, wanted {wanted}")
+                form = "(clips, 6, 3, H, W): 2 s at 3 frames a second"
+                raise ValueError(f"{file} has the shape {shape}, wanted {form}")
 
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
         (file,), (split, clips) = self.stimulus(segment), self._place(segment)

@@ -48,9 +48,9 @@ def read_cifti(
         complete = header.get_data_offset() + header.get_data_dtype().itemsize * math.prod(shape)
         if size < complete:
             raise damaged(path, f"{size:,} bytes", f"{complete:,}")
-        wanted = (volumes or shape[-2], GRAYORDINATES)
-        if shape != (1, 1, 1, 1, *wanted):
-            form = f"{wanted}, or another run: check that it is a run of this segment"
+        sizes = (volumes or shape[-2], GRAYORDINATES)
+        if shape != (1, 1, 1, 1, *sizes):
+            form = f"{sizes}, or another run: check that it is a run of this segment"
             raise damaged(path, f"volumes x grayordinates = {shape[-2:]}", form)
         step, columns = _axes(path, axes[0])
         if abs(step - seconds) > 1e-3 * seconds:

@@ -38,7 +38,6 @@ class CineBrainRelease(Release):
     """
 
     preprocessed = True
-    name = "CineBrainRelease"
     volumes = facts.CLIP_VOLUMES
     film = facts.CINEBRAIN_FPS, facts.SECONDS["cinebrain"], 1
 
@@ -56,7 +55,7 @@ class CineBrainRelease(Release):
             raise ValueError(f"--delay {self.delay}: {text}; leave it out")
         else:
             missing = f"{self.raw} has no CIFTI runs of subject {self.subject}"
-            warnings.warn(f"{missing}: visual areas only, and no hippocampus", stacklevel=3)
+            warnings.warn(f"{missing}: visual areas only, and no hippocampus", stacklevel=2)
         places = [self.raw / place for place in ("videos", "clips", "videos/clips", "video_annos/clips")]
         self.films = next((place for place in places if (place / "000000.mp4").is_file()), places[0])
         for episode in self.segments:
@@ -139,17 +138,16 @@ class CineBrainRelease(Release):
         return {(8405,): slice(None), areas.shape: facts.in_areas(areas, facts.ROIS["visual"])}
 
     def window(self, segment: str) -> tuple[int, int]:
-        """As cifit2npy.py cuts a run, but always 18 minutes long. Raises ValueError where the CSV says other
-        than that."""
+        """As cifit2npy.py cuts a run; ValueError where the CSV does not say 18 minutes."""
         if not self.cifti:
             return 0, facts.EPISODE_VOLUMES
         _, file = self.files(segment)
         with reading(file, "a line of numbers videoStartTime and videoStopTime", "download it again"):
             row = next(csv.DictReader(read_text(file).splitlines()), {})
             start, stop = float(row["videoStartTime"]), float(row["videoStopTime"])
-        seconds, wanted = stop - start, facts.EPISODE_VOLUMES * facts.CINEBRAIN_TR
-        if not (start >= 0 and abs(seconds - wanted) <= 2 * facts.CINEBRAIN_TR):
-            text = f"the video lasts {seconds:.1f} s from {start:.1f} s on, wanted {wanted:.1f} s"
+        seconds, length = stop - start, facts.EPISODE_VOLUMES * facts.CINEBRAIN_TR
+        if not (start >= 0 and abs(seconds - length) <= 2 * facts.CINEBRAIN_TR):
+            text = f"the video lasts {seconds:.1f} s from {start:.1f} s on, wanted {length:.1f} s"
             raise ValueError(f"{file}: {text}: is it the CSV of this run?")
         return int((start + self.delay * facts.CINEBRAIN_TR) / facts.CINEBRAIN_TR) + 1, facts.EPISODE_VOLUMES
 
@@ -161,8 +159,8 @@ class CineBrainRelease(Release):
             start, length = self.window(segment)
             run = read_cifti(files[0], index, facts.CINEBRAIN_TR)
             if len(run) < start + length:
-                wanted = f"{start + length}: start, delay and 18 minutes of video"
-                raise ValueError(f"{files[0]} has {len(run)} volumes, wanted {wanted}")
+                number = f"{start + length}: start, delay and 18 minutes of video"
+                raise ValueError(f"{files[0]} has {len(run)} volumes, wanted {number}")
             return run[start : start + length]
         response = np.empty((len(files), len(index)), np.float32)
         for row, file in zip(response, files, strict=True):
@@ -175,8 +173,7 @@ class CineBrainRelease(Release):
 
     @cached_property
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of each voxel over all volumes of all episodes, (N,) float64 each; one
-        run in memory."""
+        """Mean and deviation of each voxel over all episodes, (N,) float64 each; one run in memory."""
         level, n, total, squares = None, 0, 0.0, 0.0
         for segment in tqdm(self.segments, desc="mean and deviation", unit="episode"):
             x = self._volumes(segment).astype(np.float64)  # (1350, N)

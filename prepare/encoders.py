@@ -69,19 +69,20 @@ def _load_folder(folder: Path) -> tuple[nn.Module, Tokenizer]:
 def _refuse_code(value: object, config: Path) -> None:
     """Raises ValueError where a config, at any depth, asks to run code of its folder or of another one."""
     if isinstance(value, dict):
-        other = str(value.get("hf_model_name") or "")
+        folder = str(value.get("hf_model_name") or "")
         if value.get("trust_remote_code"):
             raise damaged(config, "trust_remote_code", "a CLIP without code of its own", "choose another")
-        if other and Path(other).exists():
-            raise damaged(config, f"hf_model_name {other}", "no model of another folder", "choose another")
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if folder and Path(folder).exists():
+            raise damaged(config, f"hf_model_name {folder}", "no model of another folder", "choose another")
+        value = [*value.values()]
+    for item in value if isinstance(value, list) else ():
         _refuse_code(item, config)
 
 
 def image_stats(model: nn.Module) -> dict:
     """{"size": pixels, "mean": [r, g, b], "std": [r, g, b]} of the images that a CLIP wants."""
-    stats = {key: model.visual.preprocess_cfg[key] for key in ("mean", "std")}
-    return {"size": model.visual.image_size[0]} | stats
+    size, stats = model.visual.image_size[0], model.visual.preprocess_cfg
+    return {"size": size, "mean": stats["mean"], "std": stats["std"]}
 
 
 def prepare_frames(
@@ -95,8 +96,8 @@ def prepare_frames(
     if frames.dtype != torch.uint8 or frames.shape[-1] != 3:
         raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}, wanted uint8 (..., H, W, 3)")
     *lead, H, W, _ = frames.shape
-    h, w = (size, size * W // H) if H <= W else (size * H // W, size)
-    h, w = (size, size) if squash else (h, w)
+    short = min(H, W)
+    h, w = (size, size) if squash else (size * H // short, size * W // short)
     x = frames.reshape(-1, H, W, 3).permute(0, 3, 1, 2).float()
     x = nn.functional.interpolate(x, (h, w), mode="bicubic", antialias=True).clamp(0, 255)  # it overshoots
     top, left = round((h - size) / 2), round((w - size) / 2)
@@ -106,8 +107,7 @@ def prepare_frames(
 
 
 def encode_images(model: nn.Module, frames: np.ndarray, batch: int = 128) -> np.ndarray:
-    """e_img, CLIP of every frame: uint8 (n, F, H, W, 3) -> unit vectors (n, F, D) float32; `batch` counts
-    frames."""
+    """e_img, CLIP of `batch` frames at once: uint8 (n, F, H, W, 3) -> unit vectors (n, F, D) float32."""
     stats, images = image_stats(model), frames.reshape(-1, *frames.shape[2:])
     e = _unit_vectors(model, lambda x: model.encode_image(prepare_frames(x, **stats)), images, batch)
     return e.reshape(*frames.shape[:2], -1)
@@ -121,8 +121,7 @@ def encode_texts(
 
 
 def encode_actions(viclip: ViCLIP, frames: np.ndarray, batch: int = 16) -> np.ndarray:
-    """e_act, ViCLIP of each clip: uint8 (n, F, H, W, 3) -> unit vectors (n, D) float32; `batch` counts
-    clips."""
+    """e_act, ViCLIP of `batch` clips at once: uint8 (n, F, H, W, 3) -> unit vectors (n, D) float32."""
     stats = (viclip.config.image_size, viclip.config.image_mean, viclip.config.image_std)
 
     def encode(x: Tensor) -> Tensor:
@@ -133,8 +132,7 @@ def encode_actions(viclip: ViCLIP, frames: np.ndarray, batch: int = 16) -> np.nd
 
 @torch.inference_mode()
 def _unit_vectors(model: nn.Module, encode: Callable, items: np.ndarray, batch: int) -> np.ndarray:
-    """encode(items), a batch at a time on the model's device (bf16 autocast on a GPU), each vector
-    normalised."""
+    """encode(items), a batch at a time on the model's device (bf16 autocast on a GPU), normalised."""
     device, out = next(model.parameters()).device, []
     for i in range(0, len(items), batch):
         copy = np.array(items[i : i + batch])  # memory maps are read-only

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from support.files import MissingData, read_manifest
-from support.readers import damaged
+from support.readers import FileFault, damaged
 
 # ---------------------------------------------------------------- clips
 
@@ -102,7 +102,7 @@ def in_areas(areas: np.ndarray, names: Sequence[str]) -> np.ndarray:
 CLIP = "ViT-L-14-quickgelu/openai"  # of open_clip, which downloads it
 VICLIP_HUB, VICLIP_FILE = "OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth"  # 1.71 GB
 
-DOWNLOADS = {
+MISSING = {
     "cc2017": """
 1. Download two archives of the Purdue University Research Repository to one folder RAW: the stimuli,
    doi.org/10.4231/R71Z42KK, and the recordings: doi.org/10.4231/R7X63K3M (subject 1, 15.3 GB),
@@ -130,7 +130,7 @@ DOWNLOADS = {
 
 def guide(name: str, subject: int) -> str:
     """How to prepare a dataset: one screen."""
-    steps = DOWNLOADS.get(name, "").format(subject=subject)
+    steps = MISSING.get(name, "").format(subject=subject)
     return f"data/{name} is not prepared for subject {subject}.\n{steps}"
 
 
@@ -182,17 +182,17 @@ def classes_of(file: Path) -> list[str]:
 
 def voxels_of(rois: str, areas: np.ndarray, folder: Path) -> np.ndarray:
     """Indices of the voxels in regions such as "visual,hippocampus"; areas (N,) of each voxel, prepared in
-    folder. Raises ValueError for an unknown region and for one without a voxel."""
+    folder. Raises FileFault, complete as it is, for an unknown region and for one without a voxel."""
     regions = rois.split(",")
     unknown = sorted(set(regions) - set(ROIS))
     if unknown:
-        raise ValueError(f"--rois {rois}: {unknown} unknown; there are {', '.join(ROIS)}")
+        raise FileFault(f"--rois {rois}: {unknown} unknown; there are {', '.join(ROIS)}")
     for region in regions:
         if not in_areas(areas, ROIS[region]).any():
             text = f"--rois {rois}: none of the voxels of {folder} lies in {region}"
             advice = "; prepare the CIFTI runs, or" if folder.parent.name == "cinebrain" else ":"
             prepared = ", ".join(sorted(set(areas))[:9])
-            raise ValueError(f"{text}, they are in {prepared} ...{advice} leave it out")
+            raise FileFault(f"{text}, they are in {prepared} ...{advice} leave it out")
     return np.flatnonzero(in_areas(areas, [*chain(*(ROIS[region] for region in regions))]))
 
 

@@ -20,20 +20,17 @@ MANY = 100  # files of a segment, from here on, have one SHA-256 together: a fil
 
 
 def detrending_degree(seconds: float) -> int:
-    """The degree of the polynomial that removes the slow trend of a run, by the rule of AFNI's 3dDetrend and
-    3dDeconvolve (-polort A): 4 for the 480 s of cc2017, the degree of §4.1. A higher one takes more of what
-    a scene at the run's edge leaves."""
+    """Of the polynomial that removes a run's slow trend, by the rule of AFNI (3dDetrend -polort A): 4 for the
+    480 s of cc2017, as §4.1. A higher one takes more of what a scene at the run's edge leaves."""
     return 1 + int(seconds // 150)
 
 
 def preprocess_run(run: np.ndarray, start: int, length: int, order: int = 4) -> np.ndarray:
-    """Trim a run, remove the least-squares polynomial of degree `order` from each voxel and z-score it
-    (§4.1).
+    """Trim a run, remove from each voxel its least-squares polynomial of degree `order`, z-score it (§4.1).
 
-    With an orthonormal basis Q of the polynomials the residual is y - Q Qᵀ y, for all voxels of a block at
-    once. run: (V, N) volumes x voxels. start, length: the window, in volumes. Returns (length, N) float32;
-    NaN throughout a voxel in which only rounding is left (constant, or a polynomial) or a value is not
-    finite.
+    With an orthonormal basis Q of the polynomials the residual is y - Q Qᵀ y, for a block of voxels at once.
+    run: (V, N) volumes x voxels. start, length: the window, in volumes. Returns (length, N) float32; NaN
+    throughout a voxel that is constant, a polynomial (only rounding is left) or not finite somewhere.
     """
     V, N = run.shape  # volumes, voxels
     if start < 0 or start + length > V:
@@ -145,7 +142,7 @@ def prepare_fmri(source: Release, folder: Path, recipe: dict, window: int = 1) -
 
 def _fill_segment(fmri: np.ndarray, source: Release, segment: str, mask: np.ndarray) -> None:
     """The rows of a segment, (clips, repeats, T, N); NaN for a showing that was not recorded. Raises
-    ValueError, naming the release's file, where a voxel that is kept has no signal in it."""
+    ValueError, naming the release's file, where a chosen voxel has no signal in it."""
     _, length = source.window(segment)
     first = np.arange(0, length, source.volumes)  # volume of each clip
     volumes = np.minimum(first[:, None] + np.arange(fmri.shape[2]), length - 1)  # (clips, T)
@@ -193,8 +190,8 @@ def _input_hashes(segments: Iterable[list[Path]]) -> dict[str, str]:
 
 
 def refuse_twins(source: Release, folder: Path) -> None:
-    """Raises ValueError where the first recording of this subject (folder: data/<name>/sub<K>) is another's,
-    raw or prepared: folders were swapped, or the release is at fault."""
+    """Raises ValueError where this subject's first recording is another's, in the release or prepared beside
+    `folder`, data/<name>/sub<K>: folders were swapped, or the release is at fault."""
     ours = source.recording(source.subject)
     if not ours:
         return

@@ -19,7 +19,7 @@ class Release:
     """A source of recordings and films, read one run at a time. The defaults are those of films in which a
     clip lasts 2 s and has one volume.
 
-    raw: the folder of the release; subject: whose recordings these are; name: of the recordings
+    raw: the folder of the release; subject: whose recordings these are
     delay: of the haemodynamic response, in volumes; None: recordings are taken as they are
     train_segments, test_segments: only so many, from the first on
     splits: {"train": names of the segments, "test": ...}
@@ -48,6 +48,11 @@ class Release:
     def segments(self) -> list[str]:
         """Those of training, then those of testing."""
         return [*chain(*self.splits.values())]
+
+    @property
+    def name(self) -> str:
+        """Of the recordings, in the manifest."""
+        return type(self).__name__
 
     @property
     def recipe(self) -> dict:

@@ -1,8 +1,6 @@
-"""ViCLIP, InternVid's video-text model (arXiv 2307.06942): its video tower makes the action embeddings e_act
-(§3.1).
+"""ViCLIP, InternVid's video-text model (arXiv 2307.06942): its video tower makes e_act (§3.1).
 
-Parameters are named as in the published checkpoint, so that it loads with no weight missing and none left
-over.
+Parameters are named as in the published checkpoint, so that it loads whole.
 """
 
 import json
@@ -22,8 +20,7 @@ from support.readers import check_keys, check_tensors, read_json, read_state, re
 
 @dataclass
 class ViCLIPConfig:
-    """Sizes, by default of the published L/14; the mean and deviation are ImageNet's, as InternVid trained
-    it."""
+    """Sizes, by default of the published L/14; mean and deviation are ImageNet's, as InternVid's."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -60,9 +57,9 @@ class VideoTransformer(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """frames (B, F, 3, H, W), normalised -> (B, D). ValueError for another number of frames."""
         B, F = frames.shape[:2]  # clips, frames
-        wanted = self.temporal_positional_embedding.shape[1]
-        if F != wanted:
-            raise ValueError(f"ViCLIP got {F} frames a clip, wanted {wanted}: pick them with uniform_frames")
+        expected = self.temporal_positional_embedding.shape[1]
+        if F != expected:
+            raise ValueError(f"ViCLIP got {F} frames a clip, wanted {expected}: pick as uniform_frames does")
         # fmt: off
         x = self.conv1(frames.transpose(1, 2))                                         # (B, W, F, h, w)
         x = x.flatten(3).permute(0, 2, 3, 1)                                           # (B, F, P, W)
@@ -109,14 +106,13 @@ class ViCLIP(nn.Module):
 
         Raises FileNotFoundError that says what to download, and ValueError that names a damaged file.
         """
-        folder, weights = _find(Path(path))
+        *sizes, weights = _find(Path(path))
         with reading(weights, advice="download it again"):
-            source = folder / "config.json" if folder else weights
-            with reading(source, "the sizes of a ViCLIP"):
-                config = ViCLIPConfig(**_read_sizes(source)) if folder else config
+            with reading(sizes[0] if sizes else weights, "the sizes of a ViCLIP"):
+                config = ViCLIPConfig(**_read_sizes(*sizes)) if sizes else config
                 with torch.device("meta"):  # what a damaged config asks for takes no memory yet
-                    wanted = cls(config)
-            state = read_weights(weights, wanted)
+                    empty = cls(config)
+            state = read_weights(weights, empty)
         model = cls(config)
         model.load_state_dict(state)
         return model.eval().requires_grad_(False)
@@ -145,8 +141,8 @@ def _read_sizes(file: Path) -> dict:
     return check_keys(values, file, kinds)
 
 
-def _find(path: Path) -> tuple[Path | None, Path]:
-    """The folder, where it is one, and the file of weights. FileNotFoundError where either is not there."""
+def _find(path: Path) -> list[Path]:
+    """The config of a folder, and the file of weights. FileNotFoundError where either is not there."""
     reason = None
     if path.as_posix() == VICLIP_HUB and not path.exists():
         try:
@@ -157,9 +153,8 @@ def _find(path: Path) -> tuple[Path | None, Path]:
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"ViCLIP: {', '.join(missing)} not found; wanted: config.json and model.safetensors in a "
-            f"directory, or the published weights: `hf download {VICLIP_HUB} {VICLIP_FILE} --local-dir "
-            "weights` (`hf auth login` first if it asks you to accept its terms), then name "
-            f"weights/{VICLIP_FILE}"
+            f"ViCLIP: {', '.join(missing)} not found; wanted: a folder of config.json and model.safetensors, "
+            f"or the published weights: `hf download {VICLIP_HUB} {VICLIP_FILE} --local-dir weights` (it may "
+            f"ask for `hf auth login`, and that you accept its terms), then name weights/{VICLIP_FILE}"
         ) from reason
-    return (path if path.is_dir() else None), files[-1]
+    return files
