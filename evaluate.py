@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from brain_model import BrainModel
 from data import Clips, memories, noise_generator
 from heads import Stage1Heads
-from metrics import card
+from metrics import card, held_out
 from metrics.compare import compare
 from metrics.held_out import Films, describe, made_by, pairs_of, reconstruct, write_retrieved
 from metrics.options import PRESETS, Config, parse
@@ -54,7 +54,7 @@ from prepare.copies import far_apart, has_near_copy
 from support import shared
 from support.pipelines import latent_shape, load_lora, load_pipeline
 from support.readers import load_model, reading
-from support.runs import claim, door, evaluation_folder, run_folder
+from support.runs import door, run_folder
 from support.training import start
 from support.videos import check_writable, write_video
 from video_decoder import VideoDecoder
@@ -262,7 +262,7 @@ def evaluate_run(config: Config) -> int:
     run = run_folder(config.data, config.subject, config.run, config.seed)
     test = Clips(config.data, config.subject, "test", model.settings["stage1_config"]["rois"])
     clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))
-    out = evaluation_folder(
+    out = held_out.evaluation_folder(
         run,
         config,
         model.settings,
@@ -272,7 +272,7 @@ def evaluate_run(config: Config) -> int:
     )
     lines = {int(clip): test.lines[clip] for clip in clips}
     films = Films(config, model.size, [*lines.values(), *model.lines])
-    claim(out, made_by(config, model.settings, run / "stage2"), accelerator.is_main_process)
+    held_out.claim(out, made_by(config, model.settings, run / "stage2"), accelerator.is_main_process)
 
     # ---- videos
     x = test.averaged()  # (test clips, T, N)

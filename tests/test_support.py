@@ -10,7 +10,6 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,7 +263,8 @@ def test_a_model_is_loaded_whole_or_not(damage: str, tmp_path):
     else:
         (tmp_path / "m" / "config.json").unlink()
     with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path / "m")) as error:
-        load_model(BrainModel, tmp_path / "m", mend="train it again")
+        with reading(tmp_path / "m", advice="train it again"):
+            load_model(BrainModel, tmp_path / "m")
     assert "train it again" in str(error.value)
 
 
@@ -365,27 +365,6 @@ class Options:
     cls: bool = option(True, "category learning")
     names: list[str] = option([], "names")
     rois: str | None = option(None, "regions")
-
-
-@dataclass
-class Recordings:  # without --data
-    delay: int | None = option(None, "volumes", least=0)
-    raw: Path | None = option(None, "a folder")
-
-
-def test_a_preset_may_be_named_by_a_command(capsys):
-    def ask(*words: str) -> Recordings:
-        presets = {"cc2017": {"delay": 2}, "cinebrain": {"delay": 5}}
-        return parse(Recordings, presets, "What it does.", "data.py cc2017", words, "cc2017")
-
-    assert ask() == Recordings(2, None) and ask("--raw", "a", "--delay", "0") == Recordings(0, Path("a"))
-    with pytest.raises(SystemExit):
-        ask("--help")
-    text = capsys.readouterr().out
-    assert "cc2017: 2" in text and "cinebrain" not in text
-    with pytest.raises(SystemExit):
-        ask("--delay", "-1")
-    assert "--delay -1: wanted at least 0 (data.py cc2017 --help" in capsys.readouterr().err
 
 
 def ask(*words: str) -> Options:
