@@ -35,7 +35,16 @@ from data import Clips, memories, noise_generator
 from heads import Stage1Heads
 from metrics import card
 from metrics.compare import compare
-from metrics.held_out import Films, describe, made_by, pairs_of, reconstruct, write_retrieved
+from metrics.held_out import (
+    Films,
+    claim,
+    describe,
+    evaluation_folder,
+    made_by,
+    pairs_of,
+    reconstruct,
+    write_retrieved,
+)
 from metrics.options import PRESETS, Config, parse
 from metrics.pairs import find_pairs, other_scenes
 from metrics.parallel import in_processes
@@ -54,7 +63,7 @@ from prepare.copies import far_apart, has_near_copy
 from support import shared
 from support.pipelines import latent_shape, load_lora, load_pipeline
 from support.readers import advising, load_model
-from support.runs import claim, door, evaluation_folder, run_folder
+from support.runs import door, run_folder
 from support.training import start
 from support.videos import check_writable, write_video
 from video_decoder import VideoDecoder

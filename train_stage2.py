@@ -29,7 +29,7 @@ from support import shared, training
 from support.options import option, parse as parse_options, settings_of
 from support.pictures import grid_gif
 from support.pipelines import WAN
-from support.runs import RunFolder, door, finished_run, run_folder
+from support.runs import RunFolder, door, run_folder
 
 
 @dataclass
@@ -234,7 +234,8 @@ def read_stage1(config: Config) -> tuple[Path, dict]:
     places = [runs / f"{config.stage1}-s{config.seed}" / "stage1", Path(config.stage1) / "stage1"]
     options = f"--data {config.data} --subject {config.subject} --seed {config.seed} --run {config.stage1}"
     advice = f"python train_stage1.py {options}, or another --stage1"
-    return finished_run(places, {"data": config.data, "subject": config.subject}, shared.STAGE1, advice)
+    settings = {"data": config.data, "subject": config.subject}
+    return shared.finished_run(places, settings, shared.STAGE1, advice)
 
 
 def learn(

@@ -38,13 +38,14 @@ import evaluate  # noqa: E402
 import train_stage1  # noqa: E402
 import train_stage2  # noqa: E402
 from extras.ablation_tables import PAGE, RESULTS, as_text, made_by, result_of, write_page  # noqa: E402
+from metrics.held_out import evaluation_folder  # noqa: E402
 from metrics.table import asked  # noqa: E402
 from prepare.facts import ROIS, in_areas, raw_folder  # noqa: E402
 from support import training  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.options import option, parse as parse_options, settings_of  # noqa: E402
 from support.readers import read_json, read_npz  # noqa: E402
-from support.runs import door, evaluation_folder, run_folder  # noqa: E402
+from support.runs import door, run_folder  # noqa: E402
 from toy.release import prepare_toy  # noqa: E402
 
 

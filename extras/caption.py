@@ -35,7 +35,7 @@ from prepare.categories import COCO, category_table, clip_categories, merge_rare
 from prepare.facts import SEGMENT_VOLUMES, cc2017_splits  # noqa: E402
 from support.files import write_json, written_whole  # noqa: E402
 from support.options import option, parse  # noqa: E402
-from support.readers import read_json, read_json_lines  # noqa: E402
+from support.readers import advising, read_json, read_json_lines  # noqa: E402
 from support.runs import door  # noqa: E402
 from support.videos import read_clips, uniform_frames, video_info  # noqa: E402
 from toy.release import ToyRelease  # noqa: E402
@@ -230,7 +230,8 @@ def begin(part: Path, note: Path, recipe: dict) -> int:
     lines = part.read_bytes().splitlines(keepends=True) if part.is_file() else []
     complete = [line for line in lines if line.endswith(b"\n")]  # a kill leaves half a line
     done = len(complete) // recipe["batch"] * recipe["batch"]
-    begun = read_json(note, mend=f"delete {part} to begin anew") if done else recipe
+    with advising(f"delete {part} to begin anew"):
+        begun = read_json(note) if done else recipe
     for key, value in recipe.items():
         if begun.get(key) != value:
             problem = f"{part} was begun with {key} = {begun.get(key)!r}, but {key} = {value!r} is asked for"

@@ -23,26 +23,25 @@ COLUMNS = ("reconstruction", "top-1 memory", "shuffled fMRI", "stimulus", "chanc
 
 
 class Recognised(NamedTuple):
-    """What the reconstructions show; empty where the clips have no attributes."""
+    """What classifiers see in the reconstructions; empty where the clips have no attributes."""
 
     values: dict[str, list[str]] = {}  # attribute: of each clip the value
     right: np.ndarray | None = None  # (clips,) bool: are all of them the clip's own?
     table: str = ""
 
 
+def attribute_values(lines: Sequence[dict]) -> dict[str, list[str]]:
+    """Of each attribute that these lines of clips.jsonl have the value of each; {} where they have none."""
+    return {name: [line[name] for line in lines] for name in ATTRIBUTES if name in lines[0]}
+
+
 @torch.inference_mode()
-def class_probabilities(
-    videos: Iterable[np.ndarray], classifiers: Sequence[str | Path]
-) -> list[tuple[np.ndarray, list[str]]]:
-    """Videos uint8 (F, H, W, 3) -> of each classifier probabilities (clips, classes), of 16 uniform frames
-    (their mean), and the classes' names. Each video is read once."""
-    judges = [Classifier(classifier) for classifier in classifiers]
-    p = [[] for _ in judges]
-    for video in videos:
-        frames = video[uniform_frames(len(video), FRAMES)]
-        for judge, rows in zip(judges, p, strict=True):
-            rows.append(judge(frames).mean(0))
-    return [(np.stack(rows), judge.names) for judge, rows in zip(judges, p, strict=True)]
+def class_probabilities(videos: Iterable[np.ndarray], classifier: str | Path) -> tuple[np.ndarray, list[str]]:
+    """Videos uint8 (F, H, W, 3) -> probabilities (clips, classes) of 16 uniform frames, their mean, and the
+    classes' names."""
+    judge = Classifier(classifier)
+    p = [judge(video[uniform_frames(len(video), FRAMES)]).mean(0) for video in videos]
+    return np.stack(p), judge.names
 
 
 def recognise(
@@ -51,7 +50,8 @@ def recognise(
     """Of each attribute the most probable of its `values` in each video, where P(red) is the sum over the red
     classes. The first classifier whose classes' names hold an attribute's values is asked for it."""
     recognised: dict[str, list[str]] = {}
-    for p, names in class_probabilities((read_video(file).frames for file in videos), classifiers):
+    for classifier in classifiers:
+        p, names = class_probabilities((read_video(file).frames for file in videos), classifier)
         for attribute in values.keys() - recognised.keys():
             holds = np.zeros((len(names), len(values[attribute])), bool)
             for i, name in enumerate(names):
@@ -64,29 +64,29 @@ def recognise(
 def shown_in_training(clips: Sequence[dict], train: Sequence[dict]) -> dict[str, np.ndarray]:
     """Which clips show a combination of attributes that a training clip shows, and which do not: {name:
     (clips,) bool}; nothing where the clips have no attributes."""
-    names = [name for name in ATTRIBUTES if name in train[0]]
-    trained = {tuple(clip[name] for name in names) for clip in train}
-    known = np.array([tuple(clip[name] for name in names) in trained for clip in clips])
-    return {"shown in training": known, "never shown": ~known} if names else {}
+    trained = set(zip(*attribute_values(train).values(), strict=True))
+    if not trained:
+        return {}
+    combinations = zip(*attribute_values(clips).values(), strict=True)
+    known = np.array([combination in trained for combination in combinations])
+    return {"shown in training": known, "never shown": ~known}
 
 
 def right(recognised: dict[str, list[str]], clips: Sequence[dict]) -> dict[str, np.ndarray]:
     """(clips,) bool: is the clip's attribute recognised? Of each attribute and of all together."""
-    hits = {}
+    hits, truth = {}, attribute_values(clips)
     for name, values in recognised.items():
-        hits[name] = np.array(values) == np.array([clip[name] for clip in clips])
+        hits[name] = np.array(values) == np.array(truth[name])
     return {**hits, ALL: np.all(list(hits.values()), 0)}
 
 
 def shares(
     recognised: dict[str, list[str]], clips: Sequence[dict], groups: dict[str, np.ndarray] | None = None
 ) -> dict[str, float]:
-    """Share of the clips whose attribute is recognised, of each attribute, of all together, and of all
-    together in each group of clips."""
+    """Share of the clips whose attribute is recognised: of each, of all together, also in groups of clips."""
     hits = right(recognised, clips)
     for group, members in (groups or {}).items():
-        if members.any():
-            hits[f"{ALL}, {group}"] = hits[ALL][members]
+        hits[f"{ALL}, {group}"] = hits[ALL][members]
     return {name: float(values.mean()) for name, values in hits.items()}
 
 
@@ -96,34 +96,33 @@ def agreement(
     clips: dict[int, dict],
     train: list[dict],
     top_1: np.ndarray | None,
-    groups: dict[str, np.ndarray] | None = None,
+    groups: dict[str, np.ndarray],
 ) -> Recognised:
     """What is recognised in out/recon/NNNN.mp4 of `clips` {number: line of clips.jsonl}, beside chance, the
     stimuli, the top-1 memories (indices into `train`) and the run's other reconstructions. Writes
     out/recognised.json; nothing where the clips have no attributes or no classifier is a local folder."""
-    names = [name for name in ATTRIBUTES if name in train[0]]
+    values = {name: sorted({*column}) for name, column in attribute_values(train).items()}
     classifiers = [name for name in classifiers if Path(name).is_dir()]
-    if not (names and classifiers):
+    if not (values and classifiers):
         return Recognised()
     lines, files = list(clips.values()), [f"{number:04d}.mp4" for number in clips]
-    values = {name: sorted({clip[name] for clip in train}) for name in names}
     stimuli = recognise([out / "gt" / file for file in files], classifiers, values)
     recognised = recognise([out / "recon" / file for file in files], classifiers, values)
     shuffled = out.name.startswith("eval-shuffled")
     column = "shuffled fMRI" if shuffled else "reconstruction"
     columns = {column: shares(recognised, lines, groups), "stimulus": shares(stimuli, lines, groups)}
     if top_1 is not None:
-        memories = {name: [train[i][name] for i in top_1] for name in recognised}
-        columns["top-1 memory"] = shares(memories, lines, groups)
+        memories = attribute_values([train[i] for i in top_1])
+        columns["top-1 memory"] = shares({name: memories[name] for name in recognised}, lines, groups)
     chance = {name: 1 / len(values[name]) for name in recognised}
     chance_of_all = float(np.prod(list(chance.values())))
     columns["chance"] = {name: chance.get(name, chance_of_all) for name in columns[column]}
     write_json(out / "recognised.json", {"shares": columns, "videos": files, "seen": recognised})
-    kind, other_kind = ("eval-shuffled", "eval") if shuffled else ("eval", "eval-shuffled")
-    file = out.with_name(out.name.replace(kind, other_kind, 1)) / "recognised.json"
+    options = out.name.removeprefix("eval-shuffled" if shuffled else "eval")  # such as -4-clips
+    file = out.with_name(("eval" if shuffled else "eval-shuffled") + options) / "recognised.json"
     more = read_json(file, keys={"shares": dict})["shares"] if file.is_file() else {}
     # the memories and stimuli in the table are those of the reconstruction
-    columns = {**columns, **more} if shuffled else {**more, **columns}
+    columns = columns | more if shuffled else more | columns
     return Recognised(recognised, right(recognised, lines)[ALL], _table(columns, len(files)))
 
 

@@ -15,7 +15,7 @@ from transformers import (
     AutoModelForVideoClassification,
 )
 
-from support.readers import check_tensors, damaged
+from support.readers import check_tensors, damaged, reading
 
 
 def n_way_top_k(
@@ -85,9 +85,7 @@ class Classifier:
                 model.load_state_dict(self.model.state_dict(), assign=True)
             except RuntimeError as error:  # positions that were learnt
                 advice = "--classifier-frames 16, or another --video-classifier"
-                raise ValueError(
-                    f"{self.weights} takes {trained} frames, found {frames}: {advice}"
-                ) from error
+                raise ValueError(f"{self.weights} takes {trained} frames, not {frames}: {advice}") from error
             self.models[frames] = model
         return self.models[frames]
 
@@ -97,11 +95,11 @@ def load_published(
 ) -> nn.Module:
     """kind.from_pretrained of a transformers folder or a name on the Hub, with all its weights, finite.
 
-    No code of the folder is run, and of a folder only .safetensors are read. Raises OSError where there is no
-    such model, ValueError naming the folder where it is damaged or of another kind.
+    No code of the folder is run, and of a folder only .safetensors are read. Raises ValueError, naming it,
+    where there is no such model, or a damaged one or one of another kind.
     """
-    folder, advice = Path(weights), "download it again"
-    try:
+    folder = Path(weights)
+    with reading(folder, f"a model for {kind.__name__}", "download it again"):
         model, info = kind.from_pretrained(
             weights,
             dtype=dtype,
@@ -111,14 +109,10 @@ def load_published(
             output_loading_info=True,
             **options,
         )
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # SafetensorError, and what a damaged config.json makes transformers say
-        raise damaged(folder, error, f"a model for {kind.__name__}", advice) from error
-    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
-    missing = sorted([*info["missing_keys"], *mismatched])
-    if missing:
-        found = f"no fitting {', '.join(missing[:3])} ({len(missing)} in all)"
-        raise damaged(folder, found, f"all weights of {type(model).__name__}", advice)
-    check_tensors(model.state_dict(), folder, mend=advice)
+        mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+        missing = sorted([*info["missing_keys"], *mismatched])
+        if missing:
+            lacking = f"no fitting {', '.join(missing[:3])} ({len(missing)} in all)"
+            raise damaged(folder, lacking, f"all weights of {type(model).__name__}")
+        check_tensors(model.state_dict(), folder)
     return model.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ import numpy as np
 
 from metrics.report import Estimate, blocks_of, estimate, interval, number, table, values_of
 from metrics.table import NAMES
-from support.readers import check_keys, damaged, read_json
+from support.readers import advising, check_keys, damaged, read_json
 
 
 class Runs(NamedTuple):
@@ -131,24 +131,24 @@ def _metrics_files(name: str, data: str) -> list[Path]:
 
 def read_metrics(file: Path) -> dict:
     """metrics.json, checked; "groups" is empty in older ones. Raises ValueError naming the file."""
-    advice = "python evaluate.py makes it anew"
 
     def check(values: object, place: str, keys: dict) -> None:
         if not isinstance(values, dict):
-            raise damaged(file, values, f"an object in its {place}", advice)
-        check_keys(values, f"{file}, {place}", keys, advice)
+            raise damaged(file, values, f"an object in its {place}")
+        check_keys(values, f"{file}, {place}", keys)
 
-    result = read_json(file, keys={"metrics": dict, "clips": list, "provenance": dict}, mend=advice)
-    groups, optional = result.setdefault("groups", {}), (float, type(None))
-    check(result, "groups", {"groups": dict})
-    check(result["provenance"], "provenance", {"size": str})
-    for name in result["metrics"].keys() & set(NAMES):
-        check(result["metrics"][name], name, {"mean": optional})
-    for name, group in groups.items():
-        check(group, f"groups, {name}", {"clips": list})
-        if not all(isinstance(clip, str) for clip in group["clips"]):
-            raise damaged(file, group["clips"], "names of clips", advice)
-    for row in result["clips"]:
-        check(row, "clips", {"clip": str})
-        check(row, "clips", {name: optional for name in NAMES if name in row})
+    optional = (float, type(None))
+    with advising("python evaluate.py makes it anew"):
+        kinds = {"metrics": dict, "groups": dict, "clips": list, "provenance": dict}
+        result = check_keys({"groups": {}} | read_json(file), file, kinds)
+        check(result["provenance"], "provenance", {"size": str})
+        for name in result["metrics"].keys() & set(NAMES):
+            check(result["metrics"][name], name, {"mean": optional})
+        for name, group in result["groups"].items():
+            check(group, f"groups, {name}", {"clips": list})
+            if not all(isinstance(clip, str) for clip in group["clips"]):
+                raise damaged(file, group["clips"], "names of clips")
+        for row in result["clips"]:
+            check(row, "clips", {"clip": str})
+            check(row, "clips", {name: optional for name in NAMES if name in row})
     return result

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, ViTModel
 
 from metrics.classes import load_published
 from prepare.encoders import encode_images, load_clip
-from support.readers import check_tensors
+from support.readers import advising, check_tensors
 
 
 def adjacent(e: np.ndarray) -> float:
@@ -42,7 +42,8 @@ def dtc(e: np.ndarray) -> float:
 def clip_frames(weights: str, device: torch.device | str) -> Callable:
     """CLIP of open_clip: frames uint8 (F, H, W, 3) -> unit vectors (F, D)."""
     model, *_ = load_clip(weights)
-    check_tensors(model.to(device).state_dict(), weights, mend="download it again")
+    with advising("download it again"):
+        check_tensors(model.to(device).state_dict(), weights)
     return lambda frames: encode_images(model, frames[None]).squeeze(0)
 
 

@@ -1,8 +1,10 @@
 """The held-out clips of a run, around their videos: the stimuli, what was recalled, the report and its
 pictures."""
 
+import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from metrics.pairs import Pair, Source, other_scenes
 from metrics.report import Evaluation
 from prepare.copies import far_apart
 from prepare.facts import raw_folder
-from support.files import sha256, written_whole
+from support.files import sha256, write_json, written_whole
+from support.runs import read_settings
 from support.videos import read_clip, video_frames, write_video
 
 
@@ -27,8 +30,8 @@ class Films:
         self.size, self.seconds, self.fps = size, config.seconds, config.fps
         missing = sorted({line["video"] for line in lines if not (self.folder / line["video"]).is_file()})
         if missing:
-            found = f"{self.folder / missing[0]} is not there ({len(missing)} stimuli are missing)"
-            raise FileNotFoundError(f"{found}: --stimuli FOLDER")
+            missed = f"{self.folder / missing[0]} is not there ({len(missing)} stimuli are missing)"
+            raise FileNotFoundError(f"{missed}: --stimuli FOLDER")
 
     def frames(self, line: dict) -> np.ndarray:
         """A line of clips.jsonl -> its frames, uint8 (F, H, W, 3), as the decoder saw them in training."""
@@ -64,14 +67,11 @@ def pairs_of(out: Path, lines: dict[int, dict], method: str) -> dict[str, list[P
     evaluation; the control is the stimulus of another scene, none where there are too few clips."""
     names = [f"{clip:04d}" for clip in lines]
     stimuli = [Source(out / "gt" / f"{name}.mp4") for name in names]
-    try:
-        others = other_scenes(far_apart([line["segment"] for line in lines.values()]))
-        controls = [stimuli[k] for k in others]
-    except ValueError:
-        controls = [None] * len(stimuli)
     reconstructions = [Source(out / "recon" / f"{name}.mp4") for name in names]
-    pairs = zip(names, reconstructions, stimuli, controls, strict=True)
-    return {method: [Pair(*pair) for pair in pairs]}
+    controls: list[Source | None] = [None] * len(names)
+    with suppress(ValueError):
+        controls = [stimuli[k] for k in other_scenes(far_apart([line["segment"] for line in lines.values()]))]
+    return {method: list(map(Pair, names, reconstructions, stimuli, controls))}
 
 
 def describe(
@@ -94,12 +94,39 @@ def describe(
     texts = []
     for i, line in enumerate(lines.values()):
         memory = [] if top_1 is None else [memories[top_1[i]]["caption"]]
-        as_seen = " ".join(values[i] for values in recognised.values.values())
-        texts.append([line["caption"], *memory, f"seen as {as_seen}" if as_seen else ""])
+        attributes = " ".join(values[i] for values in recognised.values.values())
+        texts.append([line["caption"], *memory, f"seen as {attributes}" if attributes else ""])
     values = {} if recognised.right is None else {"all_attributes": recognised.right}
     recalled = None if top_1 is None else lambda i: films.frames(memories[top_1[i]])
     described = evaluation._replace(groups=groups, values=values, texts=texts, memories=recalled)
     return described, recognised.table
+
+
+def evaluation_folder(
+    run: Path, config, settings: dict, complete: bool, metrics: list[str], all_metrics: list[str]
+) -> Path:
+    """eval or eval-shuffled of a run; fewer clips than the test set, other sampling than the run's and fewer
+    than all metrics have folders of their own, and so never replace the results of all."""
+    name = "eval-shuffled" if config.shuffle else "eval"
+    if not complete:
+        name += f"-{config.clips}-clips"
+    if config.steps not in (None, settings["sampling_steps"]):
+        name += f"-steps{config.steps}"
+    if config.guidance not in (None, settings["guidance"]):
+        name += f"-guidance{config.guidance:g}"
+    if set(all_metrics) - set(metrics):
+        digest = hashlib.sha256(",".join(metrics).encode()).hexdigest()[:6]
+        name += "-" + ("-".join(metrics) if len(metrics) <= 3 else f"{len(metrics)}-metrics-{digest}")
+    return run / name
+
+
+def claim(folder: Path, settings: dict, write: bool = True) -> None:
+    """config.json of an evaluation's folder: what its videos are made by. Raises ValueError where others
+    would join them."""
+    file = folder / "config.json"
+    read_settings(file, settings, (), f"to make its videos anew delete the folder: rm -r {folder}")
+    if write:
+        write_json(file, settings)
 
 
 def made_by(config, settings: dict, stage2: Path) -> dict:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
 
-from support.readers import check_tensors, damaged, read_state
+from support.readers import check_tensors, read_state, reading
 
 FLOWS = {"raft": "torchvision raft_large C_T_V1", "farneback": "none: Farneback flow (OpenCV)"}
 AMT_HUB = "lalala125/AMT"
@@ -101,12 +101,10 @@ def load_amt(weights: str, device: torch.device | str) -> Callable:
     """AMT-S of the package vbench: see `amt_between`. docs/metrics.md says how to install it."""
     file = Path(weights).expanduser()
     advice = f"hf download {AMT_HUB} amt-s.pth --local-dir {Path(weights).parent}"
-    state = read_state(file, {"state_dict": dict}, advice)["state_dict"]
-    model = importlib.import_module("vbench.third_party.amt.networks.AMT-S").Model()
-    try:
-        model.load_state_dict(check_tensors(state, file, mend=advice))
-    except RuntimeError as error:
-        raise damaged(file, error, "the weights of AMT-S", advice) from error
+    with reading(file, "the weights of AMT-S", advice):
+        state = read_state(file, {"state_dict": dict})["state_dict"]
+        model = importlib.import_module("vbench.third_party.amt.networks.AMT-S").Model()
+        model.load_state_dict(check_tensors(state, file))
     return partial(amt_between, model.eval().to(device))
 
 

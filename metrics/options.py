@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from metrics.table import TOY, Judging, asked
 from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS
-from support.options import check_options, check_together, option, parse as parse_options
+from support.options import check_together, option, parse as parse_options
 
 
 @dataclass
@@ -58,7 +58,6 @@ def parse(arguments: list[str], doc: str) -> Config:
     if "--pairs" in given and "--data" not in given:
         arguments = [*arguments, "--data", "cc2017"]
     config = parse_options(Config, PRESETS, doc, "evaluate.py", arguments)
-    check_options(config)
     check_together(config, UNUSED, NEEDED)
     asked(config)  # --metrics
     return config

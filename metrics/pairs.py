@@ -26,7 +26,7 @@ class Pair(NamedTuple):
     name: str
     pred: Source | None  # None: it is missing
     gt: Source | None
-    other: Source | None  # another stimulus, the control
+    control: Source | None  # another stimulus
 
 
 def find_pairs(
@@ -37,18 +37,17 @@ def find_pairs(
     sets, strange = _videos_in(folder, {folder / "metrics", out})
     no_video = f"; no video: {_first(strange)}" if strange else ""
     if not sets.keys() - {"gt"} or not split and "gt" not in sets:
-        wanted = "gt/NAME.* and METHOD/NAME.* (side by side: --split)"
-        wanted = "METHOD/NAME.*, side by side" if split else wanted
-        found = f"{folder} has videos in {', '.join(sets) or 'no folder'}{no_video}"
-        raise FileNotFoundError(f"{found}; wanted {wanted}, of {' '.join(SUFFIXES)}")
+        names = "METHOD/NAME.*, side by side" if split else "gt/NAME.* and METHOD/NAME.* (or --split)"
+        contents = f"{folder} has videos in {', '.join(sets) or 'no folder'}{no_video}"
+        raise FileNotFoundError(f"{contents}; wanted {names}, of {' '.join(SUFFIXES)}")
     gt = {} if split else sets.pop("gt")
     names = gt or set().union(*sets.values())
     names = sorted(names, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))
     for method, files in sets.items():
         unpaired = files.keys() ^ set(names)
         if not files.keys() & set(names):
-            found = f"{folder / 'gt'} has {_first(names)}; {folder / method} has {_first(files)}{no_video}"
-            raise ValueError(f"no pair matches by name: {found}")
+            contents = f"{folder / 'gt'} has {_first(names)}; {folder / method} has {_first(files)}{no_video}"
+            raise ValueError(f"no pair matches by name: {contents}")
         if unpaired and not skip_bad:
             counted = f"{folder}: {len(names)} stimuli, {len(files)} videos in {method}"
             advice = "--skip-bad leaves them out, as missing values"
@@ -61,9 +60,7 @@ def _pairs_of(names: list[str], gt: dict[str, Path], pred: dict[str, Path], spli
     stimuli = [Source(gt[name], left) if name in gt else None for name in names]
     predictions = [Source(pred[name], right) if name in pred else None for name in names]
     half = len(names) // 2
-    controls = (
-        stimuli[half:] + stimuli[:half] if half else [None]
-    )  # each stimulus with another name, once each
+    controls = stimuli[half:] + stimuli[:half] if half else [None]  # of another name, each once
     return list(map(Pair, names, predictions, stimuli, controls))
 
 

@@ -1,5 +1,7 @@
 """SSIM and PSNR of frames uint8 (F, H, W, 3), one value a frame: scikit-image's."""
 
+from functools import partial
+
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 from skimage.color import rgb2gray
@@ -11,9 +13,8 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     _, H, W, _ = a.shape
     if min(H, W) < 7:
         raise ValueError(f"SSIM: frames of {H} x {W} pixels, wanted at least 7 x 7: --size 256")
-    return np.array(
-        [structural_similarity(x, y, data_range=255, channel_axis=-1) for x, y in zip(a, b, strict=True)]
-    )
+    similarity = partial(structural_similarity, data_range=255, channel_axis=-1)
+    return np.array(list(map(similarity, a, b)))
 
 
 def ssim_gray(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -199,11 +199,7 @@ def table(rows: list[Row], data: str) -> str:
             if cells["data"] == data:
                 quoted.append((f"{cells['method']}, quoted from the paper", cells))
     for block in BLOCKS:
-        titles = {
-            name: f"{METRICS[name].title} {METRICS[name].better}"
-            for name in NAMES
-            if METRICS[name].block == block
-        }
+        titles = {name: f"{m.title} {m.better}" for name, m in METRICS.items() if m.block == block}
         filled = [row for row in rows + quoted if any(row[1].get(name) for name in titles)]
         if filled and filled[0] not in quoted:
             lines.append("")
@@ -247,16 +243,16 @@ def _cells(run: Evaluation, clips: dict[int, str]) -> tuple[list[list[np.ndarray
     rows, labels = [], []
     for i, words in clips.items():
         pairs = [pairs[i] for pairs in run.sets.values()]
-        videos = [
-            watch(source, run.config.seconds) for source in (pairs[0].gt, *(pair.pred for pair in pairs))
-        ]
+        sources = [pairs[0].gt, *(pair.pred for pair in pairs)]
+        videos = [watch(source, run.config.seconds) for source in sources]
         H, W = videos[0].frames.shape[1:3]
         size = (256, round(W * 256 / H)) if H > 256 else (H, W)
         cells = [video.seen(video.uniform(min(60, len(video))), size) for video in videos]
         if run.memories:
             cells.insert(1, run.memories(i))
-        first, *others = run.texts[i] if run.texts else [pairs[0].name, *[""] * len(pairs)]
+        texts = list(run.texts[i]) if run.texts else [pairs[0].name, *[""] * len(pairs)]
         groups = [f" [{name}]" for name, members in run.groups.items() if members[i]]
+        texts[0] = words + texts[0] + "".join(groups)
         rows.append(cells)
-        labels.append([words + first + "".join(groups), *others])
+        labels.append(texts)
     return rows, labels

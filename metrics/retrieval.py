@@ -17,10 +17,10 @@ from torch import Tensor, nn
 WAYS = 50
 
 
-def retrieval(f: Tensor, e: Tensor, other: np.ndarray, n: int = WAYS) -> tuple[float, float, float]:
+def retrieval(f: Tensor, e: Tensor, far: np.ndarray, n: int = WAYS) -> tuple[float, float, float]:
     """top-1, top-5 and n-way of f (clips, D) against the clips' own e (clips, D).
 
-    other (clips, clips) bool: which clips (columns) may be drawn beside a clip (row). Among equals (clips of
+    far (clips, clips) bool: which clips (columns) may be drawn beside a clip (row). Among equals (clips of
     one caption) the first two take one at random: their expectation. Raises ValueError where f is not finite.
     """
     f, e = torch.nn.functional.normalize(f, dim=-1), torch.nn.functional.normalize(e, dim=-1)
@@ -31,8 +31,8 @@ def retrieval(f: Tensor, e: Tensor, other: np.ndarray, n: int = WAYS) -> tuple[f
     better = (S > correct).sum(1)  # (clips,)
     equal = (S == correct).sum(1)  # (clips,) itself, too
     top_1, top_5 = (np.clip((m - better) / equal, 0, 1).mean() for m in (1, 5))
-    candidates = other.sum(1)  # (clips,)
-    above = (other & (S >= correct)).sum(1)  # (clips,) of n - 1 drawn none may be among these
+    candidates = far.sum(1)  # (clips,)
+    above = (far & (S >= correct)).sum(1)  # (clips,) of n - 1 drawn none may be among these
     n = min(n, int(candidates.min()) + 1)
     n_way = hypergeom.cdf(0, candidates, above, n - 1).mean() if n > 1 else 1.0
     return float(top_1), float(top_5), float(n_way)
@@ -50,33 +50,30 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
 
 @torch.inference_mode()
 def scores(
-    model: nn.Module, heads: nn.Module, x: Tensor, targets: NamedTuple, other: np.ndarray
+    model: nn.Module, heads: nn.Module, x: Tensor, targets: NamedTuple, far: np.ndarray
 ) -> dict[str, float]:
     """Brain Model and heads on x (clips, T, N) z-scored fMRI of clips with these targets, those of
     data.Clips.targets. The names are the table's rows."""
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     f_c = torch.cat([model(part.to(device))[0].float().cpu() for part in x.split(64)])  # (clips, D)
     e_img, f_a, logits = (v.float().cpu() for v in heads(f_c.to(device), targets.e_img.to(device)))
-    model.train(was_training)
     pairs = {"image": (f_c, e_img), "text": (f_c, targets.e_txt), "action": (f_a, targets.e_act)}
     rows = {}
     for name, (f, e) in pairs.items():
-        rows[f"{name} top-1"], rows[f"{name} top-5"], rows[f"{name} {WAYS}-way"] = retrieval(f, e, other)
+        rows[f"{name} top-1"], rows[f"{name} top-5"], rows[f"{name} {WAYS}-way"] = retrieval(f, e, far)
     rows["category mAP"] = average_precision(logits.numpy(), targets.categories.numpy())
     return rows
 
 
 def with_controls(
-    model: nn.Module, heads: nn.Module, x: Tensor, targets: NamedTuple, other: np.ndarray
+    model: nn.Module, heads: nn.Module, x: Tensor, targets: NamedTuple, far: np.ndarray
 ) -> dict[str, dict[str, float]]:
     """The table's columns: "fmri" the `scores`; "shuffled" those with the fMRI of other clips, in an order
     drawn once; "chance" what guessing reaches."""
-    n, ways = len(x), min(WAYS, int(other.sum(1).min()) + 1)  # fewer ways where the test set is small
+    n, ways = len(x), min(WAYS, int(far.sum(1).min()) + 1)  # fewer ways where the test set is small
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    fmri = scores(model, heads, x, targets, other)
-    shuffled = scores(model, heads, x[order], targets, other)
+    fmri = scores(model, heads, x, targets, far)
+    shuffled = scores(model, heads, x[order], targets, far)
     labels = targets.categories.float()  # (clips, classes)
     by_guessing = {"top-1": 1 / n, "top-5": 5 / n, f"{WAYS}-way": 1 / ways}
     by_guessing["mAP"] = float(labels.mean(0)[labels.any(0)].mean())

@@ -26,19 +26,13 @@ from metrics.table import LOADERS, METRICS, Metric, asked
 from support.files import sha256
 from support.readers import damaged
 
-
-def _versions() -> dict[str, str]:
-    libraries = "numpy scipy scikit-image opencv-python-headless av torch torchvision transformers"
-    installed = {}
-    for name in (*libraries.split(), "open_clip_torch"):
-        with suppress(PackageNotFoundError):  # OpenCV has several names
-            installed[name] = version(name)
-    return installed
-
-
-VERSIONS = _versions()
-_ROOM = sorted(Path(__file__).parent.glob("*.py"))
-CODE = sha256(*_ROOM, Path(prepare.encoders.__file__), Path(support.videos.__file__))
+LIBRARIES = "numpy scipy scikit-image av torch torchvision transformers open_clip_torch"
+VERSIONS: dict[str, str] = {}
+for library in (*LIBRARIES.split(), "opencv-python-headless"):
+    with suppress(PackageNotFoundError):  # OpenCV has several names
+        VERSIONS[library] = version(library)
+ROOM = sorted(Path(__file__).parent.glob("*.py"))
+CODE = sha256(*ROOM, Path(prepare.encoders.__file__), Path(support.videos.__file__))
 
 
 def digest(path: Path) -> str:
@@ -67,7 +61,7 @@ def keys_of(pair: Pair, config) -> dict[str, str]:
     if not (pair.pred and pair.gt):
         return {}
     options = [config.size, config.classifier_frames, config.trials, config.seconds, VERSIONS, CODE]
-    videos = [source and (digest(source.path), source.half) for source in (pair.pred, pair.gt, pair.other)]
+    videos = [source and (digest(source.path), source.half) for source in (pair.pred, pair.gt, pair.control)]
     keys = {}
     for name in asked(config):
         metric = METRICS[name]
@@ -155,14 +149,14 @@ def _values(pair: Pair, keys: dict[str, str], config, judges: "Judges", read: Ca
     had; nothing where a video cannot be read."""
     if not keys or not (pred := read(pair.pred)) or not (gt := read(pair.gt)):
         return {}
-    other = read(pair.other) if pair.other and any(METRICS[name].of_gt for name in keys) else None
+    control = read(pair.control) if pair.control and any(METRICS[name].of_gt for name in keys) else None
     values = {}
     for name, key in keys.items():
         metric = METRICS[name]
         judge = judges(metric.judge)
         if judge or not metric.judge:
             value = metric.of_clip(judge, config, pred, gt)
-            values[key] = [value, metric.of_clip(judge, config, pred, other) if metric.of_gt else None]
+            values[key] = [value, metric.of_clip(judge, config, pred, control) if metric.of_gt else None]
             if metric.chance and config.trials:
                 values[key] = _by_trials(values[key], config.trials, int(key, 16))
     return values

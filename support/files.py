@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,10 +49,9 @@ def written_whole(path: Path, keep: bool = False) -> Iterator[Path]:
         if not _is_of_a_full_disk(error, free):
             raise
         size = sum(file.stat().st_size for file in [part, *part.rglob("*")] if file.is_file())
-        raise DiskFull(
-            f"{path} takes {size / 1e9:,.3f} GB, but the disk is full, with {free / 1e9:,.3f} GB free: "
-            "make room and run the command again; it keeps what is whole"
-        ) from error
+        sizes = f"takes {size / 1e9:,.3f} GB, but the disk is full, with {free / 1e9:,.3f} GB free"
+        advice = "make room and run the command again; it keeps what is whole"
+        raise DiskFull(f"{path} {sizes}: {advice}") from error
     finally:
         if part.is_dir():
             shutil.rmtree(part)
@@ -112,8 +111,7 @@ def resumable_arrays(
     shapes: dict[Path, tuple[int, ...]], dtype: str, recipe: dict, inputs: dict[str, str]
 ) -> Iterator[tuple[list[np.memmap], int, Callable[[int], None]]]:
     """As `writing_array`, for arrays that take hours: after a kill they go on. Yields the arrays, how many
-    clips an earlier start has filled by this recipe from these inputs, and a function to call with how many
-    are filled now."""
+    clips an earlier start has filled in the same way, and a function to call with how many are filled now."""
     first = next(iter(shapes))
     state = first.with_name(f".{first.stem}.part.json")
     request = {"shapes": [*shapes.values()], "dtype": dtype, "recipe": recipe, "inputs": inputs}
@@ -138,12 +136,10 @@ def resumable_arrays(
 
 def _earlier_arrays(state: Path, request: dict, parts: Iterable[Path]) -> tuple[int, list[np.memmap]]:
     """How many clips an earlier start filled, and its arrays; none if not whole or of another request."""
-    try:
+    with suppress(ValueError, FileNotFoundError):
         note = read_json(state, keys={"asked": dict, "done": int})
         if note["asked"] == request:
             return note["done"], [np.lib.format.open_memmap(part, "r+") for part in parts]
-    except (ValueError, FileNotFoundError):
-        pass
     return 0, []
 
 
@@ -162,7 +158,8 @@ def hashes(groups: Iterable[Sequence[Path]]) -> dict[str, str]:
     digests: dict[str, str] = {}
     for files in groups:
         name = files[0].name + (f" ... {files[-1].name}" if len(files) > 1 else "")
-        digests[name] = digests.get(name) or sha256(*files)  # once, where it recurs
+        if name not in digests:
+            digests[name] = sha256(*files)
     return digests
 
 
@@ -172,26 +169,22 @@ def read_manifest(path: Path) -> dict | None:
     if not (path.exists() and manifest.exists()):
         return None
     with reading(manifest, "JSON", f"delete {path.parent} and prepare it again"):
-        entry = read_json(manifest).get(path.name)
-        if entry is None:
+        entries = read_json(manifest)
+        if path.name not in entries:
             return None
-        if not isinstance(entry, dict):
-            raise damaged(manifest, f"{path.name}: {str(entry)[:40]}", "an object {...}")
+        entry = check_keys(entries, manifest, {path.name: dict})[path.name]
         return check_keys(entry, f"{manifest}, {path.name}", {"recipe": dict, "inputs": dict})
 
 
-def read_prepared(
-    path: Path, kind: str, shape: Sequence[int | None], finite: bool = False, mend: str | None = None
-) -> np.ndarray:
+def read_prepared(path: Path, kind: str, shape: Sequence[int | None], finite: bool = False) -> np.ndarray:
     """`read_array` of an array that is still what the manifest says was made: of that dtype and shape."""
-    with reading(path, advice=mend):
-        array = read_array(path, kind, shape, finite)
-        dtype, sizes = str(array.dtype), [*array.shape]
-        entry = {"dtype": dtype, "shape": sizes} | (read_manifest(path) or {})
-        if dtype != entry["dtype"] or sizes != entry["shape"] or 0 in sizes:
-            wanted = f"{entry['dtype']} of shape {entry['shape']}, as manifest.json beside it says"
-            raise damaged(path, f"{dtype} of shape {sizes}", wanted)
-        return array
+    array = read_array(path, kind, shape, finite)
+    dtype, sizes = str(array.dtype), [*array.shape]
+    entry = {"dtype": dtype, "shape": sizes} | (read_manifest(path) or {})
+    if dtype != entry["dtype"] or sizes != entry["shape"] or 0 in sizes:
+        wanted = f"{entry['dtype']} of shape {entry['shape']}, as manifest.json beside it says"
+        raise damaged(path, f"{dtype} of shape {sizes}", wanted)
+    return array
 
 
 def is_made_by(path: Path, recipe: dict) -> bool:

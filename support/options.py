@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, field, fields
+from functools import partial
 
 RANGES = {"above": operator.gt, "least": operator.ge, "below": operator.lt, "most": operator.le}
 RANGES["choices"] = lambda value, choices: value in choices
@@ -48,35 +49,23 @@ def _parser(config: type, presets: dict[str, dict], doc: str, prog: str) -> Pars
         values = [] if default in (None, []) else [f"default: {default}"]
         values += [f"{name}: {preset[f.name]}" for name, preset in presets.items() if f.name in preset]
         text = f.metadata["help"] + (f" [{'; '.join(values)}]" if values else "")
-        text = text.replace("%", "%%")
         flags = dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"])
+        add = partial(parser.add_argument, *flags, default=default, help=text.replace("%", "%%"))
         if kind is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(*flags, action=action, default=default, help=text)
+            add(action=argparse.BooleanOptionalAction)
         else:
-            nargs, metavar = "+" if is_list else None, kind.__name__.upper()
-            parser.add_argument(*flags, type=kind, nargs=nargs, metavar=metavar, default=default, help=text)
+            add(type=kind, nargs="+" if is_list else None, metavar=kind.__name__.upper())
     return parser
 
 
-def parse(
-    config: type,
-    presets: dict[str, dict],
-    doc: str,
-    prog: str,
-    argv: Sequence[str],
-    preset: str | None = None,
-):
-    """The command line over a preset over the defaults: `preset`, or the one that the option --data names.
-    Whatever is unknown or out of its range ends the program."""
-    parser = _parser(config, presets if preset is None else {preset: presets[preset]}, doc, prog)
-    if preset is None:
-        words = [word for word in argv if word not in ("-h", "--help")]
-        known, _ = parser.parse_known_args(words)
-        preset = known.data
-        if preset is not None and preset not in presets:
-            parser.error(f"--data {preset}: there are {', '.join(presets)}")
-    parser.set_defaults(**presets.get(preset, {}))
+def parse(config: type, presets: dict[str, dict], doc: str, prog: str, argv: Sequence[str]):
+    """The command line over the preset that --data names over the defaults. Whatever is unknown or out of its
+    range ends the program."""
+    parser = _parser(config, presets, doc, prog)
+    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    if known.data is not None and known.data not in presets:
+        parser.error(f"--data {known.data}: there are {', '.join(presets)}")
+    parser.set_defaults(**presets.get(known.data, {}))
     values = config(**vars(parser.parse_args(argv)))
     try:
         check_options(values)
@@ -86,9 +75,8 @@ def parse(
 
 
 def _lies_within(value, ranges: dict) -> bool:
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    return all(RANGES[name](value, bound) for name, bound in ranges.items())
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return finite and all(RANGES[name](value, bound) for name, bound in ranges.items())
 
 
 def _range_text(ranges: dict) -> str:
@@ -101,8 +89,7 @@ def check_options(config) -> None:
         value, ranges = getattr(config, f.name), f.metadata["ranges"]
         for item in value if isinstance(value, list) else [value]:
             if item is not None and not _lies_within(item, ranges):
-                wanted = _range_text(ranges) or "a finite number"
-                raise ValueError(f"--{f.name} {item}: wanted {wanted}")
+                raise ValueError(f"--{f.name} {item}: wanted {_range_text(ranges) or 'a finite number'}")
             if isinstance(item, str) and "\0" in item:
                 raise ValueError(f"--{f.name} {item!r}: wanted text without a null character")
 
@@ -116,19 +103,17 @@ def within(kind: type, **ranges) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not _lies_within(value, ranges):
-            wanted = "a whole number" if kind is int else "a number"
-            message = f"{text[:60]!r}, wanted {wanted} {_range_text(ranges)}"
-            raise argparse.ArgumentTypeError(message.strip())
+            wanted = f"a {'whole ' if kind is int else ''}number {_range_text(ranges)}".strip()
+            raise argparse.ArgumentTypeError(f"{text[:60]!r}, wanted {wanted}")
         return value
 
     return number
 
 
-def check_name(name: str, option_name: str = "--run") -> str:
+def check_name(name: str) -> str:
     """The name itself, where it can be that of one folder. Raises ValueError for another."""
     if not re.fullmatch(r"[\w+][\w.+-]{0,99}", name):
-        wanted = "at most 100 letters, digits and . _ + -, no dot first"
-        raise ValueError(f"{option_name} {name[:120]}: wanted {wanted}")
+        raise ValueError(f"--run {name[:120]}: wanted at most 100 letters, digits and . _ + -, no dot first")
     return name
 
 

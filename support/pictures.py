@@ -13,15 +13,15 @@ Pictures = list[list[np.ndarray]]  # rows of pictures uint8 (H, W, 3), or of vid
 Labels = list[list[str]]
 
 
-def curves(file: Path, named: dict[str, tuple[Sequence[float], Sequence[float]]], **labels) -> None:
-    """Named curves (x, y) in one picture; labels: xlabel, ylabel, title, yscale ... of matplotlib's axes."""
+def curves(file: Path, points: dict[str, tuple[Sequence[float], Sequence[float]]], **labels) -> None:
+    """Curves (x, y) by name in one picture; labels: xlabel, title, yscale ... of matplotlib's axes."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, (x, y) in named.items():
+    for name, (x, y) in points.items():
         axis.plot(x, y, label=name, marker="." if len(x) < 20 else None)
     axis.set(**labels)
     axis.legend()
@@ -33,12 +33,12 @@ def curves(file: Path, named: dict[str, tuple[Sequence[float], Sequence[float]]]
 
 def loss_curves(file: Path, log: Sequence[dict], labels: dict[str, str], title: str) -> None:
     """The lines of log.jsonl as a picture: of each name of `labels` that they hold a curve over the steps."""
-    named = {}
+    points = {}
     for name, label in labels.items():
-        points = [(line["step"], line[name]) for line in log if name in line]
-        if points:
-            named[label] = tuple(zip(*points, strict=True))
-    curves(file, named, xlabel="step", ylabel="loss", yscale="log", title=title)
+        logged = [line for line in log if name in line]
+        if logged:
+            points[label] = [line["step"] for line in logged], [line[name] for line in logged]
+    curves(file, points, xlabel="step", ylabel="loss", yscale="log", title=title)
 
 
 def near_copies(
@@ -46,13 +46,10 @@ def near_copies(
 ) -> None:
     """The cosine above which a clip copies another, and the distributions behind it: of each the quantiles at
     `percent`."""
-    curves(
-        file,
-        {name: (cosines, percent) for name, cosines in best_match.items()},
-        xlabel="highest cosine of a clip's mean frame to a memory's",
-        ylabel="% of clips below",
-        title=f"near-copies, not retrieved in training: cosine > {threshold:.4f}",
-    )
+    points = {name: (cosines, percent) for name, cosines in best_match.items()}
+    x = "highest cosine of a clip's mean frame to a memory's"
+    title = f"near-copies, not retrieved in training: cosine > {threshold:.4f}"
+    curves(file, points, xlabel=x, ylabel="% of clips below", title=title)
 
 
 def spread(clips: Sequence[int], n: int, groups: dict[str, np.ndarray] | None = None) -> list[int]:

@@ -43,12 +43,8 @@ def load_pipeline(
         else:
             L = config["max_text_seq_length"]
             dtypes = dtype  # this pipeline wants one throughout
-        parts = {
-            "transformer": transformer,
-            "vae": vae,
-            "text_encoder": text_encoder,
-            "tokenizer": text_encoder,
-        }
+        text = text_encoder
+        parts = {"transformer": transformer, "vae": vae, "text_encoder": text, "tokenizer": text}
         absent = {part: None for part, load in parts.items() if not load}
         pipe = PIPELINES[kind].from_pretrained(name, dtype=dtypes, use_safetensors=True, **absent)
         for part in pipe.components.values():
@@ -106,10 +102,10 @@ def check_prepared(decoder, latents: tuple[int, ...], empty: tuple[int, ...]) ->
     patch = patch_of(decoder)
     remainders = [n % p for n, p in zip(latents[1:], patch, strict=True)]
     if (latents[0], *empty) != reads or any(remainders):
-        found = f"prepared latents {tuple(latents)} and text tokens {tuple(empty)}"
+        prepared = f"prepared latents {tuple(latents)} and text tokens {tuple(empty)}"
         wanted = f"{reads[0]} channels in patches of {patch}, {reads[1]} tokens of width {reads[2]}"
         advice = f"prepare them for it: python data.py, --decoder {name_of(decoder)}"
-        raise ValueError(f"{found}, but {name_of(decoder)} reads {wanted}: {advice}")
+        raise ValueError(f"{prepared}, but {name_of(decoder)} reads {wanted}: {advice}")
 
 
 def patch_of(decoder) -> tuple[int, int, int]:
@@ -127,9 +123,8 @@ def save_lora(decoder, folder: Path) -> None:
     lora = decoder.transformer.peft_config["default"].to_dict()
     lora["target_modules"] = sorted(lora["target_modules"])
     weights = get_peft_model_state_dict(decoder.transformer)
-    type(decoder.pipe).save_lora_weights(
-        folder, weights, weight_name=LORA_FILE, transformer_lora_adapter_metadata=lora
-    )
+    save = type(decoder.pipe).save_lora_weights
+    save(folder, weights, weight_name=LORA_FILE, transformer_lora_adapter_metadata=lora)
 
 
 def load_lora(decoder, folder: Path) -> None:

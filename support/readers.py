@@ -3,7 +3,7 @@
     read_array, read_npz, read_text, read_json, read_json_lines
     read_tensors, read_state    .safetensors, and .pt checkpoints of plain values
     load_model                  a model of config.json and model.safetensors
-    reading                     the same for what a library raises, and advice for the readers inside
+    reading, advising           the same for what a library raises; advice for the readers inside
 
 A reader raises MissingFile, or the FileFault of `damaged`. Nothing that a file holds is ever executed.
 """
@@ -21,15 +21,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-KINDS = {
-    "f": "floating-point",
-    "u": "whole",
-    "iu": "whole",
-    "fiu": "real",
-    "fiub": "real",
-    "b": "true-or-false",
-}
+KINDS = {"f": "floating-point", "u": "whole", "iu": "whole", "fiu": "real", "fiub": "real", "b": "boolean"}
 Shape = Sequence[int | None] | None  # None: any, or of any size
+Shapes = dict[str, Sequence[int]] | None  # of tensors by name
 Type = type | tuple[type, ...]
 # faults of the machine, which no file is deleted for: the texts that libraries hand on in errors of their own
 _MACHINE = ("EACCES", "EPERM", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EDQUOT", "EIO")
@@ -73,29 +67,22 @@ def reading(path: Path | str, wanted: str = "a whole file", advice: str | None =
     one. Faults of the machine (permission, open files, memory, disk) pass through as they are.
     Not around the `yield` of a generator: its caller would get the advice, too.
     """
-    token = _advice.set(advice or _advice.get())
-    try:
-        yield
-    except (FileFault, MissingFile, *_NO_DAMAGE):
-        raise
-    except Exception as error:
-        if any(text in str(error) for text in _MACHINE_TEXTS):
+    with advising(advice or _advice.get()):
+        try:
+            yield
+        except (FileFault, MissingFile, *_NO_DAMAGE):
             raise
-        missing = getattr(error, "filename", None) or path
-        if isinstance(error, FileNotFoundError) and not os.path.exists(missing):
-            raise MissingFile(f"{missing} is not there: {_advice.get()}") from error
-        raise damaged(path, error, wanted) from error
-    finally:
-        _advice.reset(token)
+        except Exception as error:
+            if any(text in str(error) for text in _MACHINE_TEXTS):
+                raise
+            missing = getattr(error, "filename", None) or path
+            if isinstance(error, FileNotFoundError) and not os.path.exists(missing):
+                raise MissingFile(f"{missing} is not there: {_advice.get()}") from error
+            raise damaged(path, error, wanted) from error
 
 
 def check_array(
-    array: np.ndarray,
-    path: Path | str,
-    kind: str = "f",
-    shape: Shape = None,
-    finite: bool = False,
-    mend: str | None = None,
+    array: np.ndarray, path: Path | str, kind: str = "f", shape: Shape = None, finite: bool = False
 ) -> np.ndarray:
     """The array itself, where its dtype is of `kind` (KINDS), its shape fits and its values are finite."""
     wanted = "text" if kind == "U" else f"{KINDS[kind]} numbers"
@@ -105,28 +92,24 @@ def check_array(
         fits &= len(shape) == array.ndim and sizes == [*array.shape]
         wanted += f" of shape ({', '.join(map(str, shape))})".replace("None", "any")
     if not fits:
-        raise damaged(path, f"{array.dtype} of shape {array.shape}", wanted, mend)
+        raise damaged(path, f"{array.dtype} of shape {array.shape}", wanted)
     if finite and not np.isfinite(array).all():
         place = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
-        raise damaged(path, f"{array[place]} at {place}", f"finite {wanted}", mend)
+        raise damaged(path, f"{array[place]} at {place}", f"finite {wanted}")
     return array
 
 
-def read_array(
-    path: Path, kind: str = "f", shape: Shape = None, finite: bool = False, mend: str | None = None
-) -> np.ndarray:
+def read_array(path: Path, kind: str = "f", shape: Shape = None, finite: bool = False) -> np.ndarray:
     """An .npy array, memory-mapped: a header that promises more than the file holds takes no memory."""
-    with reading(path, "a whole .npy file", mend):
+    with reading(path, "a whole .npy file"):
         return check_array(np.lib.format.open_memmap(path, "r"), path, kind, shape, finite)
 
 
-def read_npz(path: Path, kinds: dict[str, str], mend: str | None = None) -> dict[str, np.ndarray]:
+def read_npz(path: Path, kinds: dict[str, str]) -> dict[str, np.ndarray]:
     """The named arrays of an .npz file, of the given kinds and of one length."""
     arrays: dict[str, np.ndarray] = {}
-    with (
-        reading(path, f"an .npz file of {', '.join(kinds)}", mend),
-        np.load(path, allow_pickle=False) as file,
-    ):
+    wanted = f"an .npz file of {', '.join(kinds)}"
+    with reading(path, wanted), np.load(path, allow_pickle=False) as file:
         for name, kind in kinds.items():
             arrays[name] = check_array(file[name], f"{path}[{name}]", kind)
         shapes = {name: array.shape for name, array in arrays.items()}
@@ -135,9 +118,9 @@ def read_npz(path: Path, kinds: dict[str, str], mend: str | None = None) -> dict
     return arrays
 
 
-def read_text(path: Path, mend: str | None = None) -> str:
+def read_text(path: Path) -> str:
     """UTF-8, with or without a byte order mark."""
-    with reading(path, "a file of UTF-8 text", mend):
+    with reading(path, "a file of UTF-8 text"):
         return path.read_text(encoding="utf-8-sig")
 
 
@@ -154,15 +137,15 @@ def _names(kind: Type) -> str:
     return " or ".join(names.get(k, k.__name__) for k in ((kind,) if isinstance(kind, type) else kind))
 
 
-def check_keys(row: dict, path: Path | str, keys: dict[str, Type], mend: str | None = None) -> dict:
+def check_keys(row: dict, path: Path | str, keys: dict[str, Type]) -> dict:
     """The row itself, where each key is there and of its type; a float must be finite."""
     for key, kind in keys.items():
         value = row.get(key)
         if key not in row or not _fits(value, kind):
-            found = f"{key} = {str(value)[:60]!r}" if key in row else f"no {key}"
-            raise damaged(path, found, f"{key} as {_names(kind)}", mend)
+            entry = f"{key} = {str(value)[:60]!r}" if key in row else f"no {key}"
+            raise damaged(path, entry, f"{key} as {_names(kind)}")
         if isinstance(value, float) and not np.isfinite(value):
-            raise damaged(path, f"{key} = {value}", f"{key} as a finite number", mend)
+            raise damaged(path, f"{key} = {value}", f"{key} as a finite number")
     return row
 
 
@@ -174,61 +157,50 @@ def _parse_json(text: str, path: Path | str, kind: Type, keys: dict[str, Type] |
     return check_keys(value, path, keys or {}) if isinstance(value, dict) else value
 
 
-def read_json(
-    path: Path, kind: Type = dict, keys: dict[str, Type] | None = None, mend: str | None = None
-) -> dict | list:
+def read_json(path: Path, kind: Type = dict, keys: dict[str, Type] | None = None) -> dict | list:
     """A JSON file of an object (or a list), whose `keys` are there and of their types."""
-    with reading(path, advice=mend):
-        return _parse_json(read_text(path), path, kind, keys)
+    return _parse_json(read_text(path), path, kind, keys)
 
 
-def read_json_lines(path: Path, keys: dict[str, Type] | None = None, mend: str | None = None) -> list[dict]:
+def read_json_lines(path: Path, keys: dict[str, Type] | None = None) -> list[dict]:
     """A JSON object a line. Lines end at \\n alone: a caption may hold U+2028."""
-    with reading(path, advice=mend):
-        lines = enumerate(read_text(path).rstrip().split("\n"), 1)
-        return [_parse_json(line, f"{path}, line {number}", dict, keys) for number, line in lines]
+    lines = enumerate(read_text(path).rstrip().split("\n"), 1)
+    return [_parse_json(line, f"{path}, line {number}", dict, keys) for number, line in lines]
 
 
-def read_tensors(
-    path: Path, shapes: dict[str, Sequence[int]] | None = None, mend: str | None = None
-) -> dict[str, Tensor]:
+def read_tensors(path: Path, shapes: Shapes = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors file: finite, and of the `shapes` by name, no more and no fewer."""
-    with reading(path, "a whole .safetensors file", mend):
+    with reading(path, "a whole .safetensors file"):
         open(path, "rb").close()  # safetensors calls each fault of opening "no such file"
         return check_tensors(load_file(path), path, shapes)
 
 
-def check_tensors(
-    tensors: dict[str, Tensor],
-    path: Path,
-    shapes: dict[str, Sequence[int]] | None = None,
-    mend: str | None = None,
-) -> dict[str, Tensor]:
+def check_tensors(tensors: dict[str, Tensor], path: Path, shapes: Shapes = None) -> dict[str, Tensor]:
     """The tensors themselves, where they are finite, and those of `shapes`."""
     for name in sorted(tensors.keys() | shapes.keys()) if shapes is not None else ():
         size = tuple(tensors[name].shape) if name in tensors else "missing"
         wanted = tuple(shapes[name]) if name in shapes else "no such tensor"
         if size != wanted:
-            raise damaged(path, f"{name} {size}", str(wanted), mend)
+            raise damaged(path, f"{name} {size}", str(wanted))
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise damaged(path, f"NaN or infinity in {name}", "finite weights", mend)
+            raise damaged(path, f"NaN or infinity in {name}", "finite weights")
     return tensors
 
 
-def read_state(path: Path, keys: dict[str, Type], mend: str | None = None) -> dict:
+def read_state(path: Path, keys: dict[str, Type]) -> dict:
     """A .pt checkpoint of plain values and tensors, memory-mapped; nothing in it is ever executed."""
-    with reading(path, "a checkpoint of this program", mend):
+    with reading(path, "a checkpoint of this program"):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(state, dict):
             raise TypeError(f"a {type(state).__name__}")
         return check_keys(state, path, keys)
 
 
-def load_model(kind: type, folder: Path, mend: str | None = None) -> nn.Module:
+def load_model(kind: type, folder: Path) -> nn.Module:
     """kind.from_pretrained(folder) of config.json and model.safetensors: all its weights, finite."""
     weights = folder / "model.safetensors"
-    with reading(folder, f"a {kind.__name__}", mend):  # its sizes, names and weights
+    with reading(folder, f"a {kind.__name__}"):  # its sizes, names and weights
         read_json(folder / "config.json")
         open(weights, "rb").close()  # as in read_tensors
         with redirect_stdout(None):  # it prints where it reads the weights from

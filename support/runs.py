@@ -1,12 +1,10 @@
-"""Folders of runs and evaluations, signals, and the door that every script goes through.
+"""Folders of runs, signals, and the door that every script goes through.
 
 RunFolder     settings, log and weights of a training run, which change only together; it goes on
-claim         the settings of an evaluation's folder
 Stopping      Ctrl-C and SIGTERM end a training run after its step, with a checkpoint
 door          bad input ends in one line, a bug in its traceback
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -59,47 +57,6 @@ def read_settings(file: Path, settings: dict, may_change: Sequence[str], advice:
     return stored
 
 
-def claim(folder: Path, settings: dict, write: bool = True) -> None:
-    """config.json of an evaluation's folder: what its videos are made by. Raises ValueError where others
-    would join them."""
-    file = folder / "config.json"
-    read_settings(file, settings, (), f"to make its videos anew delete the folder: rm -r {folder}")
-    if write:
-        write_json(file, settings)
-
-
-def evaluation_folder(
-    run: Path, config, settings: dict, complete: bool, metrics: list[str], all_metrics: list[str]
-) -> Path:
-    """eval or eval-shuffled of a run. Fewer clips than the complete test set, other sampling than the run's
-    settings and fewer than all metrics have a folder of their own, and so never replace the results of
-    all."""
-    name = "eval-shuffled" if config.shuffle else "eval"
-    if not complete:
-        name += f"-{config.clips}-clips"
-    if config.steps not in (None, settings["sampling_steps"]):
-        name += f"-steps{config.steps}"
-    if config.guidance not in (None, settings["guidance"]):
-        name += f"-guidance{config.guidance:g}"
-    if set(all_metrics) - set(metrics):
-        digest = hashlib.sha256(",".join(metrics).encode()).hexdigest()[:6]
-        name += "-" + ("-".join(metrics) if len(metrics) <= 3 else f"{len(metrics)}-metrics-{digest}")
-    return run / name
-
-
-def finished_run(places: Sequence[Path], settings: dict, keys: dict, advice: str) -> tuple[Path, dict]:
-    """The first of these folders that holds a run, and its config.json with `keys` of their types. Raises
-    FileNotFoundError where none does, ValueError where settings are not these or steps are left."""
-    folder = next((place for place in places if (place / "config.json").is_file()), places[0])
-    with advising(advice):
-        stored = read_json(folder / "config.json", keys=keys | {"step": int, "steps_in_all": int})
-        expected = settings | {"step": stored["steps_in_all"]}
-        actual = {name: stored[name] for name in expected}
-        if actual != expected:
-            raise damaged(folder, actual, f"{expected}, a finished run")
-    return folder, stored
-
-
 class FolderLock:
     """One process group at a time works in a folder. The lock leaves no file, and ends with the process."""
 
@@ -140,12 +97,6 @@ class RunFolder:
     folder/config.json      settings and the step of the weights, written last: what it says is true of them
     folder/state/state.pt   to go on
     folder/log.jsonl        a line a logged step; TensorBoard's files beside it
-
-        with RunFolder(folder, settings, total, last, accelerator, may_change) as run:
-            run.restore(state, models)
-            for step in run.steps():
-                ...
-                run.after_step(step, losses, norm)
     """
 
     def __init__(
@@ -161,18 +112,14 @@ class RunFolder:
         self.chief = accelerator.is_main_process
         self.settings = json.loads(json.dumps(settings))
         self.state_file, self.log_file = folder / "state" / "state.pt", folder / "log.jsonl"
-        self.board, self.lock = None, FolderLock(folder) if self.chief else None
-        self.stopping = Stopping()
+        self.board, self.stopping = None, Stopping()
         advice = f"choose another --run NAME, or delete {folder}"
-        try:
-            stored = read_settings(folder / "config.json", self.settings, may_change, advice)
-            self.first_step = stored.get("step", 0)
-            if not isinstance(self.first_step, int) or self.first_step > total:
-                wanted = f"a step of 0 to {total}"
-                raise damaged(folder / "config.json", f"step = {self.first_step!r}", wanted, advice)
-        except ValueError:
-            self.__exit__()
-            raise
+        stored = read_settings(folder / "config.json", self.settings, may_change, advice)
+        self.first_step = stored.get("step", 0)
+        if not isinstance(self.first_step, int) or self.first_step > total:
+            wanted = f"a step of 0 to {total}"
+            raise damaged(folder / "config.json", f"step = {self.first_step!r}", wanted, advice)
+        self.lock = FolderLock(folder) if self.chief else None
         self.finished = self.first_step == total and (folder / last).is_file()
 
     def __enter__(self) -> "RunFolder":
@@ -193,21 +140,21 @@ class RunFolder:
         write_once: Callable[[Path], object] | None = None,
         sample: Callable[[Path], object] | None = None,
     ) -> None:
-        """state: what has a state_dict and goes on (models, optimiser, schedule); it is loaded where the run
-        has a checkpoint. models: what writes a folder of weights; write_once(folder): what stays as it is.
-        sample(file) draws what the model can."""
+        """state: what has a state_dict (models, optimiser, schedule), loaded where the run has a checkpoint.
+        models: what writes a folder of weights; write_once(folder): what stays as it is. sample(file) draws
+        what the model can."""
         self.state, self.models, self.write_once, self.sample = state, models, write_once, sample
         if not self.first_step:
             return
-        keys = {"step": int} | dict.fromkeys(state, dict)
-        with reading(self.state_file, "what this run saved", f"delete {self.folder} and train again"):
-            stored = read_state(self.state_file, keys)
+        file, keys = self.state_file, {"step": int} | dict.fromkeys(state, dict)
+        with reading(file, "what this run saved", f"delete {self.folder} and train again"):
+            stored = read_state(file, keys)
             for name, part in state.items():
                 if all(isinstance(value, Tensor) for value in stored[name].values()):
-                    check_tensors(stored[name], self.state_file)
+                    check_tensors(stored[name], file)
                 part.load_state_dict(stored[name])
             if not 0 < stored["step"] <= self.total:
-                raise damaged(self.state_file, f"step {stored['step']}", f"a step of 1 to {self.total}")
+                raise damaged(file, f"step {stored['step']}", f"a step of 1 to {self.total}")
         self.first_step = stored["step"]
 
     def steps(self) -> Iterator[int]:
@@ -235,8 +182,8 @@ class RunFolder:
             row = dict(zip(losses, means, strict=True)) | numbers
             if self.chief:
                 self.log(step, row | (validate() if validate and saving else {}))
-                shown = {name: f"{row[name]:.3f}" for name in ("loss", "diffusion") if name in row}
-                self.bar.set_postfix(shown)
+                losses = {name: f"{row[name]:.3f}" for name in ("loss", "diffusion") if name in row}
+                self.bar.set_postfix(losses)
         if saving and self.chief:
             self.save(done)
         if sampling:
@@ -244,9 +191,8 @@ class RunFolder:
         if saving or sampling:
             self.accelerator.wait_for_everyone()
         if stop:
-            raise Stopped(
-                self.stopping.number, f"saved after step {done} of {self.total}; the same command goes on"
-            )
+            message = f"saved after step {done} of {self.total}; the same command goes on"
+            raise Stopped(self.stopping.number, message)
 
     def save(self, step: int) -> None:
         """Weights, then what is needed to go on, then config.json: a kill between them leaves the run at
@@ -261,8 +207,7 @@ class RunFolder:
         write_json(self.folder / "config.json", self.settings | {"step": step, "steps_in_all": self.total})
 
     def finish(self, curves: dict[str, str], title: str, files: dict[str, str | dict] | None = None) -> None:
-        """losses.png with these columns of the log, and files of text or JSON, in order: the run is
-        finished."""
+        """losses.png of these columns of the log, then files of text or JSON: the run is finished."""
         from support.pictures import loss_curves  # matplotlib
 
         loss_curves(self.folder / "losses.png", read_log(self.log_file), curves, title)
@@ -293,7 +238,8 @@ class RunFolder:
 def read_log(file: Path) -> list[dict]:
     """The lines of log.jsonl that are whole; it is for looking at, so a damaged line is passed over."""
     rows = []
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []:
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    for line in text.split("\n"):
         with suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and isinstance(row.get("step"), int):
@@ -339,15 +285,8 @@ class Stopping:
         return bool(self.number)
 
 
-BAD_INPUT = (
-    OSError,
-    ValueError,
-    SafetensorError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    EOFError,
-    HfHubHTTPError.__bases__[0],
-)
+DAMAGE = SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError
+BAD_INPUT = (OSError, ValueError, HfHubHTTPError.__bases__[0], *DAMAGE)  # the last but those: of any request
 
 
 def door(main: Callable[[], int | None]) -> typing.NoReturn:
@@ -410,8 +349,7 @@ def brief(error: Exception) -> str:
 def say(text: str) -> None:
     """Print to stderr, by one process of a launch: the first that has something to say."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        launch = f"cineneuron-{os.environ.get('MASTER_PORT', 0)}-{os.getppid()}"
-        marker = Path(tempfile.gettempdir()) / launch
+        marker = Path(tempfile.gettempdir(), f"cineneuron-{os.environ.get('MASTER_PORT', 0)}-{os.getppid()}")
         try:
             os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
         except FileExistsError:

@@ -10,7 +10,7 @@ Where it is shared also README.md, the model card, and eval/metrics.json of the 
 copied: its name stands in config.json."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from support.readers import (
 )
 
 MEMORIES = "memories.safetensors"
+TENSORS = ("e", "text_tokens", "text_offsets", "empty")  # in it
 PROJECT = Path(__file__).parents[1]
 HUB_ID = r"[\w.-]+/[\w.-]+"
 KEYS = {"data": str, "subject": int, "decoder": str, "mom": bool, "integration": bool, "stage1_config": dict}
@@ -84,13 +85,26 @@ def decoder_at(name: str, folder: Path) -> str:
     return name
 
 
+def finished_run(places: Sequence[Path], settings: dict, keys: dict, advice: str) -> tuple[Path, dict]:
+    """The first of these folders that holds a run, and its config.json with `keys` of their types. Raises
+    FileNotFoundError where none does, ValueError where settings are not these or steps are left."""
+    folder = next((place for place in places if (place / "config.json").is_file()), places[0])
+    with advising(advice):
+        stored = read_json(folder / "config.json", keys=keys | {"step": int, "steps_in_all": int})
+        expected = settings | {"step": stored["steps_in_all"]}
+        actual = {name: stored[name] for name in expected}
+        if actual != expected:
+            raise damaged(folder, actual, f"{expected}, a finished run")
+    return folder, stored
+
+
 def check_place(settings: dict, run: Path) -> None:
     """Raises ValueError where a run lies in the folder of another subject; says so where it is not
     finished."""
     place, origin = run.absolute().parts[-3:-1], (settings["data"], f"sub{settings['subject']}")
     if place != origin:
-        found, wanted = f"a run of {' '.join(origin)}", f"one of {' '.join(place)}"
-        raise damaged(run / "stage2" / "config.json", found, wanted, "put it into its folder")
+        file, wanted = run / "stage2" / "config.json", f"one of {' '.join(place)}"
+        raise damaged(file, f"a run of {' '.join(origin)}", wanted, "put it into its folder")
     step, steps = settings.get("step"), settings.get("steps_in_all")
     if step != steps:
         tqdm.write(f"{run}: stage 2 is at step {step} of {steps}: its videos are not yet its best")
@@ -108,12 +122,11 @@ def check_parts(stage1: Path, settings: dict, clips, brain_model, decoder) -> No
         wanted = f"the decoder's {decoder.text_length}: train_stage1.py --tokens {decoder.text_length}"
         raise ValueError(f"{stage1}: a Brain Model of {L} tokens, wanted {wanted}")
     if width % heads:
-        raise ValueError(
-            f"--attention_heads {heads}: wanted a divisor of {width}, the width of the Brain Model"
-        )
+        wanted = f"a divisor of {width}, the width of the Brain Model"
+        raise ValueError(f"--attention_heads {heads}: wanted {wanted}")
     if settings["integration"] and recall.fewest < settings["K"]:
-        found = f"a clip may retrieve {recall.fewest} of {len(recall.trained)} memories"
-        raise ValueError(f"--K {settings['K']}: {found}: a lower --K or more training clips")
+        fewest = f"a clip may retrieve {recall.fewest} of {len(recall.trained)} memories"
+        raise ValueError(f"--K {settings['K']}: {fewest}: a lower --K or more training clips")
     check_prepared(decoder, clips.latents.shape[1:], clips.empty.shape)
 
 
@@ -134,14 +147,10 @@ def write_memories(folder: Path, model) -> None:
     """What else the folder of an evaluate.CineNeuron holds: memories.safetensors, memories.json and
     voxels.npz."""
     captions = model.pool.captions
-    tensors = {
-        "e": model.pool.e.detach().cpu().contiguous(),
-        "text_tokens": torch.cat(captions),
-        "text_offsets": torch.from_numpy(np.cumsum([0, *map(len, captions)])),
-        "empty": model.empty.detach().cpu().contiguous(),
-    }
+    e, empty = (x.detach().cpu().contiguous() for x in (model.pool.e, model.empty))
+    offsets = torch.from_numpy(np.cumsum([0, *map(len, captions)]))
     with written_whole(folder / MEMORIES) as part:
-        save_file(tensors, part)
+        save_file(dict(zip(TENSORS, (e, torch.cat(captions), offsets, empty), strict=True)), part)
     write_json(folder / "memories.json", model.lines)
     with written_whole(folder / "voxels.npz") as part:
         np.savez(part, **model.voxels)
@@ -209,8 +218,8 @@ def check_fmri(x: Tensor | np.ndarray, T: int, N: int) -> Tensor:
     x = x.float()
     mean, deviation = x.mean((1, 2)), x.std((1, 2))  # (B,)
     for b in torch.nonzero((mean.abs() > 3) | (deviation > 5) | (deviation < 0.05)).flatten().tolist():
-        found = f"{mean[b]:.4g} ± {deviation[b]:.4g} in clip {b}"
-        raise ValueError(f"x: found {found}, wanted z-scores over the clips of a run, about 0 ± 1")
+        values = f"{mean[b]:.4g} ± {deviation[b]:.4g} in clip {b}"
+        raise ValueError(f"x: found {values}, wanted z-scores over the clips of a run, about 0 ± 1")
     return x
 
 

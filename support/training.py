@@ -110,8 +110,9 @@ def update(optimiser: Optimizer, schedule: LRScheduler, max_norm: float) -> dict
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
     if not norm < float("inf"):  # nor NaN
         advice = "the last checkpoint is whole; train anew with a lower --lr and another --run NAME"
-        step = schedule.last_epoch
-        raise ValueError(f"step {step}: the gradient's norm is {norm}, training diverged: {advice}")
+        raise ValueError(
+            f"step {schedule.last_epoch}: the gradient's norm is {norm}, training diverged: {advice}"
+        )
     optimiser.step()
     optimiser.zero_grad()
     schedule.step()

@@ -126,9 +126,9 @@ def check_film(film: Path, fps: float, seconds: float, over: float) -> None:
     """Raises FileFault where a film has another frame rate, is shorter or more than `over` s longer."""
     info = video_info(film)
     if abs(info.fps - fps) > 0.01 * fps or not -0.1 <= info.duration - seconds <= over:
-        found = f"{info.duration:.1f} s at {info.fps:.2f} frames a second"
+        length = f"{info.duration:.1f} s at {info.fps:.2f} frames a second"
         advice = "it is cut, converted or another film; download the release's own again"
-        raise damaged(film, found, f"{seconds:.1f} s at {fps:.2f}", advice)
+        raise damaged(film, length, f"{seconds:.1f} s at {fps:.2f}", advice)
 
 
 def _decode(path: Path, start: float = 0.0) -> Iterator:
@@ -178,8 +178,8 @@ def _decode(path: Path, start: float = 0.0) -> Iterator:
 def _complete(film: Path, info: VideoInfo, frames: list, start: float, seconds: float) -> np.ndarray:
     """The frames of a clip as one array (frames, H, W, 3), where they are as many as there must be."""
     if len(frames) < int(COMPLETE * seconds * info.fps) or not frames:
-        found = f"{len(frames)} frames in the {seconds:g} s from {start:.1f} s on"
-        raise broken(film, found, f"{seconds * info.fps:.0f} of a film of {info.duration:.1f} s")
+        number = f"{len(frames)} frames in the {seconds:g} s from {start:.1f} s on"
+        raise broken(film, number, f"{seconds * info.fps:.0f} of a film of {info.duration:.1f} s")
     return np.stack(frames)
 
 

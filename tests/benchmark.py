@@ -294,7 +294,7 @@ def metrics(clips: int = 1200, frames: int = 16, distinct: int = 24) -> None:
             "import sys, time, torch; from pathlib import Path; from metrics.options import Config\n"
             "from metrics.pairs import find_pairs; from metrics.score import score; torch.set_num_threads(1)\n"
             "pairs = find_pairs(Path(sys.argv[1])).items()\n"
-            "sets = {m: [p._replace(other=None) for p in ps] for m, ps in pairs}\n"
+            "sets = {m: [p._replace(control=None) for p in ps] for m, ps in pairs}\n"
             "start = time.process_time()\n"
             "score(sets, Config(data='cc2017', metrics='ssim,psnr'), Path(sys.argv[1]) / 'metrics')\n"
             "print(time.process_time() - start)"

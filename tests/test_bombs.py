@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPO
-from support.experiment import BAD_INPUT
 from test_video_decoder import wan_pipeline
 
-from evaluate import Judging
-from metrics.table import LOADERS
+from metrics.table import LOADERS, Judging
 from prepare.cc2017 import load_pt
 from prepare.viclip import ViCLIP
+from support.runs import BAD_INPUT
 from video_decoder import VideoDecoder
 
 TOY = REPO / "toy"

@@ -23,7 +23,7 @@ from data import Clips
 from evaluate import CineNeuron, load_decoder, main
 from heads import Stage1Heads
 from metrics.attributes import class_probabilities, recognise, shares
-from metrics.held_out import Films as Stimuli, describe, reconstruct
+from metrics.held_out import Films as Stimuli, describe, evaluation_folder, reconstruct
 from metrics.options import Config
 from metrics.pairs import other_scenes
 from metrics.report import Evaluation
@@ -32,7 +32,6 @@ from prepare.decoder import prepare_decoder
 from support import shared
 from support.files import write_json
 from support.pipelines import load_lora
-from support.runs import evaluation_folder
 from support.videos import read_video, video_frames, write_video
 
 diffusers.utils.logging.set_verbosity_error()
@@ -499,7 +498,7 @@ def test_attributes_are_read_from_the_classes(out, tmp_path):
     image = write_classifier(tmp_path / "i", [f"x {n} y" for n in COLOURS], False)
     files = sorted((out / "gt").iterdir())
     frames = read_video(files[0]).frames
-    (p, classes), (of_image, _) = class_probabilities([frames], [video, image])
+    (p, classes), (of_image, _) = (class_probabilities([frames], judge) for judge in (video, image))
     assert classes == names and p.shape == (1, 4) and p.sum() == pytest.approx(1, abs=1e-5)
     values = {"shape": [*SHAPES], "colour": [*COLOURS], "action": ["jumps"]}
     seen = recognise(files, [str(video)], values)

@@ -35,9 +35,10 @@ from transformers import (
     ViTModel,
 )
 
+import metrics.options
 import metrics.pairs
 import metrics.score
-from evaluate import Config, main, parse
+from evaluate import Config, main
 from metrics import features, motion, pixels
 from metrics.classes import Classifier, n_way_top_k
 from metrics.pairs import Source, Watched, find_pairs, watch
@@ -45,6 +46,8 @@ from metrics.report import blocks_of, estimate
 from metrics.score import Judges, keys_of, known_value, known_values, score
 from metrics.table import METRICS, NAMES
 from support.videos import read_video, resized, write_video
+
+parse = partial(metrics.options.parse, doc="What it does.")
 
 torch.set_num_threads(1)
 PUBLISHED = REPO / ".." / "shared" / "data" / "cc2017" / "neuroclips_pairs"
@@ -605,7 +608,7 @@ def test_processes_share_the_clips(three):
 
 def test_trials_as_the_peers_and_the_same_again(toy_set, toy_config):
     config = toy_config | {"pairs": str(toy_set), "metrics": "video_50way"}
-    sets = {"shifted": [pair._replace(pred=pair.other) for pair in find_pairs(toy_set)["same"]]}
+    sets = {"shifted": [pair._replace(pred=pair.control) for pair in find_pairs(toy_set)["same"]]}
     values = []
     for k, trials in enumerate((0, 100, 100)):
         options, out = Config(**config | {"trials": trials}), toy_set / "metrics" / f"t{k}"

@@ -54,7 +54,7 @@ def test_a_copy_that_is_killed_is_an_error():
 SCRIPT = f"""import os, signal, sys
 sys.path.insert(0, {str(REPO)!r})
 from tests.test_parallel import ALONE, in_processes
-from support.experiment import door
+from support.runs import door
 
 def work(k, n):
     print(os.getpid(), flush=True)

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from brain_model import BrainModel
+from metrics.held_out import claim
 from support.files import (
     add_to_manifest,
     hashes,
@@ -45,7 +46,8 @@ from support.readers import (
     read_tensors,
     reading,
 )
-from support.runs import RunFolder, brief, claim, finished_run, read_log, run_folder
+from support.runs import RunFolder, brief, read_log, run_folder
+from support.shared import finished_run
 
 # ---------------------------------------------------------------- readers
 
@@ -265,7 +267,8 @@ def test_a_model_is_loaded_whole_or_not(damage: str, tmp_path):
     else:
         (tmp_path / "m" / "config.json").unlink()
     with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path / "m")) as error:
-        load_model(BrainModel, tmp_path / "m", mend="train it again")
+        with reading(tmp_path / "m", advice="train it again"):
+            load_model(BrainModel, tmp_path / "m")
     assert "train it again" in str(error.value)
 
 
@@ -366,27 +369,6 @@ class Options:
     cls: bool = option(True, "category learning")
     names: list[str] = option([], "names")
     rois: str | None = option(None, "regions")
-
-
-@dataclass
-class Recordings:  # without --data
-    delay: int | None = option(None, "volumes", least=0)
-    raw: Path | None = option(None, "a folder")
-
-
-def test_a_preset_may_be_named_by_a_command(capsys):
-    def ask(*words: str) -> Recordings:
-        presets = {"cc2017": {"delay": 2}, "cinebrain": {"delay": 5}}
-        return parse(Recordings, presets, "What it does.", "data.py cc2017", words, "cc2017")
-
-    assert ask() == Recordings(2, None) and ask("--raw", "a", "--delay", "0") == Recordings(0, Path("a"))
-    with pytest.raises(SystemExit):
-        ask("--help")
-    text = capsys.readouterr().out
-    assert "cc2017: 2" in text and "cinebrain" not in text
-    with pytest.raises(SystemExit):
-        ask("--delay", "-1")
-    assert "--delay -1: wanted at least 0 (data.py cc2017 --help" in capsys.readouterr().err
 
 
 def ask(*words: str) -> Options:

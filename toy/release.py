@@ -15,7 +15,7 @@ from prepare.copies import prepare_copies, prepare_recorded
 from prepare.facts import VIDEO, check_subject, decoder_recipes, raw_folder, stimuli_folder
 from prepare.release import Release, visible
 from support.files import is_made_by, write_json
-from support.readers import read_array, read_json, read_json_lines, read_npz
+from support.readers import advising, read_array, read_json, read_json_lines, read_npz
 from support.videos import write_video
 from toy import world
 from toy.subject import VERSION, VOLUMES_BEFORE, VOXELS, recordings, responses
@@ -30,7 +30,8 @@ class ToyRelease(Release):
 
     def __init__(self, raw: Path, subject: int = 1, delay: int = 2):
         self.raw, self.subject, self.delay = raw, subject, delay
-        rows = read_json_lines(raw / "captions.jsonl", {"split": str, "segment": str}, ANEW)
+        with advising(ANEW):
+            rows = read_json_lines(raw / "captions.jsonl", {"split": str, "segment": str})
         self.clips = Counter(row["segment"] for row in rows)
         self.splits = {}
         for split in ("train", "test"):
@@ -52,7 +53,8 @@ class ToyRelease(Release):
         return self.raw / "fmri" / f"{segment}_{repeat + 1}.npy"
 
     def load_run(self, segment: str, repeat: int) -> np.ndarray:
-        return read_array(self.run_file(segment, repeat), shape=(None, None), mend=ANEW)
+        with advising(ANEW):
+            return read_array(self.run_file(segment, repeat), shape=(None, None))
 
     def files(self, segment: str) -> list[Path]:
         return visible(self.raw / "fmri", f"{segment}_*.npy")
