@@ -33,18 +33,8 @@ from torch.utils.checkpoint import checkpoint
 from brain_model import BrainModel
 from data import Clips, memories, noise_generator
 from heads import Stage1Heads
-from metrics import card
+from metrics import card, held_out
 from metrics.compare import compare
-from metrics.held_out import (
-    Films,
-    claim,
-    describe,
-    evaluation_folder,
-    made_by,
-    pairs_of,
-    reconstruct,
-    write_retrieved,
-)
 from metrics.options import PRESETS, Config, parse
 from metrics.pairs import find_pairs, other_scenes
 from metrics.parallel import in_processes
@@ -269,7 +259,7 @@ def evaluate_run(config: Config) -> int:
     run = run_folder(config.data, config.subject, config.run, config.seed)
     test = Clips(config.data, config.subject, "test", model.settings["stage1_config"]["rois"])
     clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))
-    out = evaluation_folder(
+    out = held_out.evaluation_folder(
         run,
         config,
         model.settings,
@@ -278,8 +268,8 @@ def evaluate_run(config: Config) -> int:
         asked(Config(**PRESETS[config.data])),
     )
     lines = {int(clip): test.lines[clip] for clip in clips}
-    films = Films(config, model.size, [*lines.values(), *model.lines])
-    claim(out, made_by(config, model.settings, run / "stage2"), accelerator.is_main_process)
+    films = held_out.Films(config, model.size, [*lines.values(), *model.lines])
+    held_out.claim(out, held_out.made_by(config, model.settings, run / "stage2"), accelerator.is_main_process)
 
     # ---- videos
     x = test.averaged()  # (test clips, T, N)
@@ -288,20 +278,20 @@ def evaluate_run(config: Config) -> int:
 
     def make(rank: int, world: int) -> None:
         films.write(out / "gt", {clip: lines[clip] for clip in clips[rank::world].tolist()}, silent=rank > 0)
-        reconstruct(model, x, clips, out / "recon", config, rank, world)
+        held_out.reconstruct(model, x, clips, out / "recon", config, rank, world)
 
     in_processes(make, accelerator, config.processes)
     accelerator.wait_for_everyone()
 
     # ---- numbers and pictures
-    sets = pairs_of(out, lines, "from shuffled fMRI" if config.shuffle else "reconstruction")
+    sets = held_out.pairs_of(out, lines, "from shuffled fMRI" if config.shuffle else "reconstruction")
     unavailable = score_all(sets, config, out, accelerator)
     if accelerator.is_main_process:
-        top_1 = write_retrieved(model, x[clips], lines, out / "retrieved.jsonl")
+        top_1 = held_out.write_retrieved(model, x[clips], lines, out / "retrieved.jsonl")
         near_copy = has_near_copy(test.stimuli, clips)
         source = {name: getattr(config, name) for name in ("data", "subject", "run", "seed", "shuffle")}
         evaluation = Evaluation(sets, out, config, unavailable, source)
-        evaluation, recognised = describe(evaluation, lines, model.lines, top_1, near_copy, films)
+        evaluation, recognised = held_out.describe(evaluation, lines, model.lines, top_1, near_copy, films)
         results, table = report(evaluation)
         pictures(evaluation, results)
         print(f"{recognised}{table}\n\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, ...)")
