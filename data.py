@@ -112,7 +112,8 @@ class Clips:
         )
         self.folder = root / name / f"sub{subject}"
         self.stimuli = facts.stimuli_folder(name, subject, root) / split
-        with advising(f"delete it and run {facts.prepare_command(name, subject)}"):
+        self.advice = f"delete it and run {facts.prepare_command(name, subject)}"
+        with advising(self.advice):
             self._read_clips(rois)
             if decoder:
                 self._read_decoder(decoder, size or facts.VIDEO[name])
@@ -122,6 +123,8 @@ class Clips:
             self.recall = FairRecall(self.stimuli, segments, val_segments, caption_share)
             self.trained, self.held_out = self.recall.trained, self.recall.held_out  # indices of clips
             facts.check_batch(batch_size, len(self.trained))
+            if decoder:
+                self.recall.count_choices()
 
     # ---- files
 
@@ -257,8 +260,9 @@ class Clips:
         finite."""
         if not np.isfinite(x).all():
             b, t, n = np.argwhere(~np.isfinite(x))[0].tolist()
-            place = f"clip {clips[b]} ({self.lines[clips[b]]['id']}), volume {t}, voxel {n} ({self.roi[n]})"
-            raise damaged(self.folder / self.split / "fmri.npy", f"{x[b, t, n]} at {place}", "finite numbers")
+            place = f"clip {clips[b]} ({self.lines[clips[b]]['id']}), volume {t}, voxel {n} (source index {self.index[n]}, {self.roi[n]})"
+            file, found = self.folder / self.split / "fmri.npy", f"{x[b, t, n]} at {place}"
+            raise damaged(file, found, "finite numbers", self.advice)
         return x
 
 

@@ -169,9 +169,9 @@ class FairRecall:
         self.trained = np.flatnonzero(~is_held_out & ~copies)  # indices of clips, and of the memories
         in_test = read_prepared(stimuli.parent / "test" / "captions.npy", "iu", (None,))
         self.test_share = float(np.isin(in_test, self.captions[self.trained]).mean())
-        self._count_choices(self.test_share if caption_share is None else caption_share)
+        self.caption_share = self.test_share if caption_share is None else caption_share
 
-    def _count_choices(self, share: float) -> None:
+    def count_choices(self) -> None:
         """p_hidden: the probability that in a step a clip may not retrieve its own caption. fewest and most:
         how many memories a clip may retrieve."""
         choices = np.empty(len(self.trained), int)  # how many memories each clip may retrieve
@@ -181,8 +181,8 @@ class FairRecall:
             allowed = ~self.excluded(clips)
             choices[rows] = allowed.sum(1)
             recurring[rows] = (allowed & self.same_caption(clips)).sum(1)
-        # (share of the clips whose caption recurs) x (1 - p_hidden) = share
-        self.p_hidden = 1 - min(1.0, share / max((recurring > 0).mean(), 1e-9))
+        # (share of the clips whose caption recurs) x (1 - p_hidden) = caption_share
+        self.p_hidden = 1 - min(1.0, self.caption_share / max((recurring > 0).mean(), 1e-9))
         self.fewest = int((choices - recurring * (self.p_hidden > 0)).min())
         self.most = int(choices.max())
 
