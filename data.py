@@ -260,7 +260,8 @@ class Clips:
         finite."""
         if not np.isfinite(x).all():
             b, t, n = np.argwhere(~np.isfinite(x))[0].tolist()
-            place = f"clip {clips[b]} ({self.lines[clips[b]]['id']}), volume {t}, voxel {n} (source index {self.index[n]}, {self.roi[n]})"
+            voxel = f"voxel {n} (source index {self.index[n]}, {self.roi[n]})"
+            place = f"clip {clips[b]} ({self.lines[clips[b]]['id']}), volume {t}, {voxel}"
             file, found = self.folder / self.split / "fmri.npy", f"{x[b, t, n]} at {place}"
             raise damaged(file, found, "finite numbers", self.advice)
         return x

@@ -949,7 +949,9 @@ def recall_of(tmp_path):
         np.save(tmp_path / "train" / "near_copies.npy", np.packbits(copies, axis=1))
         np.save(tmp_path / "train" / "captions.npy", np.arange(n) if captions is None else captions)
         np.save(tmp_path / "test" / "captions.npy", np.array(in_test))
-        return FairRecall(tmp_path / "train", segments, val_segments, share)
+        recall = FairRecall(tmp_path / "train", segments, val_segments, share)
+        recall.count_choices()
+        return recall
 
     return make
 
