@@ -13,8 +13,8 @@ from test_video_decoder import wan_pipeline
 from metrics.table import LOADERS, Judging
 from prepare.cc2017 import load_pt
 from prepare.viclip import ViCLIP
+from support.pipelines import load_pipeline
 from support.runs import BAD_INPUT
-from video_decoder import VideoDecoder
 
 TOY = REPO / "toy"
 CODE = """from pathlib import Path
@@ -114,7 +114,7 @@ def test_no_code_of_a_decoder_runs(part: str, tmp_path, monkeypatch):
             "diffusion_pytorch_model.bin",
         )
     try:
-        VideoDecoder.from_pretrained(folder, 4, 4, load_vae=True, load_text_encoder=True)
+        load_pipeline(str(folder), transformer=True, vae=True, text_encoder=True)
     except ValueError as error:
         assert "wan" in str(error)
     assert not exploded.exists()
