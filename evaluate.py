@@ -141,7 +141,8 @@ class CineNeuron(nn.Module):
             voxels = shared.read_voxels(folder, brain_model.voxels)
             on_gpu = torch.device(device).type == "cuda"
             decoder = load_decoder(settings, vae=True, dtype=torch.bfloat16 if on_gpu else torch.float32)
-            e, captions, empty, lines = shared.read_memories(folder, brain_model, decoder)
+            D, prompt = brain_model.to_f_c.out_features, (decoder.text_length, decoder.text_width)
+            e, captions, empty, lines = shared.read_memories(folder, D, prompt)
             latent_shape(decoder, settings["frames"], settings["height"], settings["width"])
             load_lora(decoder, folder / "lora")
         pool = MemoryPool(e, captions)

@@ -68,8 +68,9 @@ class Remembered:
         test, clips = run.test_clips(), [*groups]
         self.lines = {clip: test.lines[clip] for clip in clips}
         with reading(run.stage, advice="python train_stage2.py makes it"):
-            e, _, _, self.memories = read_memories(run.stage)  # (N, 3, D)
             brain_model = load_model(BrainModel, run.stage / "brain_model").eval()
+            D = brain_model.to_f_c.out_features
+            e, _, _, self.memories = read_memories(run.stage, D)  # (N, 3, D)
             heads = load_model(Stage1Heads, run.stage / "heads").eval()
             self.mom = None
             if run.settings.get("mom", True):

@@ -22,7 +22,7 @@ from prepare.cc2017 import load_pt
 from prepare.copies import mean_frames
 from prepare.facts import words_of
 from prepare.release import Release
-from support.readers import check_keys, damaged, read_json, read_json_lines, reading
+from support.readers import advising, check_keys, damaged, read_json, read_json_lines, reading
 
 WANTED = "captions.jsonl, or the training and the test list of captions (.json, .h5 or .pt)"
 ADVICE = "mend the list, or give --captions another one"
@@ -155,7 +155,8 @@ def _of_videos(captions: Path, rows: list[dict], split: str, files: list[str]) -
     by_video = {}
     for number, row in enumerate(rows, 1):
         place = f"{captions}, entry {number}"
-        name = Path(check_keys(row, place, {"video": str}, ADVICE)["video"]).name
+        with advising(ADVICE):
+            name = Path(check_keys(row, place, {"video": str})["video"]).name
         if name in by_video:
             raise damaged(place, f"{name} again", "each video once", ADVICE)
         by_video[name] = row

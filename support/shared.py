@@ -156,10 +156,11 @@ def write_memories(folder: Path, model) -> None:
         np.savez(part, **model.voxels)
 
 
-def read_memories(folder: Path, brain_model, decoder) -> tuple[Tensor, list[Tensor], Tensor, list[dict]]:
-    """e (N, 3, D), N captions (n_i, D_txt), the empty prompt (L, D_txt), N lines of clips.jsonl; D is the
-    Brain Model's, L and D_txt are the video decoder's."""
-    D, L, D_txt = brain_model.to_f_c.out_features, decoder.text_length, decoder.text_width
+def read_memories(
+    folder: Path, D: int, prompt: tuple[int | None, int | None] = (None, None)
+) -> tuple[Tensor, list[Tensor], Tensor, list[dict]]:
+    """e (N, 3, D), N captions (n_i, D_txt), the empty prompt (L, D_txt), N lines of clips.jsonl. prompt: L
+    and D_txt of the video decoder, if it is at hand."""
     file = folder / MEMORIES
     # memory of their own, which is aligned as the run's is: products round otherwise where it is not
     tensors = {name: x.clone() for name, x in read_tensors(file).items()}
@@ -168,14 +169,20 @@ def read_memories(folder: Path, brain_model, decoder) -> tuple[Tensor, list[Tens
     e, empty, offsets = tensors["e"], tensors["empty"], tensors["text_offsets"]
     tokens, N = tensors["text_tokens"], len(tensors["e"])
     check_array(e.numpy(), f"{file}, e", "f", (None, 3, D))
-    check_array(empty.numpy(), f"{file}, empty", "f", (L, D_txt))
-    check_array(tokens.numpy(), f"{file}, text_tokens", "f", (None, D_txt))
+    check_array(empty.numpy(), f"{file}, empty", "f", prompt)
+    check_array(tokens.numpy(), f"{file}, text_tokens", "f", (None, empty.shape[1]))
     check_array(offsets.numpy(), f"{file}, text_offsets", "iu", (N + 1,))
     if not e.dtype == empty.dtype == torch.float32:
         raise damaged(file, f"{e.dtype} of e, {empty.dtype} of empty", "float32")
     lengths = offsets.diff()
-    if not N or offsets[0] != 0 or offsets[-1] != len(tokens) or lengths.min() < 1 or lengths.max() > L:
-        wanted = f"{N + 1} numbers that rise from 0 to {len(tokens)}, by {L} at most"
+    if (
+        not N
+        or offsets[0] != 0
+        or offsets[-1] != len(tokens)
+        or lengths.min() < 1
+        or lengths.max() > len(empty)
+    ):
+        wanted = f"{N + 1} numbers that rise from 0 to {len(tokens)}, by {len(empty)} at most"
         raise damaged(file, f"text_offsets {offsets.tolist()[:4]} ...", wanted)
     if not ((e.norm(dim=-1) - 1).abs() < 1e-3).all():
         raise damaged(file, "rows of e of another length", "unit vectors")

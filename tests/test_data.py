@@ -249,7 +249,7 @@ def test_encodings_are_in_the_order_of_the_clips(films):
         assert np.array_equal(np.load(folder / split / "e_act.npy"), expected)
     assert films.batches == [16, 16, 16, 16, 8]
     recipe = json.loads((folder / "train" / "manifest.json").read_text())["e_txt.npy"]["recipe"]
-    assert recipe.keys() == {"clip", "viclip", "frames", "captions"}
+    assert recipe.keys() == {"clip", "viclip", "frames", "captions", "caption_sentences"}
     assert films.captions[0].endswith("Dr. Dog!")
 
 
@@ -475,7 +475,8 @@ def test_a_nan_or_infinity_at_a_recorded_showing_names_clip_and_voxel(tmp_path, 
     np.save(folder / "train" / "fmri.npy", fmri)
     prepare_recorded(folder)  # a showing that is NaN in part was recorded
     train = Clips("cc2017", 1, "train", root=tmp_path, batch_size=48)
-    place = rf"{value} at clip 17 \(seg2-001\), volume 0, voxel {voxels[0]} \({AREAS[voxels[0] % 5]}\)"
+    place = rf"{value} at clip 17 \(seg2-001\), volume 0, voxel {voxels[0]} "
+    place += rf"\(source index {7 * voxels[0]}, {AREAS[voxels[0] % 5]}\)"
     for read in (lambda: train.batch(0), train.averaged):
         with pytest.raises(ValueError, match=f"fmri.npy: found {place}"):
             read()

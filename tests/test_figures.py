@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,7 +80,9 @@ def write_run(run: Path, root: Path) -> None:
         e = e / e.norm(dim=-1, keepdim=True)
         S = mixture_scores(torch.tensor([W_R] * CLIPS), q, e)
     voxels = {"index": clips.index, "roi": clips.roi}
-    write_memories(run / "stage2", e, [torch.ones(2, 8)] * TRAIN, torch.ones(4, 8), clips.lines, voxels)
+    pool = SimpleNamespace(e=e, captions=[torch.ones(2, 8)] * TRAIN)
+    model = SimpleNamespace(pool=pool, empty=torch.ones(4, 8), lines=clips.lines, voxels=voxels)
+    write_memories(run / "stage2", model)
     lines = []
     for i, scores in enumerate(S):
         for kind in ("gt", "recon"):

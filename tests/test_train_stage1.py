@@ -448,7 +448,9 @@ def test_a_nan_is_an_error_that_names_clip_and_voxel(prepared, split):
     fmri = np.load(file)
     fmri[13, 0, 0, 5] = np.nan
     np.save(file, fmri)
-    with pytest.raises(ValueError, match=rf"{split}/fmri.npy: found nan at clip 13 .*voxel 5 \(L_V1\)"):
+    with pytest.raises(
+        ValueError, match=rf"{split}/fmri.npy: found nan at clip 13 .*voxel 5 \(source index 35, L_V1\)"
+    ):
         here("--steps", 6)
 
 
