@@ -247,4 +247,4 @@ def read_fmri(file: Path, model) -> Tensor:
     try:
         return check_fmri(volumes.astype(np.float32)[None], T, N)
     except ValueError as error:
-        raise ValueError(f"{file}, {error}") from error
+        raise ValueError(str(error).replace("x:", f"{file}:", 1)) from error

@@ -391,7 +391,7 @@ def test_ablations_are_evaluated_alike(world, out, name):
 
 
 def test_the_lora_of_the_run_is_in_its_decoder(world, model):
-    decoder = load_decoder(model.settings, vae=False)
+    decoder = load_decoder(model.settings, False, torch.float32)
     y, f_fuse, t = torch.randn(1, 4, 3, 4, 4), torch.randn(1, L, D_TXT), torch.tensor([500.0])
     with torch.inference_mode():
         without = decoder.predict(y, f_fuse, t)

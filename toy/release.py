@@ -166,7 +166,15 @@ def prepare_toy(
 
 
 def _is_prepared(folder: Path, stimuli: Path, recipe: dict) -> bool:
-    names = ("clips.jsonl", "categories.npy", "e_txt.npy", "e_img.npy", "e_act.npy", "near_copies.npy")
+    names = (
+        "clips.jsonl",
+        "categories.npy",
+        "e_txt.npy",
+        "e_img.npy",
+        "e_act.npy",
+        "near_copies.npy",
+        "captions.npy",
+    )
     files = [folder / split / "recorded.npy" for split in ("train", "test")]
     files += [stimuli / split / name for split in ("train", "test") for name in names]
     runs = [is_made_by(folder / split / "fmri.npy", recipe) for split in ("train", "test")]
