@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import tracemalloc
@@ -561,7 +562,8 @@ def test_a_damaged_file_is_named(prepared, fault):
     assert str(error.value).startswith(str(prepared / name))
 
 
-NAMES = ("categories", "e_img", "e_txt", "e_act", "near_copies")
+NAMES = ("categories", "e_img", "e_txt", "e_act")
+DERIVED = (f"{TRAIN}/near_copies.npy", f"{TRAIN}/captions.npy", FMRI.replace("fmri", "recorded"))
 
 
 @pytest.mark.parametrize("name", [VOXELS, FMRI, LINES, *(f"{TRAIN}/{name}.npy" for name in NAMES)])
@@ -570,6 +572,14 @@ def test_what_is_not_prepared_is_named_with_the_way_to_it(prepared, name):
     with pytest.raises(MissingData, match="python data.py cc2017 --raw RAW --subject 1") as missing:
         Clips("cc2017", 1, "train", root=prepared.parent)
     assert str(prepared / name) in str(missing.value)
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_what_an_older_version_did_not_prepare_is_one_line(prepared, name):
+    (prepared / name).unlink()
+    line = f"{prepared / name} is not there: python data.py cc2017 --raw DIR --subject 1 makes it"
+    with pytest.raises(MissingData, match=f"^{re.escape(line)}$"):
+        Clips("cc2017", 1, "train", root=prepared.parent)
 
 
 def test_the_toy_world_is_not_made_by_reading_it(tmp_path):
@@ -749,7 +759,15 @@ def test_reading_imports_no_encoder(tmp_path):
 
 def test_a_prepared_toy_world_is_left_as_it_is(tmp_path, monkeypatch):
     folder = tmp_path / "toy"
-    names = ("clips.jsonl", "categories.npy", "e_txt.npy", "e_img.npy", "e_act.npy", "near_copies.npy")
+    names = (
+        "clips.jsonl",
+        "categories.npy",
+        "e_txt.npy",
+        "e_img.npy",
+        "e_act.npy",
+        "near_copies.npy",
+        "captions.npy",
+    )
     files = [folder / "stimuli" / split / name for split in ("train", "test") for name in names]
     files += [folder / "sub1" / name for name in ("voxels.npz", "train/recorded.npy", "test/recorded.npy")]
     for file in files:
