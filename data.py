@@ -131,14 +131,9 @@ class Clips:
     def _read_clips(self, rois: str | None) -> None:
         folder, stimuli = self.folder / self.split, self.stimuli
         names = ("clips.jsonl", "e_img.npy", "e_txt.npy", "e_act.npy", "categories.npy")
-        for file in (self.folder / "voxels.npz", folder / "fmri.npy", *(stimuli / name for name in names)):
-            if not file.exists():
-                raise facts.not_prepared(self.name, self.subject, file)
-        for file in (folder / "recorded.npy", stimuli / "near_copies.npy", stimuli / "captions.npy"):
-            if not file.exists():
-                raise MissingData(
-                    f"{file} is not there: {facts.prepare_command(self.name, self.subject)} makes it"
-                )
+        files = [self.folder / "voxels.npz", folder / "fmri.npy", *(stimuli / name for name in names)]
+        derived = [folder / "recorded.npy", stimuli / "near_copies.npy", stimuli / "captions.npy"]
+        facts.check_prepared(self.name, self.subject, files, derived)
         self.lines = read_json_lines(stimuli / "clips.jsonl", LINE)
         voxels = read_npz(self.folder / "voxels.npz", {"index": "iu", "roi": "U"})
         n, N = len(self.lines), len(voxels["roi"])

@@ -196,6 +196,17 @@ def voxels_of(rois: str, areas: np.ndarray, folder: Path) -> np.ndarray:
     return np.flatnonzero(in_areas(areas, [*chain(*(ROIS[region] for region in regions))]))
 
 
+def check_prepared(name: str, subject: int, files: Sequence[Path], derived: Sequence[Path]) -> None:
+    """Raises MissingData where a file is not there: the guide to the dataset, or for what is derived from
+    the others, and an older version did not make, one line."""
+    for file in files:
+        if not file.exists():
+            raise not_prepared(name, subject, file)
+    for file in derived:
+        if not file.exists():
+            raise MissingData(f"{file} is not there: {prepare_command(name, subject)} makes it")
+
+
 def not_prepared(name: str, subject: int, file: Path) -> MissingData:
     """The error that says how to prepare a dataset of which `file` is not there."""
     check_subject(name, subject)
