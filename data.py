@@ -105,11 +105,8 @@ class Clips:
         caption_share: float | None = None,  # that may retrieve their own caption; None: as the test clips
     ):
         self.name, self.subject, self.split, self.seed = name, subject, split, seed
-        self.batch_size, self.voxel_dropout, self.condition_dropout = (
-            batch_size,
-            voxel_dropout,
-            condition_dropout,
-        )
+        self.batch_size, self.voxel_dropout = batch_size, voxel_dropout
+        self.condition_dropout = condition_dropout
         self.folder = root / name / f"sub{subject}"
         self.stimuli = facts.stimuli_folder(name, subject, root) / split
         self.advice = f"delete it and run {facts.prepare_command(name, subject)}"

@@ -127,9 +127,8 @@ def train_step(model: CineNeuron, batch: Batch, config: Config) -> tuple[dict[st
     for part in batch.parts(config.micro_batch):  # b clips
         with training.autocast(batch.x, config.precision):
             prompt = torch.where(batch.dropped[part], model.empty, f[part])  # (b, L, D_txt)
-            error = model.decoder.diffusion_loss(
-                batch.y[part], prompt, batch.noise[part], batch.u[part]
-            )  # (b,)
+            noise, u = batch.noise[part], batch.u[part]  # (b, C, f, h, w), (b,)
+            error = model.decoder.diffusion_loss(batch.y[part], prompt, noise, u)  # (b,)
         loss = error.sum() / len(batch.x)  # this part's share of Eq. 9
         loss.backward()
         diffusion = diffusion + loss.detach()
@@ -147,10 +146,8 @@ def measures(model: CineNeuron, batch: Batch, recalled: Recalled, clips: Clips) 
         return {}
     w_txt, w_img, w_act = recalled.W_r.mean(0)
     first = clips.trained[recalled.indices[:, 0].cpu().numpy()]  # (B,) clips
-    frames, recalled_frames = (
-        mean_frames(batch.e_img.cpu().numpy()),
-        mean_frames(clips.e_img[first]),
-    )  # (B, D)
+    frames = mean_frames(batch.e_img.cpu().numpy())  # (B, D)
+    recalled_frames = mean_frames(clips.e_img[first])  # (B, D)
     same_caption = clips.recall.captions[first] == clips.recall.captions[batch.clips.cpu().numpy()]
     values = {
         "w_txt": w_txt,
