@@ -9,9 +9,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, environment, write_prepared
+from conftest import REPO, environment
 from test_evaluate import SIZE, Films
-from test_video_decoder import wan_pipeline
+from tiny import wan_pipeline, write_prepared
 
 from extras import ablation_tables, ablations
 from metrics.compare import read_runs

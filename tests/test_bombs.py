@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPO
-from test_video_decoder import wan_pipeline
+from tiny import wan_pipeline
 
 from metrics.table import LOADERS, Judging
 from prepare.cc2017 import load_pt

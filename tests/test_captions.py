@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import unit
+from tiny import unit
 
 from prepare.captions import caption_copies, captions_that_fit, read_captions
 

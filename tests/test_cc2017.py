@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import REPO, environment, run_script
 from mini_releases import CLIPS, write_neuroclips, write_purdue
-from test_video_decoder import L, cogvideox_pipeline, wan_pipeline
+from tiny import L, cogvideox_pipeline, wan_pipeline
 
 from data import Clips
 from prepare.captions import describe_clips

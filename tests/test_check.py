@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, run_script, write_prepared
+from conftest import REPO, run_script
+from tiny import write_prepared
 
 from data import Clips
 from extras import check, check_stimuli, show

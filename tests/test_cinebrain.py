@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 from conftest import REPO
 from mini_releases import CINEBRAIN_VISUAL, CLIP_SHAPE, EPISODE_CLIPS, contents, write_cinebrain
-from test_video_decoder import L, wan_pipeline
+from tiny import L, wan_pipeline
 
 import evaluate
 import metrics.options

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import AREAS, CLASSES, run_script, sha256, unit, write_prepared
-from test_video_decoder import wan_pipeline
+from conftest import run_script, sha256
+from tiny import AREAS, CLASSES, unit, wan_pipeline, write_prepared
 from tqdm import tqdm
 
 import prepare.copies

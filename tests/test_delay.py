@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import run_script, write_prepared
+from conftest import run_script
+from tiny import write_prepared
 
 
 @pytest.mark.parametrize("planted", [-2, 0, 1])

@@ -13,10 +13,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, chatter, environment, run_script, write_prepared
+from conftest import REPO, chatter, environment, run_script
 from PIL import Image
 from test_metrics import write_classifier
-from test_video_decoder import wan_pipeline
+from tiny import wan_pipeline, write_prepared
 
 from brain_model import BrainModel
 from data import Clips

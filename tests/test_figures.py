@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import press, run_script, wait, write_prepared
+from conftest import press, run_script, wait
 from PIL import Image
+from tiny import write_prepared
 
 import mixture_of_memories
 from brain_model import BrainModel

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, environment, write_prepared
+from conftest import REPO, environment
 from test_train_stage1 import signalled
 from test_train_stage2 import Films
-from test_video_decoder import wan_pipeline
+from tiny import wan_pipeline, write_prepared
 
 from prepare.decoder import prepare_decoder
 from support.videos import read_video, write_video

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import REPO, unit
+from conftest import REPO
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.ndimage import gaussian_filter, map_coordinates
 from skimage.color import rgb2gray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from tiny import unit
 from torchvision.models.optical_flow import raft_large
 from torchvision.utils import make_grid
 from transformers import (

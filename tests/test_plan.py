@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 from accelerate.utils import set_seed
-from conftest import run_script, write_prepared
-from test_video_decoder import cogvideox_pipeline, wan_pipeline
+from conftest import run_script
+from tiny import cogvideox_pipeline, wan_pipeline, write_prepared
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import evaluate

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, chatter, environment, run_script, sha256, write_prepared
+from conftest import REPO, chatter, environment, run_script, sha256
+from tiny import write_prepared
 from torch.nn.functional import cross_entropy, normalize
 
 import train_stage1

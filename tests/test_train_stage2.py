@@ -15,12 +15,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, chatter, environment, run_script, sha256, write_prepared
+from conftest import REPO, chatter, environment, run_script, sha256
 from diffusers import WanPipeline
 from PIL import Image, ImageSequence
 from safetensors.torch import load_file
 from test_train_stage1 import log, signalled
-from test_video_decoder import cogvideox_pipeline, wan_pipeline
+from tiny import cogvideox_pipeline, wan_pipeline, write_prepared
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 

@@ -10,22 +10,15 @@ import diffusers
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLCogVideoX,
-    AutoencoderKLWan,
-    CogVideoXDDIMScheduler,
     CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
     WanPipeline,
-    WanTransformer3DModel,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny import cogvideox_pipeline, wan_pipeline
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from data import noise_generator
 from support.pipelines import LORA_FILE, check_prepared, latent_shape, load_lora, load_pipeline, save_lora
@@ -38,58 +31,6 @@ SIZE, LATENT = (9, 32, 32), (4, 3, 4, 4)  # F, H, W -> C, f, h, w
 PIPELINES = {"wan": WanPipeline, "cogvideox": CogVideoXPipeline}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "</s>", "<unk>", *"a red blue circle square grows moves".split()]
-    model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    model.pre_tokenizer = pre_tokenizers.Whitespace()
-    model.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=model, model_max_length=L, **special)
-
-
-TEXT = dict(vocab_size=16, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-
-
-def wan_pipeline(**vae) -> WanPipeline:
-    """Tiny Wan2.1: VAE 8x in space and 4x in time, UniPC with the published settings."""
-    moments = dict(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 2.0, 1.0])
-    shape = dict(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    shape["temperal_downsample"] = [False, True, True]
-    return WanPipeline(
-        tokenizer=tokenizer(),
-        text_encoder=UMT5EncoderModel(UMT5Config(**TEXT)).eval(),
-        vae=AutoencoderKLWan(**(shape | moments | vae)),
-        transformer=WanTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, ffn_dim=32,
-            text_dim=WIDTH, freq_dim=32, num_layers=2, rope_max_seq_len=32,
-        ),
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
-        ),
-    )  # fmt: skip
-
-
-def cogvideox_pipeline() -> CogVideoXPipeline:
-    """Tiny CogVideoX 5B: rotary embeddings, v-prediction, zero terminal SNR."""
-    return CogVideoXPipeline(
-        tokenizer=tokenizer(),
-        text_encoder=T5EncoderModel(T5Config(**TEXT)).eval(),
-        vae=AutoencoderKLCogVideoX(
-            scaling_factor=0.7, block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1,
-            norm_num_groups=2,
-        ),
-        transformer=CogVideoXTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2,
-            text_embed_dim=WIDTH, time_embed_dim=8, use_rotary_positional_embeddings=True,
-            sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=L,
-        ),
-        scheduler=CogVideoXDDIMScheduler(
-            prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
-            clip_sample=False,
-        ),
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,103 @@
+"""Wrong edits, made one at a time, that the fast tests must notice.
+
+    python tests/mutants.py                        every line of tests/mutants.txt; about half an hour
+    python tests/mutants.py --only heads.py        those of one file, or whose line holds this text
+    python tests/mutants.py --processes 2          two at once
+
+Each line is `FILE: BEFORE ==> AFTER`; BEFORE stands once in FILE (\\n for a new line). The edit is made to a copy of
+the checkout, and the fast tests run, those that name the file first, until one fails. Prints who noticed, or SURVIVED.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+REPO = Path(__file__).parents[1]
+IGNORED = shutil.ignore_patterns(".git", "data", "runs", "__pycache__", ".*_cache", "*.egg-info")
+
+
+def read_edits(file: Path, only: str) -> list[tuple[str, str, str]]:
+    """(file, before, after) of each line that holds `only`. Raises ValueError where BEFORE does not stand once."""
+    edits = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.strip() or line.startswith("#") or only not in line:
+            continue
+        name, before, after = re.fullmatch(r"(\S+?): (.+?) ==> ?(.*)", line).groups()
+        before, after = before.replace("\\n", "\n"), after.replace("\\n", "\n")
+        count = (REPO / name).read_text(encoding="utf-8").count(before)
+        if count != 1:
+            raise ValueError(f"{file.name}: {before!r} stands {count} times in {name}, wanted once")
+        edits.append((name, before, after))
+    return edits
+
+
+def tests_for(name: str) -> list[str]:
+    """Every test file: that of the file's own name first, then those that import it, then the others."""
+    module = name.removesuffix(".py").replace("/", ".")
+    imported = re.compile(
+        rf"\b(from|import) {re.escape(module)}\b|from {re.escape(module).rpartition('.')[0]} import"
+    )
+
+    def rank(test: Path) -> tuple[int, str]:
+        own = test.stem == f"test_{Path(name).stem}"
+        return (0 if own else 1 if imported.search(test.read_text(encoding="utf-8")) else 2), test.name
+
+    return [f"tests/{test.name}" for test in sorted((REPO / "tests").glob("test_*.py"), key=rank)]
+
+
+def try_edit(checkout: Path, edit: tuple[str, str, str]) -> str | None:
+    """The name of the test that noticed; None where all passed."""
+    name, before, after = edit
+    text = (REPO / name).read_text(encoding="utf-8")
+    (checkout / name).write_text(text.replace(before, after), encoding="utf-8")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", *tests_for(name)]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    (checkout / name).write_text(text, encoding="utf-8")
+    if done.returncode == 0:
+        return None
+    noticed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return noticed[1] if noticed else f"exit {done.returncode}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--edits", type=Path, default=REPO / "tests" / "mutants.txt")
+    parser.add_argument("--only", default="", help="lines that hold this text")
+    parser.add_argument("--processes", type=int, default=1)
+    config = parser.parse_args()
+    edits = read_edits(config.edits, config.only)
+    checkouts: Queue[Path] = Queue()
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(config.processes) as pool:
+        for k in range(config.processes):
+            checkouts.put(shutil.copytree(REPO, Path(folder) / str(k), ignore=IGNORED))
+
+        def run(edit: tuple[str, str, str]) -> None:
+            checkout, start = checkouts.get(), time.monotonic()
+            noticed = try_edit(checkout, edit)
+            checkouts.put(checkout)
+            if noticed is None:
+                survivors.append(edit)
+            print(
+                f"{noticed or 'SURVIVED'} ({time.monotonic() - start:.0f} s)  {edit[0]}: {edit[1]!r} ==> {edit[2]!r}",
+                flush=True,
+            )
+
+        list(pool.map(run, edits))
+    print(f"{len(edits) - len(survivors)} of {len(edits)} noticed")
+    return len(survivors) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
