@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from tiny import write_stage1
-from watch import STAGE1, STAGE2, Watched, watch
+from watch import EVALUATE, STAGE1, STAGE2, Evaluated, Watched, watch, watch_evaluation
 
+import evaluate
 import train_stage1
 import train_stage2
+from support.videos import read_video, write_video
 
 Check = Callable[[Watched, Watched], bool]  # (as usual, with the option): does it do what it should?
 
@@ -157,30 +159,100 @@ OF_STAGE2 = BOTH | {
 }  # fmt: skip
 
 
+def differ(a: Evaluated, b: Evaluated, kind: str, axis: int | None = None) -> float:
+    """The mean difference of a video of both, b's mirrored along the axis."""
+    other = b.videos[kind] if axis is None else np.flip(b.videos[kind], axis)
+    return float(abs(a.videos[kind] - other).mean())
+
+
+def score(a: Evaluated) -> list[float]:
+    return [value for value, _ in a.values.values()]
+
+
+def has_no(judge: str) -> Callable:
+    """The judge's weights are those that the option names, which are nowhere."""
+    return lambda a, b: "nowhere" in b.evaluation.unavailable[judge]
+
+
+OF_EVALUATE = {
+    "data": ("cinebrain --subject 3 --seconds 2", lambda a, b: b.out.parts[1:3] == ("cinebrain", "sub3")),
+    "subject": (2, lambda a, b: b.out.parts[2] == "sub2" and not torch.equal(a.x(), b.x())),
+    "run": ("no-mom", lambda a, b: b.out.parent.name == "no-mom-s0" and torch.equal(a.x(), b.x())),
+    "seed": (3, lambda a, b: b.out.parent.name == "full-s3" and {key[0] for key in b.keys()} == {3}),
+    "shuffle": (True, lambda a, b: b.out.name.startswith("eval-shuffled") and not (a.x() == b.x()).all((1, 2)).any()
+                and a.keys() == b.keys()),
+    "fmri": ("x.npy --out one.mp4", lambda a, b: "written: one.mp4" in b.printed and b.x().shape == (1, 2, 40)
+             and "it recalls" in b.printed),
+    "pairs": ("pairs", lambda a, b: [*b.evaluation.sets] == ["ours"] and b.out == Path("pairs/metrics")),
+    "split": ("", lambda a, b: {pair.pred.half for pair in b.evaluation.sets["ours"]} == {"right"}
+              and max(score(b)) < 0.9),
+    "skip_bad": ("", lambda a, b: len(b.values) == 2 and len(b.evaluation.sets["ours"]) == 3),
+    "compare": ("full no-mom", lambda a, b: b.printed == "compared: ['full', 'no-mom'] cc2017\n" and not b.reconstructed),
+    "out": ("elsewhere --pairs pairs", lambda a, b: b.out == Path("elsewhere") and b.values),
+    "clips": (6, lambda a, b: [clip for _, clip in b.keys()] == [0, 5, 10, 15, 20, 25] and len(a.keys()) == 4),
+    "batch_size": (3, lambda a, b: [row["clips"] for row in a.made + b.made] == [2, 2, 3, 1]),
+    "processes": (2, lambda a, b: (set(a.processes), set(b.processes)) == ({1}, {2})),
+    "steps": (3, lambda a, b: [row["steps"] for row in a.made + b.made] == [2, 2, 3, 3] and "steps3" in b.out.name),
+    "guidance": (0, lambda a, b: [row["guidance"] for row in a.made + b.made] == [2, 2, 0, 0]),
+    "stimuli": ("films", lambda a, b: differ(a, b, "gt", 2) < 3 < differ(a, b, "gt") and score(a) != score(b)),
+    "seconds": (1, lambda a, b: differ(a, b, "gt") > 3 and differ(a, b, "recon") == 0),
+    "fps": (9, lambda a, b: (a.fps, b.fps) == ([4.5] * 2, [9] * 2)),
+    "metrics": ("psnr", lambda a, b: b.out.name == "eval-4-clips-psnr" and max(score(a)) <= 1 < min(score(b))),
+    "size": ("256", lambda a, b: score(a) != score(b) and differ(a, b, "recon") == 0),
+    "classifier_frames": ("16 --metrics video_2way", lambda a, b: set(b.judged) == {16}),
+    "trials": ("7 --metrics video_2way", lambda a, b: all(round(7 * value, 6).is_integer() for value in score(b))),
+    "video_classifier": ("nowhere --metrics video_2way", has_no("video_classifier")),
+    "image_classifier": ("/nowhere --metrics frame_2way", has_no("image_classifier")),
+    "clip": ("local-dir:/nowhere --metrics clip_pcc", has_no("clip")),
+    "clip_large": ("local-dir:/nowhere --metrics clip_pcc_all_pairs", has_no("clip_large")),
+    "dino": ("/nowhere --metrics dtc", has_no("dino")),
+    "flow": ("farneback --metrics epe", lambda a, b: min(score(b)) > 0 and not b.evaluation.unavailable),
+    "amt": ("/nowhere --metrics ms", has_no("amt")),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def place(tiny, tmp_path_factory) -> Path:
-    """The tiny world with a second subject, a second dataset and a second stage 1."""
+    """The tiny world with a second subject, a second dataset, a second seed and a second stage 1. finished/ and stage1/
+    are what runs/ has before an evaluation and before a training of stage 2."""
     root = tmp_path_factory.mktemp("options") / "world"
     shutil.copytree(tiny, root)
-    shutil.rmtree(root / "runs" / "cc2017" / "sub1" / "full-s0" / "stage2")
-    data = root / "data" / "cc2017"
+    data, runs = root / "data" / "cc2017", root / "runs" / "cc2017" / "sub1"
     shutil.copytree(data / "sub1", data / "sub2")
     for split in ("train", "test"):
         file = data / "sub2" / split / "fmri.npy"
         np.save(file, np.roll(np.load(file), 7, axis=3))
     shutil.copytree(data, root / "data" / "cinebrain")
     (root / "data" / "cinebrain" / "sub2").rename(root / "data" / "cinebrain" / "sub3")
-    runs = root / "runs" / "cc2017" / "sub1"
-    shutil.copytree(runs / "full-s0", runs / "full-s3")
-    shutil.copytree(runs, runs.with_name("sub2"))
-    shutil.copytree(runs, root / "runs" / "cinebrain" / "sub3")
-    for copy in (runs.with_name("sub2"), root / "runs" / "cinebrain" / "sub3"):
-        config = copy / "full-s0" / "stage1" / "config.json"
-        changes = {"data": copy.parent.name, "subject": int(copy.name[3:])}
-        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     write_stage1(root, "second-s0", seed=7)
+    rewrite(shutil.copytree(runs / "full-s0", runs / "full-s3"), seed=3)
+    rewrite(shutil.copytree(runs, runs.with_name("sub2")), subject=2)
+    rewrite(shutil.copytree(runs, root / "runs" / "cinebrain" / "sub3"), data="cinebrain", subject=3)
+    shutil.copytree(root / "runs", root / "stage1", ignore=shutil.ignore_patterns("stage2"))
     (root / "runs").rename(root / "finished")
+    np.save(root / "x.npy", np.load(data / "sub1" / "test" / "fmri.npy")[0, 0])
+    for film in (data / "raw" / "stimuli").iterdir():  # mirrored
+        video = read_video(film)
+        write_video(root / "films" / film.name, video.frames[:, :, ::-1], video.fps)
+    for method, turn in (("gt", 1), ("ours", -1)):
+        for k in range(3):
+            frames = np.random.default_rng(k).integers(256, size=(5, 32, 48, 3), dtype=np.uint8)
+            write_video(root / "pairs" / method / f"{k}.mp4", frames[::turn], 5)
+    for k in range(3):
+        left, right = (read_video(root / "pairs" / method / f"{k}.mp4").frames for method in ("gt", "ours"))
+        write_video(root / "sides" / "ours" / f"{k}.mp4", np.concatenate([left, right], 2), 5)
+    shutil.copytree(root / "pairs", root / "broken")
+    (root / "broken" / "ours" / "1.mp4").write_bytes(b"no video")
     return root
+
+
+def rewrite(folder: Path, **settings) -> None:
+    """Other settings in each config.json below."""
+    for file in folder.rglob("stage?/config.json"):
+        config = json.loads(file.read_text())
+        for part in (config, config.get("stage1_config", {})):
+            part.update({name: value for name, value in settings.items() if name in part})
+        file.write_text(json.dumps(config))
 
 
 def see(place: Path, script, arguments: list[str]) -> Watched:
@@ -190,7 +262,10 @@ def see(place: Path, script, arguments: list[str]) -> Watched:
         patch.setitem(sys.modules, "bitsandbytes.optim", None)
         shutil.rmtree(place / "runs", ignore_errors=True)
         if script is train_stage2:
+            shutil.copytree(place / "stage1", place / "runs")
+        elif script is evaluate:
             shutil.copytree(place / "finished", place / "runs")
+            return watch_evaluation(arguments)
         return watch(script, arguments)
 
 
@@ -200,22 +275,28 @@ def usual(place) -> dict:
     return {script: see(place, script, arguments) for script, arguments in USUAL.items()}
 
 
-USUAL = {train_stage1: STAGE1, train_stage2: STAGE2}
-TABLES = {train_stage1: OF_STAGE1, train_stage2: OF_STAGE2}
+USUAL = {train_stage1: STAGE1, train_stage2: STAGE2, evaluate: [*EVALUATE, "--clips", "4"]}
+ALONE = {  # with these, evaluate.py has no clips of a run
+    **dict.fromkeys(("fmri", "pairs", "out", "compare"), EVALUATE),
+    "split": [*EVALUATE, "--pairs", "sides"],
+    "skip_bad": [*EVALUATE, "--pairs", "broken"],
+}
+TABLES = {train_stage1: OF_STAGE1, train_stage2: OF_STAGE2, evaluate: OF_EVALUATE}
 ROWS = [(script, name) for script, table in TABLES.items() for name in table]
 
 
 @pytest.mark.parametrize("script, name", ROWS, ids=[f"{script.__name__}-{name}" for script, name in ROWS])
 def test_an_option_changes_what_it_should(place, usual, script, name):
     value, check = TABLES[script][name]
-    words = (
-        f"--{name} {value}".split() if not isinstance(value, bool) else [f"--{'' if value else 'no-'}{name}"]
-    )
+    words = [f"--{name}", *str(value).split()]
+    if isinstance(value, bool):
+        words = [f"--{name}" if value else f"--no-{name}"]
+    arguments = ALONE.get(name, USUAL[script]) if script is evaluate else USUAL[script]
     if isinstance(check, str):
         with pytest.raises(ValueError, match=check):
-            see(place, script, [*USUAL[script], *words])
+            see(place, script, [*arguments, *words])
     else:
-        assert check(usual[script], see(place, script, [*USUAL[script], *words]))
+        assert check(usual[script], see(place, script, [*arguments, *words]))
 
 
 def test_every_option_has_a_row():

@@ -1,19 +1,30 @@
-"""A training script's main in this process, watched: what each step gets, and what it does to the weights."""
+"""A script's main in this process, watched: what each step of training gets and does to the weights, what an
+evaluation reconstructs and scores."""
 
+import io
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from tiny import SIZE
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import evaluate
 from data import Batch
+from evaluate import CineNeuron
+from metrics import score
+from metrics.report import Evaluation
+from metrics.score import known_values
+from metrics.table import LOADERS
 from mixture_of_memories import Recalled
 from support import training
 from support.runs import RunFolder, read_log
+from support.videos import read_video
 from video_decoder import VideoDecoder
 
 SMALL = "--data cc2017 --log_every 1 --batch_size 8 --attention_heads 4 --precision fp32".split()
@@ -132,3 +143,83 @@ def watch(script: ModuleType, arguments: list, stop: int = 3) -> Watched:
 
 def count_passes(blocks: nn.ModuleList, calls: list[int]) -> None:
     blocks[0].register_forward_pre_hook(lambda module, given: calls.append(len(given[0])))
+
+
+# -- evaluate.py -------------------------------------------------------------------------------------------
+
+EVALUATE = "--data cc2017 --metrics ssim --size native --batch_size 2 --fps 4.5".split()
+
+
+@dataclass
+class Evaluated:
+    evaluation: Evaluation | None = None  # as it goes to the report
+    values: dict = field(default_factory=dict)  # key: [value, of the control], as they were computed
+    reconstructed: list[dict] = field(default_factory=list)  # x, keys, steps, guidance of each batch
+    made: list[dict] = field(default_factory=list)  # clips, steps, guidance of each call of the decoder
+    processes: list[int] = field(default_factory=list)
+    judged: list[int] = field(default_factory=list)  # frames that the classifier of videos was given
+    videos: dict[str, np.ndarray] = field(default_factory=dict)  # frames of gt/0000.mp4 and recon/0000.mp4
+    fps: list[float] = field(default_factory=list)  # of both
+    printed: str = ""
+
+    @property
+    def out(self) -> Path:
+        return self.evaluation.out
+
+    def x(self) -> Tensor:
+        return torch.cat([batch["x"] for batch in self.reconstructed])
+
+    def keys(self) -> list[tuple[int, int]]:
+        return [key for batch in self.reconstructed for key in batch["keys"]]
+
+
+def watch_evaluation(arguments: list) -> Evaluated:
+    """evaluate.py's main on these arguments in the working directory, without its report and its pictures. A
+    classifier of videos stands in for VideoMAE: its probabilities are those of the frames' mean colours."""
+    seen, reconstruct, generate = Evaluated(), CineNeuron.reconstruct, VideoDecoder.generate
+
+    def reconstructed(model, x, keys=None, steps=None, guidance=None):
+        seen.reconstructed.append({"x": x, "keys": keys, "steps": steps, "guidance": guidance})
+        return reconstruct(model, x, keys, steps, guidance)
+
+    def made(decoder, f_fuse, empty, size, generators, steps, guidance):
+        seen.made.append({"clips": len(f_fuse), "steps": steps, "guidance": guidance})
+        return generate(decoder, f_fuse, empty, size, generators, steps, guidance)
+
+    def in_processes(work, accelerator, processes: int) -> list:
+        seen.processes.append(processes)
+        return [work(0, 1)]
+
+    def report(evaluation: Evaluation) -> tuple[dict, str]:
+        seen.evaluation, seen.values = evaluation, known_values(evaluation.out)
+        for file in evaluation.out.glob("*/0000.mp4"):
+            video = read_video(file)
+            seen.videos[file.parent.name] = video.frames.astype(int)
+            seen.fps.append(video.fps)
+        return {}, "the table"
+
+    def classifier(weights: str, device: str):
+        if weights == "nowhere":
+            raise ValueError("no such folder")
+
+        def judge(frames: np.ndarray) -> np.ndarray:
+            seen.judged.append(len(frames))
+            colours = frames.mean((0, 1, 2)) / 255
+            p = np.outer([1.0], np.sin(np.arange(400)) * colours[0] + np.cos(np.arange(400)) * colours[2])
+            return np.exp(p) / np.exp(p).sum()
+
+        judge.of_video, judge.least = True, 2
+        return judge
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(CineNeuron, "reconstruct", reconstructed)
+        patch.setattr(VideoDecoder, "generate", made)
+        patch.setattr(evaluate, "in_processes", in_processes)
+        patch.setattr(score, "in_processes", in_processes)
+        patch.setattr(evaluate, "report", report)
+        patch.setattr(evaluate, "compare", lambda runs, data: f"compared: {runs} {data}")
+        patch.setattr(evaluate, "pictures", lambda evaluation, results: None)
+        patch.setitem(LOADERS, "video_classifier", classifier)
+        evaluate.main(evaluate.parse([str(word) for word in arguments], evaluate.__doc__))
+    seen.printed = printed.getvalue()
+    return seen
