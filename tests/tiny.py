@@ -231,7 +231,9 @@ def away_from_zero(model: nn.Module, std: float = 0.3) -> None:
             nn.init.normal_(p, std=std)
 
 
-def write_stage1(root: Path, run: str = "full-s0", voxels: int = N, tokens: int = L, seed: int = 1, **changes) -> Path:
+def write_stage1(
+    root: Path, run: str = "full-s0", voxels: int = N, tokens: int = L, seed: int = 1, **changes
+) -> Path:
     """A finished stage 1: random weights, a φ_v that is no plain mean, a φ_a that is not zero."""
     folder = root / "runs" / "cc2017" / "sub1" / run / "stage1"
     torch.manual_seed(seed)
