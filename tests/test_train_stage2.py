@@ -531,18 +531,6 @@ def test_a_stage_1_trained_again_and_a_batch_that_processes_cannot_share_are_ref
         train()
 
 
-@pytest.mark.parametrize(
-    "option",
-    "--lr=0 --lr_fusion=0 --lr_lora=-1 --K=0 --micro_batch=0 --lora_rank=0 --sampling_steps=0 --epochs=0 "
-    "--batch_size=0 --condition_dropout=1.5 --frames=0 --alpha=nan --save_every=0 --samples=0 --seed=-1".split(),
-)
-def test_a_value_out_of_its_range_is_one_line_that_names_the_option(option, capsys):
-    with pytest.raises(SystemExit) as ended:
-        parse([option])
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and option.split("=")[0] in error and len(error.splitlines()) == 1
-
-
 # -- slow --------------------------------------------------------------------------------------------------
 
 
