@@ -298,6 +298,13 @@ def test_a_step_gets_the_clips_that_the_files_hold(world):
         assert not batch.excluded.gather(1, recalled.indices).any()
 
 
+def test_the_voxels_are_those_of_stage_1(world):
+    write_stage1(world, "visual-s0", voxels=24, rois="visual")
+    run = watch(train_stage2, [*STAGE2, "--run", "visual", *SAMPLES, "--sample_every", 1], stop=2)
+    assert run.batches[0].x.shape[2] == run.brain_model.voxels == 24 and len(run.samples) == 2
+    assert set(run.models[0].voxels["roi"]) == {"L_V1", "R_FFC", "L_MST"}
+
+
 def test_it_starts_from_stage_1_and_leaves_a_finished_model(world):
     run = watch(train_stage2, [*STAGE2, *SAMPLES], stop=99)
     (model,), out, stage1 = run.models, stage2(), stage2().with_name("stage1")
