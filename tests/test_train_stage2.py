@@ -305,6 +305,24 @@ def test_the_voxels_are_those_of_stage_1(world):
     assert set(run.models[0].voxels["roi"]) == {"L_V1", "R_FFC", "L_MST"}
 
 
+def test_samples_are_of_clips_spread_over_the_test_set_each_with_its_own_noise(world, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        train_stage2, "grid_gif", lambda file, rows, labels, *more: drawn.append((rows, labels))
+    )
+    run = watch(train_stage2, [*STAGE2, *SAMPLES, "--sample_every", 1, "--samples", 3], stop=1)
+    (rows, labels), test, places = drawn[0], clips_of(world, split="test"), [0, 12, 25]
+    decoder = load_decoder(Path("models/wan"), vae=True)
+    for (stimulus, _), (caption, _), clip in zip(rows, labels, places, strict=True):
+        assert caption == test.lines[clip]["caption"]
+        decoded = decoder.decode_latents(torch.tensor(test.latents[clip])[None])[0]
+        assert abs(stimulus.astype(int) - decoded.numpy()).max() <= 1
+    seeds = [seed for row in run.samples for seed in row["noise"]]
+    assert seeds == [noise_generator(0, i).initial_seed() for i in range(3)]
+    f_fuse = run.models[0].remember(test.averaged()[places]).f_fuse
+    torch.testing.assert_close(torch.cat([row["f_fuse"] for row in run.samples]), f_fuse)
+
+
 def test_it_starts_from_stage_1_and_leaves_a_finished_model(world):
     run = watch(train_stage2, [*STAGE2, *SAMPLES], stop=99)
     (model,), out, stage1 = run.models, stage2(), stage2().with_name("stage1")

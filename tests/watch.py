@@ -116,7 +116,9 @@ def watch(script: ModuleType, arguments: list, stop: int = 3) -> Watched:
         return enter(run)
 
     def sampled(decoder, f_fuse, empty, size, generators, steps, guidance) -> Tensor:
-        watched.samples.append({"clips": len(f_fuse), "steps": steps, "guidance": guidance})
+        noise = [generator.initial_seed() for generator in generators]
+        row = {"clips": len(f_fuse), "f_fuse": f_fuse, "steps": steps, "guidance": guidance, "noise": noise}
+        watched.samples.append(row)
         return generate(decoder, f_fuse, empty, size, generators, steps, guidance)
 
     def compile_blocks(blocks, dit=None) -> None:
