@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import noise_generator
 from support.pipelines import LORA_FILE, check_prepared, latent_shape, load_lora, load_pipeline, save_lora
-from video_decoder import VideoDecoder
+from video_decoder import VideoDecoder, shifted
 
 B = 4
 PIPELINES = {"wan": WanPipeline, "cogvideox": CogVideoXPipeline}
@@ -201,13 +201,11 @@ def test_wan_loss_is_the_velocity_error_at_the_shifted_time(tiny, batch, s, more
     torch.testing.assert_close(decoder.diffusion_loss(*batch), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_shifted_times_are_those_the_sampler_visits(tiny):
-    for scheduler in (load(tiny / "models" / "wan").scheduler, FlowMatchEulerDiscreteScheduler(shift=3.0)):
+def test_shifted_times_are_those_the_sampler_visits():
+    for scheduler in (wan_pipeline().scheduler, FlowMatchEulerDiscreteScheduler(shift=3.0)):
         scheduler.set_timesteps(10)
-        visited = scheduler.sigmas[:-1]
-        u = visited / (3 - 2 * visited)  # the inverse of σ = 3 u / (1 + 2 u)
-        steps = u.diff()
-        torch.testing.assert_close(steps, steps.mean().expand(9), rtol=0.02, atol=0)  # uniform in u
+        u = torch.linspace(1, scheduler.sigmas[-2] / (3 - 2 * scheduler.sigmas[-2]), 10)
+        torch.testing.assert_close(shifted(u, 3.0), scheduler.sigmas[:-1], rtol=1e-3, atol=0)
 
 
 def test_cogvideox_loss_is_the_weighted_error_of_the_clean_latents(tiny, batch):
@@ -292,18 +290,6 @@ def test_a_bf16_dit_trains_a_float32_lora_and_generates(folder, batch):
     assert video.shape == (B, *SIZE, 3)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_a_batch_in_parts_gives_the_gradients_of_the_whole(folder, batch, parts):
-    """A clip's loss depends on no other clip."""
-    decoder, gradients = load(folder), []
-    for n in (1, parts):
-        decoder.zero_grad()
-        for part in torch.arange(B).chunk(n):
-            (decoder.diffusion_loss(*(x[part] for x in batch)).sum() / B).backward()
-        gradients.append(lora_gradients(decoder))
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
-
-
 # ---------------------------------------------------------------- generation
 
 
@@ -317,16 +303,12 @@ def test_generate_is_the_pipeline_with_the_same_prompt_embeds(folder, plain, pro
     ).frames  # fmt: skip
     assert video.dtype == torch.uint8 and video.shape == (2, *SIZE, 3)
     assert abs(video.numpy() - expected * 255).max() <= 0.501 and video.float().std() > 1
-    other = decoder.generate(f_fuse.flip(0), empty, SIZE, generators(0, 1), 3, 4.0)
-    assert not torch.equal(other, video)  # the condition matters
-
-
-def test_a_clip_does_not_depend_on_its_batch(folder, prompts):
-    decoder, (f_fuse, empty) = load(folder, vae=True), prompts
-    both = decoder.generate(f_fuse, empty, SIZE, generators(0, 1), steps=2)
-    alone = decoder.generate(f_fuse[1:], empty, SIZE, generators(1), steps=2)
-    assert (both[1].int() - alone[0].int()).abs().max() <= 1
-    assert not torch.equal(both[0], both[1])
+    alone = decoder.generate(
+        f_fuse[1:], empty, SIZE, generators(1), 3, 4.0
+    )  # a clip does not depend on its batch
+    assert (video[1].int() - alone[0].int()).abs().max() <= 1
+    without = decoder.generate(f_fuse[1:], f_fuse[1], SIZE, generators(1), 3, 4.0)
+    assert (without - alone).abs().max() > 1  # prompt and empty prompt matter
 
 
 # ---------------------------------------------------------------- VAE and text encoder
