@@ -58,11 +58,6 @@ def q() -> torch.Tensor:
 
 
 @pytest.fixture
-def W_r() -> torch.Tensor:
-    return torch.rand(B, 3).softmax(-1)
-
-
-@pytest.fixture
 def excluded(pool, q) -> torch.Tensor:
     """(B, N): the memories that equal weights would retrieve, and every seventh."""
     excluded = torch.arange(N).expand(B, N) % 7 == 0
@@ -75,9 +70,6 @@ def captions_by_hand(pool: MemoryPool, i: torch.Tensor) -> torch.Tensor:
     for b, n in enumerate(i.tolist()):
         text[b, : len(pool.captions[n])] = pool.captions[n]
     return text
-
-
-# ---------------------------------------------------------------- Eq. 4 and 5
 
 
 def test_router_is_a_softmax_of_an_mlp_of_the_mean_token(f_e):
@@ -94,7 +86,8 @@ def test_router_is_a_softmax_of_an_mlp_of_the_mean_token(f_e):
     assert W_r.shape == (B, 3)
 
 
-def test_mixture_scores_against_a_loop_of_cosine_similarities(pool, W_r, q):
+def test_mixture_scores_against_a_loop_of_cosine_similarities(pool, q):
+    W_r = torch.rand(B, 3).softmax(-1)
     S = mixture_scores(W_r, q, pool.e)
     assert S.shape == (B, N)
     for b in range(B):
@@ -118,9 +111,6 @@ def test_the_highest_scores_are_retrieved_best_first(pool, f_e, q, excluded):
     assert not excluded.gather(1, bound.indices).any() and excluded.gather(1, free.indices).any()
     own = mom(f_e, pool.e[:B], pool)  # a memory is retrieved by its own embeddings
     assert own.indices[:, 0].tolist() == [*range(B)]
-
-
-# ---------------------------------------------------------------- Eq. 6-8
 
 
 def test_integration_is_torchs_attention_of_each_kind_and_two_convolutions(pool, f_e, q):
@@ -185,9 +175,6 @@ def test_bfloat16_autocast_runs_forward_and_backward(pool, f_e, q):
     assert all(parameter.grad.isfinite().all() for parameter in mom.parameters())
 
 
-# ---------------------------------------------------------------- Eq. 9
-
-
 def test_router_and_brain_model_learn_from_the_diffusion_loss_after_one_step(pool, f_e, q):
     """Zero-convs stop every gradient at step 0 but their own; one step later all that is to train is reached."""
     mom, denoiser, epsilon = make_mom(), nn.Linear(D_TXT, D_TXT), torch.randn(B, L, D_TXT)
@@ -217,9 +204,6 @@ def test_condition_is_brain_model_queries_and_mixture(pool, excluded):
         assert torch.equal(f_c, expected)
         assert torch.equal(recalled.f_fuse, mom(f_e, q, pool, bound).f_fuse)
         assert recalled.S.isneginf().any() == (bound is not None)
-
-
-# ---------------------------------------------------------------- the memories, saving, the ablations
 
 
 def test_ragged_text_is_padded_with_zeros_in_float32(pool):

@@ -62,9 +62,6 @@ def write(
         out.mux(stream.encode())
 
 
-# ---------------------------------------------------------------- reading
-
-
 @pytest.mark.parametrize("degrees", [90, 180, 270])
 def test_frames_are_upright(degrees: int, tmp_path):
     lying = np.rot90(film(), -degrees // 90, axes=(1, 2))
@@ -230,9 +227,6 @@ def test_frames_whose_times_do_not_rise_are_one_error(tmp_path, monkeypatch):
         read_video(tmp_path / "a.mp4")
 
 
-# ---------------------------------------------------------------- films
-
-
 @pytest.mark.parametrize("rate", [Fraction(30_000, 1001), Fraction(10)])
 def test_clips_hold_the_frames_of_their_seconds(tmp_path, rate):
     frames = film(round(6 * rate))
@@ -305,9 +299,6 @@ def test_a_film_of_another_rate_or_length_is_an_error(tmp_path):
             check_film(tmp_path / "a.mp4", fps, seconds, over=1)
 
 
-# ---------------------------------------------------------------- frames
-
-
 def test_frames_are_picked_at_even_distances():
     assert uniform_frames(60, 8).tolist() == [3, 11, 18, 26, 33, 41, 48, 56]
     assert uniform_frames(1, 3).tolist() == [0] * 3 and uniform_frames(3, 3).tolist() == [0, 1, 2]
@@ -340,9 +331,6 @@ def test_videos_are_the_middle_of_a_clip_in_time_and_space(shape, size, frames, 
         3,
     )
     assert resized(clip // 100 * 255, (90, 90)).mean() == pytest.approx((clip // 100 * 255).mean(), abs=3)
-
-
-# ---------------------------------------------------------------- writing
 
 
 @pytest.mark.parametrize("name", ["a.avi", "a.npy", "a", "a.mp4.txt", "b.mp4"])
