@@ -16,7 +16,15 @@ from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import noise_generator
-from support.pipelines import LORA_FILE, check_prepared, latent_shape, load_lora, load_pipeline, save_lora
+from support.pipelines import (
+    LORA_FILE,
+    _check_finite,
+    check_prepared,
+    latent_shape,
+    load_lora,
+    load_pipeline,
+    save_lora,
+)
 from video_decoder import VideoDecoder, shifted
 
 B = 4
@@ -172,11 +180,18 @@ DAMAGED += [(f"tokenizer/{name}.json", "{") for name in ("tokenizer", "tokenizer
 def test_a_damaged_pipeline_is_one_error_that_names_its_folder(folder, tmp_path, file, fault):
     copy = shutil.copytree(folder, tmp_path / "decoder")
     damage(copy / file, fault)
-    with pytest.raises(
-        ValueError, match=rf"^{copy}: found .*, wanted a WanPipeline .*: download it again"
-    ) as error:
+    found = {"NaN": "no finite .*", "missing": r"no \w+\.[\w.]+"}.get(fault, ".*")
+    wanted = f"^{copy}: found {found}, wanted a WanPipeline .*: download it again"
+    with pytest.raises(ValueError, match=wanted) as error:
         load_pipeline(copy, transformer=True, vae=True, text_encoder=True)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_the_last_row_of_a_long_matrix_is_read_too():
+    model = torch.nn.Linear(1, 5000, bias=False)
+    model.weight.data[-1] = torch.inf
+    with pytest.raises(ValueError, match="no finite weight"):
+        _check_finite(model)
 
 
 @pytest.mark.parametrize("s, more", [(3.0, 1.0), (5.0, 1.0), (None, 1.0), (3.0, 5.0)])
