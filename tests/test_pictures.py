@@ -40,25 +40,22 @@ def test_a_strip_is_the_first_the_middle_and_the_last_frame_each_between_white_c
 
 def test_a_sheet_and_a_gif_show_the_videos_as_they_pass(tmp_path):
     """Of two lengths, which both take all of the GIF's two seconds."""
-    long, short = (
-        np.zeros((n, H, W, 3), np.uint8) + np.arange(40, 240, 200 // n, np.uint8)[:, None, None, None]
-        for n in (8, 4)
-    )
+    long = np.zeros((8, H, W, 3), np.uint8) + np.arange(40, 240, 25, np.uint8)[:, None, None, None]
+    short = long[::2]
     videos, labels = [[long, short], [short, long]], [["", ""]] * 2
     pictures.grid_gif(tmp_path / "a.gif", videos, labels, ["", ""], seconds=2, height=HEIGHT)
     with Image.open(tmp_path / "a.gif") as gif:
-        frames = [
-            (frame.info["duration"], np.array(frame.convert("RGB"))) for frame in ImageSequence.Iterator(gif)
+        shown = [
+            (page.info["duration"], np.array(page.convert("RGB"))) for page in ImageSequence.Iterator(gif)
         ]
-    assert [duration for duration, _ in frames] == [250] * 8
-    seen = np.stack([cells(page, 1)[..., 0] for _, page in frames])  # (8, 2, 2)
+    assert [duration for duration, _ in shown] == [250] * 8
+    seen = np.stack([cells(page, 1)[..., 0] for _, page in shown])  # (8, 2, 2)
     levels = {True: long[:, 0, 0, 0], False: short[:, 0, 0, 0].repeat(2)}
     for i, j in np.ndindex(2, 2):
         assert np.abs(seen[:, i, j].astype(int) - levels[i == j]).max() <= 3
     pictures.contact_sheet(tmp_path / "a.png", videos, labels, ["", ""], height=HEIGHT)
-    expected = pictures.page(
-        [[pictures.strip(video) for video in row] for row in videos], labels, ["", ""], HEIGHT
-    )
+    strips = [[pictures.strip(video) for video in row] for row in videos]
+    expected = pictures.page(strips, labels, ["", ""], HEIGHT)
     assert np.array_equal(np.array(Image.open(tmp_path / "a.png")), np.array(expected))
 
 

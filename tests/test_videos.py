@@ -28,10 +28,8 @@ H, W, TICKS = 48, 64, 100_000  # ticks a second
 
 def film(n: int = 20, still: tuple[int, int] = (0, 0)) -> np.ndarray:
     """uint8 (n, H, W, 3): each frame is brighter than the last, but those of `still`; the top left is red."""
-    level = [still[0] if still[0] <= t < still[1] else t for t in range(n)]
-    frames = (
-        np.zeros((n, H, W, 3), np.uint8) + (20 + 220 // n * np.array(level, np.uint8))[:, None, None, None]
-    )
+    level = np.array([still[0] if still[0] <= t < still[1] else t for t in range(n)], np.uint8)
+    frames = np.zeros((n, H, W, 3), np.uint8) + (20 + 220 // n * level)[:, None, None, None]
     frames[:, : H // 2, : W // 2] = (200, 40, 30)
     return frames
 
@@ -41,9 +39,7 @@ def near(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and np.abs(a.astype(float) - b).mean((1, 2, 3)).max() < 3
 
 
-def write(
-    path: Path, frames: np.ndarray, times=None, rate=10, turned: int = 0, options=None, kind=None
-) -> None:
+def write(path: Path, frames, times=None, rate=10, turned=0, options=None, kind=None) -> None:
     """A video by libav, its frames shown at `times` in s, or at a rate; `turned`: degrees that a header says."""
     codec = {".webm": "libvpx", ".avi": "mpeg4", ".mpg": "mpeg1video"}.get(path.suffix, "libx264")
     with av.open(str(path), "w", format=kind, options=options or {}) as out:
