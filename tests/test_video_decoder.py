@@ -346,6 +346,8 @@ def test_a_vae_of_other_factors_works_where_its_config_says_them(video):
     decoder = VideoDecoder(pipe, L, pipe.transformer.config)
     latents = decoder.encode_latents(video)
     assert latents.shape[1:] == latent_shape(decoder, *SIZE) == (4, 5, 4, 6)
+    with pytest.raises(ValueError, match="^WanPipeline: a video of 8 frames"):  # that came from no folder
+        latent_shape(decoder, 8, 32, 48)
     assert decoder.decode_latents(latents).shape == video.shape
     f_fuse = torch.randn(2, L, D_TXT)
     assert decoder.generate(f_fuse, f_fuse[0], SIZE, generators(0, 1), 2).shape == video.shape

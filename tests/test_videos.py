@@ -345,13 +345,15 @@ def test_only_mp4_and_gif_are_written(name: str, tmp_path):
 def test_an_mp4_has_its_rate_its_key_frames_and_nearly_its_colours(size, pix_fmt, tmp_path):
     frames = resized(film(12), size)
     write_video(tmp_path / "a.mp4", frames, 30_000 / 1001)
-    write_video(tmp_path / "b.mp4", frames[:1].repeat(12, 0), 10, keyframe_every=5)  # of one scene
+    noise = np.random.default_rng(0).integers(60, 190, (1, H, W, 3), np.uint8).repeat(12, 0)  # of one scene
+    write_video(tmp_path / "b.mp4", noise, 10, keyframe_every=5)
     with av.open(str(tmp_path / "a.mp4")) as video, av.open(str(tmp_path / "b.mp4")) as scene:
         stream = video.streams.video[0]
         assert stream.average_rate == Fraction(30_000, 1001) and (stream.height, stream.width) == size
         assert stream.codec_context.pix_fmt == pix_fmt
         assert [t for t, frame in enumerate(scene.decode(video=0)) if frame.key_frame] == [0, 5, 10]
     assert near(read_video(tmp_path / "a.mp4").frames, frames)
+    assert np.abs(read_video(tmp_path / "b.mp4").frames.astype(float) - noise).mean() < 1.5
 
 
 @pytest.mark.parametrize(
