@@ -15,12 +15,10 @@ Labels = list[list[str]]
 
 def curves(file: Path, points: dict[str, tuple[Sequence[float], Sequence[float]]], **labels) -> None:
     """Curves (x, y) by name in one picture; labels: xlabel, title, yscale ... of matplotlib's axes."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
     for name, (x, y) in points.items():
         axis.plot(x, y, label=name, marker="." if len(x) < 20 else None)
     axis.set(**labels)
@@ -28,11 +26,10 @@ def curves(file: Path, points: dict[str, tuple[Sequence[float], Sequence[float]]
     axis.grid(alpha=0.3)
     with written_whole(file) as part:
         figure.savefig(part, dpi=120)
-    plt.close(figure)
 
 
 def loss_curves(file: Path, log: Sequence[dict], labels: dict[str, str], title: str) -> None:
-    """The lines of log.jsonl as a picture: of each name of `labels` that they hold a curve over the steps."""
+    """The lines of log.jsonl as curves over the steps, of those names of `labels` that they hold."""
     points = {}
     for name, label in labels.items():
         logged = [line for line in log if name in line]
@@ -41,11 +38,8 @@ def loss_curves(file: Path, log: Sequence[dict], labels: dict[str, str], title: 
     curves(file, points, xlabel="step", ylabel="loss", yscale="log", title=title)
 
 
-def near_copies(
-    file: Path, threshold: float, percent: Sequence[float], best_match: dict[str, list[float]]
-) -> None:
-    """The cosine above which a clip copies another, and the distributions behind it: of each the quantiles at
-    `percent`."""
+def near_copies(file: Path, threshold: float, percent: Sequence[float], best_match: dict[str, list]) -> None:
+    """The cosine above which a clip copies another, and quantiles, at `percent`, of the cosines behind it."""
     points = {name: (cosines, percent) for name, cosines in best_match.items()}
     x = "highest cosine of a clip's mean frame to a memory's"
     title = f"near-copies, not retrieved in training: cosine > {threshold:.4f}"
@@ -56,8 +50,7 @@ def spread(clips: Sequence[int], n: int, groups: dict[str, np.ndarray] | None = 
     """The rule by which pictures choose their clips, whatever came out: of each group equally many, each the
     middle of one of as many equal parts of it; `n` in all, group after group.
 
-    clips: numbers to choose from; groups: {name: (clips,) bool, by number}, or all are one group.
-    """
+    clips: numbers to choose from; groups: {name: (clips,) bool, by number}, or all are one group."""
     clips, chosen = np.asarray(clips, int), []
     members = [clips[mask[clips]] for mask in (groups or {}).values()]
     members = [group for group in members if len(group)] or [clips]
@@ -88,10 +81,9 @@ def page(pictures: Pictures, labels: Labels, titles: list[str], height: int):
         draw.text((left, gap), title, "black", ImageFont.load_default(14))
         for i, text in enumerate(texts):
             top = line + 2 * gap + i * row
-            picture = Image.fromarray(pictures[i][j]).resize((width, height), resampling)
-            image.paste(picture, (left, top))
-            place, font = (left, top + height + 1), ImageFont.load_default(13)
-            draw.multiline_text(place, text[j], (70, 70, 70), font, spacing=2)
+            image.paste(Image.fromarray(pictures[i][j]).resize((width, height), resampling), (left, top))
+            under, font = (left, top + height + 1), ImageFont.load_default(13)
+            draw.multiline_text(under, text[j], (70, 70, 70), font, spacing=2)
     return image
 
 
@@ -112,8 +104,6 @@ def grid_gif(
 ) -> None:
     """The videos themselves in rows and columns, as one GIF that lasts `seconds` and repeats."""
     n = max(len(video) for row in videos for video in row)
-    pages = []
-    for t in range(n):
-        pictures = [[video[uniform_frames(len(video), n)[t]] for video in row] for row in videos]
-        pages.append(page(pictures, labels, titles, height))
+    even = [[video[uniform_frames(len(video), n)] for video in row] for row in videos]  # of n frames each
+    pages = [page([[v[t] for v in row] for row in even], labels, titles, height) for t in range(n)]
     write_gif(file, pages, seconds / n)

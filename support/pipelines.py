@@ -1,11 +1,10 @@
 """Folders of diffusers pipelines, and files of LoRA weights: read whole and finite, or refused in one error.
-
-Weights come from safetensors alone, and no code comes with them.
-"""
+Weights come from safetensors alone, and no code comes with them."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoModel, CogVideoXPipeline, DiffusionPipeline, WanPipeline
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from support.readers import reading
+from support.readers import read_tensors, reading
 
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 PIPELINES = {"WanPipeline": WanPipeline, "CogVideoXPipeline": CogVideoXPipeline}
@@ -35,16 +34,21 @@ def load_pipeline(
     What is not loaded is not downloaded either. tiling: the VAE works in tiles and clip by clip, in less
     memory. Raises ValueError where the pipeline is of another kind or damaged."""
     with reading(name, WANTED, ADVICE):  # whatever damage makes diffusers, transformers and safetensors say
-        kind, config = _kind_and_config(name)
+        index = DiffusionPipeline.load_config(name)  # model_index.json
+        kind, second = index["_class_name"], index.get("transformer_2", [None])[0]  # Wan2.2 has two
+        libraries = {value[0] for value in index.values() if isinstance(value, list)}
+        if kind not in PIPELINES or second or not libraries <= {None, "diffusers", "transformers"}:
+            raise ValueError(f"a {kind}{' of two transformers' if second else ''}")
+        config = AutoModel.load_config(name, subfolder="transformer")
+        if config.get("patch_size_t"):
+            raise ValueError("a CogVideoXPipeline 1.5, with patch_size_t")
         if kind == "WanPipeline":  # no config of Wan's DiT has L: the pipeline is called with 512
             tokenizer = get_tokenizer_config(name, subfolder="tokenizer")
             L = min(512, int(tokenizer.get("model_max_length", 512)))  # a tiny model says less here
             dtypes = {"default": dtype, "vae": torch.float32}  # this VAE is meant to run in fp32
         else:
-            L = config["max_text_seq_length"]
-            dtypes = dtype  # this pipeline wants one throughout
-        text = text_encoder
-        parts = {"transformer": transformer, "vae": vae, "text_encoder": text, "tokenizer": text}
+            L, dtypes = config["max_text_seq_length"], dtype  # this pipeline wants one dtype throughout
+        parts = dict(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=text_encoder)
         absent = {part: None for part, load in parts.items() if not load}
         pipe = PIPELINES[kind].from_pretrained(name, dtype=dtypes, use_safetensors=True, **absent)
         for part in pipe.components.values():
@@ -56,56 +60,40 @@ def load_pipeline(
     return pipe, L, config
 
 
-def _kind_and_config(name: str) -> tuple[str, dict]:
-    """The class of a pipeline and the config of its DiT. Raises ValueError for a pipeline of another kind."""
-    index = DiffusionPipeline.load_config(name)  # model_index.json
-    kind = index["_class_name"]
-    libraries = {value[0] for value in index.values() if isinstance(value, list)}
-    second = index.get("transformer_2", [None])[0]  # Wan2.2 has two transformers
-    if kind not in PIPELINES or second or not libraries <= {None, "diffusers", "transformers"}:
-        raise ValueError(f"a {kind}{' of two transformers' if second else ''}")
-    config = AutoModel.load_config(name, subfolder="transformer")
-    if config.get("patch_size_t"):
-        raise ValueError("a CogVideoXPipeline 1.5, with patch_size_t")
-    return kind, config
-
-
 def _check_finite(model: nn.Module) -> None:
     for key, weight in model.named_parameters():
         if weight.is_meta:  # so diffusers leaves a weight that the file lacks
             raise ValueError(f"no {key}")
-        for block in weight.split(4096):  # in blocks: a text encoder's embedding would double its memory
-            if not block.isfinite().all():
-                raise ValueError(f"no finite {key}")
+        # in blocks: a text encoder's embedding would double its memory
+        if not all(block.isfinite().all() for block in weight.split(4096)):
+            raise ValueError(f"no finite {key}")
 
 
 def latent_shape(decoder, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """(C, f, h, w) of a video's latents, of a video_decoder.VideoDecoder with its VAE. Raises ValueError,
     naming the pipeline, where sizes do not divide."""
-    pipe, config = decoder.pipe, decoder.config
-    time, space, patch = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial, patch_of(decoder)
+    time, space = decoder.pipe.vae_scale_factor_temporal, decoder.pipe.vae_scale_factor_spatial
     f, h, w = (frames - 1) // time + 1, height // space, width // space
     step = 4 if decoder.is_wan else 8  # frames beyond k steps Wan's VAE drops, and CogVideoX's adds some
-    rows, columns = space * patch[1], space * patch[2]
-    if frames % step != 1 or f % patch[0] or height % rows or width % columns:
-        wanted = f"{step}k+1 frames, a multiple of {patch[0]} latent frames (now {f})"
+    p, *patch = patch_of(decoder)
+    rows, columns = (space * n for n in patch)
+    if frames % step != 1 or f % p or height % rows or width % columns:
+        wanted = f"{step}k+1 frames, a multiple of {p} latent frames (now {f})"
         wanted += f", a height that is a multiple of {rows} and a width of {columns}"
         video = f"a video of {frames} frames, {height}x{width}"
         raise ValueError(f"{name_of(decoder)}: {video}, does not fit: wanted {wanted}")
-    return config["in_channels"], f, h, w
+    return decoder.config["in_channels"], f, h, w
 
 
 def check_prepared(decoder, latents: tuple[int, ...], empty: tuple[int, ...]) -> None:
-    """Raises ValueError where prepared latents (C, f, h, w) or text tokens (L, D_txt) are not of this
-    decoder."""
-    reads = (decoder.config["in_channels"], decoder.text_length, decoder.text_width)
-    patch = patch_of(decoder)
-    remainders = [n % p for n, p in zip(latents[1:], patch, strict=True)]
-    if (latents[0], *empty) != reads or any(remainders):
+    """Raises ValueError where prepared latents (C, f, h, w) or text (L, D_txt) are not this decoder's."""
+    C, L, D_txt = decoder.config["in_channels"], decoder.text_length, decoder.text_width
+    patch, name = patch_of(decoder), name_of(decoder)
+    if (latents[0], *empty) != (C, L, D_txt) or np.mod(latents[1:], patch).any():
         prepared = f"prepared latents {tuple(latents)} and text tokens {tuple(empty)}"
-        wanted = f"{reads[0]} channels in patches of {patch}, {reads[1]} tokens of width {reads[2]}"
-        advice = f"prepare them for it: python data.py, --decoder {name_of(decoder)}"
-        raise ValueError(f"{prepared}, but {name_of(decoder)} reads {wanted}: {advice}")
+        wanted = f"{C} channels in patches of {patch}, {L} tokens of width {D_txt}"
+        advice = f"prepare them for it: python data.py, --decoder {name}"
+        raise ValueError(f"{prepared}, but {name} reads {wanted}: {advice}")
 
 
 def patch_of(decoder) -> tuple[int, int, int]:
@@ -136,13 +124,9 @@ def load_lora(decoder, folder: Path) -> None:
     with reading(file, matrices, "load it into the decoder, rank and alpha that it was trained with"):
         with safe_open(file, "pt") as opened:
             metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
-            weights = {key.removeprefix("transformer."): opened.get_tensor(key) for key in opened.keys()}
         rank, alpha = metadata["transformer.r"], metadata["transformer.lora_alpha"]
-        shapes = {key: x.shape for key, x in weights.items()}
-        same = shapes == {key: x.shape for key, x in expected.items()}
-        if not same or (rank, alpha) != (lora.r, lora.lora_alpha):
-            raise ValueError(f"{len(weights)} matrices of rank {rank}, alpha {alpha}")
-        for key, weight in weights.items():
-            if not weight.isfinite().all():
-                raise ValueError(f"NaN or infinity in {key}")
+        if (rank, alpha) != (lora.r, lora.lora_alpha):
+            raise ValueError(f"matrices of rank {rank}, alpha {alpha}")
+        weights = read_tensors(file, {f"transformer.{key}": x.shape for key, x in expected.items()})
+    weights = {key.removeprefix("transformer."): x for key, x in weights.items()}
     set_peft_model_state_dict(decoder.transformer, weights)

@@ -1,17 +1,15 @@
-"""Videos: what a player shows, upright and in time, as arrays; and arrays as videos.
+"""Videos: what a player shows, upright and in time, as arrays uint8 (F, H, W, 3); and arrays as videos.
 
-    read_video      all frames of an mp4, mov, mkv, avi, webm, gif or npy, at a constant rate
-    read_clips      a film cut into clips of some seconds, decoded once
-    read_clip       one such clip, by seeking
-    write_video     mp4 or gif, by the name's suffix
+    read_video, read_clips, read_clip    a whole video; a film in clips of some seconds; one clip, by seeking
+    write_video, write_gif
 
 A file's own times decide, not its frame numbers: a GIF whose equal frames were merged, a recording of
-irregular rate and a trimmed mp4 give what is seen at each moment. Readers raise MissingFile or FileFault.
-"""
+irregular rate and a trimmed mp4 give what is seen at each moment. Readers raise MissingFile or FileFault."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from fractions import Fraction
-from itertools import chain, takewhile
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,49 +32,48 @@ def broken(path: Path, found: object, wanted: str = "a whole video") -> FileFaul
 
 
 class Video(NamedTuple):
-    """frames uint8 (F, H, W, 3) at a constant rate fps, frames a second."""
-
-    frames: np.ndarray
-    fps: float
+    frames: np.ndarray  # uint8 (F, H, W, 3)
+    fps: float  # constant
 
 
 class VideoInfo(NamedTuple):
-    """What the header of a film says."""
-
-    fps: float
+    fps: float  # as the file's header says
     duration: float  # s
 
 
 def read_video(path: Path, seconds: float = 2.0) -> Video:
-    """A whole video. `seconds`: what an .npy array, uint8 (F, H, W, 3), or a single picture lasts."""
+    """Any of SUFFIXES. `seconds`: what an .npy array or a single picture lasts."""
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        frames = _read_npy(path)
-        return Video(frames, len(frames) / seconds)
+        wanted = f"uint8 (F, H, W, 3) of at most {LIMIT:,} bytes"
+        with reading(path, advice="convert it to uint8 (F, H, W, 3), saved by np.save"):
+            array = read_array(path, "u", (None, None, None, 3))
+            if array.dtype != np.uint8 or 0 in array.shape or array.nbytes > LIMIT:
+                raise damaged(path, f"{array.dtype} {array.shape}", wanted)
+            return Video(np.array(array), len(array) / seconds)
     if suffix == ".gif" and not _gif_is_whole(path):
         raise broken(path, "a GIF that ends in the middle")
     decoded = _decode(path)
     info = next(decoded)
-    frames, times, duration = [], [], 0.0
+    shown = []
     for time, lasts, frame in decoded:
-        duration = lasts
-        frames.append(frame)
-        times.append(time)
-        if len(frames) * frame.nbytes > LIMIT:
+        shown.append((time, lasts, frame))
+        if len(shown) * frame.nbytes > LIMIT:
             raise damaged(path, f"more than {LIMIT:,} bytes of frames", "a clip", "cut it")
-    if not frames:
+    if not shown:
         raise broken(path, "no frame")
+    times, lasting, frames = zip(*shown, strict=True)
     if len(frames) == 1:  # a picture
-        n = round(max(duration, seconds) * STILL_RATE)
+        n = round(max(lasting[-1], seconds) * STILL_RATE)
         return Video(np.repeat(frames, n, 0), STILL_RATE)
     intervals = np.diff(times)
     if intervals.min() <= 0:
         raise broken(path, "frames whose times do not rise")
     interval = float(intervals.min() if suffix == ".gif" else np.median(intervals))
-    end = times[-1] + max(duration, interval)
+    end = times[-1] + max(lasting[-1], interval)
     if end < COMPLETE * info.duration:
         raise broken(path, f"frames up to {end:.2f} s", f"{info.duration:.2f} s")
-    n = max(round((end - times[0]) / interval), 1)
+    n = round((end - times[0]) / interval)
     if n * frames[0].nbytes > LIMIT:
         raise damaged(path, f"{n} frames of {frames[0].nbytes:,} bytes", f"at most {LIMIT:,} bytes", "cut it")
     middles = times[0] + (np.arange(n) + 0.5) * interval
@@ -84,29 +81,17 @@ def read_video(path: Path, seconds: float = 2.0) -> Video:
     return Video(np.stack(frames)[latest], 1 / interval)
 
 
-def _read_npy(path: Path) -> np.ndarray:
-    with reading(path, advice="convert it to uint8 (F, H, W, 3), saved by np.save"):
-        array = read_array(path, "u", (None, None, None, 3))
-        if array.dtype != np.uint8 or 0 in array.shape or array.nbytes > LIMIT:
-            wanted = f"uint8 (F, H, W, 3) of at most {LIMIT:,} bytes"
-            raise damaged(path, f"{array.dtype} {array.shape}", wanted)
-        return np.array(array)
-
-
 def read_clips(film: Path, n_clips: int, seconds: float = 2.0) -> Iterator[np.ndarray]:
     """Decode a film once: clip k, uint8 (frames, H, W, 3), has the frames of [k seconds, (k+1) seconds)."""
     decoded = _decode(film)
     info = next(decoded)
-    frames, clip = [], 0
     if info.duration < (n_clips - 1 + COMPLETE) * seconds:
         raise broken(film, f"{info.duration:.1f} s", f"{n_clips * seconds:.1f} s")
-    for time, _, frame in chain(decoded, [(n_clips * seconds, 0.0, None)]):  # the end closes the last clip
-        while time >= (clip + 1) * seconds and clip < n_clips:
-            yield _complete(film, info, frames, clip * seconds, seconds)
-            frames, clip = [], clip + 1
-        if clip == n_clips:
-            return
-        frames.append(frame)
+    clips = groupby(decoded, lambda shown: int(shown[0] / seconds))
+    for clip in range(n_clips):
+        number, items = next(clips, (n_clips, []))
+        frames = [frame for _, _, frame in items] if number == clip else []
+        yield _complete(film, info, frames, clip * seconds, seconds)
 
 
 def read_clip(film: Path, start: float, seconds: float = 2.0) -> np.ndarray:
@@ -176,7 +161,7 @@ def _decode(path: Path, start: float = 0.0) -> Iterator:
 
 
 def _complete(film: Path, info: VideoInfo, frames: list, start: float, seconds: float) -> np.ndarray:
-    """The frames of a clip as one array (frames, H, W, 3), where they are as many as there must be."""
+    """The frames of a clip, (frames, H, W, 3). Raises FileFault where they are fewer than COMPLETE."""
     if len(frames) < int(COMPLETE * seconds * info.fps) or not frames:
         number = f"{len(frames)} frames in the {seconds:g} s from {start:.1f} s on"
         raise broken(film, number, f"{seconds * info.fps:.0f} of a film of {info.duration:.1f} s")
@@ -185,25 +170,20 @@ def _complete(film: Path, info: VideoInfo, frames: list, start: float, seconds: 
 
 def _gif_is_whole(path: Path) -> bool:
     """Does the chain of a GIF's blocks reach its trailer (GIF89a)? What follows it does not matter."""
-    with reading(path, "a whole video", DOWNLOAD):
-        data = path.read_bytes()
-    i = 13 + _table_size(data[10]) if len(data) >= 13 else len(data)
-    while i < len(data):
-        kind = data[i]
-        if kind == 0x3B:
-            return True
-        if kind not in (0x21, 0x2C) or i + 10 > len(data):  # neither an extension nor a picture
-            return False
-        i += 2 if kind == 0x21 else 11 + _table_size(data[i + 9])  # label; descriptor, table and code size
-        while i < len(data) and data[i]:  # sub-blocks
-            i += data[i] + 1
-        i += 1
+
+    def skip_table(flags: int) -> None:  # of colours
+        file.seek(3 << (flags & 7) + 1 if flags & 0x80 else 0, 1)
+
+    with reading(path, "a whole video", DOWNLOAD), open(path, "rb") as file, suppress(IndexError):
+        skip_table(file.read(13)[10])
+        while (kind := file.read(1)) in (b"!", b","):  # an extension, a picture
+            if kind == b",":
+                skip_table(file.read(9)[8])
+            file.read(1)  # the extension's label, or the picture's code size
+            while size := file.read(1)[0]:  # of a sub-block
+                file.seek(size, 1)
+        return kind == b";"
     return False
-
-
-def _table_size(flags: int) -> int:
-    """Bytes of a GIF's colour table."""
-    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
 def uniform_frames(n_available: int, F: int) -> np.ndarray:
@@ -218,10 +198,10 @@ def resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if frames.shape[1:3] == tuple(size):
         return frames
     out = np.empty((len(frames), *size, 3), np.uint8)
-    for frame, small in zip(frames, out, strict=True):
-        x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
-        x = interpolate(x, tuple(size), mode="bicubic", antialias=True).round().clamp(0, 255).byte()
-        small[:] = x[0].permute(1, 2, 0).numpy()
+    for i, frame in enumerate(frames):
+        x = torch.from_numpy(frame.astype(np.float32)).permute(2, 0, 1)[None]  # (1, 3, H, W)
+        x = interpolate(x, tuple(size), mode="bicubic", antialias=True).round().clamp(0, 255)
+        out[i] = x[0].permute(1, 2, 0)
     return out
 
 
@@ -230,12 +210,11 @@ def video_frames(clip: np.ndarray, frames: int, height: int, width: int) -> np.n
     but 3), the largest centred rectangle of that shape, resized. Raises ValueError for too few frames."""
     n, H, W, _ = clip.shape
     if n < frames:
-        raise ValueError(
-            f"a clip of {n} frames, wanted {frames}: the decoder needs the films (python data.py cc2017 "
-            "--raw DIR --subject K --decoder ID); the frames of the NeuroClips release serve stage 1 only"
-        )
+        command = "python data.py cc2017 --raw DIR --subject K --decoder ID"
+        advice = f"the decoder needs the films ({command}); those of NeuroClips serve stage 1 only"
+        raise ValueError(f"a clip of {n} frames, wanted {frames}: {advice}")
     stride = n // frames
-    h, w = (H, H * width // height) if H * width <= W * height else (W * height // width, W)
+    h, w = min(H, W * height // width), min(W, H * width // height)
     top, left = (H - h) // 2, (W - w) // 2
     first = (n - stride * (frames - 1) - 1) // 2
     return resized(clip[first::stride][:frames, top : top + h, left : left + w], (height, width))
