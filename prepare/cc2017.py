@@ -71,8 +71,7 @@ class PurdueRelease(PurdueFilms):
         subject1/fmri/seg1/cifti/seg1_1_Atlas.dtseries.nii   seg1-18, 2 showings each; test1-5, 10 showings
         stimuli/seg1.mp4                                     30 frames a second
 
-    raw: the folder of these two, or the one in which the archives were unpacked, such as
-    raw/10_4231_R7X63K3M/video_fmri_dataset/subject1. delay: of the haemodynamic response, in volumes of 2 s.
+    raw: the folder of these two, or the one in which the archives were unpacked. delay: in volumes of 2 s.
     Raises FileNotFoundError for a segment without any recording or without its film.
     """
 
@@ -139,8 +138,8 @@ class NeuroClipsRelease(CC2017):
 
     def __post_init__(self):
         super().__post_init__()
-        self._fmri = {split: self._load(self._recordings(split), split) for split in self.splits}
-        train, test = (tuple(self._fmri[split].shape) for split in ("train", "test"))
+        self._fmri = {split: self._load(split, self._recordings(split)) for split in self.splits}
+        train, test = (tuple(fmri.shape) for fmri in self._fmri.values())
         if len(train) != 3 or len(test) != 3 or train[2] != test[2]:
             shape = "(clips, showings, N) of one N"
             raise ValueError(f"{self.raw} has recordings of {train} and {test}, wanted {shape}")
@@ -148,7 +147,7 @@ class NeuroClipsRelease(CC2017):
     def _recordings(self, split: str, subject: int | None = None) -> Path:
         return self.raw / f"subj{subject or self.subject:02d}_{split}_fmri.pt"
 
-    def _load(self, file: Path, split: str) -> torch.Tensor:
+    def _load(self, split: str, file: Path) -> torch.Tensor:
         value, segments = load_pt(file), len(self.splits[split])
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
             raise damaged(file, type(value).__name__, "a tensor", DOWNLOAD)
@@ -176,8 +175,8 @@ class NeuroClipsRelease(CC2017):
     def load_run(self, segment: str, repeat: int) -> np.ndarray:
         split, clips = self._place(segment)
         run = self._fmri[split][clips, repeat].float().numpy()  # (240, N)
-        place = f"{self._recordings(split)}[{clips.start}:{clips.stop}, {repeat}]"
         with advising(DOWNLOAD):
+            place = f"{self._recordings(split)}[{clips.start}:{clips.stop}, {repeat}]"
             check_array(run, place, finite=True)
         return run[np.minimum(np.arange(len(run)) + (self.delay or 0), len(run) - 1)]
 
@@ -199,14 +198,14 @@ class NeuroClipsRelease(CC2017):
     def check(self) -> None:
         for split, segments in self.splits.items():
             (file,) = self.stimulus(segments[0])
-            shape = tuple(self._load(file, split).shape)
+            shape = tuple(self._load(split, file).shape)
             if len(shape) != 5 or shape[1:3] != (6, 3):
                 form = "(clips, 6, 3, H, W): 2 s at 3 frames a second"
                 raise ValueError(f"{file} has the shape {shape}, wanted {form}")
 
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
         (file,), (split, clips) = self.stimulus(segment), self._place(segment)
-        for frames in self._load(file, split)[clips]:
+        for frames in self._load(split, file)[clips]:
             if frames.is_floating_point():
                 low, high = float(frames.min()), float(frames.max())
                 if not (low >= 0 and high <= 1):

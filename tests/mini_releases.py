@@ -105,12 +105,14 @@ def cifti_header(volumes: int, step: float = 2.0) -> bytes:
     return cifti_start(nibabel.cifti2.SeriesAxis(0, step, volumes), brain_model())
 
 
-def cifti_start(series, places) -> bytes:
+def cifti_start(series, places, **metadata) -> bytes:
     """Everything before the data of a CIFTI file with these axes."""
     import nibabel
 
     run = np.zeros((len(series), len(places)), np.float32)
-    image = nibabel.Cifti2Image(run, nibabel.Cifti2Header.from_axes((series, places)))
+    header = nibabel.Cifti2Header.from_axes((series, places))
+    header.matrix.metadata = nibabel.cifti2.Cifti2MetaData(metadata)
+    image = nibabel.Cifti2Image(run, header)
     image.nifti_header.set_data_dtype(np.float32)
     written = image.to_bytes()
     return written[: len(written) - run.nbytes]
