@@ -25,8 +25,6 @@ class Release:
     preprocessed: do runs come trimmed, delayed and standardised?
     voxels: (N,) int64 index of each voxel in the source, (N,) str name of its area
     film: what a film must be: frames a second, seconds, and how many seconds longer it may last
-
-    It finds its files at once: FileNotFoundError for what is missing, ValueError for what does not fit.
     """
 
     raw: Path
@@ -39,6 +37,9 @@ class Release:
     TR = 2.0
     preprocessed = False
     film = None
+
+    def __post_init__(self):
+        """Finds the files: FileNotFoundError for what is missing, ValueError for what does not fit."""
 
     @property
     def segments(self) -> list[str]:
