@@ -164,8 +164,7 @@ class NeuroClipsRelease(CC2017):
         return split, slice(first, first + SEGMENT_VOLUMES)
 
     def repeats(self, segment: str) -> int:
-        split, _ = self._place(segment)
-        return self._fmri[split].shape[1]
+        return self._fmri[self._place(segment)[0]].shape[1]
 
     @property
     def voxels(self) -> tuple[np.ndarray, np.ndarray]:
@@ -181,8 +180,7 @@ class NeuroClipsRelease(CC2017):
         return run[np.minimum(np.arange(len(run)) + (self.delay or 0), len(run) - 1)]
 
     def files(self, segment: str) -> list[Path]:
-        split, _ = self._place(segment)
-        return [self._recordings(split)]
+        return [self._recordings(self._place(segment)[0])]
 
     def recording(self, subject: int) -> list[Path]:
         return visible(self.raw, self._recordings("train", subject).name)
@@ -192,8 +190,7 @@ class NeuroClipsRelease(CC2017):
         return {split: self.raw / f"GT_{split}_caption.pt" for split in self.splits}
 
     def stimulus(self, segment: str) -> list[Path]:
-        split, _ = self._place(segment)
-        return [self.raw / f"GT_{split}_3fps.pt"]
+        return [self.raw / f"GT_{self._place(segment)[0]}_3fps.pt"]
 
     def check(self) -> None:
         for split, segments in self.splits.items():
@@ -225,11 +222,11 @@ class NeuroClipsWithFilms(PurdueFilms, NeuroClipsRelease):
 
 
 def load_pt(path: Path) -> torch.Tensor | list:
-    """A tensor (memory-mapped), or strings, published in a list or NumPy array. Raises ValueError where it
-    would need pickle."""
+    """A tensor (memory-mapped), or a list of strings. Raises ValueError where it would need pickle."""
     if not path.is_file():
-        place = "gongzx/cc2017_dataset on Hugging Face"
-        raise FileNotFoundError(f"{path} is not there: download it from {place}")
+        raise FileNotFoundError(
+            f"{path} is not there: download it from gongzx/cc2017_dataset on Hugging Face"
+        )
     # The published captions are a NumPy array of fixed-width strings; these names rebuild one, nothing else.
     rebuild = np.empty(0).__reduce__()[0]
     names = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]

@@ -58,8 +58,8 @@ class Selection(NamedTuple):
     mask: np.ndarray  # (N,) bool: kept
     mean_z: np.ndarray  # (N,) mean over the segments of the Fisher z of two showings; NaN where not tested
     tested: int  # finite in every segment
-    dropped: int  # constant or not finite in some segment: not tested
-    kept: int  # p < alpha after Bonferroni, and mean_z > 0
+    dropped: int  # not tested
+    kept: int
 
 
 def fisher_z(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -73,35 +73,28 @@ def reproducible_voxels(z: list[np.ndarray], alpha: float = 0.05) -> Selection:
     """Which voxels respond alike to two showings of a film (§4.1)? z: a (N,) Fisher z per segment.
 
     One-sample two-sided t-test over the segments against 0, Bonferroni over the voxels tested, mean z > 0.
-    Raises ValueError with fewer than two segments or no voxel to test.
     """
     if len(z) < 2:
         raise ValueError(
             f"{len(z)} training segments were shown twice, wanted 2 or more: add --train-segments"
         )
-    z = np.stack(z)  # (segments, N)
-    finite = np.isfinite(z).all(0)
-    tested, dropped = int(finite.sum()), int((~finite).sum())
+    z = np.where(np.isfinite(z).all(0), z, np.nan)  # (segments, N)
+    mean_z = z.mean(0)
+    tested, dropped = int(np.isfinite(mean_z).sum()), int(np.isnan(mean_z).sum())
     if tested == 0:
         fault = "is constant or not finite in some segment: check the files"
         raise ValueError(f"each of the {dropped} voxels {fault}")
-    p, mean_z = np.full((2, z.shape[1]), np.nan)
-    mean_z[finite] = z[:, finite].mean(0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        p[finite] = scipy.stats.ttest_1samp(z[:, finite], 0).pvalue
+        p = scipy.stats.ttest_1samp(z, 0).pvalue  # NaN where not tested
     mask = (p * tested < alpha) & (mean_z > 0)
     return Selection(mask, mean_z, tested, dropped, int(mask.sum()))
 
 
-def load_response(
-    source: Release, segment: str, repeat: int, voxels: slice | np.ndarray = slice(None)
-) -> np.ndarray | None:
+def load_response(source: Release, segment: str, repeat: int, voxels=slice(None)) -> np.ndarray | None:
     """One showing of one segment, preprocessed: float32 (volumes, voxels asked for); None where missing."""
     run = source.load_run(segment, repeat)
-    if run is None:
-        return None
-    if source.preprocessed:
-        return run[:, voxels]
+    if run is None or source.preprocessed:
+        return run if run is None else run[:, voxels]
     start, length = source.window(segment)
     return preprocess_run(run[:, voxels], start, length, detrending_degree(length * source.TR))
 
@@ -200,14 +193,12 @@ def refuse_twins(source: Release, folder: Path) -> None:
     """Raises ValueError where this subject's first recording is another's, in the release or prepared beside
     `folder`, data/<name>/sub<K>: folders were swapped, or the release is at fault."""
     ours = source.recording(source.subject)
-    if not ours:
-        return
-    digests = set(_input_hashes([ours]).values())
+    digests = set(_input_hashes([ours] if ours else []).values())
     for subject in {*range(1, 7)} - {source.subject}:
         theirs, prepared = source.recording(subject), folder.with_name(f"sub{subject}") / "train" / "fmri.npy"
         manifest = read_manifest(prepared) or {"inputs": {}}
         pairs = zip(ours, theirs, strict=False)
-        raw = bool(theirs) and theirs != ours and all(filecmp.cmp(*pair, shallow=False) for pair in pairs)
+        raw = bool(ours) and theirs not in ([], ours) and all(filecmp.cmp(*pair, False) for pair in pairs)
         if raw or digests & {*manifest["inputs"].values()}:
             raise ValueError(
                 f"subjects {source.subject} and {subject} have identical recordings, {ours[0]} and "

@@ -198,9 +198,7 @@ def write_neuroclips(
     return Mini(folder, folder / "GT_train_caption.pt", np.arange(pattern.shape[1]), pattern)
 
 
-CLIP_SHAPE = np.array(
-    [0.6, 1.0, 1.2, 1.0, 0.8]
-)  # of the response, at the five volumes of a clip of CineBrain
+CLIP_SHAPE = np.array([0.6, 1.0, 1.2, 1.0, 0.8])  # of the response, at the five volumes of CineBrain's clips
 
 
 def episodes_of(subject: int) -> list[int]:
