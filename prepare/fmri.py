@@ -47,8 +47,10 @@ def preprocess_run(run: np.ndarray, start: int, length: int, order: int = 4) -> 
             y -= Q @ (Q.T @ y)
             level = np.sqrt(np.einsum("tn,tn->n", raw, raw) / length)
             deviation = np.sqrt(np.einsum("tn,tn->n", y, y) / length)
-            constant = ~(deviation > 1e-6 * level)  # float32 rounds at 6e-8 of the level; true for NaN, too
-            np.divide(y, np.where(constant, np.float32(np.nan), deviation), out=response[:, voxels])
+            scale = np.where(
+                deviation > 1e-6 * level, deviation, np.float32(np.nan)
+            )  # float32 rounds at 6e-8
+            np.divide(y, scale, out=response[:, voxels])
     return response
 
 

@@ -7,7 +7,7 @@ planted voxels, 4 s later. CIFTI files are sparse: voxels of which nothing is wr
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -26,8 +26,6 @@ class Mini:
     captions: Path
     planted: np.ndarray  # grayordinates that respond to the film
     pattern: np.ndarray  # (12, planted): the response to each of the 12 contents
-    noise: np.ndarray = field(default_factory=lambda: np.arange(0))  # that do not
-    broken: np.ndarray = field(default_factory=lambda: np.arange(0))  # constant, or NaN at one volume
 
 
 @cache
@@ -150,10 +148,8 @@ def write_purdue(
     columns = np.concatenate([planted, noise, broken])
     pattern = rng.standard_normal((12, len(planted)), dtype=np.float32)
     level, scale = rng.uniform(8_000, 12_000, len(columns)), np.where(np.isin(columns, planted), 0.04, 40)
-    films, subjects = folder / "stimuli", folder
-    if as_unpacked:
-        films = folder / "10_4231_R71Z42KK" / "video_fmri_dataset" / "stimuli"
-        subjects = folder / "10_4231_R7X63K3M" / "video_fmri_dataset"
+    films = folder / ("10_4231_R71Z42KK/video_fmri_dataset" if as_unpacked else "") / "stimuli"
+    subjects = folder / ("10_4231_R7X63K3M/video_fmri_dataset" if as_unpacked else "")
     films.mkdir(parents=True, exist_ok=True)
     rows = []
     names = [f"seg{i + 1}" for i in range(train_segments)] + [f"test{i + 1}" for i in range(test_segments)]
@@ -174,7 +170,7 @@ def write_purdue(
             write_cifti(path / f"{name}_{repeat + 1}_Atlas.dtseries.nii", run, columns=columns)
     captions = folder / "captions.jsonl"
     captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Mini(folder, captions, planted, pattern, noise, broken)
+    return Mini(folder, captions, planted, pattern)
 
 
 def write_neuroclips(

@@ -293,7 +293,7 @@ def test_captions_that_differ_in_number_from_the_clips_are_refused_first(neurocl
     assert not stimuli and not (tmp_path / "data").exists()
 
 
-def test_bad_input_of_the_neuroclips_release_is_named(neuroclips, tmp_path):
+def test_bad_input_of_the_neuroclips_release_is_named(neuroclips, stimuli, tmp_path):
     folder = shutil.copytree(neuroclips.folder, tmp_path / "release", copy_function=os.link)
 
     def source(subject: int = 1, **sizes: int) -> NeuroClipsRelease:
@@ -303,8 +303,11 @@ def test_bad_input_of_the_neuroclips_release_is_named(neuroclips, tmp_path):
         (folder / name).unlink()
         torch.save(value, folder / name)
 
-    with pytest.raises(ValueError, match=r"subj01_train_fmri.pt has 720 clips, wanted 4320 \(18 segments\)"):
-        source(train_segments=18)
+    for segments, clips in ((18, 4320), (2, 480)):
+        with pytest.raises(
+            ValueError, match=f"subj01_train_fmri.pt has 720 clips, wanted {clips} .{segments} seg"
+        ):
+            source(train_segments=segments)
     with pytest.raises(FileNotFoundError, match="subj02_train_fmri.pt is not there"):
         source(2)
     values = torch.load(folder / "subj01_test_fmri.pt", weights_only=True)
@@ -323,9 +326,12 @@ def test_bad_input_of_the_neuroclips_release_is_named(neuroclips, tmp_path):
     replace("GT_test_3fps.pt", torch.full((480, 6, 3, 8, 8), 127, dtype=torch.int32))
     with pytest.raises(ValueError, match="GT_test_3fps.pt: found torch.int32, wanted uint8, or"):
         next(source().read_clips("test1"))
-    replace("GT_test_3fps.pt", torch.zeros(480, 3, 6, 8, 8))
-    with pytest.raises(ValueError, match=r"GT_test_3fps.pt has the shape \(480, 3, 6, 8, 8\), wanted"):
-        source().check()
+    for shape in ((480, 3, 6, 8, 8), (480, 5, 3, 8, 8), (480, 6, 3, 8)):
+        replace("GT_test_3fps.pt", torch.zeros(shape))
+        with pytest.raises(
+            ValueError, match=r"GT_test_3fps.pt has the shape \(480, .*, wanted .clips, 6, 3, H, W"
+        ):
+            main(["cc2017", "--fmri-release", str(folder), "--train-segments", "3", "--test-segments", "2"])
     replace("subj01_test_fmri.pt", torch.zeros(480, 10, 95))
     with pytest.raises(
         ValueError, match=r"recordings of \(720, 2, 96\) and \(480, 10, 95\), wanted .* of one N"
