@@ -47,10 +47,8 @@ def preprocess_run(run: np.ndarray, start: int, length: int, order: int = 4) -> 
             y -= Q @ (Q.T @ y)
             level = np.sqrt(np.einsum("tn,tn->n", raw, raw) / length)
             deviation = np.sqrt(np.einsum("tn,tn->n", y, y) / length)
-            scale = np.where(
-                deviation > 1e-6 * level, deviation, np.float32(np.nan)
-            )  # float32 rounds at 6e-8
-            np.divide(y, scale, out=response[:, voxels])
+            varies = deviation > 1e-6 * level  # float32 rounds at 6e-8 of the level; false for NaN, too
+            np.divide(y, np.where(varies, deviation, np.float32(np.nan)), out=response[:, voxels])
     return response
 
 
