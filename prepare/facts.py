@@ -8,7 +8,6 @@ toy         toy/world.py, toy/subject.py
 import hashlib
 import re
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -47,17 +46,16 @@ def stimuli_folder(name: str, subject: int, root: Path = Path("data")) -> Path:
     data/cinebrain/stimuli-1-2-6, and data/toy/stimuli-K from the toy's second subject on."""
     if name == "cinebrain" and subject in NINTH_SEASON:
         return root / name / "stimuli-1-2-6"
-    return _subjects_folder(root / name / "stimuli", subject)
+    return root / name / ("stimuli" + _own_films(name, subject))
 
 
 def raw_folder(name: str, subject: int, root: Path = Path("data")) -> Path:
     """The release, with its films in stimuli/: data/<name>/raw, and data/toy/raw-K as in `stimuli_folder`."""
-    return _subjects_folder(root / name / "raw", subject)
+    return root / name / ("raw" + _own_films(name, subject))
 
 
-def _subjects_folder(folder: Path, subject: int) -> Path:
-    is_shared = folder.parent.name != "toy" or subject == 1
-    return folder if is_shared else folder.with_name(f"{folder.name}-{subject}")
+def _own_films(name: str, subject: int) -> str:
+    return f"-{subject}" if name == "toy" and subject > 1 else ""
 
 
 def check_subject(name: str, subject: int) -> None:
@@ -139,16 +137,17 @@ def decoder_recipes(decoder: str, size: Sequence[int]) -> tuple[dict, dict]:
 
     Each recipe has the decoder's name and, where it is a local folder, a digest of its VAE or text encoder.
     """
-    local = Path(decoder).is_dir()
-    name = Path(decoder).resolve().name if local else decoder
-    digest = {part: _digest(Path(decoder, part)) if local else None for part in ("vae", "text_encoder")}
-    frames, height, width = size
-    latents = {"decoder": name, "vae": digest["vae"], "frames": frames, "height": height, "width": width}
-    return latents, {"decoder": name, "text_encoder": digest["text_encoder"]}
+    folder = Path(decoder)
+    name = folder.resolve().name if folder.is_dir() else decoder
+    latents = {"decoder": name, "vae": _digest(folder / "vae")}
+    latents |= zip(("frames", "height", "width"), size, strict=True)
+    return latents, {"decoder": name, "text_encoder": _digest(folder / "text_encoder")}
 
 
-def _digest(folder: Path) -> str:
-    """SHA-256 of a model's config.json and of the first 64 MB of each file of its weights."""
+def _digest(folder: Path) -> str | None:
+    """SHA-256 of a local model's config.json and of the first 64 MB of each file of its weights."""
+    if not folder.parent.is_dir():
+        return None
     sha = hashlib.sha256()
     for file in sorted(folder.glob("*")):
         if file.name == "config.json" or file.suffix == ".safetensors":
@@ -189,28 +188,21 @@ def voxels_of(rois: str, areas: np.ndarray, folder: Path) -> np.ndarray:
         raise FileFault(f"--rois {rois}: {unknown} unknown; there are {', '.join(ROIS)}")
     for region in regions:
         if not in_areas(areas, ROIS[region]).any():
+            prepared = f"they are in {', '.join(sorted(set(areas))[:9])} ..."
+            prepared += "; prepare the CIFTI runs, or" if folder.parent.name == "cinebrain" else ":"
             text = f"--rois {rois}: none of the voxels of {folder} lies in {region}"
-            advice = "; prepare the CIFTI runs, or" if folder.parent.name == "cinebrain" else ":"
-            prepared = ", ".join(sorted(set(areas))[:9])
-            raise FileFault(f"{text}, they are in {prepared} ...{advice} leave it out")
-    return np.flatnonzero(in_areas(areas, [*chain(*(ROIS[region] for region in regions))]))
+            raise FileFault(f"{text}, {prepared} leave it out")
+    return np.flatnonzero(in_areas(areas, [name for region in regions for name in ROIS[region]]))
 
 
 def check_prepared(name: str, subject: int, files: Sequence[Path], derived: Sequence[Path]) -> None:
-    """Raises MissingData where a file is not there: the guide to the dataset, or for what is derived from
-    the others, and an older version did not make, one line."""
-    for file in files:
-        if not file.exists():
-            raise not_prepared(name, subject, file)
-    for file in derived:
-        if not file.exists():
-            raise MissingData(f"{file} is not there: {prepare_command(name, subject)} makes it")
-
-
-def not_prepared(name: str, subject: int, file: Path) -> MissingData:
-    """The error that says how to prepare a dataset of which `file` is not there."""
-    check_subject(name, subject)
-    if name == "toy":
+    """Raises MissingData where a file is not there: the guide to the dataset; one line for what is derived
+    from the others, which an older version did not make."""
+    missing = next((file for file in (*files, *derived) if not file.exists()), None)
+    if missing in derived:
+        raise MissingData(f"{missing} is not there: {prepare_command(name, subject)} makes it")
+    if missing:
+        check_subject(name, subject)
         makes = "train_stage1.py and train_stage2.py make and prepare the toy world"
-        return MissingData(f"{file} is not there: {makes}")
-    return MissingData(f"{guide(name, subject)}\n\n{file} is not there.")
+        steps = f"{guide(name, subject)}\n\n{missing} is not there."
+        raise MissingData(f"{missing} is not there: {makes}" if name == "toy" else steps)

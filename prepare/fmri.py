@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from prepare.release import Release
 from support.files import hashes, is_made_by, read_manifest, writing_array, written_whole
+from support.readers import FileFault
 
 MANY = 100  # files of a segment, from here on, have one SHA-256 together: a file a volume
 
@@ -29,8 +30,8 @@ def preprocess_run(run: np.ndarray, start: int, length: int, order: int = 4) -> 
     """Trim a run, remove from each voxel its least-squares polynomial of degree `order`, z-score it (§4.1).
 
     With an orthonormal basis Q of the polynomials the residual is y - Q Qᵀ y, for a block of voxels at once.
-    run: (V, N) volumes x voxels. start, length: the window, in volumes. Returns (length, N) float32; NaN
-    throughout a voxel that is constant, a polynomial (only rounding is left) or not finite somewhere.
+    run: (V, N). start, length: the window, in volumes. Returns (length, N) float32; NaN throughout a voxel
+    that is constant, a polynomial (only rounding is left) or not finite somewhere.
     """
     V, N = run.shape  # volumes, voxels
     if start < 0 or start + length > V:
@@ -46,8 +47,8 @@ def preprocess_run(run: np.ndarray, start: int, length: int, order: int = 4) -> 
             y -= Q @ (Q.T @ y)
             level = np.sqrt(np.einsum("tn,tn->n", raw, raw) / length)
             deviation = np.sqrt(np.einsum("tn,tn->n", y, y) / length)
-            constant = ~(deviation > 1e-6 * level)  # float32 rounds at 6e-8 of the level; true for NaN, too
-            np.divide(y, np.where(constant, np.float32(np.nan), deviation), out=response[:, voxels])
+            varies = deviation > 1e-6 * level  # float32 rounds at 6e-8 of the level; false for NaN, too
+            np.divide(y, np.where(varies, deviation, np.float32(np.nan)), out=response[:, voxels])
     return response
 
 
@@ -57,8 +58,8 @@ class Selection(NamedTuple):
     mask: np.ndarray  # (N,) bool: kept
     mean_z: np.ndarray  # (N,) mean over the segments of the Fisher z of two showings; NaN where not tested
     tested: int  # finite in every segment
-    dropped: int  # constant or not finite in some segment: not tested
-    kept: int  # p < alpha after Bonferroni, and mean_z > 0
+    dropped: int  # not tested
+    kept: int
 
 
 def fisher_z(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -72,36 +73,28 @@ def reproducible_voxels(z: list[np.ndarray], alpha: float = 0.05) -> Selection:
     """Which voxels respond alike to two showings of a film (§4.1)? z: a (N,) Fisher z per segment.
 
     One-sample two-sided t-test over the segments against 0, Bonferroni over the voxels tested, mean z > 0.
-    Raises ValueError with fewer than two segments or no voxel to test.
     """
     if len(z) < 2:
         raise ValueError(
-            f"{len(z)} training segments were shown twice, wanted at least 2: add --train-segments"
+            f"{len(z)} training segments were shown twice, wanted 2 or more: add --train-segments"
         )
-    z = np.stack(z)  # (segments, N)
-    finite = np.isfinite(z).all(0)
-    tested, dropped = int(finite.sum()), int((~finite).sum())
+    z = np.where(np.isfinite(z).all(0), z, np.nan)  # (segments, N)
+    mean_z = z.mean(0)
+    tested, dropped = int(np.isfinite(mean_z).sum()), int(np.isnan(mean_z).sum())
     if tested == 0:
-        raise ValueError(
-            f"each of the {dropped} voxels is constant or not finite in some segment: check the files"
-        )
-    p, mean_z = np.full((2, z.shape[1]), np.nan)
-    mean_z[finite] = z[:, finite].mean(0)
+        fault = "is constant or not finite in some segment: check the files"
+        raise ValueError(f"each of the {dropped} voxels {fault}")
     with np.errstate(invalid="ignore", divide="ignore"):
-        p[finite] = scipy.stats.ttest_1samp(z[:, finite], 0).pvalue
+        p = scipy.stats.ttest_1samp(z, 0).pvalue  # NaN where not tested
     mask = (p * tested < alpha) & (mean_z > 0)
     return Selection(mask, mean_z, tested, dropped, int(mask.sum()))
 
 
-def load_response(
-    source: Release, segment: str, repeat: int, voxels: slice | np.ndarray = slice(None)
-) -> np.ndarray | None:
+def load_response(source: Release, segment: str, repeat: int, voxels=slice(None)) -> np.ndarray | None:
     """One showing of one segment, preprocessed: float32 (volumes, voxels asked for); None where missing."""
     run = source.load_run(segment, repeat)
-    if run is None:
-        return None
-    if source.preprocessed:
-        return run[:, voxels]
+    if run is None or source.preprocessed:
+        return run if run is None else run[:, voxels]
     start, length = source.window(segment)
     return preprocess_run(run[:, voxels], start, length, detrending_degree(length * source.TR))
 
@@ -120,24 +113,32 @@ def prepare_fmri(source: Release, folder: Path, recipe: dict, window: int = 1) -
     """Recordings -> folder/{train,test}/fmri.npy (clips, repeats, T, N) and folder/voxels.npz.
 
     window: T, the volumes a clip gets (from that of its delay on; at the end of a segment its last is
-    repeated).
+    repeated). Raises FileFault where an array was made by another recipe, or of another number of clips.
     """
     files = {split: folder / split / "fmri.npy" for split in source.splits}
-    missing = [split for split, file in files.items() if not is_made_by(file, recipe)]
+    sizes = {split: sum(map(source.clips_of, segments)) for split, segments in source.splits.items()}
+    missing = [split for split, file in files.items() if not _is_prepared(file, recipe, sizes[split])]
     if not missing and (folder / "voxels.npz").is_file():
         return
     mask = _choose_voxels(source, folder)
     for split in missing:
         segments = source.splits[split]
-        clips, repeats = sum(map(source.clips_of, segments)), source.repeats(segments[0])
+        shape = (sizes[split], source.repeats(segments[0]), window, int(mask.sum()))
         inputs = _input_hashes(map(source.files, segments))
-        shape = (clips, repeats, window, int(mask.sum()))
         with writing_array(files[split], shape, "float32", recipe, inputs) as fmri:
             start = 0
             for segment in tqdm(segments, desc=f"fMRI, {split}", unit="segment"):
                 end = start + source.clips_of(segment)
                 _fill_segment(fmri[start:end], source, segment, mask)
                 start = end
+
+
+def _is_prepared(file: Path, recipe: dict, clips: int) -> bool:
+    """Is it there? Raises FileFault where another recipe made it, or other --train-segments."""
+    ready = is_made_by(file, recipe)
+    if ready and (n := len(np.load(file, mmap_mode="r"))) != clips:
+        raise FileFault(f"{file} has {n:,} clips, but {clips:,} are asked for; delete it and make it anew")
+    return ready
 
 
 def _fill_segment(fmri: np.ndarray, source: Release, segment: str, mask: np.ndarray) -> None:
@@ -169,9 +170,8 @@ def _choose_voxels(source: Release, folder: Path) -> np.ndarray:
         mask, note = np.ones(len(index), bool), f"{len(index):,} voxels, as the release has them"
     else:
         mask, _, tested, dropped, kept = select_voxels(source)
-        note = (
-            f"{kept:,} of {tested:,} voxels respond reproducibly; {dropped:,} constant or not finite, dropped"
-        )
+        note = f"{kept:,} of {tested:,} voxels respond reproducibly"
+        note += f"; {dropped:,} constant or not finite, dropped"
         if not kept:
             doubt = "the two showings of a segment do not correlate: are the runs in the right folders?"
             raise ValueError(f"{folder}: {note}; {doubt}")
@@ -193,14 +193,12 @@ def refuse_twins(source: Release, folder: Path) -> None:
     """Raises ValueError where this subject's first recording is another's, in the release or prepared beside
     `folder`, data/<name>/sub<K>: folders were swapped, or the release is at fault."""
     ours = source.recording(source.subject)
-    if not ours:
-        return
-    digests = set(_input_hashes([ours]).values())
+    digests = set(_input_hashes([ours] if ours else []).values())
     for subject in {*range(1, 7)} - {source.subject}:
         theirs, prepared = source.recording(subject), folder.with_name(f"sub{subject}") / "train" / "fmri.npy"
         manifest = read_manifest(prepared) or {"inputs": {}}
         pairs = zip(ours, theirs, strict=False)
-        raw = bool(theirs) and theirs != ours and all(filecmp.cmp(*pair, shallow=False) for pair in pairs)
+        raw = bool(ours) and theirs not in ([], ours) and all(filecmp.cmp(*pair, False) for pair in pairs)
         if raw or digests & {*manifest["inputs"].values()}:
             raise ValueError(
                 f"subjects {source.subject} and {subject} have identical recordings, {ours[0]} and "

@@ -16,10 +16,8 @@ from support.videos import check_film, read_clips
 
 @dataclass
 class Release:
-    """A source of recordings and films, read one run at a time. The defaults are those of films in which a
-    clip lasts 2 s and has one volume.
+    """Recordings and films of a subject, read a run at a time. By default a clip lasts 2 s, and is a volume.
 
-    raw: the folder of the release; subject: whose recordings these are
     delay: of the haemodynamic response, in volumes; None: recordings are taken as they are
     train_segments, test_segments: only so many, from the first on
     splits: {"train": names of the segments, "test": ...}
@@ -41,8 +39,7 @@ class Release:
     film = None
 
     def __post_init__(self):
-        """Finds the files. Raises FileNotFoundError for what is missing, ValueError for an option or a file
-        that does not fit."""
+        """Finds the files: FileNotFoundError for what is missing, ValueError for what does not fit."""
 
     @property
     def segments(self) -> list[str]:
@@ -117,17 +114,13 @@ class Release:
 def visible(folder: Path, *patterns: str) -> list[Path]:
     """The files and folders that match a pattern, sorted. What a system hides is passed over: names that
     begin with a dot, and the folder __MACOSX of archives packed on a Mac."""
-    paths = []
-    for path in set(chain(*map(folder.glob, patterns))):
-        names = path.relative_to(folder).parts
-        if not any(name.startswith(".") or name == "__MACOSX" for name in names):
-            paths.append(path)
-    return sorted(paths)
+    paths = {path: path.relative_to(folder).parts for path in chain(*map(folder.glob, patterns))}
+    return sorted(p for p, names in paths.items() if not any(n[0] == "." or n == "__MACOSX" for n in names))
 
 
 def only(paths: list[Path], role: str) -> list[Path]:
-    """The path itself, or none. Raises ValueError, naming both, where two would do."""
+    """The paths themselves: one, or none. Raises ValueError, naming both, where two would do."""
     if len(paths) > 1:
-        first, second = paths[:2]
-        raise ValueError(f"{first} and {second} both look like {role}: move the wrong one out of the folder")
+        pair = f"{paths[0]} and {paths[1]}"
+        raise ValueError(f"{pair} both look like {role}: move the wrong one out of the folder")
     return paths

@@ -1,14 +1,19 @@
 """CIFTI files by their axes: which column is which grayordinate, and how far apart the volumes are."""
 
+import copy
+
 import numpy as np
 import pytest
 from mini_releases import GRAYORDINATES, brain_model, cifti_header, cifti_start, write_cifti
+from nibabel import Cifti2Header, Cifti2Image, Nifti2Header
+from nibabel.cifti2 import BrainModelAxis, ScalarAxis, SeriesAxis
 
 from prepare import cifti
-from prepare.cifti import read_cifti
+from prepare.cifti import mmp_areas, read_cifti
 
 VOLUMES = 6
-EVERY = slice(None)
+ALL = slice(None)
+LEFT = 29_696  # grayordinates of the left cortex; the right one has 29,716
 
 
 @pytest.fixture(scope="module")
@@ -16,75 +21,65 @@ def run() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((VOLUMES, GRAYORDINATES), dtype=np.float32)
 
 
-@pytest.fixture(scope="module")
-def standard():
-    return brain_model()
-
-
-def series(step: float = 2.0, unit: str = "SECOND"):
-    from nibabel.cifti2 import SeriesAxis
-
+def series(step: float = 2.0, unit: str = "SECOND") -> SeriesAxis:
     return SeriesAxis(0, step, VOLUMES, unit)
 
 
-def parts(axis) -> dict:
-    """The axis of each structure, by its name."""
+def parts(axis: BrainModelAxis) -> dict[str, BrainModelAxis]:
     return {name.removeprefix("CIFTI_STRUCTURE_"): part for name, _, part in axis.iter_structures()}
 
 
-def joined(pieces):
-    first, *others = pieces
-    for piece in others:
+def joined(pieces) -> BrainModelAxis:
+    first, *rest = pieces
+    for piece in rest:
         first = first + piece
     return first
 
 
-def test_each_distinct_header_is_parsed_once(run, tmp_path, monkeypatch):
-    from nibabel.cifti2.parse_cifti2 import Cifti2Parser
-
-    header = cifti_header(VOLUMES, 0.8), cifti_header(VOLUMES)  # made before, as that parses too
-    parsed, parse = [], Cifti2Parser.parse
-    monkeypatch.setattr(cifti, "_known", {})
-    monkeypatch.setattr(Cifti2Parser, "parse", lambda self, **how: parsed.append(1) or parse(self, **how))
-    for name in ("a", "b"):
-        write_cifti(tmp_path / f"{name}.dtseries.nii", run)
-        assert np.array_equal(read_cifti(tmp_path / f"{name}.dtseries.nii", EVERY, 2.0), run)
-    assert len(parsed) == 1
-    write_cifti(tmp_path / "c.dtseries.nii", run, header[0])
-    assert np.array_equal(read_cifti(tmp_path / "c.dtseries.nii", [3, 70_000], 0.8), run[:, [3, 70_000]])
-    assert len(parsed) == 2
+def test_the_left_cortex_comes_first_and_every_grayordinate_has_its_area():
+    areas = mmp_areas()
+    assert areas.shape == (GRAYORDINATES,)
+    sides = [area[:2] for area in areas[:59_412]]
+    assert set(sides[:LEFT]) == {"L_"} and set(sides[LEFT:]) == {"R_"}
+    assert len(set(areas[:59_412])) == 360  # 180 of each hemisphere
+    assert (areas[59_412:] == "hippocampus_right").sum() == 795  # as the HCP counts it
 
 
-def test_columns_in_another_order_are_put_in_the_standard_order(run, standard, tmp_path):
-    """Subcortex first; vertices of a cortex backwards; voxels as fMRIPrep once wrote them (k fastest)."""
-    structures = parts(standard)
-    cortex = [structures["CORTEX_LEFT"][::-1], structures["CORTEX_RIGHT"]]
-    deep = []
-    for name, part in structures.items():
-        if not name.startswith("CORTEX"):
-            order = np.lexsort(part.voxel.T[::-1])  # by i first
-            deep.append(part[order])
-    axis = joined([*deep[::-1], *cortex[::-1]])
-    place = {}
-    for i in range(GRAYORDINATES):
-        place[standard.name[i], standard.vertex[i], *standard.voxel[i]] = i
-    shuffled = [place[axis.name[i], axis.vertex[i], *axis.voxel[i]] for i in range(GRAYORDINATES)]
+def test_headers_that_differ_in_their_metadata_alone_are_parsed_once(run, tmp_path):
+    cifti._axes.cache_clear()
+    dated = [cifti_start(series(), brain_model(), of=day) for day in ("monday", "tuesday")]
+    for name, start, step in zip("abc", (*dated, cifti_header(VOLUMES, 0.8)), (2.0, 2.0, 0.8), strict=True):
+        write_cifti(tmp_path / f"{name}.dtseries.nii", run, start)
+        read = read_cifti(tmp_path / f"{name}.dtseries.nii", [3, 70_000], step)
+        assert np.array_equal(read, run[:, [3, 70_000]])
+    assert cifti._axes.cache_info().misses == 2
+
+
+def test_columns_in_another_order_are_put_in_the_standard_order(run, tmp_path):
+    """Subcortex first; right before left; vertices of a cortex backwards; voxels as fMRIPrep once wrote them."""
+    standard = brain_model()
+    pieces, number = [], dict(zip(parts(standard), standard.iter_structures(), strict=True))
+    order = []
+    for name, part in reversed(parts(standard).items()):
+        numbers = np.arange(GRAYORDINATES)[number[name][1]]
+        if name.startswith("CORTEX"):
+            rows = np.arange(len(part))[:: -1 if "LEFT" in name else 1]
+        else:
+            rows = np.lexsort(part.voxel.T[::-1])  # k fastest
+        pieces.insert(0 if not name.startswith("CORTEX") else len(pieces), part[rows])
+        order.insert(0 if not name.startswith("CORTEX") else len(order), numbers[rows])
     file = tmp_path / "shuffled.dtseries.nii"
-    write_cifti(file, run[:, shuffled], cifti_start(series(), axis))
-    assert np.array_equal(read_cifti(file, EVERY, 2.0), run)
-    some = np.array([59_411, 5, 90_000])
-    assert np.array_equal(read_cifti(file, some, 2.0), run[:, some])
-    assert np.array_equal(read_cifti(file, slice(59_412), 2.0), run[:, :59_412])
+    write_cifti(file, run[:, np.concatenate(order)], cifti_start(series(), joined(pieces)))
+    for some in (ALL, np.array([59_411, 5, 90_000, LEFT]), slice(59_412)):
+        assert np.array_equal(read_cifti(file, some, 2.0), run[:, some])
 
 
-def test_volumes_of_the_other_orientation_are_the_same_places(run, standard, tmp_path):
+def test_volumes_of_the_other_orientation_are_the_same_places(run, tmp_path):
     """The HCP counts i from right to left; a file that counts from left to right lists other numbers."""
-    from nibabel.cifti2 import BrainModelAxis
-
     flip = np.array([[2.0, 0, 0, -90], [0, 2, 0, -126], [0, 0, 2, -72], [0, 0, 0, 1]])
     pieces, order = [], []
-    for name, where, part in standard.iter_structures():
-        numbers = np.arange(GRAYORDINATES)[where]
+    for name, columns, part in brain_model().iter_structures():
+        numbers = np.arange(GRAYORDINATES)[columns]
         if "CORTEX" not in name:
             voxel = part.voxel * [-1, 1, 1] + [90, 0, 0]
             rows = np.lexsort(voxel.T)
@@ -94,75 +89,86 @@ def test_volumes_of_the_other_orientation_are_the_same_places(run, standard, tmp
         order.append(numbers)
     file = tmp_path / "flipped.dtseries.nii"
     write_cifti(file, run[:, np.concatenate(order)], cifti_start(series(), joined(pieces)))
-    assert np.array_equal(read_cifti(file, EVERY, 2.0), run)
+    assert np.array_equal(read_cifti(file, ALL, 2.0), run)
 
 
-def other_structures(standard):
-    """59,412 cortical vertices, and as many grayordinates in all, but one structure under another's name."""
-    structures = parts(standard)
+def renamed() -> BrainModelAxis:
+    """As many grayordinates, but one structure under another's name."""
+    structures = parts(copy.deepcopy(brain_model()))
     structures["PUTAMEN_LEFT"].name[:] = "CIFTI_STRUCTURE_OTHER"
     return joined(structures.values())
 
 
-def other_vertices(standard):
-    structures = parts(standard)
+def of_medial_wall() -> BrainModelAxis:
+    structures = parts(copy.deepcopy(brain_model()))
     right = structures["CORTEX_RIGHT"]
     right.vertex[-1] = np.setdiff1d(np.arange(32_492), right.vertex)[-1]
     return joined(structures.values())
 
 
 @pytest.mark.parametrize(
-    ("axis", "said"),
+    ("first", "places", "message"),
     [
-        (other_structures, "found 0 columns for CIFTI_STRUCTURE_PUTAMEN_LEFT, wanted 1,060"),
-        (other_vertices, r"found vertices .* in CIFTI_STRUCTURE_CORTEX_RIGHT, wanted .* of 32,492"),
+        (series, renamed, "found 0 columns for CIFTI_STRUCTURE_PUTAMEN_LEFT in place of 1,060"),
+        (series, of_medial_wall, "found other vertices of 32,492 in CIFTI_STRUCTURE_CORTEX_RIGHT"),
+        (lambda: series(2.0, "HERTZ"), brain_model, "found a series in HERTZ"),
+        (lambda: ScalarAxis([*"abcdef"]), brain_model, "found axes ScalarAxis and BrainModelAxis"),
     ],
 )
-def test_other_grayordinates_are_refused_with_both_named(run, tmp_path, axis, said):
-    file = tmp_path / "other.dtseries.nii"
-    write_cifti(file, run, cifti_start(series(), axis(brain_model())))
-    with pytest.raises(ValueError, match=f"other.dtseries.nii: {said}: take the 91k CIFTI-2 files"):
-        read_cifti(file, EVERY, 2.0)
-
-
-@pytest.mark.parametrize(
-    ("step", "unit", "said"),
-    [
-        (0.72, "SECOND", "found a volume every 0.72 s, wanted one every 2 s"),
-        (2000.0, "SECOND", "found a volume every 2000 s, wanted one every 2 s"),  # milliseconds
-        (2.0, "HERTZ", "found a series in HERTZ, wanted one in SECOND"),
-    ],
-)
-def test_another_step_or_unit_is_refused(run, standard, tmp_path, step, unit, said):
+def test_other_axes_are_refused(run, tmp_path, first, places, message):
     file = tmp_path / "run.dtseries.nii"
-    write_cifti(file, run, cifti_start(series(step, unit), standard))
-    with pytest.raises(ValueError, match=f"run.dtseries.nii: {said}: download it again"):
-        read_cifti(file, EVERY, 2.0)
+    write_cifti(file, run, cifti_start(first(), places()))
+    wanted = "wanted volumes in SECOND x 91,282 grayordinates: take the 91k CIFTI-2 files"
+    with pytest.raises(ValueError, match=f"run.dtseries.nii: {message}, {wanted}"):
+        read_cifti(file, ALL, 2.0)
+
+
+@pytest.mark.parametrize(("step", "seconds"), [(0.8, 2.0), (2.0, 0.8), (2.0, 2.01), (2.0, 2000.0)])
+def test_another_step_is_refused(run, tmp_path, step, seconds):
+    file = tmp_path / "run.dtseries.nii"
+    write_cifti(file, run, cifti_header(VOLUMES, step))
+    message = f"run.dtseries.nii: found a volume every {step:g} s, wanted one every {seconds:g} s: download it again"
+    with pytest.raises(ValueError, match=message):
+        read_cifti(file, ALL, seconds)
 
 
 def test_the_exponent_of_the_step_counts(run, tmp_path):
     """2,000 with the exponent -3 is 2 s."""
     header = cifti_header(VOLUMES)
-    for before, after in ((b'Exponent="0"', b'Exponent="-3"'), (b'Step="2"', b'Step="2000"')):
-        assert before in header
-        header = header.replace(before, after)
-    assert header[-4:] == b"\0\0\0\0"  # what pads the end makes room
+    for zero, changed in ((b'Exponent="0"', b'Exponent="-3"'), (b'Step="2.0"', b'Step="2000"')):
+        assert zero in header
+        header = header.replace(zero, changed)
+    assert header[-2:] == b"\0\0"  # what pads the end makes room
     file = tmp_path / "run.dtseries.nii"
-    write_cifti(file, run, header[:-4])
+    write_cifti(file, run, header[:-2])
     assert np.array_equal(read_cifti(file, slice(5), 2.0), run[:, :5])
 
 
-def test_scaled_and_big_endian_files_are_read(run, standard, tmp_path):
-    import nibabel
-
+def test_scaled_and_big_endian_files_are_read(tmp_path):
     stored = np.arange(VOLUMES * GRAYORDINATES).reshape(VOLUMES, -1).astype(">i2")
-    image = nibabel.Cifti2Image(stored, nibabel.Cifti2Header.from_axes((series(), standard)))
+    image = Cifti2Image(stored, Cifti2Header.from_axes((series(), brain_model())))
     image.nifti_header.set_data_dtype(np.int16)
     written = bytearray(image.to_bytes())
-    start = nibabel.Nifti2Header(bytes(written[:540]))
+    start = Nifti2Header(bytes(written[:540]))
     start.set_slope_inter(0.5, 3)
     written[:540] = start.binaryblock
     file = tmp_path / "scaled.dtseries.nii"
     file.write_bytes(bytes(written))
-    kept = [0, 7, 91_281]
-    assert np.array_equal(read_cifti(file, kept, 2.0), stored[:, kept].astype(np.float32) * 0.5 + 3)
+    read, some = read_cifti(file, [0, 7, 91_281], 2.0), [0, 7, 91_281]
+    assert read.dtype == np.float32 and np.array_equal(read, stored[:, some].astype(np.float32) * 0.5 + 3)
+
+
+def test_a_file_that_is_cut_or_of_another_length_is_named(run, tmp_path):
+    file = tmp_path / "run.dtseries.nii"
+    write_cifti(file, run)
+    assert np.array_equal(read_cifti(file, ALL, 2.0, VOLUMES), run)
+    with pytest.raises(
+        ValueError, match=r"run.dtseries.nii: found .*\(6, 91282\), wanted \(7, 91282\).*of this segment"
+    ):
+        read_cifti(file, ALL, 2.0, VOLUMES + 1)
+    size = file.stat().st_size
+    for length in (size - 1, size // 2, 600_000, 300_000, 5_000, 545, 300, 0):  # in data, XML and header
+        with open(file, "r+b") as cut:
+            cut.truncate(length)
+        with pytest.raises(ValueError, match="run.dtseries.nii: found .*wanted .*: download it again"):
+            read_cifti(file, ALL, 2.0)
