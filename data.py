@@ -79,9 +79,8 @@ class Batch(NamedTuple):
 class Clips:
     """The clips of one subject and split: the files above, by their names; arrays are memory-mapped.
 
-    lines: of clips.jsonl; classes: names of the categories. With a decoder also latents (clips, C, f, h, w),
-    texts (clips,) of (n_i, D_txt) and the empty prompt (L, D_txt). Raises MissingData for what is not
-    prepared, ValueError for a damaged file or an option that does not fit."""
+    With a decoder also latents (clips, C, f, h, w), texts (clips,) of (n_i, D_txt) and empty (L, D_txt).
+    Raises MissingData for what is not prepared, ValueError for a damaged file or an option."""
 
     name: str
     subject: int
@@ -219,8 +218,7 @@ class Clips:
         return torch.from_numpy(np.stack(x))
 
     def _draw_stage2(self, batch: Batch, step: int) -> Batch:
-        """The batch with what Eq. 5 may not retrieve, and what Eq. 9 draws. In training a clip may not recall
-        itself or its copies: at test it has no such memory, either (a choice)."""
+        """Adds what Eq. 5 may not retrieve (itself, its copies: a choice), and what Eq. 9 draws."""
         clips = batch.clips.numpy()
         hidden = np.empty(len(clips), bool)  # these clips may not retrieve their own caption
         u = torch.empty(len(clips))
@@ -241,8 +239,10 @@ class Clips:
 
     def averaged(self, clips: np.ndarray | slice = slice(None)) -> Tensor:
         """x (clips, T, N), means over the showings, z-scored again over these clips (a choice)."""
-        x = np.stack([self._showings(clip).mean(0) for clip in np.arange(len(self))[clips]])
-        return torch.from_numpy((x - x.mean(0)) / x.std(0).clip(1e-6))
+        clips = np.arange(len(self))[clips]
+        x = np.stack([self._showings(clip).mean(0) for clip in clips])
+        z = (x - x.mean(0)) / x.std(0).clip(1e-6)
+        return torch.from_numpy(z)
 
     def _showings(self, clip: int) -> np.ndarray:
         """(recorded showings, T, N) of a clip. Raises ValueError that names the voxel of NaN or infinity."""
