@@ -95,7 +95,7 @@ def _read_hdf5(path: Path) -> list[str]:
 
 
 def _check(path: Path, rows: list[dict]) -> None:
-    """Raises ValueError where there is no row, or one has no caption, or tags that are no list of strings."""
+    """Raises ValueError for no row, one without a caption, and tags that are no list of strings."""
     if not rows:
         raise damaged(path, "no caption", "one for each clip")
     for number, row in enumerate(rows, 1):

@@ -115,8 +115,8 @@ def prepare_copies(stimuli: Path) -> None:
 
 
 def prepare_recorded(folder: Path) -> None:
-    """Writes recorded.npy of both splits, from fmri.npy (clips, repeats, T, N): one that was not recorded is
-    NaN throughout. Raises ValueError for a clip without any."""
+    """Writes recorded.npy of both splits, from fmri.npy: NaN throughout where a showing was not recorded.
+    Raises ValueError for a clip without any."""
     for split in ("train", "test"):
         file, source = folder / split / "recorded.npy", folder / split / "fmri.npy"
         recipe = {"of": sha256(source)}
@@ -139,12 +139,11 @@ def is_current(file: Path, recipe: dict) -> bool:
 
 
 class FairRecall:
-    """Train as one tests: which memories a training clip may retrieve, those that a held-out clip could have.
+    """Train as one tests: which memories, of the clips trained on, a training clip may retrieve.
 
-    The memories are the clips trained on. val_segments, "seg17,seg18", are held out of training, and every
-    near-copy of their clips with them. caption_share: the share of the training clips that may retrieve
-    another clip with word for word the same caption; None: as many as test clips can. Else stage 2 would
-    learn that the best memory's text is right, which at test it seldom is."""
+    val_segments, "seg17,seg18", are held out of training, and every near-copy of their clips with them.
+    caption_share: the share of the training clips that may retrieve their own caption, word for word; None:
+    as many as test clips can. Else stage 2 would learn that the best memory's text is right."""
 
     def __init__(
         self, stimuli: Path, segments: list[str], val_segments: str | None, caption_share: float | None
@@ -183,9 +182,10 @@ class FairRecall:
     def describe(self) -> str:
         """How many memories there are, and how many of them a clip may retrieve."""
         choices = f"a clip may retrieve {self.fewest:,} to {self.most:,} of them, no near-copies"
-        caption = f"its own caption in {1 - self.p_hidden:.1%} of the steps"
-        test = f"(test clips: {self.test_share:.1%})"
-        return f"{len(self.trained):,} clips and memories; {choices}, {caption} {test}"
+        caption = (
+            f"its own caption in {1 - self.p_hidden:.1%} of the steps (test clips: {self.test_share:.1%})"
+        )
+        return f"{len(self.trained):,} clips and memories; {choices}, {caption}"
 
     def copies_of(self, clips: np.ndarray) -> np.ndarray:
         """(B, training clips) bool: which training clips are near-copies of these?"""
@@ -196,8 +196,8 @@ class FairRecall:
         return self.captions[clips, None] == self.captions[self.trained]
 
     def excluded(self, clips: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
-        """Training clips (B,) -> (B, memories) bool: the memories that they may not retrieve. hidden (B,)
-        bool: from these clips their own caption is hidden, too."""
+        """Of clips (B,) the memories that they may not retrieve, (B, memories) bool. hidden (B,) bool: nor
+        their own caption."""
         alike = (~far_apart(self.segment, clips) | self.copies_of(clips))[:, self.trained]
         return alike if hidden is None else alike | (self.same_caption(clips) & hidden[:, None])
 

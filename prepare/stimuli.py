@@ -34,8 +34,8 @@ def first_sentences(caption: str, n: int | None) -> str:
 
 
 def clips_from(source: Release, rows: Sequence[dict], first: int) -> Iterator[np.ndarray]:
-    """The clips of a split from number `first` on, uint8 (frames, H, W, 3), decoded as they are asked for; no
-    segment before it is. rows: the lines of the split's clips.jsonl."""
+    """The clips of a split from number `first` on, uint8 (frames, H, W, 3); no segment before it is decoded.
+    rows: the lines of the split's clips.jsonl."""
     for segment, n in Counter(row["segment"] for row in rows).items():
         if first < n:
             yield from islice(source.read_clips(segment), max(0, first), None)
@@ -80,10 +80,10 @@ def encode_all(
     title: str,
     on_cpu: int,
 ) -> None:
-    """Fill the arrays side by side from row `done` on: encode(batch of clips) gives the same rows of each.
+    """Fill the arrays side by side: encode(batch of clips) gives the same rows of each.
 
     clips: (F, H, W, 3) uint8 each, from number `done` on. arrays, done, filled: of `resumable_arrays`.
-    on_cpu: how many clips to encode at once where there is no GPU. Raises ValueError where clips are missing.
+    on_cpu: clips at once where there is no GPU. Raises ValueError where clips are missing.
     """
     n = len(arrays[0])
     if done == n:

@@ -12,12 +12,11 @@ from conftest import REPO
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from prepare.encoders import encode_actions, encode_images, encode_texts, load_clip, prepare_frames
 from prepare.viclip import ViCLIP
 from support.videos import uniform_frames
-from toy.world import combinations, random_clip, render
 
 WORDS = "a red blue circle square moves left right".split()
 
@@ -147,12 +146,7 @@ def test_no_code_of_a_clip_folder_is_run(folder, monkeypatch):
             load_clip(f"local-dir:{folder}")
         change_config(folder, part, tokenizer_kwargs={})
     assert not exploded.exists()
-
-
-def test_the_bomb_is_one(folder):
-    """Else the test above would pass whatever load_clip does."""
-    exploded = plant_bomb(folder)
-    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # the bomb is one
     assert exploded.exists()
 
 
@@ -273,36 +267,17 @@ def test_prepare_frames_wants_uint8():
         prepare_frames(torch.zeros(1, 8, 8, 3), 8, (0, 0, 0), (1, 1, 1))
 
 
-def test_uniform_frames():
-    assert uniform_frames(17, 8).tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
-    assert uniform_frames(8, 8).tolist() == list(range(8))
-    assert uniform_frames(60, 8).tolist() == [3, 11, 18, 26, 33, 41, 48, 56]
-    assert uniform_frames(6, 8).tolist() == [0, 1, 1, 2, 3, 4, 4, 5]
-    assert uniform_frames(1, 8).tolist() == [0] * 8
+@pytest.mark.parametrize(("n", "frames"), [
+    (17, [1, 3, 5, 7, 9, 11, 13, 15]),
+    (8, [0, 1, 2, 3, 4, 5, 6, 7]),
+    (60, [3, 11, 18, 26, 33, 41, 48, 56]),
+    (6, [0, 1, 1, 2, 3, 4, 4, 5]),
+    (1, [0] * 8),
+])  # fmt: skip
+def test_uniform_frames_are_the_middle_ones_of_equal_parts(n, frames):
+    assert uniform_frames(n, 8).tolist() == frames
     with pytest.raises(ValueError, match="0 frames"):
         uniform_frames(0, 8)
-
-
-@torch.inference_mode()
-def test_toy_dino():
-    """It loads as facebook/dino-vitb16 does, and knows clips that it has not been trained on."""
-    folder = Path(__file__).parent.parent / "toy" / "dino"
-    model, loaded = AutoModel.from_pretrained(
-        folder, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
-    )
-    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
-    processor, rng = AutoImageProcessor.from_pretrained(folder), np.random.default_rng(9)
-    clips = [random_clip(c, rng) for c in combinations()[1][::2]]
-    frames = [frame for clip in clips for frame in render(clip)[[0, 5, 11, 16]]]
-    f = model.eval()(**processor(frames, return_tensors="pt")).last_hidden_state[:, 0]
-    f = (f / f.norm(dim=-1, keepdim=True)).unflatten(0, (-1, 4)).numpy()  # (80, 4, D)
-    alike = np.einsum("aid,bjd->abij", f, f).mean((2, 3))  # (80, 80) mean cosine of the frames of two clips
-    same = np.eye(len(clips), dtype=bool)
-    assert alike[same].mean() > alike[~same].mean() + 0.5
-    nearest = np.where(same, -2, alike).argmax(1)
-    for attribute in ("colour", "background"):  # chance 0.17, 0.25
-        values = np.array([str(getattr(c, attribute)) for c in clips])
-        assert np.mean(values == values[nearest]) > 0.9
 
 
 def test_viclip_sees_the_whole_frame_and_clip_its_centre():
