@@ -5,8 +5,7 @@
     python data.py cc2017 --fmri-release DIR --subject 1   the NeuroClips release: .pt files, frames at 3 fps
     python data.py cinebrain --raw DIR --subject 1         CIFTI runs, or the published volumes (visual areas)
 
-They hand over to prepare/, which makes, for N voxels of a subject (cc2017: 4,320 + 1,200 clips, T = 1;
-CineBrain: 4,860 + 540, T = 5), with a manifest.json beside the arrays that says what made each:
+prepare/ makes (cc2017: 4,320 + 1,200 clips, T = 1; CineBrain: 4,860 + 540, T = 5), with a manifest.json each:
 
     data/cc2017/sub1/{train,test}/fmri.npy         float32 (clips, repeats, T, N); NaN where not recorded
     data/cc2017/sub1/voxels.npz                    of each voxel its index in the source, and its area: roi
@@ -20,6 +19,7 @@ Subjects of a dataset share its stimuli, but for CineBrain, whose subjects 1, 2,
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,17 +35,17 @@ from support.readers import advising, check_array, damaged, read_json_lines, rea
 
 LINE = {"id": str, "segment": str, "caption": str, "video": str, "start_s": float, "categories": list}
 ROOT = Path("data")
+STIMULI = ["clips.jsonl", "e_img.npy", "e_txt.npy", "e_act.npy", "categories.npy"]
 SHOWING, VOXELS, CAPTION = range(3)  # what is drawn for a clip
 
 
-def rng(seed: int, step: int, clip: int, what: int = 0) -> np.random.Generator:
+def rng(seed: int, step: int, clip: int, draw: int = 0) -> np.random.Generator:
     """The generator of one thing that a step draws for a clip, whatever the batch, process or restart."""
-    return np.random.default_rng([seed, step, clip, what])
+    return np.random.default_rng([seed, step, clip, draw])
 
 
 def noise_generator(*key: int) -> torch.Generator:
-    """As `rng`, of torch: for the noise of a (seed, step, clip) in training, of a (seed, clip) in
-    sampling."""
+    """As `rng`, of torch: for the noise of (seed, step, clip) in training, (seed, clip) in sampling."""
     entropy = [len(key), *key]  # the length, since numpy takes (1,) and (1, 0) for the same
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
@@ -60,8 +60,7 @@ class Batch(NamedTuple):
     e_txt: Tensor  # (B, D) CLIP of the caption
     e_act: Tensor  # (B, D) ViCLIP of the video
     categories: Tensor  # (B, classes) 0 or 1
-    # stage 2
-    excluded: Tensor | None = None  # (B, memories) bool: they may not be retrieved
+    excluded: Tensor | None = None  # (B, memories) bool: they may not be retrieved. From here on: stage 2
     y: Tensor | None = None  # (B, C, f, h, w) latents of the video
     noise: Tensor | None = None  # (B, C, f, h, w) ε of Eq. 9
     u: Tensor | None = None  # (B,) the diffusion time, uniform in [0, 1)
@@ -72,103 +71,104 @@ class Batch(NamedTuple):
 
     def parts(self, size: int | None) -> list[slice]:
         """The batch in slices of `size` clips; None: all at once."""
-        B = len(self.x)
-        return [slice(start, start + (size or B)) for start in range(0, B, size or B)]
+        size = size or len(self.x)
+        return [slice(start, start + size) for start in range(0, len(self.x), size)]
 
 
+@dataclass(eq=False)
 class Clips:
-    """The clips of one subject and split, as prepared; arrays are memory-mapped.
+    """The clips of one subject and split: the files above, by their names; arrays are memory-mapped.
 
-    lines: of clips.jsonl; fmri (clips, repeats, T, N) and recorded (clips, repeats), e_img (clips, F, D),
-    e_txt and e_act (clips, D), categories (clips, K) of `classes`; of each voxel its area, roi (N,), and its
-    place in the source, index (N,). With a decoder also latents (clips, C, f, h, w), texts (clips,) of (n_i,
-    D_txt) and the empty prompt (L, D_txt).
+    With a decoder also latents (clips, C, f, h, w), texts (clips,) of (n_i, D_txt) and empty (L, D_txt).
+    Raises MissingData for what is not prepared, ValueError for a damaged file or an option."""
 
-    Raises MissingData where something is not prepared, ValueError that names a damaged file, or an option
-    that does not fit."""
+    name: str
+    subject: int
+    split: str
+    rois: str | None = None  # "visual,hippocampus" restricts the voxels; None takes all
+    decoder: str | None = None  # of the latents and text tokens; None: without
+    size: tuple[int, int, int] | None = None  # frames, height, width of the videos; None: those of §4.1
+    root: Path = ROOT
+    seed: int = 0  # of what a training step draws, as all below
+    batch_size: int = 1  # clips a step, over all processes
+    voxel_dropout: float = 0.0  # share of the voxels hidden
+    condition_dropout: float = 0.0  # share of the clips that get the empty prompt
+    val_segments: str | None = None  # "seg17,seg18" holds these out of training
+    caption_share: float | None = None  # that may retrieve their own caption; None: as the test clips
 
-    def __init__(
-        self,
-        name: str,
-        subject: int,
-        split: str,
-        rois: str | None = None,  # "visual,hippocampus" restricts the voxels; None takes all
-        decoder: str | None = None,  # of the latents and text tokens; None: without
-        size: tuple[int, int, int] | None = None,  # frames, height, width of the videos; None: those of §4.1
-        root: Path = ROOT,
-        # what a training step draws
-        seed: int = 0,
-        batch_size: int = 1,  # clips a step, over all processes
-        voxel_dropout: float = 0.0,  # share of the voxels hidden
-        condition_dropout: float = 0.0,  # share of the clips that get the empty prompt
-        val_segments: str | None = None,  # "seg17,seg18" holds these out of training
-        caption_share: float | None = None,  # that may retrieve their own caption; None: as the test clips
-    ):
-        self.name, self.subject, self.split, self.seed = name, subject, split, seed
-        self.batch_size, self.voxel_dropout = batch_size, voxel_dropout
-        self.condition_dropout = condition_dropout
-        self.folder = root / name / f"sub{subject}"
-        self.stimuli = facts.stimuli_folder(name, subject, root) / split
-        self.advice = f"delete it and run {facts.prepare_command(name, subject)}"
+    def __post_init__(self):
+        self.folder = self.root / self.name / f"sub{self.subject}"
+        self.stimuli = facts.stimuli_folder(self.name, self.subject, self.root) / self.split
+        self.command = facts.prepare_command(self.name, self.subject, self.decoder)
+        self.advice = f"delete it and run {self.command}"
+        self.latents = None
         with advising(self.advice):
-            self._read_clips(rois)
-            if decoder:
-                self._read_decoder(decoder, size or facts.VIDEO[name])
-        self.recall, self.trained, self.held_out = None, None, np.arange(len(self))
-        if split == "train":
+            self._read_clips()
+            if self.decoder:
+                self._read_decoder()
+        self.recall = None
+        self.trained = None  # indices of clips
+        self.held_out = np.arange(len(self))
+        if self.split == "train":
             segments = [line["segment"] for line in self.lines]
-            self.recall = FairRecall(self.stimuli, segments, val_segments, caption_share)
-            self.trained, self.held_out = self.recall.trained, self.recall.held_out  # indices of clips
-            facts.check_batch(batch_size, len(self.trained))
-            if decoder:
+            self.recall = FairRecall(self.stimuli, segments, self.val_segments, self.caption_share)
+            self.trained = self.recall.trained
+            self.held_out = self.recall.held_out
+            facts.check_batch(self.batch_size, len(self.trained))
+            if self.decoder:
                 self.recall.count_choices()
 
-    # ---- files
-
-    def _read_clips(self, rois: str | None) -> None:
-        folder, stimuli = self.folder / self.split, self.stimuli
-        names = ("clips.jsonl", "e_img.npy", "e_txt.npy", "e_act.npy", "categories.npy")
-        files = [self.folder / "voxels.npz", folder / "fmri.npy", *(stimuli / name for name in names)]
-        derived = [folder / "recorded.npy", stimuli / "near_copies.npy", stimuli / "captions.npy"]
-        facts.check_prepared(self.name, self.subject, files, derived)
+    def _read_clips(self) -> None:
+        folder = self.folder / self.split
+        stimuli = self.stimuli
+        facts.check_prepared(
+            self.name,
+            self.subject,
+            [
+                self.folder / "voxels.npz",
+                folder / "fmri.npy",
+                *(stimuli / name for name in STIMULI),
+            ],
+            [folder / "recorded.npy", stimuli / "near_copies.npy", stimuli / "captions.npy"],
+        )
         self.lines = read_json_lines(stimuli / "clips.jsonl", LINE)
+        n = len(self.lines)
         voxels = read_npz(self.folder / "voxels.npz", {"index": "iu", "roi": "U"})
-        n, N = len(self.lines), len(voxels["roi"])
-        self.fmri = read_prepared(folder / "fmri.npy", "f", (n, None, None, N))
+        self.fmri = read_prepared(folder / "fmri.npy", "f", (n, None, None, len(voxels["roi"])))
         self.recorded = read_prepared(folder / "recorded.npy", "b", (n, self.fmri.shape[1]))
         self.e_img = read_prepared(stimuli / "e_img.npy", "f", (n, None, None), finite=True)
         D = self.e_img.shape[2]
         self.e_txt = read_prepared(stimuli / "e_txt.npy", "f", (n, D), finite=True)
         self.e_act = read_prepared(stimuli / "e_act.npy", "f", (n, D), finite=True)
-        self.classes = facts.classes_of(stimuli / "categories.npy")
-        self.categories = read_prepared(stimuli / "categories.npy", "iu", (n, len(self.classes)))
+        categories_file = stimuli / "categories.npy"
+        self.classes = facts.classes_of(categories_file)
+        self.categories = read_prepared(categories_file, "iu", (n, len(self.classes)))
         if not np.isin(self.categories, (0, 1)).all():
-            raise damaged(stimuli / "categories.npy", "other numbers", "0 and 1")
-        self.latents = None
-        self.voxels = facts.voxels_of(rois, voxels["roi"], self.folder) if rois else slice(None)
-        self.roi, self.index = voxels["roi"][self.voxels], voxels["index"][self.voxels]
+            raise damaged(categories_file, "other numbers", "0 and 1")
+        self.voxels = facts.voxels_of(self.rois, voxels["roi"], self.folder) if self.rois else slice(None)
+        self.roi = voxels["roi"][self.voxels]
+        self.index = voxels["index"][self.voxels]
 
-    def _read_decoder(self, decoder: str, size: tuple[int, int, int]) -> None:
-        folder = self.stimuli / Path(decoder).name
-        latent_recipe, text_recipe = facts.decoder_recipes(decoder, size)
-        recipes = {folder / "latents.npy": latent_recipe, folder / "text_tokens.npy": text_recipe}
-        recipes |= {folder / "text_offsets.npy": text_recipe}
-        empty = self.stimuli.parent / folder.name / "empty_prompt.npy"
-        for file, recipe in (recipes | {empty: text_recipe}).items():
-            if not is_made_by(file, recipe):
-                command = facts.prepare_command(self.name, self.subject, decoder)
-                raise MissingData(f"{file}, for {decoder}, is not there: run {command}")
-        self.size = size
-        self.latents = read_prepared(folder / "latents.npy", "f", (len(self), None, None, None, None))
-        self.empty = read_prepared(empty, "f", (None, None), finite=True)
-        tokens = read_prepared(folder / "text_tokens.npy", "f", (None, self.empty.shape[1]))
-        offsets = read_prepared(folder / "text_offsets.npy", "iu", (len(self) + 1,))
-        lengths = np.diff(offsets.astype(np.int64))
-        if lengths.min() < 1 or lengths.max() > len(self.empty) or [*offsets[[0, -1]]] != [0, len(tokens)]:
-            wanted = f"numbers that rise from 0 to {len(tokens)}, the rows of text_tokens.npy"
-            raise damaged(folder / "text_offsets.npy", offsets, f"{wanted}, by {len(self.empty)} at most")
-        self.texts = np.split(tokens, offsets[1:-1])
+    def _read_decoder(self) -> None:
+        folder = self.stimuli / Path(self.decoder).name
+        latents_file = folder / "latents.npy"
+        offsets_file = folder / "text_offsets.npy"
+        empty_file = self.stimuli.parent / folder.name / "empty_prompt.npy"
         self.text_file = folder / "text_tokens.npy"
+        self.size = self.size or facts.VIDEO[self.name]
+        latents, text = facts.decoder_recipes(self.decoder, self.size)
+        for file, recipe in ((latents_file, latents), (self.text_file, text), (empty_file, text)):
+            if not is_made_by(file, recipe):
+                raise MissingData(f"{file}, for {self.decoder}, is not there: run {self.command}")
+        self.latents = read_prepared(latents_file, "f", (len(self), None, None, None, None))
+        self.empty = read_prepared(empty_file, "f", (None, None), finite=True)
+        L, D_txt = self.empty.shape
+        tokens = read_prepared(self.text_file, "f", (None, D_txt))
+        offsets = read_prepared(offsets_file, "iu", (len(self) + 1,))
+        lengths = np.diff(offsets)
+        if offsets[0] != 0 or offsets[-1] != len(tokens) or lengths.min() < 1 or lengths.max() > L:
+            raise damaged(offsets_file, offsets, f"numbers that rise by 1 to {L}, from 0 to {len(tokens)}")
+        self.texts = np.split(tokens, offsets[1:-1])
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -176,22 +176,20 @@ class Clips:
     @property
     def sizes(self) -> dict[str, int]:
         """T, N of the fMRI, F and D of the embeddings, K categories."""
-        (_, _, T, _), (_, F, D) = self.fmri.shape, self.e_img.shape
+        _, _, T, _ = self.fmri.shape
+        _, F, D = self.e_img.shape
         return dict(volumes=T, voxels=len(self.roi), frames=F, embed_dim=D, classes=len(self.classes))
 
-    # ---- batches
-
     def clips_of_step(self, step: int) -> np.ndarray:
-        """The clips of a step's batch: epoch after epoch, each in an order drawn from (seed, epoch), without
-        the remainder."""
-        epoch, k = divmod(step, len(self.trained) // self.batch_size)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.trained))
-        return self.trained[order[k * self.batch_size : (k + 1) * self.batch_size]]
+        """The clips of a batch. Each epoch has an order drawn from (seed, epoch), and leaves out the rest."""
+        B = self.batch_size
+        epoch, k = divmod(step, len(self.trained) // B)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.trained)
+        return order[k * B : (k + 1) * B]
 
     def batch(self, step: int, process: int = 0, processes: int = 1) -> Batch:
         """A training step, or one process's share of it. Whatever is random is drawn here."""
-        b = self.batch_size // processes
-        clips = self.clips_of_step(step)[process * b : (process + 1) * b]
+        clips = self.clips_of_step(step).reshape(processes, -1)[process]
         batch = self.targets(clips)._replace(x=self._draw_fmri(step, clips))
         return batch if self.latents is None else self._draw_stage2(batch, step)
 
@@ -209,73 +207,65 @@ class Clips:
 
     def _draw_fmri(self, step: int, clips: np.ndarray) -> Tensor:
         """x (B, T, N) of one showing a clip, a share of its voxels hidden."""
-        T, N = self.fmri.shape[2], len(self.roi)
-        showing, visible = np.empty(len(clips), int), np.ones((len(clips), T, N), bool)
-        for b, clip in enumerate(clips):
-            recorded = np.flatnonzero(self.recorded[clip])
-            showing[b] = rng(self.seed, step, clip, SHOWING).choice(recorded)
-            if self.voxel_dropout:
-                visible[b] = (
-                    rng(self.seed, step, clip, VOXELS).random((T, N), np.float32) >= self.voxel_dropout
-                )
-        x = torch.from_numpy(self._finite(self.fmri[clips, showing][..., self.voxels], clips))  # (B, T, N)
-        return x * torch.from_numpy(visible) / (1 - self.voxel_dropout) if self.voxel_dropout else x
+        p = self.voxel_dropout
+        x = []
+        for clip in clips:
+            showing = rng(self.seed, step, clip, SHOWING).choice(self._showings(clip))  # (T, N)
+            if p:
+                chance = rng(self.seed, step, clip, VOXELS).random(showing.shape, np.float32)
+                showing = showing * (chance >= p) / (1 - p)
+            x.append(showing)
+        return torch.from_numpy(np.stack(x))
 
     def _draw_stage2(self, batch: Batch, step: int) -> Batch:
-        """The batch with what Eq. 5 may not retrieve, and what Eq. 9 draws. In training a clip may not recall
-        itself or its copies: at test it has no such memory, either (a choice)."""
+        """Adds what Eq. 5 may not retrieve (itself, its copies: a choice), and what Eq. 9 draws."""
         clips = batch.clips.numpy()
-        shape = self.latents.shape[1:]  # (C, f, h, w)
         hidden = np.empty(len(clips), bool)  # these clips may not retrieve their own caption
-        noise, chance = torch.empty(len(clips), *shape), torch.empty(len(clips), 2)
+        u = torch.empty(len(clips))
+        chance = torch.empty(len(clips))
+        noise = torch.empty(len(clips), *self.latents.shape[1:])  # (B, C, f, h, w)
         for b, clip in enumerate(clips.tolist()):
             hidden[b] = rng(self.seed, step, clip, CAPTION).random() < self.recall.p_hidden
             generator = noise_generator(self.seed, step, clip)
-            chance[b] = torch.rand(2, generator=generator)
-            noise[b] = torch.randn(*shape, generator=generator)
+            u[b], chance[b] = torch.rand(2, generator=generator)
+            noise[b] = torch.randn(noise.shape[1:], generator=generator)
         return batch._replace(
             excluded=torch.from_numpy(self.recall.excluded(clips, hidden)),
             y=torch.from_numpy(self.latents[clips]),
             noise=noise,
-            u=chance[:, 0],
-            dropped=(chance[:, 1] < self.condition_dropout)[:, None, None],
+            u=u,
+            dropped=(chance < self.condition_dropout)[:, None, None],
         )
 
     def averaged(self, clips: np.ndarray | slice = slice(None)) -> Tensor:
-        """x (clips, T, N): the mean over the showings, z-scored again over these clips, since a mean of ten
-        varies less than one (a choice)."""
+        """x (clips, T, N), means over the showings, z-scored again over these clips (a choice)."""
         clips = np.arange(len(self))[clips]
-        x = np.empty((len(clips), self.fmri.shape[2], len(self.roi)), np.float32)
-        for b, clip in enumerate(clips):
-            x[b] = self.fmri[clip][self.recorded[clip]].mean(0)[..., self.voxels]
-        self._finite(x, clips)
-        return torch.from_numpy((x - x.mean(0)) / x.std(0).clip(1e-6))
+        x = np.stack([self._showings(clip).mean(0) for clip in clips])
+        z = (x - x.mean(0)) / x.std(0).clip(1e-6)
+        return torch.from_numpy(z)
 
-    def _finite(self, x: np.ndarray, clips: np.ndarray) -> np.ndarray:
-        """x (B, T, N) of these clips. Raises ValueError, naming clip and voxel, where a number is not
-        finite."""
-        if not np.isfinite(x).all():
-            b, t, n = np.argwhere(~np.isfinite(x))[0].tolist()
-            voxel = f"voxel {n} (source index {self.index[n]}, {self.roi[n]})"
-            place = f"clip {clips[b]} ({self.lines[clips[b]]['id']}), volume {t}, {voxel}"
-            file, found = self.folder / self.split / "fmri.npy", f"{x[b, t, n]} at {place}"
-            raise damaged(file, found, "finite numbers", self.advice)
-        return x
+    def _showings(self, clip: int) -> np.ndarray:
+        """(recorded showings, T, N) of a clip. Raises ValueError that names the voxel of NaN or infinity."""
+        fmri = self.fmri[clip][self.recorded[clip]][..., self.voxels]
+        for showing, t, n in np.argwhere(~np.isfinite(fmri)):
+            voxel = f"volume {t}, voxel {n} (source index {self.index[n]}, {self.roi[n]})"
+            number = f"{fmri[showing, t, n]} at clip {clip} ({self.lines[clip]['id']}), {voxel}"
+            raise damaged(self.folder / self.split / "fmri.npy", number, "finite numbers", self.advice)
+        return fmri
 
 
 def memories(clips: Clips, phi_v: nn.Module) -> tuple[Tensor, list[Tensor]]:
     """e (N, 3, D) and captions (n_i, D_txt) of the clips trained on, for mixture_of_memories.MemoryPool
     (§3.2). φ_v is the one of stage 1, frozen."""
-    e_img = torch.from_numpy(clips.e_img[clips.trained]).float()  # (N, F, D)
-    e_txt = torch.from_numpy(clips.e_txt[clips.trained]).float()  # (N, D)
-    e_act = torch.from_numpy(clips.e_act[clips.trained]).float()  # (N, D)
+    targets = clips.targets(clips.trained)
     with torch.no_grad():
-        e_img_hat = phi_v(e_img)  # (N, D)
+        e_img = phi_v(targets.e_img.float())  # (N, D)
+    e = torch.stack([targets.e_txt.float(), e_img, targets.e_act.float()], dim=1)  # (N, 3, D)
     captions = []
     for clip in clips.trained:
         tokens = check_array(np.array(clips.texts[clip]), clips.text_file, finite=True)
         captions.append(torch.from_numpy(tokens))
-    return normalize(torch.stack([e_txt, e_img_hat, e_act], 1), dim=-1), captions
+    return normalize(e, dim=-1), captions
 
 
 if __name__ == "__main__":

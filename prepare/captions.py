@@ -35,7 +35,7 @@ def read_captions(path: Path, segments: Sequence[str]) -> list[dict]:
     """The clips of a split in order: `caption` and, where the file has them, `tags` or `categories`.
 
     segments: those of the split, in order; a .jsonl file is searched for them. Raises FileNotFoundError, or a
-    ValueError that names the file, its row, what that holds and what is wanted.
+    ValueError that names file and row.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: --captions takes {WANTED}")
@@ -74,31 +74,28 @@ import json, sys, h5py, numpy
 datasets = {}
 with h5py.File(sys.argv[1]) as file:
     file.visititems(lambda name, item: datasets.update({name: item} if hasattr(item, "shape") else {}))
-    names = sorted(datasets)
-    values = numpy.ravel(datasets[names[0]][()]).tolist() if len(names) == 1 else None
-values = values and [value.decode() if isinstance(value, bytes) else value for value in values]
-print(json.dumps({"names": names, "values": values}))
+    if len(datasets) != 1:
+        sys.exit(f"datasets {', '.join(sorted(datasets)) or '(none)'}")
+    values = numpy.ravel(*[item[()] for item in datasets.values()]).tolist()
+print(json.dumps([value.decode() if isinstance(value, bytes) else value for value in values]))
 """
 
 
 def _read_hdf5(path: Path) -> list[str]:
     """The only dataset of the file; read in another process: by a damaged one the library loops or dies."""
     command = [sys.executable, "-c", READ_HDF5, str(path)]
-    content = "a whole .h5 file of UTF-8 captions"
+    content = "one dataset of captions in UTF-8, in a whole .h5 file"
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired as error:
         raise damaged(path, "no answer in a minute", content) from error
     if process.returncode:
         raise damaged(path, process.stderr.strip().split("\n")[-1] or "no answer", content)
-    answer = json.loads(process.stdout)
-    if answer["values"] is None:
-        raise damaged(path, f"datasets {', '.join(answer['names']) or '(none)'}", "one dataset of captions")
-    return answer["values"]
+    return json.loads(process.stdout)
 
 
 def _check(path: Path, rows: list[dict]) -> None:
-    """Raises ValueError where there is no row, or one has no caption, or tags that are no list of strings."""
+    """Raises ValueError for no row, one without a caption, and tags that are no list of strings."""
     if not rows:
         raise damaged(path, "no caption", "one for each clip")
     for number, row in enumerate(rows, 1):
@@ -150,15 +147,15 @@ def describe_clips(source: Release, split: str, captions: Path) -> list[dict]:
     return lines
 
 
+@advising(ADVICE)
 def _of_videos(captions: Path, rows: list[dict], split: str, files: list[str]) -> list[dict]:
     """The rows of the videos with these names, in their order."""
     by_video = {}
     for number, row in enumerate(rows, 1):
         place = f"{captions}, entry {number}"
-        with advising(ADVICE):
-            name = Path(check_keys(row, place, {"video": str})["video"]).name
+        name = Path(check_keys(row, place, {"video": str})["video"]).name
         if name in by_video:
-            raise damaged(place, f"{name} again", "each video once", ADVICE)
+            raise damaged(place, f"{name} again", "each video once")
         by_video[name] = row
     missing = [name for name in files if name not in by_video]
     if missing:

@@ -7,9 +7,9 @@ stimuli/test/captions.npy       int64 (test clips,), the number of the training 
 stimuli/train/near_copies.json  the threshold, and the distributions behind it; near_copies.png draws them
 sub<K>/{train,test}/recorded.npy    bool (clips, repeats)
 
-A held-out clip finds in the memories neither itself nor its scene. A training clip would, so these are
-barred in training: train as one tests. How alike may a clip and a memory be? As a held-out clip and its best
-memory. Of the test clips only stimuli and captions enter."""
+A held-out clip finds in the memories neither itself nor its scene. A training clip would: it is barred from
+them, and from what is more alike than a held-out clip's best memory. Of the test clips only stimuli and
+captions enter."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -59,9 +59,8 @@ def near_copy_threshold(
     clip's to all training clips, a training clip's to those left without its neighbours (`far_apart`) and
     without matches above the threshold. Of the held-out best matches that one becomes the threshold which
     makes both distributions most alike (least Wasserstein-1 distance); 1.01, above every cosine, where none
-    need go (a choice). Held out are the test clips: only their stimuli enter. Training segments cannot stand
-    in, as film recurs among them (BLIP captions word for word: 58 % of cc2017's training clips, 6 % of its
-    test clips). Distributions as quantiles at 0, 5, 25, 50, 75, 95, 100 %.
+    need go (a choice). Training segments cannot stand in for the test clips, as film recurs among them.
+    Distributions as quantiles at 0, 5, 25, 50, 75, 95, 100 %.
     """
     levels = np.linspace(0, 1, 41)  # every 2.5 %
     of_held_out = best_match(held_out, train)  # (M,)
@@ -82,57 +81,52 @@ def near_copy_threshold(
 
 def prepare_copies(stimuli: Path) -> None:
     """Writes near_copies and captions of both splits, from their e_img.npy and clips.jsonl."""
-    folders = {split: stimuli / split for split in ("train", "test")}
-    inputs = [folder / name for folder in folders.values() for name in ("e_img.npy", "clips.jsonl")]
+    splits = ("train", "test")
+    inputs = [stimuli / split / name for split in splits for name in ("e_img.npy", "clips.jsonl")]
     recipe = {"scene_clips": SCENE_CLIPS, "of": [*map(sha256, inputs)]}
-    files = [folder / f"{name}.npy" for folder in folders.values() for name in ("near_copies", "captions")]
-    if all(is_current(file, recipe) for file in files):
+    names = ("near_copies.npy", "captions.npy")
+    if all(is_current(stimuli / split / name, recipe) for split in splits for name in names):
         return
-    lines = {split: read_json_lines(folders[split] / "clips.jsonl", CLIP) for split in folders}
-    frames = {split: mean_frames(read_array(folders[split] / "e_img.npy", finite=True)) for split in folders}
+    frames, lines, captions = {}, {}, {}
+    for split in splits:
+        frames[split] = mean_frames(read_array(stimuli / split / "e_img.npy", finite=True))
+        lines[split] = read_json_lines(stimuli / split / "clips.jsonl", CLIP)
+        captions[split] = [words_of(line["caption"]) for line in lines[split]]
     segments = [line["segment"] for line in lines["train"]]
     threshold, distributions = near_copy_threshold(frames["train"], segments, frames["test"])
-
-    captions = {split: [words_of(line["caption"]) for line in lines[split]] for split in folders}
-    words, number = np.unique(captions["train"], return_inverse=True)
-    number_of = {caption: n for n, caption in enumerate(words)}
-    numbers = {"train": number, "test": np.array([number_of.get(text, -1) for text in captions["test"]])}
-    for split, folder in folders.items():
+    number = {caption: n for n, caption in enumerate(sorted({*captions["train"]}))}
+    for split in splits:
         n, N = len(frames[split]), len(frames["train"])
-        with writing_array(folder / "near_copies.npy", (n, -(-N // 8)), "uint8", recipe) as array:
+        with writing_array(stimuli / split / "near_copies.npy", (n, -(-N // 8)), "uint8", recipe) as array:
             for rows in blocks(n):
                 array[rows] = np.packbits(frames[split][rows] @ frames["train"].T > threshold, axis=1)
-        with writing_array(folder / "captions.npy", (n,), "int64", recipe) as array:
-            array[:] = numbers[split]
+        with writing_array(stimuli / split / "captions.npy", (n,), "int64", recipe) as array:
+            array[:] = [number.get(caption, -1) for caption in captions[split]]
 
     percent = [100 * quantile for quantile in QUANTILES]
-    facts = {
-        "threshold": threshold,
-        "percent": percent,
-        "best_match": distributions,
-        "test clips with a caption of training": float((numbers["test"] >= 0).mean()),
-    }
-    write_json(folders["train"] / "near_copies.json", facts)
+    recurring = float(np.mean([caption in number for caption in captions["test"]]))
+    facts = {"threshold": threshold, "percent": percent, "best_match": distributions}
+    facts["test clips with a caption of training"] = recurring
+    write_json(stimuli / "train" / "near_copies.json", facts)
     from support.pictures import near_copies  # matplotlib
 
-    near_copies(folders["train"] / "near_copies.png", threshold, percent, distributions)
+    near_copies(stimuli / "train" / "near_copies.png", threshold, percent, distributions)
     tqdm.write(f"near-copies: mean frames with a cosine above {threshold:.4f} (near_copies.png)")
 
 
 def prepare_recorded(folder: Path) -> None:
-    """Writes recorded.npy of both splits, from fmri.npy (clips, repeats, T, N): one that was not recorded is
-    NaN throughout. Raises ValueError for a clip without any."""
+    """Writes recorded.npy of both splits, from fmri.npy: NaN throughout where a showing was not recorded.
+    Raises ValueError for a clip without any."""
     for split in ("train", "test"):
         file, source = folder / split / "recorded.npy", folder / split / "fmri.npy"
         recipe = {"of": sha256(source)}
-        if is_current(file, recipe):
-            continue
-        fmri = read_array(source, shape=(None, None, None, None))
-        recorded = np.stack([~np.isnan(clip).all((1, 2)) for clip in fmri])  # (clips, repeats)
-        for clip in np.flatnonzero(~recorded.any(1)):
-            raise damaged(source, f"no showing of clip {clip}", "one or more")
-        with writing_array(file, recorded.shape, "bool", recipe) as array:
-            array[:] = recorded
+        if not is_current(file, recipe):
+            fmri = read_array(source, shape=(None, None, None, None))
+            recorded = np.stack([~np.isnan(clip).all((1, 2)) for clip in fmri])  # (clips, repeats)
+            for clip in np.flatnonzero(~recorded.any(1)):
+                raise damaged(source, f"no showing of clip {clip}", "one or more")
+            with writing_array(file, recorded.shape, "bool", recipe) as array:
+                array[:] = recorded
 
 
 def is_current(file: Path, recipe: dict) -> bool:
@@ -145,12 +139,11 @@ def is_current(file: Path, recipe: dict) -> bool:
 
 
 class FairRecall:
-    """Train as one tests: which memories a training clip may retrieve, those that a held-out clip could have.
+    """Train as one tests: which memories, of the clips trained on, a training clip may retrieve.
 
-    The memories are the clips trained on. val_segments, "seg17,seg18", are held out of training, and every
-    near-copy of their clips with them. caption_share: the share of the training clips that may retrieve
-    another clip with word for word the same caption; None: as many as test clips can. Else stage 2 would
-    learn that the best memory's text is right, which at test it seldom is."""
+    val_segments, "seg17,seg18", are held out of training, and every near-copy of their clips with them.
+    caption_share: the share of the training clips that may retrieve their own caption, word for word; None:
+    as many as test clips can. Else stage 2 would learn that the best memory's text is right."""
 
     def __init__(
         self, stimuli: Path, segments: list[str], val_segments: str | None, caption_share: float | None
@@ -174,13 +167,13 @@ class FairRecall:
     def count_choices(self) -> None:
         """p_hidden: the probability that in a step a clip may not retrieve its own caption. fewest and most:
         how many memories a clip may retrieve."""
-        choices = np.empty(len(self.trained), int)  # how many memories each clip may retrieve
-        recurring = np.empty(len(self.trained), int)  # and how many of these have its caption
+        choices, recurring = [], []  # how many memories a clip may retrieve, and how many have its caption
         for rows in blocks(len(self.trained)):
             clips = self.trained[rows]
             allowed = ~self.excluded(clips)
-            choices[rows] = allowed.sum(1)
-            recurring[rows] = (allowed & self.same_caption(clips)).sum(1)
+            choices.append(allowed.sum(1))
+            recurring.append((allowed & self.same_caption(clips)).sum(1))
+        choices, recurring = np.concatenate(choices), np.concatenate(recurring)
         # (share of the clips whose caption recurs) x (1 - p_hidden) = caption_share
         self.p_hidden = 1 - min(1.0, self.caption_share / max((recurring > 0).mean(), 1e-9))
         self.fewest = int((choices - recurring * (self.p_hidden > 0)).min())
@@ -189,9 +182,10 @@ class FairRecall:
     def describe(self) -> str:
         """How many memories there are, and how many of them a clip may retrieve."""
         choices = f"a clip may retrieve {self.fewest:,} to {self.most:,} of them, no near-copies"
-        caption = f"its own caption in {1 - self.p_hidden:.1%} of the steps"
-        test = f"(test clips: {self.test_share:.1%})"
-        return f"{len(self.trained):,} clips and memories; {choices}, {caption} {test}"
+        caption = (
+            f"its own caption in {1 - self.p_hidden:.1%} of the steps (test clips: {self.test_share:.1%})"
+        )
+        return f"{len(self.trained):,} clips and memories; {choices}, {caption}"
 
     def copies_of(self, clips: np.ndarray) -> np.ndarray:
         """(B, training clips) bool: which training clips are near-copies of these?"""
@@ -202,8 +196,8 @@ class FairRecall:
         return self.captions[clips, None] == self.captions[self.trained]
 
     def excluded(self, clips: np.ndarray, hidden: np.ndarray | None = None) -> np.ndarray:
-        """Training clips (B,) -> (B, memories) bool: the memories that they may not retrieve. hidden (B,)
-        bool: from these clips their own caption is hidden, too."""
+        """Of clips (B,) the memories that they may not retrieve, (B, memories) bool. hidden (B,) bool: nor
+        their own caption."""
         alike = (~far_apart(self.segment, clips) | self.copies_of(clips))[:, self.trained]
         return alike if hidden is None else alike | (self.same_caption(clips) & hidden[:, None])
 

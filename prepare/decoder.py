@@ -6,7 +6,6 @@ stimuli/{train,test}/<decoder>/text_offsets.npy     int64 (clips + 1,), where ea
 stimuli/<decoder>/empty_prompt.npy                  float32 (L, D_txt)
 """
 
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,23 +30,23 @@ def prepare_decoder(
 ) -> None:
     """Text tokens, empty prompt and latents of all clips, for a decoder: a folder or a name on the Hub.
 
-    Text first, then the VAE: the two are never in memory together, and the DiT never is. Clips are streamed,
-    a few at a time. size: of the videos. sentences: of a caption that the text encoder reads, from its first
-    on; None for all. Raises ValueError for files that were made by another recipe, and where the decoder does
-    not fit the size.
+    Text first, then the VAE: the two are never in memory together, and the DiT never is. size: of the videos.
+    sentences: of a caption that the text encoder reads, from its first on; None for all. Raises ValueError
+    for files that were made by another recipe, and where the decoder does not fit the size.
     """
     latent_recipe, text_recipe = decoder_recipes(decoder, size)
     text_recipe["caption_sentences"] = sentences
-    rows, captions, files = {}, {}, {}
-    for split in source.splits:
-        folder = stimuli / split / Path(decoder).name
-        files[split] = folder / "latents.npy"
+    folders = {split: stimuli / split / Path(decoder).name for split in source.splits}
+    rows, captions = {}, {}
+    for split, folder in folders.items():
         rows[split] = read_json_lines(stimuli / split / "clips.jsonl", {"segment": str, "caption": str})
         captions[folder] = [first_sentences(row["caption"], sentences) for row in rows[split]]
-
     empty = stimuli / Path(decoder).name / "empty_prompt.npy"  # written last
-    if not is_made_by(empty, text_recipe):
+    names = ("text_tokens.npy", "text_offsets.npy")
+    files = [empty, *(folder / name for folder in captions for name in names)]
+    if not all([is_made_by(file, text_recipe) for file in files]):
         _prepare_text(decoder, captions, empty, text_recipe)
+    files = {split: folder / "latents.npy" for split, folder in folders.items()}
     missing = [split for split, file in files.items() if not is_made_by(file, latent_recipe)]
     if missing:
         encoder = _load(decoder, vae=True, tiling=np.prod(size) > WHOLE)
@@ -77,23 +76,19 @@ def _prepare_text(decoder: str, captions: dict[Path, list[str]], empty: Path, re
     title = f"{decoder}: text tokens of {n:,} captions, at most {L} x {D_txt} float16 each"
     at_once = plan(title, lambda: encoder.encode_text(first), n, on_cpu=32)
     for folder, texts in captions.items():
-        tokens = {}  # of each text, (n, D_txt)
         unique = list(dict.fromkeys(texts))
-        for i in tqdm(
-            range(0, len(unique), at_once), desc=f"text tokens, {folder.parent.name}", unit="batch"
-        ):
-            for text, e in zip(
-                unique[i : i + at_once], encoder.encode_text(unique[i : i + at_once]), strict=True
-            ):
-                tokens[text] = e.numpy().astype(np.float16)
-                if not np.isfinite(tokens[text]).all():
-                    fault = f"{decoder}/text_encoder gives NaN or values beyond float16"
-                    raise ValueError(f"{fault}: download it again, or choose another --decoder")
-        offsets = np.cumsum([0] + [len(tokens[text]) for text in texts])  # (clips + 1,)
-        shape = (int(offsets[-1]), D_txt)
-        with writing_array(folder / "text_tokens.npy", shape, "float16", recipe) as array:
-            for text, (start, end) in zip(texts, pairwise(offsets), strict=True):
-                array[start:end] = tokens[text]
+        encoded = []  # (n, D_txt) of each
+        for i in tqdm(range(0, len(unique), at_once), f"text tokens, {folder.parent.name}", unit="batch"):
+            batch = encoder.encode_text(unique[i : i + at_once])
+            encoded += [e.numpy().astype(np.float16) for e in batch]
+            if not all(np.isfinite(e).all() for e in encoded[i:]):
+                fault = f"{decoder}/text_encoder gives NaN or values beyond float16"
+                raise ValueError(f"{fault}: download it again, or choose another --decoder")
+        tokens = dict(zip(unique, encoded, strict=True))
+        rows = [tokens[text] for text in texts]
+        offsets = np.cumsum([0, *map(len, rows)])  # (clips + 1,)
+        with writing_array(folder / "text_tokens.npy", (int(offsets[-1]), D_txt), "float16", recipe) as array:
+            np.concatenate(rows, out=array)
         with writing_array(folder / "text_offsets.npy", offsets.shape, "int64", recipe) as array:
             array[:] = offsets
     with writing_array(empty, (L, D_txt), "float32", recipe) as array:
@@ -106,10 +101,10 @@ def _prepare_latents(
 ) -> None:
     """`file` of the latents of a split's clips, as videos of the recipe's size."""
     size = recipe["frames"], recipe["height"], recipe["width"]
-    shape, split = (len(rows), *latent_shape(encoder, *size)), file.parents[1].name  # (clips, C, f, h, w)
-    tqdm.write(
-        f"{split}: {'x'.join(map(str, size))} -> {shape[1:]} float16, {2 * np.prod(shape) / 1e9:,.2f} GB"
-    )
+    split = file.parents[1].name
+    shape = (len(rows), *latent_shape(encoder, *size))  # (clips, C, f, h, w)
+    gigabytes = 2 * np.prod(shape) / 1e9
+    tqdm.write(f"{split}: {'x'.join(map(str, size))} -> {shape[1:]} float16, {gigabytes:,.2f} GB")
 
     def encode(batch: np.ndarray) -> tuple[np.ndarray]:  # (b, F, H, W, 3) uint8
         return (encoder.encode_latents(torch.from_numpy(batch)).cpu().numpy(),)  # (b, C, f, h, w)

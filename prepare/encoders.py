@@ -31,19 +31,16 @@ def load_clip(name: str) -> tuple[nn.Module, dict, Tokenizer]:
         model_name, pretrained = (name, None) if colon else name.partition("/")[::2]
         try:
             model = open_clip.create_model_from_pretrained(model_name, pretrained, return_transform=False)
-            config = {"hf_tokenizer_name": colon}
-            if not colon:
-                config = open_clip.get_model_config(model_name)["text_cfg"]
-            tokenizer = _load_tokenizer(model_name, config)
+            config = {} if colon else open_clip.get_model_config(model_name)["text_cfg"]
+            tokenizer = _load_tokenizer(model_name, bool(colon) or "hf_tokenizer_name" in config)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"--clip {name}: {error}") from error
     return model.eval().requires_grad_(False), image_stats(model), tokenizer
 
 
-def _load_tokenizer(name: str, text_cfg: dict) -> Tokenizer:
+def _load_tokenizer(name: str, by_transformers: bool) -> Tokenizer:
     """By open_clip; one of transformers runs no code of the folder that it is read from."""
-    safe = {"trust_remote_code": False} if text_cfg.get("hf_tokenizer_name") else {}
-    return open_clip.get_tokenizer(name, **safe)
+    return open_clip.get_tokenizer(name, **({"trust_remote_code": False} if by_transformers else {}))
 
 
 def _load_folder(folder: Path) -> tuple[nn.Module, Tokenizer]:
@@ -58,7 +55,7 @@ def _load_folder(folder: Path) -> tuple[nn.Module, Tokenizer]:
     try:
         with reading(config, "the sizes and the tokenizer of a CLIP"):
             model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
-            tokenizer = _load_tokenizer(name, model_cfg["text_cfg"])
+            tokenizer = _load_tokenizer(name, bool(model_cfg["text_cfg"].get("hf_tokenizer_name")))
     finally:
         logging.disable(level)
     files = [folder / name for name in WEIGHTS if (folder / name).is_file()] or [folder / WEIGHTS[0]]
@@ -81,8 +78,8 @@ def _refuse_code(value: object, config: Path) -> None:
 
 def image_stats(model: nn.Module) -> dict:
     """{"size": pixels, "mean": [r, g, b], "std": [r, g, b]} of the images that a CLIP wants."""
-    size, stats = model.visual.image_size[0], model.visual.preprocess_cfg
-    return {"size": size, "mean": stats["mean"], "std": stats["std"]}
+    stats = model.visual.preprocess_cfg
+    return {"size": model.visual.image_size[0], "mean": stats["mean"], "std": stats["std"]}
 
 
 def prepare_frames(
@@ -108,24 +105,23 @@ def prepare_frames(
 
 def encode_images(model: nn.Module, frames: np.ndarray, batch: int = 128) -> np.ndarray:
     """e_img, CLIP of `batch` frames at once: uint8 (n, F, H, W, 3) -> unit vectors (n, F, D) float32."""
-    stats, images = image_stats(model), frames.reshape(-1, *frames.shape[2:])
+    n, F = frames.shape[:2]
+    stats, images = image_stats(model), frames.reshape(n * F, *frames.shape[2:])
     e = _unit_vectors(model, lambda x: model.encode_image(prepare_frames(x, **stats)), images, batch)
-    return e.reshape(*frames.shape[:2], -1)
+    return e.reshape(n, F, -1)
 
 
-def encode_texts(
-    model: nn.Module, tokenizer: Callable, captions: Sequence[str], batch: int = 256
-) -> np.ndarray:
+def encode_texts(model: nn.Module, tokenizer: Tokenizer, captions: list[str], batch: int = 256) -> np.ndarray:
     """e_txt, CLIP of each caption: n strings -> unit vectors (n, D) float32."""
-    return _unit_vectors(model, model.encode_text, tokenizer(list(captions)).numpy(), batch)
+    return _unit_vectors(model, model.encode_text, tokenizer(captions).numpy(), batch)
 
 
 def encode_actions(viclip: ViCLIP, frames: np.ndarray, batch: int = 16) -> np.ndarray:
     """e_act, ViCLIP of `batch` clips at once: uint8 (n, F, H, W, 3) -> unit vectors (n, D) float32."""
-    stats = (viclip.config.image_size, viclip.config.image_mean, viclip.config.image_std)
+    c = viclip.config
 
     def encode(x: Tensor) -> Tensor:
-        return viclip.encode_video(prepare_frames(x, *stats, squash=True))
+        return viclip.encode_video(prepare_frames(x, c.image_size, c.image_mean, c.image_std, squash=True))
 
     return _unit_vectors(viclip, encode, frames, batch)
 
@@ -133,10 +129,10 @@ def encode_actions(viclip: ViCLIP, frames: np.ndarray, batch: int = 16) -> np.nd
 @torch.inference_mode()
 def _unit_vectors(model: nn.Module, encode: Callable, items: np.ndarray, batch: int) -> np.ndarray:
     """encode(items), a batch at a time on the model's device (bf16 autocast on a GPU), normalised."""
-    device, out = next(model.parameters()).device, []
+    device = next(model.parameters()).device
+    e = []
     for i in range(0, len(items), batch):
         copy = np.array(items[i : i + batch])  # memory maps are read-only
-        part = torch.from_numpy(copy).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            out.append(nn.functional.normalize(encode(part).float(), dim=-1).cpu())
-    return torch.cat(out).numpy()
+            e.append(encode(torch.from_numpy(copy).to(device)).float().cpu())
+    return nn.functional.normalize(torch.cat(e), dim=-1).numpy()

@@ -11,11 +11,12 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from prepare.captions import caption_copies, captions_that_fit, describe_clips
 from prepare.categories import category_matrix, category_table, merge_rare
-from prepare.encoders import encode_actions, encode_images, encode_texts, load_clip
+from prepare.encoders import Tokenizer, encode_actions, encode_images, encode_texts, load_clip
 from prepare.release import Release
 from prepare.viclip import ViCLIP
 from support.files import hashes, is_made_by, resumable_arrays, writing_array, written_whole
@@ -33,20 +34,19 @@ def first_sentences(caption: str, n: int | None) -> str:
 
 
 def clips_from(source: Release, rows: Sequence[dict], first: int) -> Iterator[np.ndarray]:
-    """The clips of a split from number `first` on, uint8 (frames, H, W, 3), decoded as they are asked for; no
-    segment before it is. rows: the lines of the split's clips.jsonl."""
-    start = 0
+    """The clips of a split from number `first` on, uint8 (frames, H, W, 3); no segment before it is decoded.
+    rows: the lines of the split's clips.jsonl."""
     for segment, n in Counter(row["segment"] for row in rows).items():
-        if first < start + n:
-            yield from islice(source.read_clips(segment), max(0, first - start), None)
-        start += n
+        if first < n:
+            yield from islice(source.read_clips(segment), max(0, first), None)
+        first -= n
 
 
 def plan(title: str, encode: Callable[[], object], clips: int, on_cpu: int) -> int:
     """Encode one clip to see what it takes, and print it. Returns how many to encode at once: as many as fit
     into half of the GPU's free memory, 64 at most; `on_cpu` where there is no GPU."""
     encode()  # the first takes longer
-    at_once, gpu = on_cpu, torch.cuda.is_available()
+    gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -55,6 +55,8 @@ def plan(title: str, encode: Callable[[], object], clips: int, on_cpu: int) -> i
     encode()
     if gpu:
         torch.cuda.synchronize()
+    minutes = (perf_counter() - start) * clips / 60
+    if gpu:
         memory = max(torch.cuda.max_memory_allocated() - weights, 1)
         torch.cuda.empty_cache()  # what a model before this one took is free, too
         free, _ = torch.cuda.mem_get_info()
@@ -63,8 +65,8 @@ def plan(title: str, encode: Callable[[], object], clips: int, on_cpu: int) -> i
     else:
         import resource  # not on Windows
 
+        at_once = on_cpu
         room = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory in all"
-    minutes = (perf_counter() - start) * clips / 60
     tqdm.write(f"{title}: {room}; {clips:,} clips take about {minutes:,.1f} minutes; {at_once} at once")
     return at_once
 
@@ -78,10 +80,10 @@ def encode_all(
     title: str,
     on_cpu: int,
 ) -> None:
-    """Fill the arrays side by side from row `done` on: encode(batch of clips) gives the same rows of each.
+    """Fill the arrays side by side: encode(batch of clips) gives the same rows of each.
 
     clips: (F, H, W, 3) uint8 each, from number `done` on. arrays, done, filled: of `resumable_arrays`.
-    on_cpu: how many clips to encode at once where there is no GPU. Raises ValueError where clips are missing.
+    on_cpu: clips at once where there is no GPU. Raises ValueError where clips are missing.
     """
     n = len(arrays[0])
     if done == n:
@@ -116,17 +118,24 @@ def prepare_stimuli(
     first on; None for all. Raises ValueError where an array was made by another recipe.
     """
     rows = {split: describe_clips(source, split, captions[split]) for split in source.splits}
-    classes = _report_categories(folder, rows)
+    labels = {split: [row["categories"] for row in rows[split]] for split in rows}
+    classes = merge_rare(labels["train"])
+    _report(folder / "categories.txt", category_table(labels["train"], classes), rows)
     encoders = None
     for split in source.splits:
         recipe = {"clip": clip_name, "viclip": viclip_name, "frames": frames, "caption_sentences": sentences}
         recipe["captions"] = hashes([[captions[split]]])
         files = [folder / split / f"{name}.npy" for name in ("e_txt", "e_img", "e_act")]
-        encoded = [is_made_by(file, recipe) for file in files]
-        _write_clips(folder / split, rows[split], classes)
-        if all(encoded):
+        encoded = all([is_made_by(file, recipe) for file in files])
+        with written_whole(folder / split / "clips.jsonl") as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows[split]))
+        matrix = category_matrix(labels[split], classes)
+        file = folder / split / "categories.npy"
+        with writing_array(file, matrix.shape, "uint8", {"classes": classes}) as array:
+            array[:] = matrix
+        if encoded:
             continue
-        encoders = encoders or Encoders(clip_name, viclip_name)
+        encoders = encoders or _load(clip_name, viclip_name)
         report, doubtful = _encode_split(source, folder / split, rows[split], encoders, recipe)
         tqdm.write(f"{split}: {report}")
         if doubtful:
@@ -134,57 +143,46 @@ def prepare_stimuli(
             warnings.warn(f"{captions[split]}: {doubt} ({report})", stacklevel=2)
 
 
-def _report_categories(folder: Path, rows: dict[str, list[dict]]) -> list[str]:
-    """The classes of the category head; their table into categories.txt and onto the screen."""
-    labels = [row["categories"] for row in rows["train"]]
-    classes = merge_rare(labels)
-    table = category_table(labels, classes)
-    with written_whole(folder / "categories.txt") as part:
+def _report(file: Path, table: str, rows: dict[str, list[dict]]) -> None:
+    """The table of categories to `file` and to the screen, and how many captions recur."""
+    with written_whole(file) as part:
         part.write_text(table + "\n")
     train, test = caption_copies(rows["train"], rows["test"])
     tqdm.write(table)
     tqdm.write(f"{train:.1%} of the training clips share their caption with another training segment")
     tqdm.write(f"{test:.1%} of the test clips share theirs with training")
-    return classes
 
 
-def _write_clips(folder: Path, rows: list[dict], classes: list[str]) -> None:
-    with written_whole(folder / "clips.jsonl") as part:
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    labels = category_matrix([row["categories"] for row in rows], classes)
-    with writing_array(folder / "categories.npy", labels.shape, "uint8", {"classes": classes}) as array:
-        array[:] = labels
-
-
-class Encoders:
-    """CLIP and ViCLIP, on the GPU where there is one."""
-
-    def __init__(self, clip_name: str, viclip_name: str):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        clip, _, self.tokenizer = load_clip(clip_name)
-        self.clip = clip.to(device)
-        self.viclip = ViCLIP.from_pretrained(viclip_name).to(device)
-
-    def encode(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (b, F, H, W, 3) -> e_img (b, F, D), e_act (b, D)."""
-        b, F = clips.shape[:2]
-        e_img = encode_images(self.clip, clips, batch=max(128, b * F))
-        return e_img, encode_actions(self.viclip, clips, batch=max(16, b))
+def _load(clip_name: str, viclip_name: str) -> tuple[nn.Module, Tokenizer, ViCLIP]:
+    """CLIP, its tokenizer and ViCLIP, on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clip, _, tokenizer = load_clip(clip_name)
+    return clip.to(device), tokenizer, ViCLIP.from_pretrained(viclip_name).to(device)
 
 
 def _encode_split(
-    source: Release, folder: Path, rows: list[dict], encoders: Encoders, recipe: dict
+    source: Release,
+    folder: Path,
+    rows: list[dict],
+    encoders: tuple[nn.Module, Tokenizer, ViCLIP],
+    recipe: dict,
 ) -> tuple[str, list[str]]:
     """folder/e_txt.npy, e_img.npy and e_act.npy of a split. Returns `captions_that_fit`."""
     split, n, F = folder.name, len(rows), recipe["frames"]
+    clip, tokenizer, viclip = encoders
     inputs = hashes(map(source.stimulus, source.splits[split]))
     captions = [first_sentences(row["caption"], recipe["caption_sentences"]) for row in rows]
-    e_txt = encode_texts(encoders.clip, encoders.tokenizer, captions)  # (n, D)
+    e_txt = encode_texts(clip, tokenizer, captions)  # (n, D)
     with writing_array(folder / "e_txt.npy", e_txt.shape, "float32", recipe, inputs) as array:
         array[:] = e_txt
 
+    def encode(clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (b, F, H, W, 3) uint8
+        b = len(clips)
+        e_img = encode_images(clip, clips, batch=max(128, b * F))  # (b, F, D)
+        return e_img, encode_actions(viclip, clips, batch=max(16, b))  # (b, D)
+
     shapes = {folder / "e_img.npy": (n, F, e_txt.shape[1]), folder / "e_act.npy": e_txt.shape}
     with resumable_arrays(shapes, "float32", recipe, inputs) as (arrays, done, filled):
-        clips = (clip[uniform_frames(len(clip), F)] for clip in clips_from(source, rows, done))
-        encode_all(clips, encoders.encode, arrays, done, filled, f"CLIP and ViCLIP, {split}", on_cpu=16)
+        clips = (frames[uniform_frames(len(frames), F)] for frames in clips_from(source, rows, done))
+        encode_all(clips, encode, arrays, done, filled, f"CLIP and ViCLIP, {split}", on_cpu=16)
         return captions_that_fit(arrays[0], e_txt, [row["segment"] for row in rows])

@@ -3,8 +3,8 @@
 Parameters are named as in the published checkpoint, so that it loads whole.
 """
 
-import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prepare.facts import VICLIP_FILE, VICLIP_HUB
+from support.files import write_json
 from support.readers import check_keys, check_tensors, read_json, read_state, read_tensors, reading
 
 
@@ -44,8 +45,7 @@ class VideoTransformer(nn.Module):
     def __init__(self, c: ViCLIPConfig):
         super().__init__()
         W, P = c.vision_width, (c.image_size // c.patch_size) ** 2  # P: patches of a frame
-        patch = (1, c.patch_size, c.patch_size)
-        scale = W**-0.5
+        patch, scale = (1, c.patch_size, c.patch_size), W**-0.5
         self.conv1 = nn.Conv3d(3, W, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(W))
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + P, W))
@@ -91,12 +91,11 @@ class ViCLIP(nn.Module):
         self.temp = nn.Parameter(torch.tensor(0.01))
 
     def encode_video(self, frames: Tensor) -> Tensor:
-        """frames (B, F, 3, H, W), normalised by the config's mean and std -> (B, D)."""
+        """(B, F, 3, H, W), normalised by the config's mean and std -> (B, D)."""
         return self.vision_encoder(frames)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Ids (B, context_length) of `open_clip.get_tokenizer("ViT-L-14")(captions, context_length=32)` ->
-        (B, D)."""
+        """Ids (B, context_length) of `open_clip.get_tokenizer("ViT-L-14")(captions, 32)` -> (B, D)."""
         return self.text_encoder(tokens)
 
     @classmethod
@@ -106,10 +105,13 @@ class ViCLIP(nn.Module):
 
         Raises FileNotFoundError that says what to download, and ValueError that names a damaged file.
         """
-        *sizes, weights = _find(Path(path))
+        sizes, weights = _find(Path(path))
         with reading(weights, advice="download it again"):
-            with reading(sizes[0] if sizes else weights, "the sizes of a ViCLIP"):
-                config = ViCLIPConfig(**_read_sizes(*sizes)) if sizes else config
+            with reading(sizes or weights, "the sizes of a ViCLIP"):
+                if sizes:
+                    values = read_json(sizes)
+                    kinds = {name: list if name in ("image_mean", "image_std") else int for name in values}
+                    config = ViCLIPConfig(**check_keys(values, sizes, kinds))
                 with torch.device("meta"):  # what a damaged config asks for takes no memory yet
                     empty = cls(config)
             state = read_weights(weights, empty)
@@ -119,8 +121,7 @@ class ViCLIP(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write `path`/config.json and model.safetensors, in half precision."""
-        Path(path).mkdir(parents=True, exist_ok=True)
-        Path(path, "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        write_json(Path(path, "config.json"), asdict(self.config))
         state = {name: value.half() for name, value in self.state_dict().items()}
         save_file(state, Path(path, "model.safetensors"))
 
@@ -135,26 +136,17 @@ def read_weights(file: Path, model: nn.Module) -> dict[str, Tensor]:
     return check_tensors(check_keys(state, file, dict.fromkeys(state, Tensor)), file, shapes)
 
 
-def _read_sizes(file: Path) -> dict:
-    values = read_json(file)
-    kinds = {name: list if name in ("image_mean", "image_std") else int for name in values}
-    return check_keys(values, file, kinds)
-
-
-def _find(path: Path) -> list[Path]:
-    """The config of a folder, and the file of weights. FileNotFoundError where either is not there."""
-    reason = None
+def _find(path: Path) -> tuple[Path | None, Path]:
+    """The config of a folder, if it is one, and the file of weights. Raises FileNotFoundError."""
     if path.as_posix() == VICLIP_HUB and not path.exists():
-        try:
+        with suppress(OSError):  # what all errors of the Hub are: no network, terms not accepted
             path = Path(hf_hub_download(VICLIP_HUB, VICLIP_FILE))
-        except OSError as error:  # what all errors of the Hub are: no network, terms not accepted
-            reason = error
-    files = [path / "config.json", path / "model.safetensors"] if path.is_dir() else [path]
-    missing = [str(file) for file in files if not file.is_file()]
+    sizes, weights = (path / "config.json", path / "model.safetensors") if path.is_dir() else (None, path)
+    missing = [str(file) for file in (sizes, weights) if file and not file.is_file()]
     if missing:
         raise FileNotFoundError(
             f"ViCLIP: {', '.join(missing)} not found; wanted: a folder of config.json and model.safetensors, "
             f"or the published weights: `hf download {VICLIP_HUB} {VICLIP_FILE} --local-dir weights` (it may "
             f"ask for `hf auth login`, and that you accept its terms), then name weights/{VICLIP_FILE}"
-        ) from reason
-    return files
+        )
+    return sizes, weights

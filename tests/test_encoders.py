@@ -1,6 +1,7 @@
 """The frozen encoders on a tiny CLIP directory of the published layout, and a tiny ViCLIP."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,11 @@ from conftest import REPO
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from prepare.encoders import encode_actions, encode_images, encode_texts, load_clip, prepare_frames
-from prepare.viclip import ViCLIP, ViCLIPConfig
+from prepare.viclip import ViCLIP
 from support.videos import uniform_frames
-from toy.world import combinations, random_clip, render
 
 WORDS = "a red blue circle square moves left right".split()
 
@@ -32,18 +32,19 @@ def save_tiny_clip(path: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"
     ).save_pretrained(path)
+    sizes = {"width": 64, "layers": 2}
+    text_cfg = {
+        "context_length": 12,
+        "vocab_size": len(vocabulary),
+        "hf_tokenizer_name": "tokenizer.json",
+        "heads": 2,
+    }
+    vision_cfg = {"image_size": 64, "patch_size": 8, "head_width": 32}
     model_cfg = {
         "embed_dim": 64,
         "quick_gelu": True,
-        "vision_cfg": {"image_size": 64, "patch_size": 8, "layers": 2, "width": 64, "head_width": 32},
-        "text_cfg": {
-            "context_length": 12,
-            "vocab_size": len(vocabulary),
-            "hf_tokenizer_name": "tokenizer.json",
-            "width": 64,
-            "heads": 2,
-            "layers": 2,
-        },
+        "vision_cfg": vision_cfg | sizes,
+        "text_cfg": text_cfg | sizes,
     }
     preprocess_cfg = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
@@ -69,19 +70,41 @@ def test_load_clip(clip):
     model, stats, tokenizer = clip
     assert stats == {
         "size": 64,
-        "mean": list(open_clip.OPENAI_DATASET_MEAN),
-        "std": list(open_clip.OPENAI_DATASET_STD),
+        "mean": [*open_clip.OPENAI_DATASET_MEAN],
+        "std": [*open_clip.OPENAI_DATASET_STD],
     }
-    assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {
-        (torch.float32, False)
-    } and not model.training
-    tokens = tokenizer(["A red circle", "zebra moves"])
-    assert tokens.tolist() == [[2, 3, 4, 6, 11] + [0] * 7, [2, 1, 8, 11] + [0] * 8]
+    assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, False)}
+    assert not model.training
+    tokens = tokenizer(["A red circle", "zebra moves", "red " * 30])
+    assert tokens.tolist() == [[2, 3, 4, 6, 11] + [0] * 7, [2, 1, 8, 11] + [0] * 8, [2] + [4] * 10 + [11]]
 
 
-def test_missing_directory_is_named(tmp_path):
+def test_a_missing_folder_and_an_unknown_name_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere/open_clip_config.json not found, wanted with"):
         load_clip(f"local-dir:{tmp_path}/nowhere")
+    for name in ("nothing/of-this", "ViT-B-32/nothing"):
+        with pytest.raises(ValueError, match=f"--clip {name}: "):
+            load_clip(name)
+
+
+@pytest.mark.parametrize(("name", "config", "options"), [
+    ("ViT-B-32/openai", {}, {}),
+    ("ViT-B-16-SigLIP/webli", {"hf_tokenizer_name": "timm/x"}, {"trust_remote_code": False}),
+    ("hf-hub:someone/clip", None, {"trust_remote_code": False}),
+])  # fmt: skip
+def test_a_published_clip_is_loaded_by_open_clip_and_runs_no_code(clip, monkeypatch, name, config, options):
+    asked = []
+    model_name, pretrained = (name, None) if config is None else name.split("/")
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: {"text_cfg": config})
+    monkeypatch.setattr(
+        open_clip,
+        "create_model_from_pretrained",
+        lambda *args, return_transform: asked.append(args) or clip[0],
+    )
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name, **options: (name, options))
+    assert load_clip(name) == (clip[0], clip[1], (model_name, options)) and asked == [
+        (model_name, pretrained)
+    ]
 
 
 @pytest.fixture
@@ -123,12 +146,7 @@ def test_no_code_of_a_clip_folder_is_run(folder, monkeypatch):
             load_clip(f"local-dir:{folder}")
         change_config(folder, part, tokenizer_kwargs={})
     assert not exploded.exists()
-
-
-def test_the_bomb_is_one(folder):
-    """Else the test above would pass whatever load_clip does."""
-    exploded = plant_bomb(folder)
-    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # the bomb is one
     assert exploded.exists()
 
 
@@ -138,26 +156,21 @@ def test_a_text_model_of_another_folder_is_refused(folder):
         load_clip(f"local-dir:{folder}")
 
 
-def damage_weights(folder: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["half", "missing", "left over", "infinite", "size"])
+def test_damaged_weights_of_a_clip_name_the_file(folder, kind):
     file = folder / "open_clip_model.safetensors"
     state = load_file(file)
-    if kind == "half":
-        file.write_bytes(file.read_bytes()[:2000])
-        return
     if kind == "missing":
         del state["visual.proj"]
     elif kind == "left over":
         state["visual.extra"] = torch.zeros(1)
     elif kind == "infinite":
         state["visual.proj"][0, 0] = torch.inf
-    else:  # open_clip would resize this one without a word
+    elif kind == "size":  # open_clip would resize this one without a word
         state["visual.positional_embedding"] = state["visual.positional_embedding"][:50].clone()
     save_file(state, file)
-
-
-@pytest.mark.parametrize("kind", ["half", "missing", "left over", "infinite", "size"])
-def test_damaged_weights_of_a_clip_name_the_file(folder, kind):
-    damage_weights(folder, kind)
+    if kind == "half":
+        file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(ValueError, match="open_clip_model.safetensors: found"):
         load_clip(f"local-dir:{folder}")
 
@@ -185,43 +198,55 @@ def test_weights_of_a_clip_may_be_a_checkpoint_of_torch(folder, clip):
         assert torch.equal(model.state_dict()[name], value), name
 
 
-def test_an_unknown_clip_is_an_error():
-    with pytest.raises(ValueError, match="--clip nothing/of-this"):
-        load_clip("nothing/of-this")
+def check_vectors(encode, items, e: np.ndarray) -> None:
+    """Unit vectors, the same a batch at a time and one by one."""
+    assert e.dtype == np.float32 and np.array_equal(encode(items), e)
+    np.testing.assert_allclose(np.linalg.norm(e, axis=-1), 1, atol=1e-5)
+    np.testing.assert_allclose(encode(items, batch=2), e, atol=1e-5)
+    np.testing.assert_allclose(encode(items[3:4])[0], e[3], atol=1e-5)
 
 
-def test_encode_images(clip, frames):
-    e_img = encode_images(clip[0], frames)
-    assert e_img.shape == (5, 3, 64) and e_img.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(e_img, axis=-1), 1, atol=1e-5)
-    np.testing.assert_allclose(encode_images(clip[0], frames, batch=2), e_img, atol=1e-5)
-    np.testing.assert_allclose(encode_images(clip[0], frames[3:4, 1:2])[0, 0], e_img[3, 1], atol=1e-5)
-    assert np.array_equal(encode_images(clip[0], frames), e_img)
+def test_frames_are_encoded_as_open_clip_does(clip, frames):
+    model, stats, _ = clip
+    e_img = encode_images(model, frames)
+    assert e_img.shape == (5, 3, 64)
+    check_vectors(partial(encode_images, model), frames, e_img)
+    transform = open_clip.image_transform(64, is_train=False, mean=stats["mean"], std=stats["std"])
+    images = torch.stack([transform(Image.fromarray(frame)) for frame in frames[3]])
+    with torch.no_grad():
+        theirs = model.encode_image(images, normalize=True).numpy()
+    assert abs(e_img[3] - theirs).max() < 0.01
+    others = prepare_frames(torch.from_numpy(frames[3]), 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    with torch.no_grad():  # by ViCLIP's statistics they would be others
+        assert abs(model.encode_image(others, normalize=True).numpy() - theirs).max() > 0.02
 
 
-def test_encode_texts(clip):
+def test_captions_are_read_at_their_end_token(clip):
     model, _, tokenizer = clip
-    captions = ["a red circle moves left", "a blue square", "A  RED circle moves left"]
+    captions = ["a red circle moves left", "a blue square", "A  RED circle moves left", "red " * 30]
     e_txt = encode_texts(model, tokenizer, captions)
-    assert e_txt.shape == (3, 64) and e_txt.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(e_txt, axis=-1), 1, atol=1e-5)
-    np.testing.assert_allclose(encode_texts(model, tokenizer, captions, batch=1), e_txt, atol=1e-5)
+    assert e_txt.shape == (4, 64)
+    check_vectors(partial(encode_texts, model, tokenizer), captions, e_txt)
     np.testing.assert_allclose(e_txt[2], e_txt[0], atol=1e-5)
-    assert e_txt[0] @ e_txt[1] < 0.999
+    tokens = tokenizer(captions)
+    with torch.no_grad():
+        x = model.token_embedding(tokens) + model.positional_embedding
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
+        x = x[range(4), [6, 4, 6, 11]] @ model.text_projection
+    np.testing.assert_allclose(e_txt, x / x.norm(dim=-1, keepdim=True), atol=1e-5)
 
 
-def test_encode_actions(frames):
-    torch.manual_seed(0)
-    viclip = ViCLIP(
-        ViCLIPConfig(
-            image_size=64, patch_size=16, num_frames=3, vision_width=64, vision_layers=1, vision_heads=2,
-            text_width=64, text_layers=1, text_heads=2, vocab_size=12, context_length=12, embed_dim=32,
-        )
-    ).eval()  # fmt: skip
+def test_actions_are_encoded_of_whole_frames_by_viclips_own_statistics():
+    viclip, rng = ViCLIP.from_pretrained(REPO / "toy" / "viclip"), np.random.default_rng(0)
+    frames = rng.integers(0, 256, (4, 8, 28, 56, 3), dtype=np.uint8)
     e_act = encode_actions(viclip, frames)
-    assert e_act.shape == (5, 32) and e_act.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(e_act, axis=-1), 1, atol=1e-5)
-    np.testing.assert_allclose(encode_actions(viclip, frames, batch=2), e_act, atol=1e-5)
+    check_vectors(partial(encode_actions, viclip), frames, e_act)
+    size, x = viclip.config.image_size, torch.from_numpy(frames).flatten(0, 1).permute(0, 3, 1, 2).float()
+    x = torch.nn.functional.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 255) / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = ((x - mean[:, None, None]) / std[:, None, None]).unflatten(0, (4, 8))
+    e = viclip.encode_video(x)
+    np.testing.assert_allclose(e_act, e / e.norm(dim=-1, keepdim=True), atol=1e-5)
 
 
 @pytest.mark.parametrize("height, width", [(72, 96), (97, 72), (50, 64), (64, 64), (33, 40)])
@@ -242,43 +267,17 @@ def test_prepare_frames_wants_uint8():
         prepare_frames(torch.zeros(1, 8, 8, 3), 8, (0, 0, 0), (1, 1, 1))
 
 
-def test_uniform_frames():
-    assert uniform_frames(17, 8).tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
-    assert uniform_frames(8, 8).tolist() == list(range(8))
-    assert uniform_frames(60, 8).tolist() == [3, 11, 18, 26, 33, 41, 48, 56]
-    assert uniform_frames(6, 8).tolist() == [0, 1, 1, 2, 3, 4, 4, 5]
-    assert uniform_frames(1, 8).tolist() == [0] * 8
+@pytest.mark.parametrize(("n", "frames"), [
+    (17, [1, 3, 5, 7, 9, 11, 13, 15]),
+    (8, [0, 1, 2, 3, 4, 5, 6, 7]),
+    (60, [3, 11, 18, 26, 33, 41, 48, 56]),
+    (6, [0, 1, 1, 2, 3, 4, 4, 5]),
+    (1, [0] * 8),
+])  # fmt: skip
+def test_uniform_frames_are_the_middle_ones_of_equal_parts(n, frames):
+    assert uniform_frames(n, 8).tolist() == frames
     with pytest.raises(ValueError, match="0 frames"):
         uniform_frames(0, 8)
-
-
-@torch.inference_mode()
-def test_toy_dino():
-    """It loads as facebook/dino-vitb16 does, and knows clips that it has not been trained on."""
-    folder = Path(__file__).parent.parent / "toy" / "dino"
-    model, loaded = AutoModel.from_pretrained(
-        folder, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
-    )
-    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
-    processor, rng = AutoImageProcessor.from_pretrained(folder), np.random.default_rng(9)
-    clips = [random_clip(c, rng) for c in combinations()[1][::2]]
-    frames = [frame for clip in clips for frame in render(clip)[[0, 5, 11, 16]]]
-    f = model.eval()(**processor(frames, return_tensors="pt")).last_hidden_state[:, 0]
-    f = (f / f.norm(dim=-1, keepdim=True)).unflatten(0, (-1, 4)).numpy()  # (80, 4, D)
-    alike = np.einsum("aid,bjd->abij", f, f).mean((2, 3))  # (80, 80) mean cosine of the frames of two clips
-    same = np.eye(len(clips), dtype=bool)
-    assert alike[same].mean() > alike[~same].mean() + 0.5
-    nearest = np.where(same, -2, alike).argmax(1)
-    for attribute in ("colour", "background"):  # chance 0.17, 0.25
-        assert (
-            np.mean(
-                [
-                    getattr(c, attribute) == getattr(clips[i], attribute)
-                    for c, i in zip(clips, nearest, strict=True)
-                ]
-            )
-            > 0.9
-        )
 
 
 def test_viclip_sees_the_whole_frame_and_clip_its_centre():
@@ -293,12 +292,4 @@ def test_viclip_sees_the_whole_frame_and_clip_its_centre():
     assert torch.equal(
         *(prepare_frames(square, 20, (0, 0, 0), (1, 1, 1), squash) for squash in (True, False))
     )
-
-
-def test_actions_are_encoded_from_whole_frames():
-    viclip = ViCLIP.from_pretrained(REPO / "toy" / "viclip")
-    wide = np.zeros((1, 8, 64, 128, 3), np.uint8)
-    wide[:, :, :, :20] = 200  # outside the centre: a crop would not see it
-    assert not np.allclose(
-        encode_actions(viclip, wide), encode_actions(viclip, np.zeros_like(wide)), atol=1e-3
-    )
+    assert prepare_frames(square, 60, (0, 0, 0), (1, 1, 1)).max() <= 1  # bicubic overshoots

@@ -45,19 +45,11 @@ def published(monkeypatch):
         output_dim=TINY.embed_dim, num_frames=TINY.num_frames, drop_path=0.1,
     )  # fmt: skip
     model.text_encoder = text.CLIP_TEXT(
-        TINY.embed_dim,
-        TINY.context_length,
-        TINY.vocab_size,
-        TINY.text_width,
-        TINY.text_heads,
-        TINY.text_layers,
-        0,
-    )
+        TINY.embed_dim, TINY.context_length, TINY.vocab_size, TINY.text_width, TINY.text_heads, TINY.text_layers, 0
+    )  # fmt: skip
     for empty in (
-        model.vision_encoder.proj,
-        model.text_encoder.positional_embedding,
-        model.text_encoder.text_projection,
-    ):
+        model.vision_encoder.proj, model.text_encoder.positional_embedding, model.text_encoder.text_projection
+    ):  # fmt: skip
         nn.init.zeros_(empty)
     model.temp = nn.Parameter(torch.tensor(0.01))
     return randomise(model)
@@ -115,12 +107,13 @@ def test_loading_is_strict_and_names_the_file(change, file, tmp_path):
     state = ViCLIP(TINY).state_dict()
     if change == "missing":
         state.pop("temp")
-    elif change == "left over":
-        state["vision_encoder.extra"] = torch.zeros(1)
-    elif change == "infinite":
-        state["temp"] = torch.tensor(torch.inf)
-    elif change == "size":
-        state["vision_encoder.proj"] = torch.zeros(3, 3)
+    elif change != "no tensor":
+        changes = {
+            "left over": ("vision_encoder.extra", torch.zeros(1)),
+            "infinite": ("temp", torch.tensor(torch.inf)),
+        }
+        name, value = changes.get(change, ("vision_encoder.proj", torch.zeros(3, 3)))
+        state[name] = value
     elif file == "viclip.pth":
         state["temp"] = "0.01"
     if file == "viclip.pth":
@@ -129,7 +122,7 @@ def test_loading_is_strict_and_names_the_file(change, file, tmp_path):
         (tmp_path / file).write_bytes(b"no weights")
     else:
         save_file(state, tmp_path / file)
-    with pytest.raises(ValueError, match=f"{file}: found"):
+    with pytest.raises(ValueError, match=f"{file}: found.*download it again"):
         ViCLIP.from_pretrained(tmp_path / file, TINY)
 
 
@@ -146,13 +139,25 @@ def test_a_damaged_config_names_the_file(change, tmp_path):
         ViCLIP.from_pretrained(tmp_path)
 
 
-def test_absent_weights_say_what_to_download(tmp_path, monkeypatch):
-    def offline(*_):
-        raise OSError("no network")
+def test_weights_of_the_hub_are_downloaded_and_absent_ones_say_how(tmp_path, monkeypatch):
+    def download(hub, file):
+        asked.append((hub, file))
+        if not present:
+            raise OSError("no network")
+        torch.save({"module": ViCLIP(TINY).state_dict()}, tmp_path / "hub.pth")
+        return tmp_path / "hub.pth"
 
-    monkeypatch.setattr(viclip, "hf_hub_download", offline)
-    for path in ("OpenGVLab/ViCLIP", tmp_path, tmp_path / "ViClip-InternVid-10M-FLT.pth"):
-        with pytest.raises(
-            FileNotFoundError, match="hf download OpenGVLab/ViCLIP ViClip-InternVid-10M-FLT.pth"
-        ):
+    asked, present = [], False
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(viclip, "hf_hub_download", download)
+    file = "ViClip-InternVid-10M-FLT.pth"
+    for path in ("OpenGVLab/ViCLIP", tmp_path, tmp_path / file):
+        with pytest.raises(FileNotFoundError, match=f"hf download OpenGVLab/ViCLIP {file}"):
             ViCLIP.from_pretrained(path)
+    ViCLIP(TINY).save_pretrained(tmp_path / "half")
+    (tmp_path / "half" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="half/config.json not found"):
+        ViCLIP.from_pretrained(tmp_path / "half")
+    present = True
+    assert ViCLIP.from_pretrained("OpenGVLab/ViCLIP", TINY).config == TINY
+    assert asked == [("OpenGVLab/ViCLIP", file)] * 2

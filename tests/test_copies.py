@@ -1,0 +1,266 @@
+"""Scenes, near-copies and recurring captions: which memories a training clip may retrieve."""
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import unit, write_prepared
+
+import prepare.copies
+from data import Clips
+from prepare.copies import (
+    FairRecall,
+    best_match,
+    far_apart,
+    has_near_copy,
+    mean_frames,
+    near_copy_threshold,
+    prepare_copies,
+    prepare_recorded,
+)
+
+# ---------------------------------------------------------------- scenes and near-copies
+
+
+def test_far_apart_are_clips_of_other_segments_or_sixteen_clips_apart():
+    segments = ["b"] * 20 + ["a"] * 20 + ["c"] * 3
+    far = far_apart(segments)
+    for i in range(43):
+        for j in range(43):
+            assert far[i, j] == (segments[i] != segments[j] or abs(i - j) > 15)
+    for rows in (slice(5, 9), np.array([41, 3])):
+        assert np.array_equal(far_apart(segments, rows), far[rows])
+
+
+def test_mean_frames_are_unit_vectors_of_the_sum_of_a_clips_frames():
+    e_img = np.random.default_rng(0).normal(size=(5, 3, 16))
+    np.testing.assert_allclose(mean_frames(e_img), unit(e_img.sum(1)), atol=1e-6)
+    assert mean_frames(e_img.astype(np.float16)).dtype == np.float32
+
+
+COSINES = np.linspace(0.4, 0.9, 26)
+
+
+def pairs(copies: int) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """Training clips a and b, orthogonal but for cos(a_k, b_k) = COSINES[k], and held-out clips that find a_k with the
+    same cosine. Of `copies` clips a_k another segment has a copy, with a cosine of 0.99. Neighbours are copies, too."""
+    n, axes = len(COSINES), np.eye(200)
+    sine = np.sqrt(1 - COSINES**2)[:, None]
+    a, b = axes[:n], COSINES[:, None] * axes[:n] + sine * axes[n : 2 * n]
+    held_out = COSINES[:, None] * axes[:n] + sine * axes[2 * n : 3 * n]
+    copy = 0.99 * a[10 : 10 + copies] + np.sqrt(1 - 0.99**2) * axes[3 * n :][:copies]
+    segments = ["a"] * n + ["b"] * n + ["c"] * copies
+    return np.concatenate([a, b, copy]), segments, np.concatenate([held_out, held_out])
+
+
+@pytest.mark.parametrize("block", [7, 1024])
+def test_the_threshold_leaves_training_clips_the_matches_that_held_out_clips_find(monkeypatch, block):
+    """Without the copies both distributions are the same: the best cosine of a held-out clip, 0.9, parts them."""
+    monkeypatch.setattr(prepare.copies, "BLOCK", block)
+    train, segments, held_out = pairs(copies=3)
+    threshold, best = near_copy_threshold(train, segments, held_out)
+    assert threshold == pytest.approx(0.9, abs=1e-9)
+    seven = [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]
+    np.testing.assert_allclose(best["held out"], np.quantile([*COSINES, *COSINES], seven), atol=1e-9)
+    assert best["training, all"][-1] == pytest.approx(0.99, abs=1e-9)
+    assert best["training, left"][-1] == pytest.approx(0.9, abs=1e-9)
+    np.testing.assert_allclose(best["training, left"], best["held out"], atol=0.02)
+    np.testing.assert_allclose(best_match(held_out, train)[:26], COSINES, atol=1e-9)
+
+
+def test_without_copies_no_match_need_go():
+    threshold, best = near_copy_threshold(*pairs(copies=0))
+    assert threshold == 1.01 and best["training, left"] == best["training, all"]
+    train, segments, held_out = pairs(copies=3)
+    closer = unit(held_out + 2 * train[:52])  # held-out clips find copies, too
+    assert near_copy_threshold(train, segments, closer)[0] == 1.01
+
+
+def test_neighbours_of_a_clip_say_nothing_of_copies():
+    """A long scene: all its clips are alike. No clip of another scene is."""
+    scenes = np.repeat(np.eye(40)[:5], 8, axis=0)
+    held_out = unit(np.eye(40)[:5] + np.eye(40)[5:10])
+    threshold, best = near_copy_threshold(scenes, ["a"] * 40, held_out)
+    assert best["training, all"][-1] == 0
+
+
+def random_clips(seed: int, n: int) -> np.ndarray:
+    return unit(np.random.default_rng(seed).normal(size=(n, 24)))
+
+
+def test_the_memory_of_the_threshold_is_linear_in_the_clips(monkeypatch):
+    monkeypatch.setattr(prepare.copies, "BLOCK", 64)
+    peaks = []
+    for n in (1000, 2000):
+        train = random_clips(0, n)
+        tracemalloc.start()
+        near_copy_threshold(train, ["a"] * (n // 2) + ["b"] * (n // 2), train[:50])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2.2 * peaks[0] and peaks[1] < 2000**2  # bytes: a quarter of one matrix of all clips
+
+
+# ---------------------------------------------------------------- what is prepared
+
+
+def write_captions(folder: Path, caption, *splits: str) -> None:
+    for split in splits or ("train", "test"):
+        file = folder / split / "clips.jsonl"
+        rows = [json.loads(line) | {"caption": caption(k)} for k, line in enumerate(open(file))]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare_copies(folder)
+
+
+@pytest.fixture
+def with_copies(tmp_path) -> Path:
+    """The data's root: of 60 training clips the first 8 copy clips of seg3."""
+    write_prepared(tmp_path, clips=(60, 30), segments=(3, 2), copies=8, D=24, hidden_numbers=12)
+    return tmp_path
+
+
+def test_near_copies_are_those_above_the_threshold(with_copies):
+    folder = with_copies / "cc2017" / "stimuli"
+    e_img = np.load(folder / "test" / "e_img.npy")
+    e_img[4] = np.load(folder / "train" / "e_img.npy")[30]
+    np.save(folder / "test" / "e_img.npy", e_img)
+    prepare_copies(folder)
+    train, test = (Clips("cc2017", 1, split, root=with_copies) for split in ("train", "test"))
+    values = json.loads((folder / "train" / "near_copies.json").read_text())
+    frames, held_out = (unit(clips.e_img.mean(1)) for clips in (train, test))
+    alike = frames @ frames.T > values["threshold"]
+    assert alike[range(8), range(40, 48)].all() and not alike[np.ix_(range(20), range(20, 40))].any()
+    assert np.array_equal(train.recall.copies_of(np.arange(60)), alike)
+    copies = (held_out @ frames.T > values["threshold"]).any(1)
+    assert (
+        np.array_equal(has_near_copy(test.stimuli, np.arange(30)), copies) and copies[4] and not copies.all()
+    )
+    assert np.array_equal(has_near_copy(test.stimuli, np.array([29, 4])), copies[[29, 4]])
+    assert values["percent"] == [0, 5, 25, 50, 75, 95, 100] and values["best_match"].keys() == {
+        "held out", "training, all", "training, left",
+    }  # fmt: skip
+    assert (folder / "train" / "near_copies.png").stat().st_size > 1000
+    recall = Clips("cc2017", 1, "train", root=with_copies, val_segments="seg3").recall
+    assert recall.held_out.tolist() == [*range(40, 60)] and recall.trained.tolist() == [*range(8, 40)]
+
+
+def test_what_is_alike_is_written_once_and_anew_for_other_stimuli(with_copies):
+    folder = with_copies / "cc2017" / "stimuli"
+    names = [f"{split}/{name}.npy" for split in ("train", "test") for name in ("near_copies", "captions")]
+    times = [(folder / name).stat().st_mtime_ns for name in names]
+    prepare_copies(folder)
+    assert times == [(folder / name).stat().st_mtime_ns for name in names]
+    for split in ("train", "test"):
+        file = folder / split / "e_img.npy"
+        np.save(file, np.load(file)[::-1])
+        prepare_copies(folder)
+        assert all((folder / name).stat().st_mtime_ns not in times for name in names)
+        times += [(folder / name).stat().st_mtime_ns for name in names]
+    clips = Clips("cc2017", 1, "train", root=with_copies)
+    assert clips.recall.copies_of(np.arange(60))[range(52, 60), range(12, 20)].all()
+    (folder / "test" / "captions.npy").unlink()
+    prepare_copies(folder)
+    assert (folder / "test" / "captions.npy").is_file()
+
+
+def test_captions_are_equal_word_for_word(with_copies):
+    folder = with_copies / "cc2017" / "stimuli"
+    write_captions(folder, lambda k: ("A dog, runs!", "a DOG  runs", f"clip {k}", f"clip {1000 + k}")[k % 4])
+    number = np.load(folder / "train" / "captions.npy")
+    assert number[0] == number[1] == number[4] and len(np.unique(number)) == 31
+    write_captions(folder, lambda k: ("a dog runs", "a bird", f"clip {k}", f"clip {1000 + k}")[k % 4], "test")
+    assert np.load(folder / "test" / "captions.npy")[:4].tolist() == [number[0], -1, number[2], number[3]]
+    values = json.loads((folder / "train" / "near_copies.json").read_text())
+    assert values["test clips with a caption of training"] == pytest.approx(22 / 30)
+
+
+def test_which_showings_were_recorded_is_written_once_and_anew_for_other_recordings(with_copies):
+    folder = with_copies / "cc2017" / "sub1"
+    file, source = folder / "train" / "recorded.npy", folder / "train" / "fmri.npy"
+    fmri = np.load(source)
+    assert np.array_equal(np.load(file), np.isfinite(fmri[:, :, 0, 0])) and np.load(file).dtype == bool
+    written_at = file.stat().st_mtime_ns
+    prepare_recorded(folder)
+    assert file.stat().st_mtime_ns == written_at
+    fmri[3, 1], fmri[5, 0, 0, 2] = np.nan, np.nan  # a whole showing, and one number
+    np.save(source, fmri)
+    prepare_recorded(folder)
+    assert not np.load(file)[3, 1] and np.load(file)[5].all()
+    fmri[17] = np.nan
+    np.save(source, fmri)
+    with pytest.raises(ValueError, match="fmri.npy: found no showing of clip 17, wanted one or more"):
+        prepare_recorded(folder)
+
+
+# ---------------------------------------------------------------- train as one tests
+
+
+@pytest.fixture
+def recall_of(tmp_path):
+    """FairRecall of two segments of 50 clips, of pairs that are near-copies, and of these captions."""
+
+    def make(pairs=(), captions=None, in_test=(-1,), val_segments=None, share=0.0, n=100) -> FairRecall:
+        copies = np.eye(n, dtype=bool)
+        for i, j in pairs:
+            copies[i, j] = copies[j, i] = True
+        for split in ("train", "test"):
+            (tmp_path / split).mkdir(exist_ok=True)
+        np.save(tmp_path / "train" / "near_copies.npy", np.packbits(copies, axis=1))
+        np.save(tmp_path / "train" / "captions.npy", np.arange(n) if captions is None else captions)
+        np.save(tmp_path / "test" / "captions.npy", np.array(in_test))
+        segments = [f"{i // 50}" for i in range(n)]
+        recall = FairRecall(tmp_path / "train", segments, val_segments, share)
+        recall.count_choices()
+        return recall
+
+    return make
+
+
+def test_excluded_are_the_clip_its_neighbours_and_its_copies(recall_of):
+    recall = recall_of(pairs=[(10, 90), (10, 45)])
+    excluded = recall.excluded(np.array([10, 90, 49]))
+    assert np.flatnonzero(excluded[0]).tolist() == [*range(26), 45, 90]
+    assert np.flatnonzero(excluded[1]).tolist() == [10, *range(75, 100)]
+    # clip 50, next in the file but of another segment, stays
+    assert np.flatnonzero(excluded[2]).tolist() == [*range(34, 50)]
+
+
+def test_a_clip_whose_caption_is_hidden_retrieves_none_like_it(recall_of):
+    recall, clips = recall_of(captions=np.arange(100) % 25), np.array([10, 10])
+    hidden, visible = recall.excluded(clips, np.array([True, False]))
+    assert np.array_equal(visible, recall.excluded(clips)[0])
+    assert {*np.flatnonzero(hidden)} == {*range(26), 35, 60, 85}
+
+
+def test_training_clips_find_their_caption_as_seldom_as_held_out_clips(recall_of):
+    captions = np.arange(100) % 50  # each twice, in two segments
+    captions[:20], captions[50:70] = np.arange(100, 120), np.arange(200, 220)  # 40 clips: once
+    shares = {0.6: 0, 1.0: 0, 0.06: 0.9, 0.0: 1}  # 60 % have theirs: a tenth are 6 % of all
+    for share, hidden in shares.items():
+        assert recall_of(captions=captions, share=share).p_hidden == pytest.approx(hidden)
+    recall = recall_of(captions=captions, in_test=[49, -1, -1, 100, -1], share=None)
+    assert recall.test_share == 0.4 and recall.p_hidden == pytest.approx(1 - 0.4 / 0.6)
+    # clip 0 may retrieve all but its scene of 16; clip 70 not those of 31 in its scene, nor the one of its caption
+    assert (recall.most, recall.fewest) == (84, 68)
+    assert "100 clips and memories" in recall.describe() and "(test clips: 40.0%)" in recall.describe()
+    assert (
+        "may retrieve 68 to 84 of them" in recall.describe() and "in 66.7% of the steps" in recall.describe()
+    )
+    seen = recall_of(captions=captions, share=1.0)  # no caption is ever hidden
+    assert (seen.most, seen.fewest) == (84, 69)
+
+
+def test_the_fewest_and_the_most_are_of_all_clips(recall_of, monkeypatch):
+    monkeypatch.setattr(prepare.copies, "BLOCK", 64)
+    recall = recall_of(n=300, pairs=[(290, 20)])
+    assert (recall.fewest, recall.most) == (300 - 32, 300 - 16)
+
+
+def test_no_near_copy_of_a_held_out_clip_is_trained_on(recall_of):
+    recall = recall_of(pairs=[(3, 70), (7, 8), (9, 99)], val_segments="1", in_test=[3, 5, 70, 6])
+    assert recall.held_out.tolist() == [*range(50, 100)]
+    assert recall.trained.tolist() == [i for i in range(50) if i not in (3, 9)]
+    assert recall.test_share == 0.5  # of the captions trained on
+    # a memory is no longer at the place of its clip
+    assert recall.trained[recall.excluded(np.array([20]))[0]].tolist() == [5, 6, 7, 8, *range(10, 36)]

@@ -1,0 +1,394 @@
+"""What is prepared of recordings and films: each in its place, resumed where it stopped, and by one recipe."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import sha256
+from tiny import SEGMENTS, SIZE, Films as Bars, unit
+from tqdm import tqdm
+
+import prepare.decoder
+from data import Clips
+from prepare import stimuli
+from prepare.decoder import prepare_decoder
+from prepare.facts import VIDEO
+from prepare.release import Release
+from prepare.stimuli import clips_from, encode_all, first_sentences, plan, prepare_stimuli
+from support.files import hashes, is_made_by, writing_array
+from support.pipelines import load_pipeline
+from support.videos import video_frames
+
+
+def test_the_manifest_says_what_made_each_array(tmp_path):
+    film, file = tmp_path / "film.mp4", tmp_path / "e.npy"
+    film.write_bytes(b"film")
+    for name in ("e", "f"):
+        recipe = {"clip": name, "sizes": (1, 2)}
+        with writing_array(tmp_path / f"{name}.npy", (3, 2), "float32", recipe, hashes([[film]])) as array:
+            array[:] = 7
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest.keys() == {"e.npy", "f.npy"} and (np.load(file) == 7).all()
+    entry = manifest["e.npy"]
+    assert entry["shape"] == [3, 2] and entry["dtype"] == "float32"
+    assert entry["recipe"] == {"clip": "e", "sizes": [1, 2]} and entry["inputs"] == {"film.mp4": sha256(film)}
+    assert entry["versions"]["numpy"] == np.__version__
+    assert is_made_by(file, {"clip": "e", "sizes": (1, 2)})  # a tuple comes back as a list
+    with pytest.raises(ValueError, match="made with window = None, but window = 2 is asked for; delete it"):
+        is_made_by(file, {"window": 2})
+    file.unlink()
+    assert not is_made_by(file, {"clip": "e"})  # described, but gone
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+class Films(Release):
+    """48 + 24 clips of 16 frames, each of one colour, that of the clip beside the frame's number; a clip's caption says
+    its colour."""
+
+    splits = {"train": ["seg1", "seg2"], "test": ["test1"]}
+
+    def __init__(self, folder: Path):
+        self.folder, self.asked = folder, []
+        for segment in self.segments:
+            (folder / f"{segment}.mp4").write_text(segment)
+
+    def window(self, segment):
+        return 0, 24
+
+    def stimulus(self, segment):
+        return [self.folder / f"{segment}.mp4"]
+
+    def read_clips(self, segment):
+        self.asked.append(segment)
+        for k in range(24):
+            frames = np.arange(16, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+            yield np.concatenate([frames, np.full_like(frames, colour_of(segment, k))], axis=1)
+
+
+def colour_of(segment: str, k: int) -> int:
+    return 10 * k + int(segment[-1]) + 3 * segment.startswith("test")
+
+
+def embedded(colour) -> np.ndarray:
+    """(..., 16) unit vectors, another for each colour."""
+    return unit(np.random.default_rng(0).normal(size=(256, 16)))[np.asarray(colour, int)]
+
+
+class Preparation:
+    """prepare(order of the captions) into folder/stimuli, with encoders that read colours."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.source, self.captions, self.frames = folder, Films(folder), [], set()
+        self.batches = []  # how many clips were encoded at once
+        self.error = None  # after two batches
+
+    def prepare(self, order=lambda captions: captions, sentences: int | None = None, **names) -> Path:
+        places = [(segment, k) for segment in self.source.segments for k in range(24)]
+        captions = order([f"{colour_of(*place)} dogs. They run. A cat sees Dr. Dog!" for place in places])
+        file = self.folder / "captions.jsonl"
+        rows = [{"segment": s, "caption": text} for (s, _), text in zip(places, captions, strict=True)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        names = {"clip_name": "clip", "viclip_name": "viclip"} | names
+        lists = {"train": file, "test": file}
+        prepare_stimuli(self.source, self.folder / "stimuli", lists, sentences=sentences, **names)
+        return self.folder / "stimuli"
+
+    def encode_images(self, model, frames, batch):
+        if self.error and len(self.batches) == 2:
+            raise self.error
+        self.batches.append(len(frames))
+        self.frames.add(tuple(frames[0, :, 0, 0, 0].tolist()))
+        return embedded(frames[..., 1, 0, 0])
+
+    def encode_actions(self, model, frames, batch):
+        return embedded(255 - frames[:, 0, 1, 0, 0])
+
+    def encode_texts(self, model, tokenizer, captions):
+        self.captions.append(captions)
+        return embedded([caption.split()[0] for caption in captions])
+
+
+@pytest.fixture
+def films(tmp_path, monkeypatch) -> Preparation:
+    films = Preparation(tmp_path)
+    for name in ("encode_images", "encode_actions", "encode_texts"):
+        monkeypatch.setattr(stimuli, name, getattr(films, name))
+    monkeypatch.setattr(stimuli, "load_clip", lambda name: (torch.nn.Identity(), {}, None))
+    monkeypatch.setattr(stimuli.ViCLIP, "from_pretrained", lambda name: torch.nn.Identity())
+    monkeypatch.setattr(stimuli, "plan", lambda title, encode, clips, on_cpu: on_cpu)
+    return films
+
+
+def check_embeddings(folder: Path) -> None:
+    for split, segments in Films.splits.items():
+        colours = np.array([colour_of(segment, k) for segment in segments for k in range(24)])
+        assert np.array_equal(np.load(folder / split / "e_img.npy"), embedded(colours)[:, None].repeat(8, 1))
+        assert np.array_equal(np.load(folder / split / "e_act.npy"), embedded(255 - colours))
+        assert np.array_equal(np.load(folder / split / "e_txt.npy"), embedded(colours))
+
+
+@pytest.mark.filterwarnings("error")
+def test_encodings_are_in_the_order_of_the_clips(films):
+    folder = films.prepare()
+    check_embeddings(folder)
+    assert films.batches == [16, 16, 16, 16, 8]
+    assert films.frames == {(1, 3, 5, 7, 9, 11, 13, 15)}  # the middle ones of eight equal parts
+    recipe = json.loads((folder / "train" / "manifest.json").read_text())["e_txt.npy"]["recipe"]
+    assert recipe.keys() == {"clip", "viclip", "frames", "captions", "caption_sentences"}
+    assert films.captions[1][0].endswith("Dr. Dog!")
+    line = json.loads((folder / "train" / "clips.jsonl").read_text().splitlines()[30])
+    assert (line["id"], line["segment"], line["start_s"]) == ("seg2-006", "seg2", 12.0)
+    assert line["video"] == "seg2.mp4" and line["categories"] == ["animal"]
+    assert np.load(folder / "test" / "categories.npy").tolist() == [[1]] * 24
+    assert "animal          48 100.000%" in (folder / "categories.txt").read_text()
+    films.prepare()  # finished: nothing is encoded again
+    assert len(films.batches) == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(KeyboardInterrupt(), None), (OSError(errno.ENOSPC, os.strerror(28)), "the disk is full")],
+)
+def test_an_encoding_that_stopped_goes_on_where_it_was(films, error, message):
+    films.error = error
+    with pytest.raises(type(error), match=message):
+        films.prepare()
+    assert films.batches == [16, 16]
+    films.error, films.source.asked = None, []
+    folder = films.prepare()
+    assert films.batches == [16, 16, 16, 16, 8]  # 32 of the 48 training clips were not encoded again
+    assert films.source.asked == ["seg2", "test1"]  # nor was their film read
+    check_embeddings(folder)
+    assert not list(folder.rglob(".*"))
+
+
+def test_what_was_begun_with_other_captions_is_begun_anew(films):
+    films.error = OSError(errno.ENOSPC, os.strerror(28))
+    with pytest.raises(OSError, match="e_img.npy takes|e_act.npy takes"):
+        films.prepare()
+    films.error = None
+    lines = (films.folder / "stimuli" / "train" / "clips.jsonl").read_text()
+    with pytest.raises(ValueError, match="e_txt.npy was made with captions = .* is asked for; delete it"):
+        films.prepare(lambda captions: captions[::-1])
+    assert (films.folder / "stimuli" / "train" / "clips.jsonl").read_text() == lines
+    (films.folder / "stimuli" / "train" / "e_txt.npy").unlink()
+    with pytest.warns(UserWarning, match="may be in another order"):
+        films.prepare(lambda captions: captions[::-1])
+    assert films.batches == [16, 16, 16, 16, 16, 16, 8]
+
+
+@pytest.mark.parametrize("name", ["clip_name", "viclip_name", "frames"])
+def test_what_another_encoder_made_is_an_error(films, name):
+    films.prepare()
+    key = name.removesuffix("_name")
+    with pytest.raises(ValueError, match=f"made with {key} = .*, but {key} = "):
+        films.prepare(**{name: 4 if name == "frames" else "other"})
+
+
+def test_captions_in_another_order_are_a_warning_with_the_numbers(films):
+    message = r"captions of seg1, seg2 may be in another order .* own caption .*\d, .* in \d+% of the clips"
+    with pytest.warns(UserWarning, match=message):
+        films.prepare(lambda captions: captions[24:48] + captions[:24] + captions[48:])
+
+
+def test_the_first_sentences_of_a_caption_go_to_clip(films):
+    folder = films.prepare(sentences=2)
+    assert films.captions[1][0] == f"{colour_of('test1', 0)} dogs. They run."
+    rows = [json.loads(line) for line in open(folder / "train" / "clips.jsonl")]
+    assert rows[0]["caption"].endswith("Dr. Dog!")  # whole
+    with pytest.raises(ValueError, match="caption_sentences = 2, but caption_sentences = None is asked for"):
+        films.prepare()
+
+
+@pytest.mark.parametrize(("caption", "n", "first"), [
+    ("A dog runs. A cat sits.", 1, "A dog runs."),
+    *(("A dog runs. A cat sits.", n, "A dog runs. A cat sits.") for n in (2, 5)),
+    (" A dog  runs.  A cat sits.", None, " A dog  runs.  A cat sits."),
+    ("Dr. Cooper and Mr. Wolowitz talk. They eat.", 1, "Dr. Cooper and Mr. Wolowitz talk."),
+    ("Ms. A, Mrs. B and St. C talk! They eat.", 1, "Ms. A, Mrs. B and St. C talk!"),
+    ("Is it 3.5 m long? It is.", 1, "Is it 3.5 m long?"),
+    ('A sign says "Stop." A car stops.', 1, 'A sign says "Stop."'),
+    ('He waits. "Go." 2 cars go.', 2, 'He waits. "Go."'),
+    ("a dog runs", 1, "a dog runs"),
+    ("", 1, ""),
+])  # fmt: skip
+def test_first_sentences(caption, n, first):
+    assert first_sentences(caption, n) == first
+
+
+@pytest.mark.parametrize("first", [0, 5, 24, 40, 47])
+def test_clips_are_read_from_any_number_on(tmp_path, first):
+    source = Films(tmp_path)
+    rows = [{"segment": segment} for segment in ("seg1", "seg2") for _ in range(24)]
+    colours = [colour_of(row["segment"], k % 24) for k, row in enumerate(rows)]
+    clips = clips_from(source, rows, first)
+    assert [clip[0, 1, 0, 0] for clip in clips] == colours[first:]
+    assert source.asked == (["seg1"] if first < 24 else []) + ["seg2"]
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_encode_all_fills_side_by_side_from_where_it_was(monkeypatch, silent):
+    """A progress bar that is not shown (TQDM_DISABLE=1) counts nothing: what is done is counted beside it."""
+    monkeypatch.setattr(stimuli, "plan", lambda title, encode, clips, on_cpu: on_cpu)
+    monkeypatch.setattr(stimuli, "tqdm", lambda **options: tqdm(**options, disable=silent))
+    arrays, counts = (np.zeros(7), np.zeros((7, 2))), []
+    clips = (np.full((1, 1, 1, 3), k, np.uint8) for k in range(2, 7))
+
+    def encode(batch):
+        k = batch[:, 0, 0, 0, 0].astype(float)
+        return k, np.stack([k, -k], 1)
+
+    encode_all(clips, encode, arrays, 2, counts.append, "test", on_cpu=3)
+    assert arrays[0].tolist() == [0, 0, 2, 3, 4, 5, 6]
+    assert arrays[1][:, 1].tolist() == [0, 0, -2, -3, -4, -5, -6]
+    assert counts == [5, 7]
+    encode_all(iter(()), encode, arrays, 7, counts.append, "test", on_cpu=3)  # nothing is left to do
+    with pytest.raises(ValueError, match="the films have 1 clips, wanted 7"):
+        encode_all(iter([np.zeros((1, 1, 1, 3))]), encode, arrays, 0, counts.append, "test", on_cpu=3)
+
+
+def test_a_plan_encodes_one_clip_and_says_how_long_all_take(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    times = iter([100.0, 103.0])
+    monkeypatch.setattr(stimuli, "perf_counter", lambda: next(times))
+    assert plan("latents", lambda: None, 1200, on_cpu=5) == 5
+    printed = capsys.readouterr().out
+    assert "latents: " in printed and "1,200 clips take about 60.0 minutes; 5 at once" in printed
+
+
+# ---------------------------------------------------------------- latents and text tokens
+
+
+def latents_by_diffusers(pipe, video: torch.Tensor) -> torch.Tensor:
+    """(F, H, W, 3) -> (C, f, h, w), by the VAE's own config."""
+    config = pipe.vae.config
+    with torch.no_grad():
+        z = pipe.vae.encode(video.permute(3, 0, 1, 2)[None] / 255 * 2 - 1).latent_dist.mean[0]
+    if getattr(config, "latents_mean", None):
+        mean, std = (torch.tensor(v)[:, None, None, None] for v in (config.latents_mean, config.latents_std))
+        return (z - mean) / std
+    return z * config.scaling_factor
+
+
+@pytest.mark.parametrize("decoder", ["wan", "cogvideox"])
+def test_latents_and_text_are_those_of_each_clip(tiny, decoder):
+    name = str(tiny / "models" / decoder)
+    pipe, L, _ = load_pipeline(name, vae=True, text_encoder=True)
+    for split in SEGMENTS:
+        clips = Clips("cc2017", 1, split, decoder=name, size=SIZE, root=tiny / "data")
+        length = {"train": 15, "test": 13}[split]
+        films = [
+            clip for segment in SEGMENTS[split] for clip in Bars(tiny, {split: length}).read_clips(segment)
+        ]
+        for k in (0, length + 3, len(clips) - 1):
+            video = torch.from_numpy(video_frames(films[k], *SIZE))
+            np.testing.assert_allclose(clips.latents[k], latents_by_diffusers(pipe, video), atol=2e-3)
+            with torch.no_grad():
+                words = pipe.tokenizer(
+                    clips.lines[k]["caption"], return_tensors="pt", padding="max_length", max_length=L
+                )
+                tokens = pipe.text_encoder(
+                    words.input_ids, attention_mask=words.attention_mask if decoder == "wan" else None
+                )
+            n = int(words.attention_mask.sum()) if decoder == "wan" else L
+            np.testing.assert_allclose(clips.texts[k], tokens.last_hidden_state[0, :n], atol=2e-3)
+        assert clips.latents.dtype == clips.texts[0].dtype == np.float16 and clips.empty.dtype == np.float32
+        assert (
+            abs(clips.latents[0] - clips.latents[length + 3]).max() > 0.02
+        )  # or the comparison says nothing
+        assert clips.empty.shape == (L, clips.texts[0].shape[1]) and (len(clips.texts[0]) == L) == (
+            decoder != "wan"
+        )
+
+
+@pytest.fixture
+def described(tiny, tmp_path):
+    """prepare(...) of the tiny Wan for a copy of the tiny world's stimuli without what a decoder needs."""
+    folder = tmp_path / "cc2017" / "stimuli"
+    shutil.copytree(
+        tiny / "data" / "cc2017" / "stimuli", folder, ignore=shutil.ignore_patterns("wan", "cogvideox")
+    )
+
+    def prepare(size=SIZE, decoder: Path = tiny / "models" / "wan", **options) -> Path:
+        prepare_decoder(Bars(tiny), folder, str(decoder), size, **options)
+        return folder
+
+    return prepare
+
+
+def test_the_first_sentences_of_a_caption_go_to_the_text_encoder(described, tmp_path):
+    for split in SEGMENTS:
+        file = tmp_path / "cc2017" / "stimuli" / split / "clips.jsonl"
+        lines = [json.loads(line) for line in open(file)]
+        texts = [line | {"caption": f"a red square. A {k}."} for k, line in enumerate(lines)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in texts))
+    folder = described(sentences=1)
+    offsets = np.load(folder / "train" / "wan" / "text_offsets.npy")
+    assert (np.diff(offsets) == np.diff(offsets)[0]).all()  # "a red square.", all
+    with pytest.raises(ValueError, match="caption_sentences = 1, but caption_sentences = None"):
+        described()
+
+
+def test_latents_that_stopped_go_on_and_what_is_finished_is_left(described, tiny, monkeypatch):
+    encode, calls = prepare.decoder.VideoDecoder.encode_latents, []
+
+    def stop(self, video):
+        calls.append(len(video))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return encode(self, video)
+
+    monkeypatch.setattr(prepare.decoder.VideoDecoder, "encode_latents", stop)
+    with pytest.raises(KeyboardInterrupt):
+        described()
+    folder = described()
+    # a plan tries one clip twice; 32 of the 45 training clips are not encoded again
+    assert calls == [1, 1, 16, 16, 13, 1, 1, 13, 1, 1, 16, 10]
+    for split in SEGMENTS:
+        for name in ("latents", "text_tokens", "text_offsets"):
+            arrays = [
+                np.load(root / split / "wan" / f"{name}.npy")
+                for root in (folder, tiny / "data/cc2017/stimuli")
+            ]
+            assert np.array_equal(*arrays)
+    described()
+    assert len(calls) == 12
+    (folder / "test" / "wan" / "text_offsets.npy").unlink()
+    described()  # text alone
+    assert len(calls) == 12 and (folder / "test" / "wan" / "text_offsets.npy").is_file()
+    with pytest.raises(ValueError, match="latents.npy was made with frames = 9, but frames = 5 is asked for"):
+        described((5, *SIZE[1:]))
+
+
+def test_text_that_float16_does_not_hold_is_an_error(described, monkeypatch):
+    monkeypatch.setattr(
+        prepare.decoder.VideoDecoder,
+        "encode_text",
+        lambda self, texts: [torch.full((2, 16), 7e4)] * len(texts),
+    )
+    with pytest.raises(ValueError, match="wan/text_encoder gives NaN or values beyond float16"):
+        described()
+
+
+@pytest.mark.parametrize(
+    ("size", "tiled"), [(VIDEO["cc2017"], False), (VIDEO["cinebrain"], False), ((81, 720, 1280), True)]
+)
+def test_presets_are_encoded_in_whole_frames(described, monkeypatch, size, tiled):
+    tiling = []
+
+    def stop(*args, **parts):
+        tiling.append(parts["tiling"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare.decoder, "_load", stop)
+    monkeypatch.setattr(prepare.decoder, "is_made_by", lambda file, recipe: file.name != "latents.npy")
+    with pytest.raises(KeyboardInterrupt):
+        described(size)
+    assert tiling == [tiled]
