@@ -41,12 +41,11 @@ def class_frames(judge: classes.Classifier, config, *videos) -> list[np.ndarray]
 
 def eight_a_second(judge: Callable, config, *videos) -> list[np.ndarray]:
     """Every so many frames that eight a second remain, as large as they are, as VBench takes them."""
-    steps = [max(1, round(video.fps / 8)) for video in videos]
-    return [v.seen(range(0, len(v), step), judge=judge) for v, step in zip(videos, steps, strict=True)]
+    return [video.seen(range(0, len(video), max(1, round(video.fps / 8))), judge=judge) for video in videos]
 
 
 def even_frames(judge: Callable, config, video) -> list[np.ndarray]:
-    """What the judge makes of the even frames, and all frames, as large as they are, as VBench takes them."""
+    """What the judge makes of the even frames, and all frames, as VBench takes them."""
     return [video.seen(range(0, len(video), 2), judge=judge), video.seen()]
 
 
