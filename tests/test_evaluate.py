@@ -124,7 +124,7 @@ def test_the_model_is_put_together_from_stage_1_and_from_the_run(tiny, run, chan
     assert all(p.requires_grad for p in fresh.brain_model.parameters())
     if run == "full":
         rms = torch.cat(captions).square().mean().sqrt().item()
-        wanted = dict(K=2, alpha=0.7, tau=0.2, text_rms=pytest.approx(rms), attention_heads=4)
+        wanted = dict(K=2, alpha=0.7, tau=0.2, text_rms=pytest.approx(rms, abs=1e-5), attention_heads=4)
         config = fresh.mom._hub_mixin_config
         assert {name: config[name] for name in wanted} == wanted
 
@@ -136,13 +136,10 @@ def test_the_lora_of_the_run_is_in_its_decoder(world, model):
     with torch.inference_mode():
         without, own = (d.predict(y, f_fuse, torch.tensor([500.0])) for d in (decoder, model.decoder))
         load_lora(decoder, world / RUN / "stage2" / "lora")
-        torch.testing.assert_close(
-            own, decoder.predict(y, f_fuse, torch.tensor([500.0])), atol=1e-5, rtol=1e-5
-        )
+        loaded = decoder.predict(y, f_fuse, torch.tensor([500.0]))
+    torch.testing.assert_close(own, loaded, atol=1e-5, rtol=1e-5)
     assert (own - without).abs().mean() > 1e-3
-    assert (
-        decoder.pipe.text_encoder is None and decoder.pipe.vae is None and model.decoder.pipe.vae is not None
-    )
+    assert decoder.pipe.vae is None and model.decoder.pipe.vae is not None
 
 
 def test_noise_steps_and_guidance_are_those_asked_for_or_the_runs(model, x):
@@ -155,58 +152,34 @@ def test_noise_steps_and_guidance_are_those_asked_for_or_the_runs(model, x):
     assert abs(video.astype(int) - model.reconstruct(x[1:2])).mean() > 0.5
 
 
-FORMS = {
-    "numpy": lambda x: x.numpy(),
-    "float64": lambda x: x.double(),
-    "a list": lambda x: x.tolist(),
-    "not contiguous": lambda x: x.mT.contiguous().mT,
-}
-REFUSED = {
-    "NaN": lambda x: x.where(x < x.max(), torch.nan),
-    "infinity": lambda x: x.where(x < x.max(), torch.inf),
-    "raw BOLD": lambda x: 10_000 + 500 * x,
-    "one clip raw": lambda x: torch.cat([x[:1], 10_000 + 500 * x[1:]]),
-    "zeros": torch.zeros_like,
-    "booleans": lambda x: x > 0,
-    "complex": lambda x: x + 1j,
-    "a voxel less": lambda x: x[..., 1:],
-    "a volume more": lambda x: torch.cat([x, x[:, :1]], 1),
-    "axes swapped": lambda x: x.mT,
-    "no clip": lambda x: x[:0],
-    "one axis": lambda x: x[0, 0],
-    "four axes": lambda x: x[None],
-    "a number": lambda x: 1.0,
-}
+REFUSED = [
+    lambda x: x.where(x < x.max(), torch.nan), lambda x: x.where(x < x.max(), torch.inf), lambda x: 10_000 + 500 * x,  # raw BOLD
+    lambda x: torch.cat([x[:1], 10_000 + 500 * x[1:]]), torch.zeros_like, lambda x: x > 0, lambda x: x + 1j,
+    lambda x: x[..., 1:], lambda x: torch.cat([x, x[:, :1]], 1), lambda x: x.mT, lambda x: x[:0], lambda x: x[0, 0],
+    lambda x: x[None], lambda x: 1.0,
+]  # fmt: skip
 
 
-def test_fmri_in_another_form_makes_the_same_video(model, x):
+def test_fmri_in_another_form_makes_the_same_video_and_what_is_none_is_one_error(model, x):
     videos = model.reconstruct(x[:2])
-    for kind, form in FORMS.items():
-        assert np.array_equal(model.reconstruct(form(x[:2])), videos), kind
+    for form in (x[:2].numpy(), x[:2].double(), x[:2].tolist(), x[:2].mT.contiguous().mT):
+        assert np.array_equal(model.reconstruct(form), videos)
     assert np.array_equal(model.reconstruct(x[0]), model.reconstruct(x[:1]))
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_fmri_of_this_brain_is_one_error(model, x, kind):
-    for method in (model.reconstruct, model.remember):
-        with pytest.raises(ValueError, match="^x: found .*, wanted "):
-            method(REFUSED[kind](x[:2]))
+    for i, change in enumerate(REFUSED):
+        for method in (model.reconstruct, model.remember):
+            with pytest.raises(ValueError, match="^x: found .*, wanted "):
+                raise AssertionError(i, method(change(x[:2])))
 
 
 def test_a_shared_folder_is_whole_or_has_no_config(model, tmp_path, monkeypatch):
-    write_json(
-        RUN / "eval" / "metrics.json",
-        {"metrics": {"ssim": {"mean": 0.5, "chance": None, "shuffled": 0.25, "n": 26}}},
-    )
+    ssim = {"mean": 0.5, "chance": None, "shuffled": 0.25, "n": 26}
+    write_json(RUN / "eval" / "metrics.json", {"metrics": {"ssim": ssim}})
     model.save_pretrained(tmp_path / "new")
     shutil.rmtree(RUN / "eval")
     assert "| `ssim` | 0.500 |" in (tmp_path / "new" / "README.md").read_text()
     again = CineNeuron.from_pretrained(tmp_path / "new")
-    assert (
-        same(again, model)
-        and again.settings == model.settings
-        and (tmp_path / "new/eval/metrics.json").is_file()
-    )
+    assert same(again, model) and again.settings == model.settings
+    assert (tmp_path / "new/eval/metrics.json").is_file()
     model.save_pretrained(tmp_path / "new")  # not evaluated now
     assert not (tmp_path / "new/eval/metrics.json").exists()
     assert 'from_pretrained("new")' in (tmp_path / "new" / "README.md").read_text()
@@ -233,7 +206,8 @@ def test_videos_have_the_frames_size_and_rate_asked_for(out, world):
         stimulus = video_frames([*Films(Path()).read_clips(f"test{i // 13 + 1}")][i % 13], *SIZE)
         assert abs(frames_of(out / "gt" / f"{i:04d}.mp4") - stimulus).mean() < 3
     origin = json.loads((out / "metrics.json").read_text())["provenance"]
-    assert {"data": "cc2017", "subject": 1, "run": "full", "seed": 0, "shuffle": False, "method": "reconstruction"}.items() <= origin.items()  # fmt: skip
+    names = ("data", "subject", "run", "seed", "shuffle", "method")
+    assert [origin[name] for name in names] == ["cc2017", 1, "full", 0, False, "reconstruction"]
 
 
 def test_class_and_command_make_the_same_video(out, model, x):

@@ -12,7 +12,6 @@ from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
-import av
 import cv2
 import numpy as np
 import pytest
@@ -94,16 +93,8 @@ def write_pairs(root: Path, gt: list[np.ndarray], **methods: list[np.ndarray]) -
 
 def write_as(file: Path, frames: np.ndarray) -> None:
     file.parent.mkdir(exist_ok=True)
-    if file.suffix.lower() == ".npy":
-        with open(file, "wb") as opened:
-            np.save(opened, frames)
-    elif file.suffix.lower() == ".webm":
-        with av.open(str(file), "w") as out:
-            stream = out.add_stream("libvpx-vp9", rate=8, options={"lossless": "1"})
-            stream.height, stream.width = frames.shape[1:3]
-            for frame in frames:
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            out.mux(stream.encode())
+    if file.suffix == ".npy":
+        np.save(file, frames)
     else:
         write_video(file, frames, 8)
 
@@ -431,13 +422,6 @@ def test_n_way_by_hand():
         assert METRICS[name].chance == pytest.approx(3 / 4 if "2way" in name else 3 / 52)
 
 
-@pytest.mark.parametrize("n", [2, 50])
-def test_n_way_chance_is_three_of_n_plus_two(n):
-    rng = np.random.default_rng(1)
-    gt = np.stack([rng.permutation(400)[:3] for _ in range(4000)])
-    assert n_way_top_k(rng.random((4000, 400)), gt, n).mean() == pytest.approx(3 / (n + 2), abs=0.01)
-
-
 def write_classifier(folder: Path, names: list[str], video: bool) -> Path:
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     size = dict(image_size=32, patch_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)  # fmt: skip
@@ -667,7 +651,7 @@ def upper(picture: Image.Image, row: int, column: int, rows: int, columns: int) 
 
 def test_formats_names_and_several_methods(tmp_path, capsys):
     colours = {"gt": 0, "a": 1, "b": 2}
-    for i, suffix in enumerate(("mp4", "GIF", "webm", "npy", "MP4")):
+    for i, suffix in enumerate(("mp4", "GIF", "gif", "npy", "MP4")):
         for folder, colour in colours.items():
             frames = (moving(8, 32, 32, 1, i) if folder == "a" else moving(6, speed=1, seed=i)) // 2
             frames[..., colour] += 100
@@ -762,19 +746,13 @@ def test_what_is_reported_of_values(three):
 
 def test_side_by_side_videos_are_cut(three):
     """The stimulus is on the left."""
-    for i in range(3):
-        gt, ours = (np.load(three / kind / f"{i:04d}.npy") for kind in ("gt", "ours"))
-        write_as(three.parent / "glued" / "ours" / f"{i:04d}.npy", np.concatenate([gt, ours], 2)) if i else (
-            three.parent / "glued"
-        ).mkdir() or write_as(three.parent / "glued" / "ours" / "0000.npy", np.concatenate([gt, ours], 2))
-    (pairs,) = find_pairs(three.parent / "glued", split=True).values()
-    assert [pair.name for pair in pairs] == ["0000", "0001", "0002"]
+    videos = {kind: [np.load(three / kind / f"{i:04d}.npy") for i in range(3)] for kind in ("gt", "ours")}
+    glued = [np.concatenate(pair, 2) for pair in zip(*videos.values(), strict=True)]
+    (pairs,) = find_pairs(write_pairs(three.parent / "glued", glued[:0], ours=glued), split=True).values()
     for i, pair in enumerate(pairs):
-        sources = {"ours": (pair.pred, i), "gt": (pair.gt, i), "gt of another": (pair.control, (i + 1) % 3)}
-        for kind, (source, k) in sources.items():
-            np.testing.assert_array_equal(
-                watch(source, 2.0).frames, np.load(three / kind[:4].split()[0] / f"{k:04d}.npy")
-            )
+        shown = [watch(source, 2.0).frames for source in (pair.pred, pair.gt, pair.control)]
+        expected = [videos["ours"][i], videos["gt"][i], videos["gt"][(i + 1) % 3]]
+        np.testing.assert_array_equal(shown, expected)
     with pytest.raises(FileNotFoundError, match="glued has videos in ours; wanted gt/NAME.*--split"):
         find_pairs(three.parent / "glued")
 
@@ -848,34 +826,17 @@ def test_no_pair_matches(three):
     assert not (three / "metrics").exists()
 
 
-def rename(three: Path) -> None:
-    (three / "ours" / "0001.npy").rename(three / "ours" / "0007.npy")
-
-
-def damage(three: Path) -> None:
-    (three / "ours" / "0001.npy").write_bytes(b"no video")
-
-
-def convert(three: Path) -> None:
-    (three / "ours" / "0001.npy").rename(three / "ours" / "0001.mpg")
-
-
-def loop(three: Path) -> None:
-    (three / "ours" / "0001.npy").unlink()
-    (three / "ours" / "0001.mp4").symlink_to("0001.mp4")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (rename, "3 stimuli, 3 videos in ours; without a partner: 0001, 0007; --skip-bad"),
-        (damage, "ours/0001.npy: found .*--skip-bad"),
-        (convert, "without a partner: 0001; no video: ours/0001.mpg; --skip-bad"),
-        (loop, "without a partner: 0001; no video: ours/0001.mp4; --skip-bad"),
+        (lambda file: file.rename(file.with_stem("0007")), "3 videos in ours; without a partner: 0001, 0007; --skip-bad"),
+        (lambda file: file.write_bytes(b"no video"), "ours/0001.npy: found .*--skip-bad"),
+        (lambda file: file.rename(file.with_suffix(".mpg")), "partner: 0001; no video: ours/0001.mpg; --skip-bad"),
+        (lambda file: (file.unlink(), file.symlink_to(file.name)), "partner: 0001; no video: ours/0001.npy; --skip-bad"),
     ],
-)
+)  # fmt: skip
 def test_bad_files_are_missing_values_only_with_skip_bad(three, change, message):
-    change(three)
+    change(three / "ours" / "0001.npy")
     config = PIXELS | {"pairs": str(three), "size": "native"}
     with pytest.raises(ValueError, match=message):
         main(Config(**config))
@@ -885,9 +846,7 @@ def test_bad_files_are_missing_values_only_with_skip_bad(three, change, message)
     assert [row["clip"] for row in result["clips"]] == ["0000", "0001", "0002"]
     assert [row.get("ssim") is None for row in result["clips"]] == [False, True, False]
     m = result["metrics"]["psnr"]
-    assert (
-        m["n"] == 2 and m["reason"] == "1 of 3 clips have no value: videos that are missing or cannot be read"
-    )
+    assert (m["n"], m["reason"][-42:]) == (2, "value: videos that are missing or cannot be read"[-42:])
 
 
 def test_one_frame_has_no_motion(three, capsys):
@@ -935,22 +894,19 @@ def spoil(folder: Path, fault: str) -> None:
     weights, config = folder / "model.safetensors", folder / "config.json"
     model = VideoMAEForVideoClassification.from_pretrained(folder)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    if fault == "missing":
-        del state["classifier.weight"]
-    elif fault == "mismatched":
-        state["classifier.bias"] = torch.zeros(7)
-    elif fault == "nan":
-        state["classifier.bias"][0] = torch.nan
-    elif fault == "pickled":
-        torch.save(state, folder / "pytorch_model.bin")
-        return weights.unlink()
+    bias = state.pop("classifier.bias")
+    if fault in ("mismatched", "nan"):
+        state["classifier.bias"] = torch.zeros(7) if fault == "mismatched" else bias * torch.nan
+    save_file(state, weights, metadata={"format": "pt"})  # of "missing" it is all
+    if fault == "pickled":
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        weights.unlink()
     elif fault == "truncated":
-        return weights.write_bytes(weights.read_bytes()[:-9]) and None
-    else:  # code of the folder itself
+        weights.write_bytes(weights.read_bytes()[:-9])
+    elif fault == "code":  # of the folder itself
         about = json.loads(config.read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.C"}}
         config.write_text(json.dumps(about))
-        return (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass C: pass\n") and None
-    save_file(state, weights, metadata={"format": "pt"})
+        (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass C: pass\n")
 
 
 @pytest.mark.parametrize("fault", ["missing", "mismatched", "nan", "pickled", "truncated", "code"])
@@ -960,7 +916,7 @@ def test_damaged_weights_are_refused(tmp_path, fault):
     spoil(folder, fault)
     judges = Judges(Config(video_classifier=str(folder)), "cpu")
     assert judges("video_classifier") is None and str(folder) in judges.unavailable["video_classifier"]
-    fact = {"missing": "classifier.weight", "mismatched": "classifier.bias", "nan": "NaN or infinity"}
+    fact = {"missing": "classifier.bias", "mismatched": "classifier.bias", "nan": "NaN or infinity"}
     assert fact.get(fault, "") in judges.unavailable["video_classifier"]
     assert not (folder / "ran").exists()
 

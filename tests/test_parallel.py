@@ -65,6 +65,7 @@ door(lambda: in_processes(work, ALONE, 2))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_copy_outlives_its_parent(number):
     """Ctrl-C goes to all of them, as in a terminal; the others only to the parent."""
