@@ -145,8 +145,7 @@ class CineNeuron(nn.Module):
             e, captions, empty, lines = shared.read_memories(folder, brain_model.to_f_c.out_features, prompt)
             latent_shape(decoder, settings["frames"], settings["height"], settings["width"])
             load_lora(decoder, folder / "lora")
-        pool = MemoryPool(e, captions)
-        model = cls(settings, brain_model, heads, mom, pool, decoder, empty, lines, voxels)
+        model = cls(settings, brain_model, heads, mom, MemoryPool(e, captions), decoder, empty, lines, voxels)
         model.folder = folder
         return model.to(device).eval().requires_grad_(False)
 
@@ -180,9 +179,8 @@ class CineNeuron(nn.Module):
     def reconstruct(self, x: Tensor, keys=None, steps: int | None = None, guidance: float | None = None):
         """fMRI x (B, T, N), z-scored -> videos, np.ndarray uint8 (B, F, H, W, 3), end to end (§3.3).
 
-        keys: of each clip the numbers (seed, clip) that its noise is drawn from; (0, 0), (0, 1) ... if not
-        given. steps, guidance: the run's if not given. Raises ValueError where x is no z-scored fMRI of this
-        brain."""
+        keys: of each clip the numbers (seed, clip) that its noise is drawn from; else (0, 0), (0, 1) ...
+        steps, guidance: else the run's. Raises ValueError where x is no z-scored fMRI of this brain."""
         f_fuse = self.remember(x).f_fuse  # (B, L, D_txt)
         generators = [noise_generator(*key) for key in keys or [(0, i) for i in range(len(f_fuse))]]
         steps = self.settings["sampling_steps"] if steps is None else steps
@@ -249,14 +247,11 @@ def evaluate_run(config: Config) -> int:
     model = load_run(config, accelerator)
     test = Clips(config.data, config.subject, "test", model.settings["stage1_config"]["rois"])
     clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))
-    complete, every = len(clips) == len(test), asked(Config(**PRESETS[config.data]))
-    run, metrics = model.folder.parent, asked(config)
-    out = held_out.evaluation_folder(run, config, model.settings, complete, metrics, every)
+    run, complete, every = model.folder.parent, len(clips) == len(test), Config(**PRESETS[config.data])
+    out = held_out.evaluation_folder(run, config, model.settings, complete, asked(config), asked(every))
     lines = {int(clip): test.lines[clip] for clip in clips}
     films = held_out.Films(config, model.size, [*lines.values(), *model.lines])
     held_out.claim(out, held_out.made_by(config, model.settings, model.folder), accelerator.is_main_process)
-
-    # ---- videos
     x = test.averaged()  # (test clips, T, N)
     if config.shuffle:
         x = x[other_scenes(far_apart([line["segment"] for line in test.lines]))]
@@ -267,8 +262,7 @@ def evaluate_run(config: Config) -> int:
 
     in_processes(make, accelerator, config.processes)
     accelerator.wait_for_everyone()
-
-    # ---- numbers and pictures
+    # numbers and pictures
     sets = held_out.pairs_of(out, lines, "from shuffled fMRI" if config.shuffle else "reconstruction")
     unavailable = score_all(sets, config, out, accelerator)
     if accelerator.is_main_process:

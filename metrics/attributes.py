@@ -1,8 +1,4 @@
-"""What do classifiers see in a video of the toy world, and is it what the clip shows?
-
-The names of the classes hold the attributes: "a red circle moves right". Used by evaluate.py where the clips
-have such attributes.
-"""
+"""What do classifiers, whose classes name attributes ("a red circle moves right"), see in a video?"""
 
 import os
 from collections.abc import Sequence
@@ -90,8 +86,8 @@ def agreement(
     groups: dict[str, np.ndarray],
 ) -> Recognised:
     """What is recognised in out/recon/NNNN.mp4 of `clips` {number: line of clips.jsonl}, beside chance, the
-    stimuli, the top-1 memories (indices into `train`) and the run's other reconstructions. Writes
-    out/recognised.json; nothing where the clips have no attributes or no classifier is a local folder."""
+    stimuli, the top-1 memories (indices into `train`) and the control. Writes out/recognised.json; nothing
+    where the clips have no attributes or no classifier is a local folder."""
     values = {name: sorted({*column}) for name, column in attribute_values(train).items()}
     classifiers = list(filter(os.path.isdir, classifiers))
     if not (values and classifiers):

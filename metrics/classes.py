@@ -21,14 +21,10 @@ from support.readers import check_tensors, damaged, reading
 def n_way_top_k(
     pred_probs: np.ndarray | Tensor, gt_classes: np.ndarray | Tensor, n: int, k: int = 1
 ) -> np.ndarray:
-    """Probability (clips,) that a GT class is among the k most probable of itself and n-1 other classes drawn
-    without replacement.
-
-    pred_probs (clips, classes) of the prediction, gt_classes (clips, G) of the GT: its top 3. Of the n-1
-    drawn of M others fewer than k may score as high as the best GT class: the hypergeometric distribution,
-    for k = 1 simply C(below, n-1) / C(M, n-1). Chance for k = 1: G / (n - 1 + G). Raises ValueError where
-    M < n-1.
-    """
+    """Probability (clips,) that a GT class is among the k likeliest of itself and n-1 drawn of the M others.
+    pred_probs (clips, classes), gt_classes (clips, G): fewer than k of those drawn may score as high as the
+    best GT class, hypergeometrically; k = 1: C(below, n-1) / C(M, n-1), by chance G / (n - 1 + G). Raises
+    ValueError where M < n-1."""
     probs, gt = np.asarray(pred_probs, np.float64), np.asarray(gt_classes)
     M = probs.shape[1] - gt.shape[1]
     if M < n - 1:
@@ -49,11 +45,8 @@ def accuracy(n: int, p: np.ndarray, p_gt: np.ndarray) -> np.ndarray:
 
 class Classifier:
     """Frames uint8 (n, H, W, 3) -> probabilities (1, classes) of all together, by a classifier of videos, or
-    (n, classes) of each, by one of pictures.
-
-    A classifier of videos takes any number of frames from `least` on, as in the public code of MinD-Video
-    (eval_metrics.py): the positions of VideoMAE are sines of the patch's number, not weights.
-    """
+    (n, classes) of each, by one of pictures. That of videos takes any n from `least` on, as in MinD-Video's
+    public code: the positions of VideoMAE are sines of the patch's number, not weights."""
 
     def __init__(self, weights: str | Path, device: torch.device | str = "cpu"):
         self.weights = weights

@@ -1,8 +1,5 @@
-"""Runs side by side, over their subjects and seeds: evaluate.py --compare, extras/ablations.py.
-
-Every clip is first the mean of the runs' values, so that intervals are over clips, drawn in blocks; what
-differs between seeds is the ± of the runs' means.
-"""
+"""Runs side by side, over subjects and seeds. Every clip is first the mean of the runs' values: intervals are
+over clips; the ± of the runs' means is what differs between seeds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +26,7 @@ class Runs(NamedTuple):
         return [key for key in self.rows if key in members and (others is None or key in others.rows)]
 
     def summary(self, metric: str, group: str | None = None) -> tuple[float, float | None] | None:
-        """Mean of the runs' values of the set, or of a group of its clips, and their standard deviation (None
-        for one run); None where no run has a value."""
+        """Mean and deviation (None of one) of the runs' values of the set, or of a group of its clips."""
         means, members = [], {*self.shared(group=group)}
         for run in self.results:
             rows = [row for row in run["clips"] if (run["provenance"].get("subject"), row["clip"]) in members]
@@ -56,8 +52,7 @@ class Runs(NamedTuple):
 
 
 def read_runs(name: str, files: Sequence[Path]) -> Runs:
-    """Runs of one kind from their metrics.json. Raises ValueError where two scored other clips of one
-    subject, or measured otherwise."""
+    """Runs of one kind. Raises ValueError where two scored other clips of one subject."""
     runs, scored = Runs(name, [read_metrics(file) for file in files], {}, {}), {}
     for run in runs.results:
         subject, clips = run["provenance"].get("subject"), [row["clip"] for row in run["clips"]]
@@ -82,8 +77,7 @@ def check_alike(groups: Sequence[Runs]) -> None:
 
 
 def compare(names: Sequence[str], data: str) -> str:
-    """Runs side by side, each the mean over its subjects and seeds; the first less each other, clip by clip.
-    Returns the table. Raises FileNotFoundError, ValueError."""
+    """The table: each the mean over its subjects and seeds; the first less each of the rest, clip by clip."""
     every = [read_runs(name, _metrics_files(name, data)) for name in names]
     check_alike(every)
     rows, first = [], every[0]

@@ -58,8 +58,7 @@ def dino_features(
     model: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], frames: np.ndarray
 ) -> np.ndarray:
     """Unit vectors (F, D) of frames uint8 (F, H, W, 3), prepared as VBench does: the short side becomes
-    `size`, bilinear, not antialiased, and nothing is cut off. Positions beyond the square are interpolated by
-    transformers; by DINO's own code in VBench, which differs a little."""
+    `size`, bilinear, not antialiased, and nothing is cut off. transformers interpolates the positions."""
     x = resize(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), size, antialias=False) / 255
     x = normalize(x, mean, std).to(model.device)  # (F, 3, h, w)
     tokens = [model(batch, interpolate_pos_encoding=True).last_hidden_state for batch in x.split(32)]

@@ -47,8 +47,7 @@ class Films:
 
 def write_retrieved(model, x: Tensor, lines: dict[int, dict], file: Path) -> np.ndarray | None:
     """retrieved.jsonl of x (clips, T, N), fMRI of the clips with these lines of clips.jsonl, by an
-    evaluate.CineNeuron. Returns the top-1 memories (clips,); None where nothing is retrieved: without
-    integration."""
+    evaluate.CineNeuron. Returns the top-1 memories (clips,); None where nothing is retrieved."""
     batches = [model.remember(batch) for batch in x.split(16)]
     if batches[0].indices is None:
         return None
@@ -121,8 +120,7 @@ def evaluation_folder(
 
 
 def claim(folder: Path, settings: dict, write: bool = True) -> None:
-    """config.json of an evaluation's folder: what its videos are made by. Raises ValueError where others
-    would join them."""
+    """config.json: what a folder's videos are made by. Raises ValueError where others would join them."""
     advice = f"to make its videos anew delete the folder: rm -r {folder}"
     read_settings(folder / "config.json", settings, (), advice)
     if write:
@@ -140,12 +138,9 @@ def made_by(config, settings: dict, stage2: Path) -> dict:
 
 
 def reconstruct(model, x: Tensor, clips: np.ndarray, folder: Path, config, rank: int, world: int) -> None:
-    """x (test clips, T, N) -> the missing folder/NNNN.mp4 of `clips`, this process's share, by an
-    evaluate.CineNeuron.
-
-    A clip's noise comes from (seed, clip). Batches are cut before they are shared out, and one that lacks a
-    clip is done whole: even the rounding, which depends on a batch's size, stays the same after a kill.
-    """
+    """x (test clips, T, N) -> the missing folder/NNNN.mp4 of `clips`, this process's share. Noise comes from
+    (seed, clip). Batches are cut before they are shared out, and one that lacks a clip is done whole: even
+    the rounding, which depends on a batch's size, stays the same after a kill."""
     batches = [clips[i : i + config.batch_size] for i in range(0, len(clips), config.batch_size)]
     for batch in tqdm(batches[rank::world], desc="reconstructing", unit="batch", disable=rank > 0):
         files = [folder / f"{clip:04d}.mp4" for clip in batch]

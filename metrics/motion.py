@@ -50,8 +50,7 @@ def flow_smoothness(w: np.ndarray, frames: np.ndarray) -> float:
 
 
 def warped_half_way(w: np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """Each frame uint8 (K, H, W, 3) and the next, moved half way along the flow w (K - 1, 2, H, W), and
-    averaged: uint8 (K - 1, H, W, 3)."""
+    """Frames uint8 (K, H, W, 3) and the next, moved half way along w (K - 1, 2, H, W) and averaged: uint8."""
     half = torch.from_numpy(w).float() / 2  # (K - 1, 2, H, W)
     x = tensor(frames)  # (K, 3, H, W)
     *_, H, W = half.shape
@@ -102,8 +101,7 @@ def load_amt(weights: str, device: torch.device | str) -> Callable:
 
 
 def amt_between(model: nn.Module, frames: np.ndarray) -> np.ndarray:
-    """AMT's picture between each frame uint8 (K, H, W, 3) and the next: uint8 (K - 1, H, W, 3), cut to whole
-    numbers as VBench does."""
+    """AMT's picture between each frame uint8 (K, H, W, 3) and the next, cut to whole numbers as VBench's."""
     x = tensor(frames).to(next(model.parameters()).device) / 255
     half = x.new_full((1, 1, 1, 1), 0.5)
     between = of_neighbours(lambda a, b: model(a, b, half, eval=True)["imgt_pred"], x, 16, 1)

@@ -85,10 +85,10 @@ def summarise(method: str, run: Evaluation, known: dict[str, object]) -> dict:
         for name in (*asked(config), *run.values):
             values = values_of(name, rows)[members]
             groups[group][name] = estimate(name, values, blocks[members])._asdict()
-    provenance = {**run.provenance, "method": method, "size": config.size}
-    provenance |= {"classifier_frames": config.classifier_frames, "trials": config.trials or "exact"}
     metrics = {name: _entry(name, scored, blocks, run) for name in NAMES}
-    provenance["versions"] = VERSIONS
+    frames, trials = config.classifier_frames, config.trials or "exact"
+    options = {"size": config.size, "classifier_frames": frames, "trials": trials, "versions": VERSIONS}
+    provenance = run.provenance | {"method": method} | options
     return {"metrics": metrics, "groups": groups, "clips": rows, "provenance": provenance}
 
 
@@ -189,8 +189,7 @@ def _rows(method: str, result: dict, names: list[str], control: str) -> list[Row
 
 
 def table(rows: list[Row], data: str) -> str:
-    """The rows, and those that the paper prints of this dataset, in blocks of metrics; none where only the
-    paper has numbers."""
+    """The rows, and the paper's of this dataset, in blocks of metrics, but no block of the paper's alone."""
     lines = []
     with open(QUOTED, newline="", encoding="utf-8") as file:
         paper = [row for row in csv.DictReader(file) if row["data"] == data]

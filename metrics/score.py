@@ -1,8 +1,5 @@
-"""Pairs of videos -> values, clip by clip, kept in values/*.jsonl: what is known is not computed again.
-
-A value's key is a digest of all that makes it: videos, weights, options, versions of the libraries and this
-program's own code.
-"""
+"""Pairs of videos -> values, clip by clip, in values/*.jsonl: what is known is not computed again. A value's
+key is a digest of all that makes it: videos, weights, options, versions of libraries, this program's code."""
 
 import json
 from collections import ChainMap
@@ -27,11 +24,9 @@ from metrics.table import LOADERS, METRICS, Metric, asked
 from support.files import sha256
 from support.readers import damaged
 
-LIBRARIES = (
-    "numpy scipy scikit-image av torch torchvision transformers open_clip_torch opencv-python-headless"
-)
+LIBRARIES = "numpy scipy scikit-image av torch torchvision transformers open_clip_torch"
 VERSIONS: dict[str, str] = {}
-for library in LIBRARIES.split():
+for library in (*LIBRARIES.split(), "opencv-python-headless"):
     with suppress(PackageNotFoundError):  # OpenCV has several names
         VERSIONS[library] = version(library)
 ROOM = sorted(Path(__file__).parent.glob("*.py"))
@@ -85,15 +80,13 @@ def known_values(out: Path) -> dict[str, object]:
 
 
 def known_value(known: dict[str, object], name: str, key: str) -> list[float | None] | None:
-    """[value, value against another stimulus] of a metric, where it is known and lies in the metric's range;
-    a number is None where a video is missing or too short."""
+    """[value, value against another stimulus], where known and in the metric's range."""
     value, (low, high), rounding = known.get(key), METRICS[name].bounds, 1e-4
     if not isinstance(value, list) or len(value) != 2:
         return None
-    fits = [
-        type(x) in (int, float) and low - rounding <= x <= high + rounding for x in value if x is not None
-    ]
-    return value if all(fits) else None
+    numbers = [x for x in value if x is not None]
+    fits = all(type(x) in (int, float) and low - rounding <= x <= high + rounding for x in numbers)
+    return value if fits else None
 
 
 def score_all(sets: dict[str, list[Pair]], config, out: Path, accelerator: Accelerator) -> dict[str, str]:
@@ -106,12 +99,7 @@ def score_all(sets: dict[str, list[Pair]], config, out: Path, accelerator: Accel
 
 @torch.inference_mode()
 def score(
-    sets: dict[str, list[Pair]],
-    config,
-    out: Path,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world: int = 1,
+    sets: dict[str, list[Pair]], config, out: Path, device: torch.device | str = "cpu", rank=0, world=1
 ) -> dict[str, str]:
     """Compute what out/values/ lacks, this process's share, clip by clip. Returns {judge: why it could not be
     had}. Raises ValueError for a video that cannot be read, unless --skip-bad."""

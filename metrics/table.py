@@ -1,8 +1,5 @@
-"""The table of metrics: a row a metric (§4.1; docs/metrics.md has the glossary).
-
-A row says who judges (the option that names a frozen network), which frames are picked, and the formula of
-what the judge makes of them. A new metric is a formula in pixels, features, motion or classes and a row here.
-"""
+"""The table of metrics (§4.1; docs/metrics.md has the glossary). A row says who judges (the option that names
+a frozen network), which frames are picked, and the formula of what the judge makes of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -127,6 +127,9 @@ def test_the_model_is_put_together_from_stage_1_and_from_the_run(tiny, run, chan
         wanted = dict(K=2, alpha=0.7, tau=0.2, text_rms=pytest.approx(rms, abs=1e-5), attention_heads=4)
         config = fresh.mom._hub_mixin_config
         assert {name: config[name] for name in wanted} == wanted
+        train = Clips("cc2017", 1, "train", None, settings["decoder"], SIZE, val_segments="seg2")
+        fresh = CineNeuron.from_stage1(stage1, settings, train)
+        assert {line["segment"] for line in fresh.lines} == {"seg1", "seg3"} and len(fresh.pool.e) == 30
 
 
 def test_the_lora_of_the_run_is_in_its_decoder(world, model):
@@ -243,16 +246,9 @@ def test_pictures_show_stimulus_memory_and_reconstruction(out, model):
     stimuli = held_out.Films(Config(data="cc2017"), SIZE, model.lines)
     rows = {row["clip"]: row for row in lines_of(out / "retrieved.jsonl")}
     with Image.open(out / "sheet.png") as sheet:
-        for row, clip in enumerate(
-            [0, 20, 5, 25, 10, 15]
-        ):  # alternately of either group, or as many as there are
-            clip = CLIPS[row]
-            memory = stimuli.frames(model.lines[rows[clip]["retrieved"][0]])
-            videos = [
-                frames_of(out / "gt" / f"{clip:04d}.mp4"),
-                memory,
-                frames_of(out / "recon" / f"{clip:04d}.mp4"),
-            ]
+        for row, clip in enumerate(CLIPS):
+            memory, file = stimuli.frames(model.lines[rows[clip]["retrieved"][0]]), f"{clip:04d}.mp4"
+            videos = [frames_of(out / "gt" / file), memory, frames_of(out / "recon" / file)]
             for column, video in enumerate(videos):
                 mean = video[[0, len(video) // 2, -1]].mean((0, 1, 2))
                 assert abs(cell(sheet, row, column, 6, 3).mean((0, 1)) - mean).max() < 25, (row, column)
@@ -421,17 +417,13 @@ def test_a_run_is_tested_on_its_own_areas_by_its_own_noise(world, monkeypatch, t
     write_json(file, settings)
     test = Clips("cc2017", 1, "test")
     monkeypatch.setattr(evaluate, "Clips", lambda *words: calls.update(clips=words) or test)
-    monkeypatch.setattr(
-        evaluate, "has_near_copy", lambda *words: calls.update(copies=words) or np.zeros(2, bool)
-    )
-    monkeypatch.setattr(
-        CineNeuron,
-        "reconstruct",
-        lambda self, x, *words: calls.update(x=x, words=words) or np.zeros((2, *SIZE, 3), np.uint8),
-    )
+    near_copy, videos = np.zeros(2, bool), np.zeros((2, *SIZE, 3), np.uint8)
+    monkeypatch.setattr(evaluate, "has_near_copy", lambda *words: calls.update(copies=words) or near_copy)
+    monkeypatch.setattr(CineNeuron, "reconstruct", lambda _, *words: calls.update(words=words) or videos)
     run_evaluation(clips=2, seed=4, steps=5, guidance=0.0)
-    assert calls["clips"] == ("cc2017", 1, "test", "V1") and torch.equal(calls["x"], test.averaged()[[0, 25]])
-    assert calls["words"] == ([(4, 0), (4, 25)], 5, 0.0)
+    assert calls["clips"] == ("cc2017", 1, "test", "V1")
+    assert torch.equal(calls["words"][0], test.averaged()[[0, 25]])
+    assert calls["words"][1:] == ([(4, 0), (4, 25)], 5, 0.0)
     assert calls["copies"][0] == test.stimuli and calls["copies"][1].tolist() == [0, 25]
     shutil.rmtree(RUN.with_name("full-s4"))
 
@@ -450,15 +442,10 @@ def test_the_control_of_a_clip_is_another_scene(tmp_path):
     (method, pairs), *_ = held_out.pairs_of(tmp_path, lines, "ours").items()
     assert method == "ours" and [pair.name for pair in pairs] == [f"{clip:04d}" for clip in lines]
     for pair in pairs:
-        assert (pair.pred.path, pair.gt.path) == (
-            tmp_path / f"recon/{pair.name}.mp4",
-            tmp_path / f"gt/{pair.name}.mp4",
-        )
+        assert [pair.pred.path, pair.gt.path] == [tmp_path / k / f"{pair.name}.mp4" for k in ("recon", "gt")]
         assert pair.control.path.parent == tmp_path / "gt"
         assert (int(pair.control.path.stem) < 13) != (int(pair.name) < 13)
-    few = held_out.pairs_of(tmp_path, {clip: line for clip, line in lines.items() if clip < 9}, "ours")[
-        "ours"
-    ]
+    few = held_out.pairs_of(tmp_path, {clip: lines[clip] for clip in range(4)}, "ours")["ours"]
     assert [pair.control for pair in few] == [None] * 4
 
 
@@ -471,11 +458,8 @@ def test_one_recording_becomes_one_video(model, x, tmp_path, monkeypatch, capsys
     for suffix, near in (("mp4", 3), ("gif", 12)):
         assert main(parse([*options.split(), f"{tmp_path}/y.{suffix}"], "")) == 0
         text = capsys.readouterr().out
-        assert (
-            f"written: {tmp_path}/y.{suffix}; it recalls: "
-            + model.lines[model.remember(x[7:8]).indices[0, 0]]["caption"]
-            in text
-        )
+        caption = model.lines[model.remember(x[7:8]).indices[0, 0]]["caption"]
+        assert f"written: {tmp_path}/y.{suffix}; it recalls: {caption}\n" in text
         assert abs(frames_of(tmp_path / f"y.{suffix}") - model.reconstruct(x[7:8])[0]).mean() < near
         assert read_video(tmp_path / f"y.{suffix}").fps == pytest.approx(10)
     shutil.copytree(RUN.with_name("no-integration-s0"), RUN.with_name("full-s2"))
@@ -490,16 +474,8 @@ def test_one_recording_becomes_one_video(model, x, tmp_path, monkeypatch, capsys
 @pytest.mark.slow
 def test_one_recording_by_the_script(world, x, tmp_path):
     np.save(tmp_path / "x.npy", x[7].numpy())
-    done = run_script(
-        "evaluate.py",
-        "--data",
-        "cc2017",
-        "--fmri",
-        tmp_path / "x.npy",
-        "--out",
-        tmp_path / "y.mp4",
-        cwd=world,
-    )
+    options = f"--data cc2017 --fmri {tmp_path}/x.npy --out {tmp_path}/y.mp4"
+    done = run_script("evaluate.py", *options.split(), cwd=world)
     assert done.returncode == 0, done.stderr
     assert not chatter(done) and frames_of(tmp_path / "y.mp4").shape == (*SIZE, 3)
 
@@ -541,10 +517,8 @@ def judge(tmp_path_factory) -> str:
 
 def test_attributes_are_read_from_the_classes(out, judge, tmp_path):
     image = write_classifier(tmp_path / "i", [f"x {n} y" for n in COLOURS], False)
-    files, values = (
-        sorted((out / "gt").iterdir()),
-        {"shape": [*SHAPES], "colour": [*COLOURS], "action": ["jumps"]},
-    )
+    files = sorted((out / "gt").iterdir())
+    values = {"shape": [*SHAPES], "colour": [*COLOURS], "action": ["jumps"]}
     seen, by_image = recognise(files, [judge], values), recognise(files, [str(image), judge], values)
     assert [*seen] == ["shape", "colour"] and by_image["shape"] == seen["shape"]
     for i, file in enumerate(files):
@@ -558,12 +532,9 @@ def test_attributes_are_read_from_the_classes(out, judge, tmp_path):
 
 def test_shares_of_the_attributes():
     clips = [{"shape": "circle", "colour": "red"}, {"shape": "square", "colour": "red"}]
-    seen, groups = (
-        {"shape": ["circle", "circle"], "colour": ["red", "blue"]},
-        {"new": np.array([True, False])},
-    )
+    seen = {"shape": ["circle", "circle"], "colour": ["red", "blue"]}
     expected = {"shape": 0.5, "colour": 0.5, "all of them": 0.5, "all of them, new": 1}
-    assert shares(seen, clips, groups) == expected
+    assert shares(seen, clips, {"new": np.array([True, False])}) == expected
 
 
 def test_clips_whose_like_was_seen_are_told_apart(model, tmp_path):
@@ -579,10 +550,8 @@ def test_clips_whose_like_was_seen_are_told_apart(model, tmp_path):
 
     # blue and circle are clips 1, 5, 9 ... of either split
     trained = [line for line in model.lines if (line["colour"], line["shape"]) != ("blue", "circle")]
-    assert groups(lines, trained, near_copy) == {
-        "shown in training": [1, 0, 1, 1],
-        "never shown": [0, 1, 0, 0],
-    }
+    by_attributes = {"shown in training": [1, 0, 1, 1], "never shown": [0, 1, 0, 0]}
+    assert groups(lines, trained, near_copy) == by_attributes
     bare = {clip: {"caption": line["caption"]} for clip, line in lines.items()}
     by_copies = {"with a near-copy": [1, 0, 0, 1], "without a near-copy": [0, 1, 1, 0]}
     assert groups(bare, [*bare.values()], near_copy) == by_copies
@@ -597,9 +566,8 @@ def test_table_of_recognised_attributes(out, judge, capsys):
     assert columns["chance"] == {"shape": 0.5, "colour": 0.5} | of_all
     result = json.loads((out / "metrics.json").read_text())
     group = result["groups"]["shown in training"]
-    assert [*result["groups"]] == ["shown in training"] and group["clips"] == [
-        row["clip"] for row in result["clips"]
-    ]
+    assert [*result["groups"]] == ["shown in training"]
+    assert group["clips"] == [row["clip"] for row in result["clips"]]
     assert group["all_attributes"]["mean"] == pytest.approx(columns["reconstruction"]["all of them"])
     test, train = (Clips("cc2017", 1, split).lines for split in ("test", "train"))
     for kind, column in (("recon", "reconstruction"), ("gt", "stimulus")):
@@ -607,11 +575,9 @@ def test_table_of_recognised_attributes(out, judge, capsys):
         for name in seen:
             right = [value == test[i][name] for i, value in zip(CLIPS, seen[name], strict=True)]
             assert columns[column][name] == np.mean(right)
-    lines = [train[i] for i in Clips("cc2017", 1, "train").trained]
-    right = [
-        lines[row["retrieved"][0]]["shape"] == test[row["clip"]]["shape"]
-        for row in lines_of(out / "retrieved.jsonl")
-    ]
+    lines, right = [train[i] for i in Clips("cc2017", 1, "train").trained], []
+    for row in lines_of(out / "retrieved.jsonl"):
+        right.append(lines[row["retrieved"][0]]["shape"] == test[row["clip"]]["shape"])
     assert columns["top-1 memory"]["shape"] == np.mean(right)
     capsys.readouterr()
     run_evaluation(shuffle=True, video_classifier=judge)
@@ -620,14 +586,9 @@ def test_table_of_recognised_attributes(out, judge, capsys):
     assert header.split("  ")[0] == "6 held-out clips, seen as shown"
     assert header.split()[-7:] == "reconstruction top-1 memory shuffled fMRI stimulus chance".split()
     row = next(line for line in text if line.startswith("colour")).split()
-    control = json.loads((out.with_name("eval-shuffled-6-clips-ssim-psnr") / "recognised.json").read_text())[
+    control = json.loads((RUN / EVAL.replace("eval", "eval-shuffled") / "recognised.json").read_text())[
         "shares"
     ]
-    shown = [
-        columns["reconstruction"],
-        columns["top-1 memory"],
-        control["shuffled fMRI"],
-        columns["stimulus"],
-        columns["chance"],
-    ]
+    order = ["reconstruction", "top-1 memory", "shuffled fMRI", "stimulus", "chance"]
+    shown = [(columns | {"shuffled fMRI": control["shuffled fMRI"]})[name] for name in order]
     assert row[1:] == [f"{column['colour']:.3f}" for column in shown]
