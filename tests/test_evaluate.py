@@ -137,11 +137,11 @@ def test_the_lora_of_the_run_is_in_its_decoder(world, model):
     g = torch.Generator().manual_seed(0)
     y, f_fuse = torch.randn(1, *LATENT, generator=g), torch.randn(1, L, D_TXT, generator=g)
     with torch.inference_mode():
-        without, own = (d.predict(y, f_fuse, torch.tensor([500.0])) for d in (decoder, model.decoder))
+        without, with_it = (d.predict(y, f_fuse, torch.tensor([500.0])) for d in (decoder, model.decoder))
         load_lora(decoder, world / RUN / "stage2" / "lora")
         loaded = decoder.predict(y, f_fuse, torch.tensor([500.0]))
-    torch.testing.assert_close(own, loaded, atol=1e-5, rtol=1e-5)
-    assert (own - without).abs().mean() > 1e-3
+    torch.testing.assert_close(with_it, loaded, atol=1e-5, rtol=1e-5)
+    assert (with_it - without).abs().mean() > 1e-3
     assert decoder.pipe.vae is None and model.decoder.pipe.vae is not None
 
 
@@ -361,16 +361,16 @@ def test_a_smaller_evaluation_has_a_folder_of_its_own(world, out):
     assert folder(False, clips=4) == "eval-4-clips"
     assert folder(steps=10) == "eval-steps10"
     assert folder(guidance=0.0, metrics=["ssim"]) == "eval-guidance0-ssim"
-    some = folder(metrics=["ssim", "psnr", "epe", "dtc"])
-    assert some.startswith("eval-4-metrics-") and some != folder(metrics=["ssim", "psnr", "epe", "ms"])
+    four = folder(metrics=["ssim", "psnr", "epe", "dtc"])
+    assert four.startswith("eval-4-metrics-") and four != folder(metrics=["ssim", "psnr", "epe", "ms"])
     files = contents(out)
     run_evaluation(clips=2)
     assert (world / RUN / "eval-2-clips-ssim-psnr" / "metrics.json").is_file()
     assert contents(out) == files
-    made = held_out.made_by(Config(fps=3.0), SETTINGS, RUN / "stage2")
-    assert (made["steps"], made["guidance"], made["fps"]) == (2, 2.0, 3.0)
-    made = held_out.made_by(Config(steps=9, guidance=0.0), SETTINGS, RUN / "stage2")
-    assert (made["steps"], made["guidance"]) == (9, 0.0)
+    recipe = held_out.made_by(Config(fps=3.0), SETTINGS, RUN / "stage2")
+    assert (recipe["steps"], recipe["guidance"], recipe["fps"]) == (2, 2.0, 3.0)
+    recipe = held_out.made_by(Config(steps=9, guidance=0.0), SETTINGS, RUN / "stage2")
+    assert (recipe["steps"], recipe["guidance"]) == (9, 0.0)
 
 
 @pytest.mark.parametrize("name", ["no-mom", "no-integration"])
@@ -417,14 +417,14 @@ def test_a_run_is_tested_on_its_own_areas_by_its_own_noise(world, monkeypatch, t
     write_json(file, settings)
     test = Clips("cc2017", 1, "test")
     monkeypatch.setattr(evaluate, "Clips", lambda *words: calls.update(clips=words) or test)
-    near_copy, videos = np.zeros(2, bool), np.zeros((2, *SIZE, 3), np.uint8)
+    near_copy, videos = np.zeros(4, bool), np.zeros((4, *SIZE, 3), np.uint8)
     monkeypatch.setattr(evaluate, "has_near_copy", lambda *words: calls.update(copies=words) or near_copy)
     monkeypatch.setattr(CineNeuron, "reconstruct", lambda _, *words: calls.update(words=words) or videos)
-    run_evaluation(clips=2, seed=4, steps=5, guidance=0.0)
+    run_evaluation(clips=4, seed=4, steps=5, guidance=0.0)
     assert calls["clips"] == ("cc2017", 1, "test", "V1")
-    assert torch.equal(calls["words"][0], test.averaged()[[0, 25]])
-    assert calls["words"][1:] == ([(4, 0), (4, 25)], 5, 0.0)
-    assert calls["copies"][0] == test.stimuli and calls["copies"][1].tolist() == [0, 25]
+    assert torch.equal(calls["words"][0], test.averaged()[[0, 8, 17, 25]])
+    assert calls["words"][1:] == ([(4, 0), (4, 8), (4, 17), (4, 25)], 5, 0.0)
+    assert calls["copies"][0] == test.stimuli and calls["copies"][1].tolist() == [0, 8, 17, 25]
     shutil.rmtree(RUN.with_name("full-s4"))
 
 
@@ -432,8 +432,12 @@ def test_shuffled_reconstructions_come_from_the_other_clip(model, x):
     run_evaluation(clips=2, shuffle=True)
     shuffled = RUN / "eval-shuffled-2-clips-ssim-psnr"
     assert [path.name for path in sorted((shuffled / "recon").iterdir())] == ["0000.mp4", "0025.mp4"]
-    recalled = model.remember(x[[13, 12]]).indices.tolist()
-    assert [row["retrieved"] for row in lines_of(shuffled / "retrieved.jsonl")] == recalled
+    W_r = np.array([row["W_r"] for row in lines_of(shuffled / "retrieved.jsonl")])
+    np.testing.assert_allclose(W_r, model.remember(x[[13, 12]]).W_r, atol=1e-4)
+    assert abs(W_r - model.remember(x[[0, 25]]).W_r.numpy()).min(1).max() > 1e-3
+    videos = model.reconstruct(x[[13, 12]], [(0, 0), (0, 25)])
+    for clip, video in zip((0, 25), videos, strict=True):
+        assert abs(frames_of(shuffled / "recon" / f"{clip:04d}.mp4") - video).mean() < 3
     assert json.loads((shuffled / "metrics.json").read_text())["provenance"]["method"] == "from shuffled fMRI"
 
 
@@ -530,6 +534,27 @@ def test_attributes_are_read_from_the_classes(out, judge, tmp_path):
         assert by_image["colour"][i] == COLOURS[of_image.argmax()]
 
 
+class Judge:
+    """Two rows of probabilities; it notes the frames."""
+
+    names, given = ["a red x", "blue"], []
+
+    def __init__(self, weights: str):
+        self.given.clear()
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        self.given.extend(frames[:, 0, 0, 0].tolist())
+        return np.array([[0.4, 0.6], [0.8, 0.2]])
+
+
+def test_a_judge_sees_sixteen_frames_spread_over_the_clip_and_their_mean_counts(tmp_path, monkeypatch):
+    frames = np.arange(32, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    np.save(tmp_path / "v.npy", frames)
+    monkeypatch.setattr("metrics.attributes.Classifier", Judge)
+    assert recognise([tmp_path / "v.npy"], ["judge"], {"colour": ["red", "blue"]}) == {"colour": ["red"]}
+    assert Judge.given == [*range(1, 32, 2)]
+
+
 def test_shares_of_the_attributes():
     clips = [{"shape": "circle", "colour": "red"}, {"shape": "square", "colour": "red"}]
     seen = {"shape": ["circle", "circle"], "colour": ["red", "blue"]}
@@ -590,5 +615,5 @@ def test_table_of_recognised_attributes(out, judge, capsys):
         "shares"
     ]
     order = ["reconstruction", "top-1 memory", "shuffled fMRI", "stimulus", "chance"]
-    shown = [(columns | {"shuffled fMRI": control["shuffled fMRI"]})[name] for name in order]
-    assert row[1:] == [f"{column['colour']:.3f}" for column in shown]
+    cells = [(columns | {"shuffled fMRI": control["shuffled fMRI"]})[name] for name in order]
+    assert row[1:] == [f"{column['colour']:.3f}" for column in cells]

@@ -448,7 +448,7 @@ def test_a_classifier_takes_a_clips_own_frames(tmp_path, frames):
 
 
 @pytest.mark.parametrize(
-    ("of_video", "own", "lengths", "expected"),
+    ("of_video", "number", "lengths", "expected"),
     [
         (
             True,
@@ -462,11 +462,11 @@ def test_a_classifier_takes_a_clips_own_frames(tmp_path, frames):
         (True, "16", (4, 32), [[0] * 4 + [1] * 4 + [2] * 4 + [3] * 4, [*range(1, 32, 2)]]),
     ],
 )
-def test_a_classifier_is_given_frames_spread_over_the_clip(of_video, own, lengths, expected):
+def test_a_classifier_is_given_frames_spread_over_the_clip(of_video, number, lengths, expected):
     judge = Network()
     judge.of_video, judge.least, judge.forward = of_video, 2, lambda frames: frames[:, 0, 0, 0].tolist()
     videos = [counting(length) for length in lengths]
-    assert METRICS["video_2way"].picks(judge, Config(classifier_frames=own), *videos) == expected
+    assert METRICS["video_2way"].picks(judge, Config(classifier_frames=number), *videos) == expected
 
 
 # -- a set of pairs -------------------------------------------------------------------------------------------------
@@ -717,9 +717,9 @@ def test_side_by_side_videos_are_cut(three):
     glued = [np.concatenate(pair, 2) for pair in zip(*videos.values(), strict=True)]
     (pairs,) = find_pairs(write_pairs(three.parent / "glued", glued[:0], ours=glued), split=True).values()
     for i, pair in enumerate(pairs):
-        shown = [watch(source, 2.0).frames for source in (pair.pred, pair.gt, pair.control)]
+        halves = [watch(source, 2.0).frames for source in (pair.pred, pair.gt, pair.control)]
         expected = [videos["ours"][i], videos["gt"][i], videos["gt"][(i + 1) % 3]]
-        np.testing.assert_array_equal(shown, expected)
+        np.testing.assert_array_equal(halves, expected)
     with pytest.raises(FileNotFoundError, match="glued has videos in ours; wanted gt/NAME.*--split"):
         find_pairs(three.parent / "glued")
 
