@@ -120,6 +120,7 @@ def test_the_model_is_put_together_from_stage_1_and_from_the_run(tiny, run, chan
         assert np.array_equal(model.voxels["index"], np.arange(N) * 7)
     assert same(trained.mom, kind.from_pretrained(stage2 / "mixture_of_memories"))
     assert (trained.folder, fresh.folder, trained.training) == (stage2, None, False)
+    assert fresh.decoder.pipe.vae is None  # no samples are asked for
     assert not any(p.requires_grad for p in trained.parameters())
     assert all(p.requires_grad for p in fresh.brain_model.parameters())
     if run == "full":
@@ -143,6 +144,11 @@ def test_the_lora_of_the_run_is_in_its_decoder(world, model):
     torch.testing.assert_close(with_it, loaded, atol=1e-5, rtol=1e-5)
     assert (with_it - without).abs().mean() > 1e-3
     assert decoder.pipe.vae is None and model.decoder.pipe.vae is not None
+    options = dict(noise_shift=2.5, lora_rank=3, lora_alpha=6, checkpointing=True)
+    decoder = load_decoder(model.settings | options, False, torch.bfloat16)
+    lora = decoder.transformer.peft_config["default"]
+    assert (decoder.noise_shift, lora.r, lora.lora_alpha) == (2.5, 3, 6)
+    assert decoder.transformer.gradient_checkpointing and decoder.transformer.dtype == torch.bfloat16
 
 
 def test_noise_steps_and_guidance_are_those_asked_for_or_the_runs(model, x):
@@ -508,6 +514,8 @@ def test_recordings_that_do_not_fit(tmp_path, content, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(Config(data="cc2017", fmri=str(tmp_path / "x.npy"), out=str(tmp_path / "y.mp4")))
     assert not (tmp_path / "y.mp4").exists()
+    with pytest.raises(ValueError, match="y.txt"):  # at once
+        main(Config(data="cc2017", run="none", fmri="x.npy", out=str(tmp_path / "y.txt")))
 
 
 # -- what is recognised -----------------------------------------------------------------------------------
@@ -535,23 +543,25 @@ def test_attributes_are_read_from_the_classes(out, judge, tmp_path):
 
 
 class Judge:
-    """Two rows of probabilities; it notes the frames."""
+    """Two rows of probabilities, which the second judge turns round; it notes the frames."""
 
     names, given = ["a red x", "blue"], []
 
     def __init__(self, weights: str):
         self.given.clear()
+        self.turned = weights == "second"
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         self.given.extend(frames[:, 0, 0, 0].tolist())
-        return np.array([[0.4, 0.6], [0.8, 0.2]])
+        return np.array([[0.4, 0.6], [0.8, 0.2]])[:, :: -1 if self.turned else 1]
 
 
 def test_a_judge_sees_sixteen_frames_spread_over_the_clip_and_their_mean_counts(tmp_path, monkeypatch):
     frames = np.arange(32, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
     np.save(tmp_path / "v.npy", frames)
     monkeypatch.setattr("metrics.attributes.Classifier", Judge)
-    assert recognise([tmp_path / "v.npy"], ["judge"], {"colour": ["red", "blue"]}) == {"colour": ["red"]}
+    for judges, colour in ((["first", "second"], "red"), (["second"], "blue")):  # the first that can is asked
+        assert recognise([tmp_path / "v.npy"], judges, {"colour": ["red", "blue"]}) == {"colour": [colour]}
     assert Judge.given == [*range(1, 32, 2)]
 
 
@@ -604,6 +614,8 @@ def test_table_of_recognised_attributes(out, judge, capsys):
     for row in lines_of(out / "retrieved.jsonl"):
         right.append(lines[row["retrieved"][0]]["shape"] == test[row["clip"]]["shape"])
     assert columns["top-1 memory"]["shape"] == np.mean(right)
+    columns["top-1 memory"]["colour"] = 0.123  # in the control's table stand the reconstruction's memories
+    write_json(out / "recognised.json", {"shares": columns})
     capsys.readouterr()
     run_evaluation(shuffle=True, video_classifier=judge)
     text = capsys.readouterr().out.split("\n")

@@ -206,9 +206,9 @@ def test_clip_pcc_in_three_definitions():
 
 
 def test_dtc_by_hand():
-    e = np.array([[1, 0], [0, 1], [-1, 0], [1, 0]], np.float32)
-    # cosines to the one before 0, 0, -1; to the first 0, -1, 1
-    assert measured("dtc", lambda frames: e, "256", video_of(moving(4))) == pytest.approx(1 / 6)
+    e = np.array([[1, 0], [0, 1], [-1, 0], [0.6, 0.8]], np.float32)
+    # cosines to the one before 0, 0, -0.6; to the first 0, -1, 0.6
+    assert measured("dtc", lambda frames: e, "256", video_of(moving(4))) == pytest.approx(0.6 / 6)
 
 
 def tiny_vit(image: int = 224) -> ViTModel:
@@ -984,16 +984,28 @@ def test_runs_side_by_side(four_runs, capsys):
     assert any("less runs/cc2017/sub1/no-mom-s0/eval, 80 clips" in line and "0.080" in line for line in lines)
 
 
+def test_runs_are_compared_on_the_clips_that_both_have(four_runs, capsys):
+    write_metrics(Path("fewer"), four_runs - 0.03, four_runs, 1)
+    result = json.loads(Path("fewer/metrics.json").read_text())
+    Path("fewer/metrics.json").write_text(json.dumps(result | {"clips": result["clips"][:19:-1]}))
+    lines = compared(capsys, "runs/cc2017/sub1/full-s0", "fewer")
+    at = next(i for i, line in enumerate(lines) if "less fewer, 60 clips" in line)
+    assert "0.130" in lines[at] and "[0.130, 0.130]" in lines[at + 1]
+
+
 def test_runs_that_cannot_be_compared(four_runs, tmp_path):
     base = four_runs
     write_metrics(Path("runs") / "cc2017" / "sub1" / "uneven-s0" / "eval", base, base, 1)
     write_metrics(Path("runs") / "cc2017" / "sub1" / "uneven-s1" / "eval", base[:40], base[:40], 1)
     write_metrics(tmp_path / "native", base, base, 1, "native")
+    origin = {"size": "256", "subject": 1, "classifier_frames": "own"}
+    write_metrics(tmp_path / "frames", base, base, 1, provenance=origin)
     for second, error, message in (
         ("uneven", ValueError, "uneven: its runs scored 80 and 40 clips"),
         ("other", FileNotFoundError, "--compare other: no metrics.json there, nor in runs/cc2017/sub"),
         ("full/eval-shuffled", FileNotFoundError, "nor in runs/cc2017/sub.*/full-s.*/eval-shuffled/"),
         ("native", ValueError, "--size 256 .* and --size native"),
+        ("frames", ValueError, "--classifier-frames 16, and .* --classifier-frames own"),
     ):
         with pytest.raises(error, match=message):
             main(parse(f"--data cc2017 --compare full {second}".split()))
