@@ -894,8 +894,13 @@ def test_presets_and_options_that_do_not_go_together(capsys):
     assert (toy.size, pairs.size, cinebrain.size) == ("native", "256", "native")
     assert (toy.classifier_frames, pairs.classifier_frames) == ("16", "own")
     assert (toy.fps, pairs.fps, cinebrain.seconds) == (8.5, 30, 33 / 8)
-    for words in ("--fmri x --pairs y", "--pairs x --compare y", "--pairs x --steps 3", "--compare x --guidance 1", "--shuffle --fmri x",
-                  "--clips 3 --pairs x", "--split", "--skip_bad --fmri x", "--out x", "--stimuli x --compare y"):  # fmt: skip
+    pairs, compare, fmri = modes = ("--pairs x", "--compare x", "--fmri x")
+    clashes = dict.fromkeys(("--fmri y", "--steps 3", "--guidance 1"), (pairs, compare)) | {
+        "--pairs y": (compare,)
+    }
+    clashes |= dict.fromkeys(("--shuffle", "--clips 3", "--stimuli x"), modes)
+    clashes |= dict.fromkeys(("--split", "--skip_bad"), ("", compare, fmri)) | {"--out x": ("", compare)}
+    for words in [f"{option} {mode}" for option, others in clashes.items() for mode in others]:
         with pytest.raises(ValueError, match="wanted (one of the two|both)"):
             parse(words.split())
     with pytest.raises(ValueError, match="--metrics sim: there are"):
