@@ -149,11 +149,10 @@ def report(run: Evaluation) -> str:
     for reason, metrics in reasons.items():
         text += f"\nn/a or in part, {', '.join(metrics)}: {reason}"
     _pictures(run, results)
-    of_pairs, of_run = (
-        "METHOD/metrics.json, metrics.csv, sheet.png",
-        "gt, recon, retrieved.jsonl, metrics.json",
-    )
-    return f"{text}\n\nwritten: {run.out}/ ({of_pairs if config.pairs else of_run}, ...)"
+    files = "gt, recon, retrieved.jsonl, metrics.json, ..."
+    if config.pairs:
+        files = "METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png"
+    return f"{text}\n\nwritten: {run.out}/ ({files})"
 
 
 # ---------------------------------------------------------------- the printed table
