@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -26,8 +27,10 @@ from metrics import held_out
 from metrics.attributes import recognise, shares
 from metrics.classes import Classifier
 from metrics.options import Config, parse
+from metrics.pairs import other_scenes
 from metrics.report import Evaluation
 from mixture_of_memories import DirectProjection, MixtureOfMemories, TopTextMemory
+from prepare.copies import far_apart
 from support import shared
 from support.files import write_json
 from support.pipelines import load_lora
@@ -434,8 +437,11 @@ def test_a_run_is_tested_on_its_own_areas_by_its_own_noise(world, monkeypatch, t
     shutil.rmtree(RUN.with_name("full-s4"))
 
 
-def test_shuffled_reconstructions_come_from_the_other_clip(model, x):
+def test_shuffled_reconstructions_come_from_the_other_clip(model, x, monkeypatch):
+    scenes = []  # those that are far apart by their segments
+    monkeypatch.setattr(evaluate, "other_scenes", lambda far: scenes.append(far) or other_scenes(far))
     run_evaluation(clips=2, shuffle=True)
+    assert np.array_equal(scenes[0], far_apart([f"test{i // 13}" for i in range(26)]))
     shuffled = RUN / "eval-shuffled-2-clips-ssim-psnr"
     assert [path.name for path in sorted((shuffled / "recon").iterdir())] == ["0000.mp4", "0025.mp4"]
     W_r = np.array([row["W_r"] for row in lines_of(shuffled / "retrieved.jsonl")])
@@ -583,6 +589,10 @@ def test_clips_whose_like_was_seen_are_told_apart(model, tmp_path):
         assert described.texts == [[line["caption"], ""] for line in lines.values()]
         return {name: members.tolist() for name, members in described.groups.items()}
 
+    films, top_1 = SimpleNamespace(frames=lambda line: line["id"]), np.array([7, 3, 9, 2])
+    recalled = held_out.describe(evaluation, lines, model.lines, top_1, near_copy, films)
+    assert [texts[1] for texts in recalled.texts] == [model.lines[k]["caption"] for k in top_1]
+    assert [recalled.memories(i) for i in range(4)] == [model.lines[k]["id"] for k in top_1]
     # blue and circle are clips 1, 5, 9 ... of either split
     trained = [line for line in model.lines if (line["colour"], line["shape"]) != ("blue", "circle")]
     by_attributes = {"shown in training": [1, 0, 1, 1], "never shown": [0, 1, 0, 0]}
