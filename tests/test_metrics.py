@@ -194,6 +194,8 @@ def test_clip_pcc_in_three_definitions():
     cosine = lambda x, y: x @ y / np.linalg.norm(x) / np.linalg.norm(y)  # noqa: E731
     adjacent = np.mean([cosine(e[i], e[i + 1]) for i in range(4)])
     assert measured("clip_pcc", judge, "256", counting(5)) == pytest.approx(adjacent, abs=1e-6)
+    values = [METRICS["clip_pcc"].of_clip(judge, Config(), counting(n), None) for n in (1, 2)]
+    assert values == [None, pytest.approx(cosine(e[0], e[1]), abs=1e-6)]
     pairs = np.mean([cosine(e[i], e[j]) for i, j in combinations(range(5), 2)])
     assert measured("clip_pcc_all_pairs", judge, "256", counting(5)) == pytest.approx(pairs, abs=1e-6)
     gated = measured("clip_pcc_gated", judge, "256", counting(5), counting(5))
@@ -272,6 +274,7 @@ def test_dynamic_degree_by_hand(fast, dynamic):
     assert measured("dynamic_degree", judge, "native", video) == dynamic
     assert measured("delta_dynamic_degree", judge, "native", video, gt) == dynamic
     assert measured("delta_dynamic_degree", judge, "native", gt, video) == -dynamic
+    assert motion.dynamic(flow[:13]) == (fast > 3)  # 14 frames: at least 3.5 pairs
     assert motion.dynamic(flow[:0]) == 0  # a pair of frames further apart than 1/8 s is none
 
 
@@ -1073,13 +1076,13 @@ class Reader(nn.Module):
     def forward(self, x, e_img=None):
         if e_img is None:
             return x[:, 0], None
-        return e_img.mean(1), x.roll(1, 1), x[:, :2]  # e_img, f_a, logits
+        return e_img.mean(1), x.roll(1, 1), x[:, :3]  # e_img, f_a, logits
 
 
 def test_stage_1s_table_holds_the_fmri_another_clips_and_chance():
     n, g = 70, torch.Generator().manual_seed(1)
     f_c = nn.functional.normalize(torch.randn(n, 8, generator=g), dim=1)
-    noisy, labels = f_c + 0.2 * torch.randn(n, 8, generator=g), f_c[:, :2] > torch.tensor([0.1, 0.3])
+    noisy, labels = f_c + 0.2 * torch.randn(n, 8, generator=g), f_c[:, :3] > torch.tensor([0.1, 0.3, 9.0])
     names, far = ("e_img", "e_txt", "e_act", "categories"), ~np.eye(n, dtype=bool)
 
     def columns(n: int) -> dict:
@@ -1094,7 +1097,9 @@ def test_stage_1s_table_holds_the_fmri_another_clips_and_chance():
     expected = retrieval.retrieval(f_c, noisy, far)
     assert (fmri["text top-1"], fmri["text top-5"], fmri["text 50-way"]) == expected and expected[0] < 1
     assert (chance["text top-1"], chance["image top-5"], chance["action 50-way"]) == (1 / n, 5 / n, 1 / 50)
-    assert chance["category mAP"] == pytest.approx(labels.float().mean().item())
+    assert chance["category mAP"] == pytest.approx(
+        labels[:, :2].float().mean().item()
+    )  # the third does not occur
     lines = retrieval.table(columns(n), "clips").split("\n")
     (line,) = (line for line in lines if line.startswith("text top-1"))
     assert line.split()[2:] == [f"{column['text top-1']:.3f}" for column in (fmri, shuffled, chance)]
