@@ -9,8 +9,8 @@
     python evaluate.py --fmri x.npy --out out.mp4   one recording (T, N) or (N,), in z-scores -> mp4 or gif
 
 In:  a run of stage 2, and the test fMRI: averaged over the showings, z-scored over the clips.
-Out: runs/<data>/sub<K>/<run>-s<seed>/eval/ (the control eval-shuffled/, pairs DIR/metrics/, and a smaller
-     evaluation a folder of its own: eval-4-clips/, eval-steps10/, eval-ssim/). Files in it are kept.
+Out: runs/<data>/sub<K>/<run>-s<seed>/eval/ (the control eval-shuffled/, pairs DIR/metrics/; others have a
+     folder of their own: eval-4-clips/, eval-steps10/, eval-ssim/). Files in it are kept.
      gt/NNNN.mp4, recon/NNNN.mp4     stimulus and reconstruction of clip NNNN
      retrieved.jsonl                 a line a clip: W_r, and the memories, lines of stage2/memories.json
      metrics.json, metrics.csv       of the set, of each clip, of clips like those of training and the others
@@ -21,6 +21,7 @@ Exit status: 0; 1 after an error; 3 where weights of a metric could not be had (
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from metrics.compare import compare
 from metrics.options import PRESETS, Config, parse
 from metrics.pairs import find_pairs, other_scenes
 from metrics.parallel import in_processes
-from metrics.report import Evaluation, pictures, report
+from metrics.report import Evaluation, report
 from metrics.score import score_all
 from metrics.table import asked
 from mixture_of_memories import (
@@ -99,7 +100,6 @@ class CineNeuron(nn.Module):
         their start. Raises ValueError where they do not fit each other."""
         heads = load_model(Stage1Heads, stage1 / "heads")
         e, captions = memories(clips, heads.phi_v)
-        text_rms = torch.cat(captions).float().square().mean().sqrt().item()
         set_seed(settings["seed"])
         dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
         decoder = load_decoder(settings, settings["sample_every"] > 0, dtype)
@@ -120,7 +120,7 @@ class CineNeuron(nn.Module):
                 attention_heads=settings["attention_heads"],
                 alpha=settings["alpha"],
                 tau=settings["stage1_config"]["tau"],
-                text_rms=text_rms,
+                text_rms=torch.cat(captions).float().square().mean().sqrt().item(),
             )
         lines = [clips.lines[clip] for clip in clips.trained]
         empty, voxels = torch.from_numpy(np.array(clips.empty)), {"index": clips.index, "roi": clips.roi}
@@ -141,23 +141,20 @@ class CineNeuron(nn.Module):
             voxels = shared.read_voxels(folder, brain_model.voxels)
             on_gpu = torch.device(device).type == "cuda"
             decoder = load_decoder(settings, vae=True, dtype=torch.bfloat16 if on_gpu else torch.float32)
-            D, prompt = brain_model.to_f_c.out_features, (decoder.text_length, decoder.text_width)
-            e, captions, empty, lines = shared.read_memories(folder, D, prompt)
+            prompt = decoder.text_length, decoder.text_width
+            e, captions, empty, lines = shared.read_memories(folder, brain_model.to_f_c.out_features, prompt)
             latent_shape(decoder, settings["frames"], settings["height"], settings["width"])
             load_lora(decoder, folder / "lora")
-        pool = MemoryPool(e, captions)
-        model = cls(settings, brain_model, heads, mom, pool, decoder, empty, lines, voxels)
+        model = cls(settings, brain_model, heads, mom, MemoryPool(e, captions), decoder, empty, lines, voxels)
         model.folder = folder
         return model.to(device).eval().requires_grad_(False)
 
     def forward(self, x: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Recalled]:
         """fMRI x (B, T, N) -> f_c (B, D), and f_fuse with what it was made of (Eq. 4-8)."""
+        work = condition
         if self.brain_model.gradient_checkpointing and torch.is_grad_enabled():
-            # kept activations would stand beside the DiT's
-            return checkpoint(
-                condition, self.brain_model, self.heads, self.mom, self.pool, x, excluded, use_reentrant=False
-            )
-        return condition(self.brain_model, self.heads, self.mom, self.pool, x, excluded)
+            work = partial(checkpoint, condition, use_reentrant=False)  # activations stand beside the DiT's
+        return work(self.brain_model, self.heads, self.mom, self.pool, x, excluded)
 
     def to(self, device: torch.device | str) -> "CineNeuron":
         self.decoder.to(device)
@@ -182,9 +179,8 @@ class CineNeuron(nn.Module):
     def reconstruct(self, x: Tensor, keys=None, steps: int | None = None, guidance: float | None = None):
         """fMRI x (B, T, N), z-scored -> videos, np.ndarray uint8 (B, F, H, W, 3), end to end (§3.3).
 
-        keys: of each clip the numbers (seed, clip) that its noise is drawn from, so that no video depends on
-        its batch; (0, 0), (0, 1) ... if not given. steps, guidance: the run's if not given. Raises
-        ValueError where x is no z-scored fMRI of this brain."""
+        keys: of each clip the numbers (seed, clip) that its noise is drawn from; else (0, 0), (0, 1) ...
+        steps, guidance: else the run's. Raises ValueError where x is no z-scored fMRI of this brain."""
         f_fuse = self.remember(x).f_fuse  # (B, L, D_txt)
         generators = [noise_generator(*key) for key in keys or [(0, i) for i in range(len(f_fuse))]]
         steps = self.settings["sampling_steps"] if steps is None else steps
@@ -206,9 +202,6 @@ def load_decoder(settings: dict, vae: bool, dtype: torch.dtype) -> VideoDecoder:
         gradient_checkpointing=settings["checkpointing"],
         noise_shift=settings["noise_shift"],
     )
-
-
-# ---------------------------------------------------------------- the commands
 
 
 def load_run(config: Config, accelerator: Accelerator) -> CineNeuron:
@@ -243,12 +236,7 @@ def evaluate_pairs(config: Config) -> int:
     unavailable = score_all(sets, config, out, accelerator)
     if accelerator.is_main_process:
         source = {"pairs": folder.resolve().name, "data": config.data}
-        evaluation = Evaluation(sets, out, config, unavailable, source)
-        results, table = report(evaluation)
-        pictures(evaluation, results)
-        print(
-            f"{table}\n\nwritten: {out}/ (METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png)"
-        )
+        print(report(Evaluation(sets, out, config, unavailable, source)))
     accelerator.end_training()
     return 3 if unavailable else 0
 
@@ -257,22 +245,13 @@ def evaluate_run(config: Config) -> int:
     """The held-out clips of a run: reconstruct, score, report."""
     accelerator = start()
     model = load_run(config, accelerator)
-    run = run_folder(config.data, config.subject, config.run, config.seed)
     test = Clips(config.data, config.subject, "test", model.settings["stage1_config"]["rois"])
     clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))
-    out = held_out.evaluation_folder(
-        run,
-        config,
-        model.settings,
-        len(clips) == len(test),
-        asked(config),
-        asked(Config(**PRESETS[config.data])),
-    )
+    run, complete, every = model.folder.parent, len(clips) == len(test), Config(**PRESETS[config.data])
+    out = held_out.evaluation_folder(run, config, model.settings, complete, asked(config), asked(every))
     lines = {int(clip): test.lines[clip] for clip in clips}
     films = held_out.Films(config, model.size, [*lines.values(), *model.lines])
-    held_out.claim(out, held_out.made_by(config, model.settings, run / "stage2"), accelerator.is_main_process)
-
-    # ---- videos
+    held_out.claim(out, held_out.made_by(config, model.settings, model.folder), accelerator.is_main_process)
     x = test.averaged()  # (test clips, T, N)
     if config.shuffle:
         x = x[other_scenes(far_apart([line["segment"] for line in test.lines]))]
@@ -283,8 +262,7 @@ def evaluate_run(config: Config) -> int:
 
     in_processes(make, accelerator, config.processes)
     accelerator.wait_for_everyone()
-
-    # ---- numbers and pictures
+    # numbers and pictures
     sets = held_out.pairs_of(out, lines, "from shuffled fMRI" if config.shuffle else "reconstruction")
     unavailable = score_all(sets, config, out, accelerator)
     if accelerator.is_main_process:
@@ -292,10 +270,7 @@ def evaluate_run(config: Config) -> int:
         near_copy = has_near_copy(test.stimuli, clips)
         source = {name: getattr(config, name) for name in ("data", "subject", "run", "seed", "shuffle")}
         evaluation = Evaluation(sets, out, config, unavailable, source)
-        evaluation, recognised = held_out.describe(evaluation, lines, model.lines, top_1, near_copy, films)
-        results, table = report(evaluation)
-        pictures(evaluation, results)
-        print(f"{recognised}{table}\n\nwritten: {out}/ (gt, recon, retrieved.jsonl, metrics.json, ...)")
+        print(report(held_out.describe(evaluation, lines, model.lines, top_1, near_copy, films)))
     accelerator.end_training()
     return 3 if unavailable else 0
 

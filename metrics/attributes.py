@@ -1,10 +1,7 @@
-"""What do classifiers see in a video of the toy world, and is it what the clip shows?
+"""What do classifiers, whose classes name attributes ("a red circle moves right"), see in a video?"""
 
-The names of the classes hold the attributes: "a red circle moves right". Used by evaluate.py where the clips
-have such attributes.
-"""
-
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,56 +33,46 @@ def attribute_values(lines: Sequence[dict]) -> dict[str, list[str]]:
 
 
 @torch.inference_mode()
-def class_probabilities(videos: Iterable[np.ndarray], classifier: str | Path) -> tuple[np.ndarray, list[str]]:
-    """Videos uint8 (F, H, W, 3) -> probabilities (clips, classes) of 16 uniform frames, their mean, and the
-    classes' names."""
-    judge = Classifier(classifier)
-    p = [judge(video[uniform_frames(len(video), FRAMES)]).mean(0) for video in videos]
-    return np.stack(p), judge.names
-
-
 def recognise(
     videos: Sequence[Path], classifiers: Sequence[str], values: dict[str, list[str]]
 ) -> dict[str, list[str]]:
-    """Of each attribute the most probable of its `values` in each video, where P(red) is the sum over the red
-    classes. The first classifier whose classes' names hold an attribute's values is asked for it."""
+    """{attribute: of each video the most probable of its values}, by 16 uniform frames, where P(red) is the
+    sum over the red classes. The first classifier whose classes name an attribute is asked for it."""
     recognised: dict[str, list[str]] = {}
     for classifier in classifiers:
-        p, names = class_probabilities((read_video(file).frames for file in videos), classifier)
+        judge, p = Classifier(classifier), []
+        for file in videos:
+            frames = read_video(file).frames
+            p.append(judge(frames[uniform_frames(len(frames), FRAMES)]).mean(0))
         for attribute in values.keys() - recognised.keys():
-            holds = np.zeros((len(names), len(values[attribute])), bool)
-            for i, name in enumerate(names):
-                holds[i] = [f" {value} " in f" {name} " for value in values[attribute]]
-            if holds.any():
-                recognised[attribute] = [values[attribute][i] for i in (p @ holds).argmax(1)]
+            holds = np.array([[f" {v} " in f" {n} " for v in values[attribute]] for n in judge.names])
+            if holds.any():  # (classes, values)
+                recognised[attribute] = [values[attribute][i] for i in (np.stack(p) @ holds).argmax(1)]
     return {attribute: recognised[attribute] for attribute in values if attribute in recognised}
 
 
 def shown_in_training(clips: Sequence[dict], train: Sequence[dict]) -> dict[str, np.ndarray]:
-    """Which clips show a combination of attributes that a training clip shows, and which do not: {name:
-    (clips,) bool}; nothing where the clips have no attributes."""
+    """{name: (clips,) bool}: does training show a clip's combination of attributes? {} if it has none."""
     trained = set(zip(*attribute_values(train).values(), strict=True))
     if not trained:
         return {}
-    combinations = zip(*attribute_values(clips).values(), strict=True)
-    known = np.array([combination in trained for combination in combinations])
+    known = np.array([clip in trained for clip in zip(*attribute_values(clips).values(), strict=True)])
     return {"shown in training": known, "never shown": ~known}
 
 
 def right(recognised: dict[str, list[str]], clips: Sequence[dict]) -> dict[str, np.ndarray]:
-    """(clips,) bool: is the clip's attribute recognised? Of each attribute and of all together."""
-    hits, truth = {}, attribute_values(clips)
-    for name, values in recognised.items():
-        hits[name] = np.array(values) == np.array(truth[name])
+    """(clips,) bool of each attribute, and of all together: is the clip's own recognised?"""
+    truth = attribute_values(clips)
+    hits = {name: np.array(values) == truth[name] for name, values in recognised.items()}
     return {**hits, ALL: np.all(list(hits.values()), 0)}
 
 
 def shares(
-    recognised: dict[str, list[str]], clips: Sequence[dict], groups: dict[str, np.ndarray] | None = None
+    recognised: dict[str, list[str]], clips: Sequence[dict], groups: dict[str, np.ndarray]
 ) -> dict[str, float]:
     """Share of the clips whose attribute is recognised: of each, of all together, also in groups of clips."""
     hits = right(recognised, clips)
-    for group, members in (groups or {}).items():
+    for group, members in groups.items():
         hits[f"{ALL}, {group}"] = hits[ALL][members]
     return {name: float(values.mean()) for name, values in hits.items()}
 
@@ -99,15 +86,16 @@ def agreement(
     groups: dict[str, np.ndarray],
 ) -> Recognised:
     """What is recognised in out/recon/NNNN.mp4 of `clips` {number: line of clips.jsonl}, beside chance, the
-    stimuli, the top-1 memories (indices into `train`) and the run's other reconstructions. Writes
-    out/recognised.json; nothing where the clips have no attributes or no classifier is a local folder."""
+    stimuli, the top-1 memories (indices into `train`) and the control. Writes out/recognised.json; nothing
+    where the clips have no attributes or no classifier is a local folder."""
     values = {name: sorted({*column}) for name, column in attribute_values(train).items()}
-    classifiers = [name for name in classifiers if Path(name).is_dir()]
+    classifiers = list(filter(os.path.isdir, classifiers))
     if not (values and classifiers):
         return Recognised()
     lines, files = list(clips.values()), [f"{number:04d}.mp4" for number in clips]
-    stimuli = recognise([out / "gt" / file for file in files], classifiers, values)
-    recognised = recognise([out / "recon" / file for file in files], classifiers, values)
+    stimuli, recognised = (
+        recognise([out / kind / file for file in files], classifiers, values) for kind in ("gt", "recon")
+    )
     shuffled = out.name.startswith("eval-shuffled")
     column = "shuffled fMRI" if shuffled else "reconstruction"
     columns = {column: shares(recognised, lines, groups), "stimulus": shares(stimuli, lines, groups)}
@@ -115,8 +103,8 @@ def agreement(
         memories = attribute_values([train[i] for i in top_1])
         columns["top-1 memory"] = shares({name: memories[name] for name in recognised}, lines, groups)
     chance = {name: 1 / len(values[name]) for name in recognised}
-    chance_of_all = float(np.prod(list(chance.values())))
-    columns["chance"] = {name: chance.get(name, chance_of_all) for name in columns[column]}
+    of_all = float(np.prod([*chance.values()]))
+    columns["chance"] = {name: chance.get(name, of_all) for name in columns[column]}
     write_json(out / "recognised.json", {"shares": columns, "videos": files, "seen": recognised})
     options = out.name.removeprefix("eval-shuffled" if shuffled else "eval")  # such as -4-clips
     file = out.with_name(("eval" if shuffled else "eval-shuffled") + options) / "recognised.json"

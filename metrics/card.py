@@ -41,13 +41,12 @@ def save(model, folder: Path, place: str | None = None) -> None:
     if metrics:
         write_json(folder / METRICS, metrics)
     with written_whole(folder / "README.md") as part:
-        part.write_text(str(model_card(model, place or folder.resolve().name, metrics)), encoding="utf-8")
+        model_card(model, place or folder.resolve().name, metrics).save(part)
     write_json(folder / "config.json", model.settings)
 
 
 def push(model, repo_id: str, private: bool) -> str:
-    """Uploads what `save` writes to the Hub, as the user that `hf auth login` named. Returns the address of
-    the commit."""
+    """Uploads what `save` writes, as the user of `hf auth login`. Returns the commit's address."""
     api = HfApi()
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -91,13 +90,11 @@ def metrics_table(metrics: dict | None) -> str:
     rows = ["| metric | mean | 95 % interval | chance | shuffled | clips |", "|---|---|---|---|---|---|"]
     for name, entry in metrics["metrics"].items():
         if entry.get("mean") is not None:
-            interval = " to ".join(f"{x:.3f}" for x in entry.get("ci95") or [])
+            interval = " to ".join(map(number, entry.get("ci95") or []))
             mean, chance, shuffled = (number(entry[key]) for key in ("mean", "chance", "shuffled"))
             rows.append(f"| `{name}` | {mean} | {interval} | {chance} | {shuffled} | {entry['n']} |")
-    return (
-        "Reconstructions of held-out clips against their stimuli. *Shuffled* compares each reconstruction "
-        "with the stimulus of another scene.\n\n" + "\n".join(rows)
-    )
+    text = "Reconstructions of held-out clips against their stimuli. *Shuffled* compares each reconstruction "
+    return text + "with the stimulus of another scene.\n\n" + "\n".join(rows)
 
 
 def number(value: float | None) -> str:

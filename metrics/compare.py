@@ -1,8 +1,5 @@
-"""Runs side by side, over their subjects and seeds: evaluate.py --compare, extras/ablations.py.
-
-Every clip is first the mean of the runs' values, so that intervals are over clips, drawn in blocks; what
-differs between seeds is the ± of the runs' means.
-"""
+"""Runs side by side, over subjects and seeds. Every clip is first the mean of the runs' values: intervals are
+over clips; the ± of the runs' means is what differs between seeds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,32 +20,30 @@ class Runs(NamedTuple):
     rows: dict[tuple, list[dict]]  # key -> the clip's values by each run
     groups: dict[str, set[tuple]]  # by whether training shows their like: the keys of each
 
-    def shared(self, other: "Runs | None" = None, group: str | None = None) -> list[tuple]:
+    def shared(self, others: "Runs | None" = None, group: str | None = None) -> list[tuple]:
         """The keys of the clips, of a group or all, that the others have, too."""
-        members = self.rows if group is None else self.groups[group]
-        return [key for key in self.rows if key in members and (other is None or key in other.rows)]
+        members = self.groups[group] if group else self.rows
+        return [key for key in self.rows if key in members and (others is None or key in others.rows)]
 
     def summary(self, metric: str, group: str | None = None) -> tuple[float, float | None] | None:
-        """Mean of the runs' values of the set, or of a group of its clips, and their standard deviation (None
-        for one run); None where no run has a value."""
-        means = []
+        """Mean and deviation (None of one) of the runs' values of the set, or of a group of its clips."""
+        means, members = [], {*self.shared(group=group)}
         for run in self.results:
+            rows = [row for row in run["clips"] if (run["provenance"].get("subject"), row["clip"]) in members]
             if group is None and metric in run["metrics"]:
-                mean = run["metrics"][metric]["mean"]
+                means.append(run["metrics"][metric]["mean"])
             else:
-                subject, members = run["provenance"].get("subject"), set(self.shared(group=group))
-                rows = [row for row in run["clips"] if (subject, row["clip"]) in members]
-                mean = estimate(metric, values_of(metric, rows), np.zeros(len(rows))).mean
-            means += [] if mean is None else [mean]
+                means.append(estimate(metric, values_of(metric, rows), np.zeros(len(rows))).mean)
+        means = [mean for mean in means if mean is not None]
         if not means:
             return None
         return float(np.mean(means)), float(np.std(means)) if len(means) > 1 else None
 
-    def less(self, metric: str, other: "Runs | None" = None, group: str | None = None) -> Estimate:
-        """The metric less that of the other runs (of none: the metric itself) on the clips that both have,
-        and its paired 95 % interval."""
-        keys = self.shared(other, group)
-        b = other.means(metric, keys) if other else 0.0
+    def less(self, metric: str, others: "Runs | None" = None, group: str | None = None) -> Estimate:
+        """The metric less that of others (of none: the metric itself) on the clips that both have, and its
+        paired 95 % interval."""
+        keys = self.shared(others, group)
+        b = others.means(metric, keys) if others else 0.0
         return estimate(metric, self.means(metric, keys), blocks_of([clip for _, clip in keys]), b)
 
     def means(self, metric: str, keys: Sequence[tuple]) -> np.ndarray:
@@ -57,8 +52,7 @@ class Runs(NamedTuple):
 
 
 def read_runs(name: str, files: Sequence[Path]) -> Runs:
-    """Runs of one kind from their metrics.json. Raises ValueError where two scored other clips of one
-    subject, or measured otherwise."""
+    """Runs of one kind. Raises ValueError where two scored other clips of one subject."""
     runs, scored = Runs(name, [read_metrics(file) for file in files], {}, {}), {}
     for run in runs.results:
         subject, clips = run["provenance"].get("subject"), [row["clip"] for row in run["clips"]]
@@ -75,56 +69,46 @@ def read_runs(name: str, files: Sequence[Path]) -> Runs:
 def check_alike(groups: Sequence[Runs]) -> None:
     """Raises ValueError where runs were measured at other sizes or on other frames."""
     options = set()
-    for run in (run for runs in groups for run in runs.results):
-        frames = run["provenance"].get("classifier_frames", 16)
-        options.add(f"--size {run['provenance']['size']} --classifier-frames {frames}")
+    for origin in (run["provenance"] for runs in groups for run in runs.results):
+        frames = origin.get("classifier_frames", 16)
+        options.add(f"--size {origin['size']} --classifier-frames {frames}")
     if len(options) > 1:
         raise ValueError(f"--compare: measured with {', and '.join(sorted(options))}, wanted all alike")
 
 
 def compare(names: Sequence[str], data: str) -> str:
-    """Runs side by side, each the mean over its subjects and seeds; the first less each other, clip by clip.
-    Returns the table. Raises FileNotFoundError, ValueError."""
+    """The table: each the mean over its subjects and seeds; the first less each of the rest, clip by clip."""
     every = [read_runs(name, _metrics_files(name, data)) for name in names]
     check_alike(every)
     rows, first = [], every[0]
     for runs in every:
-        rows.append((f"{runs.name}: mean ± over {len(runs.results)} runs", _means(runs)))
-        for group in runs.groups:
-            rows.append((f"   {group}, {len(runs.shared(group=group))} clips", _means(runs, group)))
+        labels: dict[str | None, str] = {None: f"{runs.name}: mean ± over {len(runs.results)} runs"}
+        labels |= {group: f"   {group}, {len(runs.shared(group=group))} clips" for group in runs.groups}
+        for group, label in labels.items():
+            summaries = {metric: runs.summary(metric, group) for metric in NAMES}
+            rows.append((label, {metric: number(*pair) for metric, pair in summaries.items() if pair}))
     for runs in every:
-        other = None if runs.name == first.name else runs
+        second = None if runs.name == first.name else runs
         means, intervals = {}, {}
         for metric in NAMES:
-            less = first.less(metric, other)
+            less = first.less(metric, second)
             means[metric] = number(less.mean)
             intervals[metric] = interval(less.ci95)
-        clips = f"{len(first.shared(other))} clips"
-        rows.append((f"{first.name} less {runs.name}, {clips}" if other else f"   {clips}", means))
-        rows.append(("   95 % interval, paired" if other else "   95 % interval", intervals))
+        clips = f"{len(first.shared(second))} clips"
+        rows.append((f"{first.name} less {runs.name}, {clips}" if second else f"   {clips}", means))
+        rows.append(("   95 % interval, paired" if second else "   95 % interval", intervals))
     return table(rows, data)
-
-
-def _means(runs: Runs, group: str | None = None) -> dict[str, str]:
-    """The text of each metric's cell."""
-    cells = {}
-    for metric in NAMES:
-        if summary := runs.summary(metric, group):
-            cells[metric] = number(*summary)
-    return cells
 
 
 def _metrics_files(name: str, data: str) -> list[Path]:
     """Of a run's name (NAME, NAME/eval-shuffled) all its subjects and seeds; or of a folder."""
     base, _, kind = name.partition("/")
-    kind = kind or "eval"
+    pattern = f"sub*/{base}-s[0-9]*/{kind or 'eval'}/metrics.json"
+    files = sorted(Path("runs", data).glob(pattern))
     if Path(name).is_dir():
-        places = (Path(name, "metrics.json"), Path(name, "eval", "metrics.json"))
-        files = [file for file in places if file.is_file()][:1]
-    else:
-        files = sorted(Path("runs", data).glob(f"sub*/{base}-s[0-9]*/{kind}/metrics.json"))
+        files = [*Path(name).glob("metrics.json"), *Path(name).glob("eval/metrics.json")][:1]
     if not files:
-        place = f"runs/{data}/sub*/{base}-s*/{kind}/"
+        place = f"runs/{data}/{pattern}"
         raise FileNotFoundError(f"--compare {name}: no metrics.json there, nor in {place}")
     return files
 

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn
-from torchvision.transforms.functional import resize
+from torchvision.transforms.functional import normalize, resize
 from transformers import AutoImageProcessor, ViTModel
 
 from metrics.classes import load_published
@@ -29,8 +29,8 @@ def all_pairs(e: np.ndarray) -> float:
 
 def gated(e: np.ndarray, e_gt: np.ndarray) -> float:
     """As `adjacent`, but 0 where the mean vectors of prediction and GT have a cosine of 0.6 or less."""
-    mean, mean_gt = e.mean(0), e_gt.mean(0)  # (D,)
-    cosine = mean @ mean_gt / np.linalg.norm(mean) / np.linalg.norm(mean_gt)
+    means = np.stack([e.mean(0), e_gt.mean(0)])  # (2, D)
+    cosine = means[0] @ means[1] / np.prod(np.linalg.norm(means, axis=1))
     return adjacent(e) if cosine > 0.6 else 0.0
 
 
@@ -58,12 +58,8 @@ def dino_features(
     model: nn.Module, size: int, mean: Sequence[float], std: Sequence[float], frames: np.ndarray
 ) -> np.ndarray:
     """Unit vectors (F, D) of frames uint8 (F, H, W, 3), prepared as VBench does: the short side becomes
-    `size`, bilinear, not antialiased, and nothing is cut off. Positions beyond the square are interpolated by
-    transformers; by DINO's own code in VBench, which differs a little."""
+    `size`, bilinear, not antialiased, and nothing is cut off. transformers interpolates the positions."""
     x = resize(torch.from_numpy(frames).permute(0, 3, 1, 2).float(), size, antialias=False) / 255
-    x = (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)  # (F, 3, h, w)
-    e = []
-    for batch in x.split(32):
-        tokens = model(batch.to(model.device), interpolate_pos_encoding=True).last_hidden_state  # (f, n, D)
-        e.append(tokens[:, 0])
-    return nn.functional.normalize(torch.cat(e), dim=-1).cpu().numpy()
+    x = normalize(x, mean, std).to(model.device)  # (F, 3, h, w)
+    tokens = [model(batch, interpolate_pos_encoding=True).last_hidden_state for batch in x.split(32)]
+    return nn.functional.normalize(torch.cat(tokens)[:, 0], dim=-1).cpu().numpy()

@@ -1,5 +1,4 @@
-"""The held-out clips of a run, around their videos: the stimuli, what was recalled, the report and its
-pictures."""
+"""The held-out clips of a run: their stimuli and reconstructions, and what is known of them beside."""
 
 import hashlib
 import json
@@ -47,17 +46,17 @@ class Films:
 
 
 def write_retrieved(model, x: Tensor, lines: dict[int, dict], file: Path) -> np.ndarray | None:
-    """retrieved.jsonl of x (clips, T, N), fMRI of the clips with these lines of clips.jsonl. Returns the
-    top-1 memories (clips,), None where nothing is retrieved: without integration. model:
-    evaluate.CineNeuron."""
+    """retrieved.jsonl of x (clips, T, N), fMRI of the clips with these lines of clips.jsonl, by an
+    evaluate.CineNeuron. Returns the top-1 memories (clips,); None where nothing is retrieved."""
     batches = [model.remember(batch) for batch in x.split(16)]
     if batches[0].indices is None:
         return None
     indices = torch.cat([recalled.indices for recalled in batches]).cpu().numpy()  # (clips, K)
     W_r = torch.cat([recalled.W_r for recalled in batches]).cpu().numpy().astype(float).round(4)  # (clips, 3)
+    rows = zip(lines.items(), indices.tolist(), W_r.tolist(), strict=True)
     with written_whole(file) as part, open(part, "w", encoding="utf-8") as opened:
-        for clip, memories, weights in zip(lines, indices.tolist(), W_r.tolist(), strict=True):
-            row = {"clip": clip, "id": lines[clip]["id"], "retrieved": memories, "W_r": weights}
+        for (clip, line), memories, weights in rows:
+            row = {"clip": clip, "id": line["id"], "retrieved": memories, "W_r": weights}
             opened.write(json.dumps(row) + "\n")
     return indices[:, 0]
 
@@ -66,8 +65,9 @@ def pairs_of(out: Path, lines: dict[int, dict], method: str) -> dict[str, list[P
     """Reconstruction and stimulus of these clips, {number: line of clips.jsonl}, in the folder of an
     evaluation; the control is the stimulus of another scene, none where there are too few clips."""
     names = [f"{clip:04d}" for clip in lines]
-    stimuli = [Source(out / "gt" / f"{name}.mp4") for name in names]
-    reconstructions = [Source(out / "recon" / f"{name}.mp4") for name in names]
+    stimuli, reconstructions = (
+        [Source(out / kind / f"{name}.mp4") for name in names] for kind in ("gt", "recon")
+    )
     controls: list[Source | None] = [None] * len(names)
     with suppress(ValueError):
         controls = [stimuli[k] for k in other_scenes(far_apart([line["segment"] for line in lines.values()]))]
@@ -81,10 +81,9 @@ def describe(
     top_1: np.ndarray | None,  # (clips,) of the memories
     near_copy: np.ndarray,  # (clips,) bool
     films: Films,
-) -> tuple[Evaluation, str]:
-    """The evaluation with what is known of its clips beside their videos, and the table of what classifiers
-    see in them. The toy's groups are clips whose combination of attributes training shows, and the others;
-    elsewhere near-copies decide."""
+) -> Evaluation:
+    """The evaluation with what is known of its clips beside their videos, such as what classifiers see.
+    Groups are by attributes: does training show a clip's? Without such, by near-copies."""
     config = evaluation.config
     groups = shown_in_training(list(lines.values()), memories)
     groups = groups or {"with a near-copy": near_copy, "without a near-copy": ~near_copy}
@@ -98,8 +97,8 @@ def describe(
         texts.append([line["caption"], *memory, f"seen as {attributes}" if attributes else ""])
     values = {} if recognised.right is None else {"all_attributes": recognised.right}
     recalled = None if top_1 is None else lambda i: films.frames(memories[top_1[i]])
-    described = evaluation._replace(groups=groups, values=values, texts=texts, memories=recalled)
-    return described, recognised.table
+    seen = recognised.table
+    return evaluation._replace(groups=groups, values=values, texts=texts, memories=recalled, seen=seen)
 
 
 def evaluation_folder(
@@ -121,12 +120,11 @@ def evaluation_folder(
 
 
 def claim(folder: Path, settings: dict, write: bool = True) -> None:
-    """config.json of an evaluation's folder: what its videos are made by. Raises ValueError where others
-    would join them."""
-    file = folder / "config.json"
-    read_settings(file, settings, (), f"to make its videos anew delete the folder: rm -r {folder}")
+    """config.json: what a folder's videos are made by. Raises ValueError where others would join them."""
+    advice = f"to make its videos anew delete the folder: rm -r {folder}"
+    read_settings(folder / "config.json", settings, (), advice)
     if write:
-        write_json(file, settings)
+        write_json(folder / "config.json", settings)
 
 
 def made_by(config, settings: dict, stage2: Path) -> dict:
@@ -140,12 +138,9 @@ def made_by(config, settings: dict, stage2: Path) -> dict:
 
 
 def reconstruct(model, x: Tensor, clips: np.ndarray, folder: Path, config, rank: int, world: int) -> None:
-    """x (test clips, T, N) -> the missing folder/NNNN.mp4 of `clips`, this process's share. model:
-    evaluate.CineNeuron.
-
-    A clip's noise comes from (seed, clip). Batches are cut before they are shared out, and one that lacks a
-    clip is done whole: even the rounding, which depends on a batch's size, stays the same after a kill.
-    """
+    """x (test clips, T, N) -> the missing folder/NNNN.mp4 of `clips`, this process's share. Noise comes from
+    (seed, clip). Batches are cut before they are shared out, and one that lacks a clip is done whole: even
+    the rounding, which depends on a batch's size, stays the same after a kill."""
     batches = [clips[i : i + config.batch_size] for i in range(0, len(clips), config.batch_size)]
     for batch in tqdm(batches[rank::world], desc="reconstructing", unit="batch", disable=rank > 0):
         files = [folder / f"{clip:04d}.mp4" for clip in batch]

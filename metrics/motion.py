@@ -1,9 +1,5 @@
 """How a video moves: optical flow w (pairs, 2, H, W), in pixels to the right and down, and what is read from
-it (§4.1).
-
-Motion smoothness and dynamic degree are VBench's, which measures videos at their own size: so does --size
-native. At 256 x 256, the default of cc2017, every method's videos are measured at one size instead.
-"""
+it (§4.1). Motion smoothness and dynamic degree are VBench's, of videos at their own size."""
 
 import importlib
 from collections.abc import Callable
@@ -31,11 +27,9 @@ def dynamic(w: np.ndarray) -> float:
     """VBench's: 1 where of enough pairs of frames, at 8 a second, the fastest 5 % of the pixels move more
     than 6 of 256 pixels on average, else 0."""
     pairs, _, H, W = w.shape
-    if not pairs:
-        return 0.0
-    speed = np.hypot(w[:, 0], w[:, 1]).reshape(pairs, -1)
-    fastest = np.sort(speed, 1)[:, -int(0.05 * H * W) :].mean(1)  # (pairs,)
-    return float((fastest > 6 * min(H, W) / 256).sum() >= round(4 * (pairs + 1) / 16))
+    speed = np.sort(np.hypot(w[:, 0], w[:, 1]).reshape(pairs, H * W), 1)
+    fastest = speed[:, -int(0.05 * H * W) :].mean(1)  # (pairs,)
+    return float(pairs > 0 and (fastest > 6 * min(H, W) / 256).sum() >= round(4 * (pairs + 1) / 16))
 
 
 def delta_dynamic(w: np.ndarray, w_gt: np.ndarray) -> float:
@@ -51,13 +45,12 @@ def smoothness(between: np.ndarray, frames: np.ndarray) -> float:
 
 
 def flow_smoothness(w: np.ndarray, frames: np.ndarray) -> float:
-    """The same, where the even frames are moved half way along their flow w."""
+    """The same, with the even frames moved half way along their flow w."""
     return smoothness(warped_half_way(w, frames[::2]), frames)
 
 
 def warped_half_way(w: np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """Each frame uint8 (K, H, W, 3) and the next, moved half way along the flow w (K - 1, 2, H, W), and
-    averaged: uint8 (K - 1, H, W, 3)."""
+    """Frames uint8 (K, H, W, 3) and the next, moved half way along w (K - 1, 2, H, W) and averaged: uint8."""
     half = torch.from_numpy(w).float() / 2  # (K - 1, 2, H, W)
     x = tensor(frames)  # (K, 3, H, W)
     *_, H, W = half.shape
@@ -81,10 +74,9 @@ def load_flow(kind: str, device: torch.device | str) -> Callable:
 
 def farneback_flow(frames: np.ndarray) -> np.ndarray:
     """OpenCV's, with the settings of Mind-Animator's public code."""
-    F, H, W, _ = frames.shape
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    w = np.zeros((F - 1, H, W, 2), np.float32)
-    for t in range(F - 1):
+    w = np.zeros((len(gray) - 1, *gray[0].shape, 2), np.float32)
+    for t in range(len(w)):
         w[t] = cv2.calcOpticalFlowFarneback(gray[t], gray[t + 1], None, 0.5, 3, 15, 3, 5, 1.2, 0)
     return w.transpose(0, 3, 1, 2)
 
@@ -98,7 +90,7 @@ def raft_flow(model: nn.Module, frames: np.ndarray) -> np.ndarray:
 
 
 def load_amt(weights: str, device: torch.device | str) -> Callable:
-    """AMT-S of the package vbench: see `amt_between`. docs/metrics.md says how to install it."""
+    """AMT-S of the package vbench (docs/metrics.md says how to install it): `amt_between`."""
     file = Path(weights).expanduser()
     advice = f"hf download {AMT_HUB} amt-s.pth --local-dir {Path(weights).parent}"
     with reading(file, "the weights of AMT-S", advice):
@@ -109,8 +101,7 @@ def load_amt(weights: str, device: torch.device | str) -> Callable:
 
 
 def amt_between(model: nn.Module, frames: np.ndarray) -> np.ndarray:
-    """AMT's picture between each frame uint8 (K, H, W, 3) and the next: uint8 (K - 1, H, W, 3), cut to whole
-    numbers as VBench does."""
+    """AMT's picture between each frame uint8 (K, H, W, 3) and the next, cut to whole numbers as VBench's."""
     x = tensor(frames).to(next(model.parameters()).device) / 255
     half = x.new_full((1, 1, 1, 1), 0.5)
     between = of_neighbours(lambda a, b: model(a, b, half, eval=True)["imgt_pred"], x, 16, 1)

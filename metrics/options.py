@@ -52,8 +52,7 @@ NEEDED = {"split": ("pairs",), "skip_bad": ("pairs",), "out": ("fmri", "pairs")}
 
 
 def parse(arguments: list[str], doc: str) -> Config:
-    """The command line over the dataset's preset. --pairs takes cc2017's, for its weights, where --data is
-    not given."""
+    """The command line over the dataset's preset: cc2017's, for its weights, of --pairs without --data."""
     given = {word.split("=")[0] for word in arguments}
     if "--pairs" in given and "--data" not in given:
         arguments = [*arguments, "--data", "cc2017"]

@@ -32,7 +32,7 @@ class Pair(NamedTuple):
 def find_pairs(
     folder: Path, split: bool = False, skip_bad: bool = False, out: Path | None = None
 ) -> dict[str, list[Pair]]:
-    """Of each METHOD the pairs of folder/gt/NAME.* and folder/METHOD/NAME.*, in the same order; results in
+    """{METHOD: pairs of folder/gt/NAME.* and folder/METHOD/NAME.*}, in the same order; results in
     folder/metrics or `out` are passed over. Raises FileNotFoundError, ValueError."""
     sets, strange = _videos_in(folder, {folder / "metrics", out})
     no_video = f"; no video: {_first(strange)}" if strange else ""
@@ -43,30 +43,30 @@ def find_pairs(
     gt = {} if split else sets.pop("gt")
     names = gt or set().union(*sets.values())
     names = sorted(names, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))
+    left, right = ("left", "right") if split else ("", "")
+    half = len(names) // 2
+    pairs = {}
     for method, files in sets.items():
-        unpaired = files.keys() ^ set(names)
-        if not files.keys() & set(names):
+        unpaired = files.keys() ^ {*names}
+        if not files.keys() & {*names}:
             contents = f"{folder / 'gt'} has {_first(names)}; {folder / method} has {_first(files)}{no_video}"
             raise ValueError(f"no pair matches by name: {contents}")
         if unpaired and not skip_bad:
             counted = f"{folder}: {len(names)} stimuli, {len(files)} videos in {method}"
             advice = "--skip-bad leaves them out, as missing values"
             raise ValueError(f"{counted}; without a partner: {_first(unpaired)}{no_video}; {advice}")
-    return {method: _pairs_of(names, files if split else gt, files, split) for method, files in sets.items()}
+        stimuli = _sources(names, files if split else gt, left)
+        controls = stimuli[half:] + stimuli[:half] if half else [None]  # of another name, each once
+        pairs[method] = list(map(Pair, names, _sources(names, files, right), stimuli, controls))
+    return pairs
 
 
-def _pairs_of(names: list[str], gt: dict[str, Path], pred: dict[str, Path], split: bool) -> list[Pair]:
-    left, right = ("left", "right") if split else ("", "")
-    stimuli = [Source(gt[name], left) if name in gt else None for name in names]
-    predictions = [Source(pred[name], right) if name in pred else None for name in names]
-    half = len(names) // 2
-    controls = stimuli[half:] + stimuli[:half] if half else [None]  # of another name, each once
-    return list(map(Pair, names, predictions, stimuli, controls))
+def _sources(names: list[str], files: dict[str, Path], half: str) -> list[Source | None]:
+    return [Source(files[name], half) if name in files else None for name in names]
 
 
 def _videos_in(folder: Path, results: set[Path | None]) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """{subfolder: {name: video}}, and what is no video. A name may be composed (NFC) or not: é is é. Names
-    that begin with a dot are passed over."""
+    """{subfolder: {name: video}}, and what is no video; é composed (NFC) or not is é. No hidden files."""
     sets: dict[str, dict[str, Path]] = {}
     strange = []
     for path in sorted(folder.glob("*/*")):
@@ -87,9 +87,9 @@ def _first(names: Collection[str]) -> str:
 
 
 def other_scenes(far: np.ndarray) -> np.ndarray:
-    """(clips,) for each clip another, each once: the test set turned round by half of it, or by as near to
-    that as leaves all of them far apart. far (clips, clips) bool: is the column's clip of another scene than
-    the row's? Raises ValueError where the clips are too few for that."""
+    """(clips,) for each clip another, each once: the test set turned round by about half, so that all are far
+    apart. far (clips, clips) bool: is the column's clip of another scene than the row's? Raises ValueError
+    where the clips are too few for that."""
     n = len(far)
     clips = np.arange(n)
     for shift in sorted(range(1, n), key=lambda shift: abs(2 * shift - n)):
@@ -114,12 +114,9 @@ class Watched:
         return uniform_frames(len(self), n).tolist()
 
     def seen(
-        self,
-        picks: Sequence[int] | None = None,
-        size: tuple[int, int] | None = None,
-        judge: Callable | None = None,
-    ) -> np.ndarray:
-        """The frames picked (all) at a size (their own), or what a judge makes of them."""
+        self, picks: Sequence[int] | None = None, size: tuple | None = None, judge: Callable | None = None
+    ):
+        """The frames picked (all) at a size (H, W; their own), or what a judge makes of them: an array."""
         picks, size = tuple(picks or range(len(self))), size or self.frames.shape[1:3]
         frames = self.frames[list(picks)]
         if not judge and size == frames.shape[1:3]:
@@ -131,8 +128,7 @@ class Watched:
 
 
 def watch(source: Source, seconds: float) -> Watched:
-    """Read a video, or the half of one. Raises ValueError, naming the file. An .npy array has no times: it
-    lasts `seconds`."""
+    """A video, or the half of one. An .npy array lasts `seconds`. Raises ValueError, naming the file."""
     frames, fps = read_video(source.path, seconds)
     return Watched(_half(frames, source) if source.half else frames, fps)
 
@@ -146,13 +142,11 @@ def _half(frames: np.ndarray, source: Source) -> np.ndarray:
     left, right, p = slice(W // 2), slice(W - W // 2, W), PADDING
     w, odd = divmod(W - 3 * p, 2)
     if not odd and w > 0 and H > 2 * p:
-        pictures = slice(p, p + w), slice(W - p - w, W - p)
         border = np.ones((H, W), bool)
-        for columns in pictures:
-            border[p:-p, columns] = False
+        border[p:-p, p : p + w] = border[p:-p, -p - w : -p] = False
         if frames[:, border].max() <= BLACK:
             _write_once(f"--split: a black border of {p} pixels, as of make_grid, is cut off")
-            frames, (left, right) = frames[:, p:-p], pictures
+            frames, left, right = frames[:, p:-p], slice(p, p + w), slice(-p - w, -p)
     return frames[:, :, left if source.half == "left" else right]
 
 

@@ -1,7 +1,5 @@
-"""Small networks on a CPU: one process a core is quicker than many threads in one process.
-
-Processes are forked: a copy has the networks that this process has read, and imports nothing anew.
-"""
+"""Small networks on a CPU: one process a core is quicker than many threads. They are forked: a copy has the
+networks that this process has read, and imports nothing anew."""
 
 import ctypes
 import multiprocessing

@@ -14,7 +14,6 @@ from support.files import write_json, written_whole
 from support.pictures import contact_sheet, grid_gif, spread
 
 DRAWS, BLOCK = 2000, 20  # of the bootstrap; clips that are drawn together
-CONTROLS = {False: "shuffled", True: "another stimulus"}  # by --pairs, which knows no scenes
 QUOTED = Path(__file__).with_name("quoted.csv")  # Tables 1 and 2 of the paper
 COLUMNS = ("method", "metric", "mean", "std", "ci95", "chance", "shuffled", "n", "weights", "reason")
 
@@ -31,6 +30,7 @@ class Evaluation(NamedTuple):
     values: dict[str, np.ndarray] = {}  # name: (clips,) another value of each
     texts: list[list[str]] | None = None  # of each clip, below each column of the pictures; None: its name
     memories: Callable[[int], np.ndarray] | None = None  # clip -> the top-1 memory, uint8 (F, H, W, 3)
+    seen: str = ""  # a table of what classifiers see
 
 
 class Estimate(NamedTuple):
@@ -40,19 +40,14 @@ class Estimate(NamedTuple):
 
 def estimate(name: str, a: np.ndarray, blocks: np.ndarray, b: np.ndarray | float = 0.0) -> Estimate:
     """A metric of the set from its clips' values a (clips,), NaN where there is none, less that of b; and its
-    95 % interval. `name` is one of METRICS, or the set's value is the mean.
-
-    Blocks of clips are drawn (the same for all), since neighbours are not independent; None for fewer than
-    two blocks.
-    """
+    95 % interval, None for fewer than two blocks. Blocks of clips are drawn (the same for all), since
+    neighbours are not independent. Of a `name` not in METRICS the set's value is the mean."""
     finite = np.isfinite(a + b)
     if not finite.any():
         return Estimate(None, None)
     rows = np.column_stack([a, np.broadcast_to(b, a.shape), np.ones(len(a))])[finite]
-    numbers, block = np.unique(blocks[finite], return_inverse=True)
-    n = len(numbers)
-    sums = np.zeros((n, 3))
-    np.add.at(sums, block, rows)
+    sums = np.stack([rows[blocks[finite] == block].sum(0) for block in np.unique(blocks[finite])])
+    n = len(sums)
     drawn = sums[np.random.default_rng(0).integers(n, size=(DRAWS, n))].sum(1)  # (draws, 3)
     of_set = METRICS[name].of_set if name in METRICS else np.asarray
 
@@ -75,43 +70,37 @@ def blocks_of(clips: Sequence[str]) -> np.ndarray:
 
 
 def summarise(method: str, run: Evaluation, known: dict[str, object]) -> dict:
-    """The contents of metrics.json: all of NAMES of the set, of each group and of each clip; what made
-    them."""
+    """The contents of metrics.json: metrics of the set, of each group and of each clip; what made them."""
     config, scored, rows = run.config, [], []
     for i, pair in enumerate(run.sets[method]):
-        values, row = {}, {"clip": pair.name}
-        for name, key in keys_of(pair, config).items():
-            values[name] = known_value(known, name, key)
-            row[name] = values[name] and values[name][0]
-        for name, more in run.values.items():
-            row[name] = float(more[i])
+        values = {name: known_value(known, name, key) for name, key in keys_of(pair, config).items()}
+        row = {"clip": pair.name} | {name: value and value[0] for name, value in values.items()}
+        rows.append(row | {name: float(more[i]) for name, more in run.values.items()})
         scored.append(values)
-        rows.append(row)
-    clips = np.array([row["clip"] for row in rows])
+    clips = np.array([pair.name for pair in run.sets[method]])
     blocks = blocks_of(clips)
-    metrics = {name: _entry(name, scored, blocks, run) for name in NAMES}
     groups = {}
     for group, members in run.groups.items():
         groups[group] = {"clips": clips[members].tolist()}
         for name in (*asked(config), *run.values):
             values = values_of(name, rows)[members]
             groups[group][name] = estimate(name, values, blocks[members])._asdict()
+    metrics = {name: _entry(name, scored, blocks, run) for name in NAMES}
     frames, trials = config.classifier_frames, config.trials or "exact"
     options = {"size": config.size, "classifier_frames": frames, "trials": trials, "versions": VERSIONS}
-    provenance = {**run.provenance, "method": method, **options}
+    provenance = run.provenance | {"method": method} | options
     return {"metrics": metrics, "groups": groups, "clips": rows, "provenance": provenance}
 
 
 def _entry(name: str, scored: list[dict], blocks: np.ndarray, run: Evaluation) -> dict:
     """A metric of the set. scored: of each clip {metric: [value, value against another stimulus] or None}."""
-    metric, trials = METRICS[name], run.config.trials
+    metric = METRICS[name]
     values, controls = np.array([row.get(name) or (None, None) for row in scored], float).T  # (clips,) each
     finite = values[np.isfinite(values)]
-    missing = len(values) - len(finite)
     mean, ci95 = estimate(name, values, blocks)
     std = shuffled = None
     if len(finite) and metric.chance:  # as the papers' ±
-        std = float(np.sqrt(finite * (1 - finite) / (trials or 100)).mean())
+        std = float(np.sqrt(finite * (1 - finite) / (run.config.trials or 100)).mean())
     elif len(finite) and not metric.signed:
         std = float(finite.std())
     if np.isfinite(controls).any():
@@ -120,27 +109,27 @@ def _entry(name: str, scored: list[dict], blocks: np.ndarray, run: Evaluation) -
     entry |= {"n": len(finite), "weights": weights_of(metric, run.config)}
     if name not in asked(run.config):
         entry["reason"] = "not asked for (--metrics)"
-    elif missing:
+    elif missing := len(values) - len(finite):
         short = sum(row.get(name) == [None, None] for row in scored)
-        cause = f"{short} videos of fewer than {metric.least} frames"
-        cause = cause if short else "videos that are missing or cannot be read"
+        too_short = f"{short} videos of fewer than {metric.least} frames"
+        cause = too_short if short else "videos that are missing or cannot be read"
         counted = f"{missing} of {len(values)} clips have no value: {cause}"
         entry["reason"] = run.unavailable.get(metric.judge, counted)
     return entry
 
 
-def report(run: Evaluation) -> tuple[dict[str, dict], str]:
-    """metrics.json in each method's folder, and metrics.csv. Returns each method's metrics.json, and the
-    table for the terminal."""
+def report(run: Evaluation) -> str:
+    """Writes metrics.json of each method, metrics.csv and the pictures. Returns the text to print."""
     known, names, config = known_values(run.out), asked(run.config), run.config
     results: dict[str, dict] = {}
     reasons: dict[str, list[str]] = {}
     rows: list[Row] = []
+    control = "another stimulus" if config.pairs else "shuffled"  # --pairs knows no scenes
     for method in run.sets:
         folder = run.out / method if config.pairs else run.out
         result = results[method] = summarise(method, run, known)
         write_json(folder / "metrics.json", result)
-        rows += _rows(method, result, names, CONTROLS[bool(config.pairs)])
+        rows += _rows(method, result, names, control)
         for name in names:
             if reason := result["metrics"][name].get("reason"):
                 reasons.setdefault(f"{method}: {reason}", []).append(name)
@@ -152,11 +141,18 @@ def report(run: Evaluation) -> tuple[dict[str, dict], str]:
             for name, entry in result["metrics"].items():
                 writer.writerow({"method": method, "metric": name, **entry})
     size = "the stimuli's size" if config.size == "native" else f"{config.size} x {config.size}"
-    text = f"\nSSIM, PSNR and EPE at {size} and common frame times; intervals by blocks of {BLOCK} clips"
+    text = (
+        run.seen
+        + f"\nSSIM, PSNR and EPE at {size} and common frame times; intervals by blocks of {BLOCK} clips"
+    )
     text += table(rows, config.data)
     for reason, metrics in reasons.items():
         text += f"\nn/a or in part, {', '.join(metrics)}: {reason}"
-    return results, text
+    _pictures(run, results)
+    files = "gt, recon, retrieved.jsonl, metrics.json, ..."
+    if config.pairs:
+        files = "METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png"
+    return f"{text}\n\nwritten: {run.out}/ ({files})"
 
 
 # ---------------------------------------------------------------- the printed table
@@ -192,12 +188,11 @@ def _rows(method: str, result: dict, names: list[str], control: str) -> list[Row
 
 
 def table(rows: list[Row], data: str) -> str:
-    """The rows, and those that the paper prints of this dataset, in three blocks of metrics."""
-    quoted, lines = [], []
+    """The rows, and the paper's of this dataset, in blocks of metrics, but no block of the paper's alone."""
+    lines = []
     with open(QUOTED, newline="", encoding="utf-8") as file:
-        for cells in csv.DictReader(file):
-            if cells["data"] == data:
-                quoted.append((f"{cells['method']}, quoted from the paper", cells))
+        paper = [row for row in csv.DictReader(file) if row["data"] == data]
+    quoted = [(f"{row['method']}, quoted from the paper", row) for row in paper]
     for block in BLOCKS:
         titles = {name: f"{m.title} {m.better}" for name, m in METRICS.items() if m.block == block}
         filled = [row for row in rows + quoted if any(row[1].get(name) for name in titles)]
@@ -208,10 +203,12 @@ def table(rows: list[Row], data: str) -> str:
     return "\n".join(lines)
 
 
-def pictures(run: Evaluation, results: dict[str, dict]) -> None:
+def _pictures(run: Evaluation, results: dict[str, dict]) -> None:
     """sheet.png (three moments, as Figures 3 and 4) and grid.gif of six clips, chosen by `spread`; ranked.png
     of the first method's two best, median and worst by 50-way accuracy, or else SSIM."""
-    complete = np.all([_valued(result["clips"]) for result in results.values()], 0)  # (clips,)
+    complete = np.ones(len(next(iter(run.sets.values()))), bool)  # (clips,) has each method any value of it?
+    for result in results.values():
+        complete &= [any(row.get(name) is not None for name in NAMES) for row in result["clips"]]
     if not complete.any():
         return
     titles = ["stimulus", *(["top-1 memory"] if run.memories else []), *run.sets]
@@ -219,22 +216,15 @@ def pictures(run: Evaluation, results: dict[str, dict]) -> None:
     videos, texts = _cells(run, dict.fromkeys(chosen, ""))
     contact_sheet(run.out / "sheet.png", videos, texts, titles)
     grid_gif(run.out / "grid.gif", videos, texts, titles, run.config.seconds)
-
     first = next(iter(results.values()))
     name = "video_50way" if first["metrics"]["video_50way"]["n"] else "ssim"
     values = np.where(complete, values_of(name, first["clips"]), np.nan)
     best = np.argsort(-values, kind="stable")[: np.isfinite(values).sum()]
     N, ranked = len(best), {}
-    for k in sorted({0, 1, N // 2 - 1, N // 2, N - 2, N - 1} & set(range(N))):
+    for k in sorted({0, 1, N // 2 - 1, N // 2, N - 2, N - 1} & {*range(N)}):
         ranked[best[k]] = f"{k + 1} of {N}, {METRICS[name].title} {values[best[k]]:.3f}: "
     if ranked:
-        videos, texts = _cells(run, ranked)
-        contact_sheet(run.out / "ranked.png", videos, texts, titles)
-
-
-def _valued(rows: list[dict]) -> list[bool]:
-    """Which clips have a value of any metric?"""
-    return [bool(set(row.values()) - {None, row["clip"]}) for row in rows]
+        contact_sheet(run.out / "ranked.png", *_cells(run, ranked), titles)
 
 
 def _cells(run: Evaluation, clips: dict[int, str]) -> tuple[list[list[np.ndarray]], list[list[str]]]:
@@ -243,8 +233,7 @@ def _cells(run: Evaluation, clips: dict[int, str]) -> tuple[list[list[np.ndarray
     rows, labels = [], []
     for i, words in clips.items():
         pairs = [pairs[i] for pairs in run.sets.values()]
-        sources = [pairs[0].gt, *(pair.pred for pair in pairs)]
-        videos = [watch(source, run.config.seconds) for source in sources]
+        videos = [watch(source, run.config.seconds) for source in (pairs[0].gt, *(p.pred for p in pairs))]
         H, W = videos[0].frames.shape[1:3]
         size = (256, round(W * 256 / H)) if H > 256 else (H, W)
         cells = [video.seen(video.uniform(min(60, len(video))), size) for video in videos]

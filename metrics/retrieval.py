@@ -18,12 +18,10 @@ WAYS = 50
 
 
 def retrieval(f: Tensor, e: Tensor, far: np.ndarray, n: int = WAYS) -> tuple[float, float, float]:
-    """top-1, top-5 and n-way of f (clips, D) against the clips' own e (clips, D).
-
-    far (clips, clips) bool: which clips (columns) may be drawn beside a clip (row). Among equals (clips of
-    one caption) the first two take one at random: their expectation. Raises ValueError where f is not finite.
-    """
-    f, e = torch.nn.functional.normalize(f, dim=-1), torch.nn.functional.normalize(e, dim=-1)
+    """top-1, top-5 and n-way of f (clips, D) against the clips' own e (clips, D). far (clips, clips) bool:
+    which clips (columns) may be drawn beside a clip (row). Among equals (clips of one caption) the first two
+    take one at random: their expectation. Raises ValueError where f is not finite."""
+    f, e = (nn.functional.normalize(vectors, dim=-1) for vectors in (f, e))
     S = (f @ e.T).double().numpy().round(6)  # (clips, clips); what is equal up to rounding is equally similar
     if not np.isfinite(S).all():
         raise ValueError("the Brain Model's output is not finite: train it again with a lower --lr")
@@ -52,8 +50,7 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
 def scores(
     model: nn.Module, heads: nn.Module, x: Tensor, targets: NamedTuple, far: np.ndarray
 ) -> dict[str, float]:
-    """Brain Model and heads on x (clips, T, N) z-scored fMRI of clips with these targets, those of
-    data.Clips.targets. The names are the table's rows."""
+    """The table's rows, by Brain Model and heads on z-scored fMRI x (clips, T, N) with data.Clips.targets."""
     device = next(model.parameters()).device
     f_c = torch.cat([model(part.to(device))[0].float().cpu() for part in x.split(64)])  # (clips, D)
     e_img, f_a, logits = (v.float().cpu() for v in heads(f_c.to(device), targets.e_img.to(device)))
@@ -68,14 +65,13 @@ def scores(
 def with_controls(
     model: nn.Module, heads: nn.Module, x: Tensor, targets: NamedTuple, far: np.ndarray
 ) -> dict[str, dict[str, float]]:
-    """The table's columns: "fmri" the `scores`; "shuffled" those with the fMRI of other clips, in an order
-    drawn once; "chance" what guessing reaches."""
+    """The table's columns: the `scores`, those with the fMRI of other clips, and what guessing reaches."""
     n, ways = len(x), min(WAYS, int(far.sum(1).min()) + 1)  # fewer ways where the test set is small
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     fmri = scores(model, heads, x, targets, far)
     shuffled = scores(model, heads, x[order], targets, far)
     labels = targets.categories.float()  # (clips, classes)
-    by_guessing = {"top-1": 1 / n, "top-5": 5 / n, f"{WAYS}-way": 1 / ways}
+    by_guessing = {"top-1": 1 / n, "top-5": min(1, 5 / n), f"{WAYS}-way": 1 / ways}
     by_guessing["mAP"] = float(labels.mean(0)[labels.any(0)].mean())
     chance = {name: by_guessing[name.split()[1]] for name in fmri}
     return {"fmri": fmri, "shuffled": shuffled, "chance": chance}

@@ -1,10 +1,8 @@
-"""Pairs of videos -> values, clip by clip, kept in values/*.jsonl: what is known is not computed again.
-
-A value's key is a digest of all that makes it: videos, weights, options, versions of the libraries and this
-program's own code.
-"""
+"""Pairs of videos -> values, clip by clip, in values/*.jsonl: what is known is not computed again. A value's
+key is a digest of all that makes it: videos, weights, options, versions of libraries, this program's code."""
 
 import json
+from collections import ChainMap
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, lru_cache, partial
@@ -37,9 +35,7 @@ CODE = sha256(*ROOM, Path(prepare.encoders.__file__), Path(support.videos.__file
 
 def digest(path: Path) -> str:
     """sha256 of a file, or of the weights and settings in a folder, as they are now."""
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".safetensors"))
+    files = sorted([*path.glob("*.json"), *path.glob("*.safetensors")]) if path.is_dir() else [path]
     return _digest(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
 
@@ -71,8 +67,7 @@ def keys_of(pair: Pair, config) -> dict[str, str]:
 
 
 def known_values(out: Path) -> dict[str, object]:
-    """key -> value, from out/values/*.jsonl; a line that a kill cut short is passed over. `known_value` says
-    which values can be. A folder in a file's place: ValueError."""
+    """key -> value, from out/values/*.jsonl, but lines that a kill cut short; `known_value` checks them."""
     known = {}
     for file in sorted(out.glob("values/*.jsonl")):
         if not file.is_file():
@@ -85,39 +80,29 @@ def known_values(out: Path) -> dict[str, object]:
 
 
 def known_value(known: dict[str, object], name: str, key: str) -> list[float | None] | None:
-    """[value, value against another stimulus] of a metric, where it is known and lies in the metric's range;
-    a number is None where a video is missing or too short."""
-    value, (low, high) = known.get(key), METRICS[name].bounds
+    """[value, value against another stimulus], where known and in the metric's range."""
+    value, (low, high), rounding = known.get(key), METRICS[name].bounds, 1e-4
     if not isinstance(value, list) or len(value) != 2:
         return None
-    rounding = 1e-4
-    for x in value:
-        if x is not None and not (type(x) in (int, float) and low - rounding <= x <= high + rounding):
-            return None
-    return value
+    numbers = [x for x in value if x is not None]
+    fits = all(type(x) in (int, float) and low - rounding <= x <= high + rounding for x in numbers)
+    return value if fits else None
 
 
 def score_all(sets: dict[str, list[Pair]], config, out: Path, accelerator: Accelerator) -> dict[str, str]:
     """`score`, shared over the processes; returns when all are done."""
     work = partial(score, sets, config, out, accelerator.device)
-    reasons: dict[str, str] = {}
-    for share in in_processes(work, accelerator, config.processes):
-        reasons.update(share)
+    reasons = in_processes(work, accelerator, config.processes)
     accelerator.wait_for_everyone()
-    return reasons
+    return dict(ChainMap(*reasons))
 
 
 @torch.inference_mode()
 def score(
-    sets: dict[str, list[Pair]],
-    config,
-    out: Path,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world: int = 1,
+    sets: dict[str, list[Pair]], config, out: Path, device: torch.device | str = "cpu", rank=0, world=1
 ) -> dict[str, str]:
-    """Compute what out/values/ does not hold, this process's share, clip by clip. Returns {judge: why it
-    could not be had}. Raises ValueError for a video that cannot be read, unless --skip-bad."""
+    """Compute what out/values/ lacks, this process's share, clip by clip. Returns {judge: why it could not be
+    had}. Raises ValueError for a video that cannot be read, unless --skip-bad."""
     known, judges = known_values(out), Judges(config, device)
     read = lru_cache(3)(partial(_read, config))  # a prediction, its stimulus and the control's
     n = len(next(iter(sets.values())))
@@ -145,8 +130,8 @@ def _read(config, source: Source) -> Watched | None:
 
 
 def _values(pair: Pair, keys: dict[str, str], config, judges: "Judges", read: Callable) -> dict[str, list]:
-    """key -> [value, value against another stimulus] of the metrics of `keys` {name: key} whose judges can be
-    had; nothing where a video cannot be read."""
+    """key -> [value, value against another stimulus] of `keys` {metric: key}, where its judge can be had and
+    both videos can be read."""
     if not keys or not (pred := read(pair.pred)) or not (gt := read(pair.gt)):
         return {}
     control = read(pair.control) if pair.control and any(METRICS[name].of_gt for name in keys) else None
@@ -169,8 +154,7 @@ def _by_trials(values: list[float | None], trials: int, seed: int) -> list[float
 
 
 class Judges:
-    """The frozen networks, each loaded when it is first asked for; `unavailable` says why one could not be
-    had."""
+    """The frozen networks, each loaded when first asked for, or None; `unavailable` says why."""
 
     def __init__(self, config, device: torch.device | str):
         self.config, self.device = config, device

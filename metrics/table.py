@@ -1,8 +1,5 @@
-"""The table of metrics: a row a metric (§4.1; docs/metrics.md has the glossary).
-
-A row says who judges (the option that names a frozen network), which frames are picked, and the formula of
-what the judge makes of them. A new metric is a formula in pixels, features, motion or classes and a row here.
-"""
+"""The table of metrics (§4.1; docs/metrics.md has the glossary). A row says who judges (the option that names
+a frozen network), which frames are picked, and the formula of what the judge makes of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,12 +38,11 @@ def class_frames(judge: classes.Classifier, config, *videos) -> list[np.ndarray]
 
 def eight_a_second(judge: Callable, config, *videos) -> list[np.ndarray]:
     """Every so many frames that eight a second remain, as large as they are, as VBench takes them."""
-    steps = [max(1, round(video.fps / 8)) for video in videos]
-    return [v.seen(range(0, len(v), step), judge=judge) for v, step in zip(videos, steps, strict=True)]
+    return [video.seen(range(0, len(video), max(1, round(video.fps / 8))), judge=judge) for video in videos]
 
 
 def even_frames(judge: Callable, config, video) -> list[np.ndarray]:
-    """What the judge makes of the even frames, and all frames, as large as they are, as VBench takes them."""
+    """What the judge makes of the even frames, and all frames, as VBench takes them."""
     return [video.seen(range(0, len(video), 2), judge=judge), video.seen()]
 
 

@@ -20,9 +20,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies take Lin
 
 def test_each_copy_does_its_share_with_one_thread_and_they_return_in_order():
     at_hand = torch.arange(10)  # not sent: a copy has it
+    torch.set_num_threads(2)
     shares = in_processes(
         lambda k, n: (os.getpid(), torch.get_num_threads(), int(at_hand[k::n].sum())), ALONE, 3
     )
+    torch.set_num_threads(1)
     pids, threads, sums = zip(*shares, strict=True)
     assert len({*pids, os.getpid()}) == 4 and threads == (1, 1, 1) and sums == (18, 12, 15)
     assert not multiprocessing.active_children()
@@ -65,6 +67,7 @@ door(lambda: in_processes(work, ALONE, 2))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_copy_outlives_its_parent(number):
     """Ctrl-C goes to all of them, as in a terminal; the others only to the parent."""
