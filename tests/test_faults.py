@@ -407,7 +407,7 @@ TABLE = [
     (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=lambda e: e[:, :2]), "e: found float32 of shape"),
     (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=lambda e: e[..., :4] / e[..., :4].norm(dim=-1, keepdim=True)), r"e: found .*wanted .*\(any, 3, 20\)"),
     (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=torch.Tensor.half), "found torch.float16 of e.*wanted float32"),
-    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=lambda e: 1.01 * e), "rows of e .*wanted unit vectors"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=lambda e: torch.cat([e[:-1], 1.01 * e[-1:]])), "rows of e .*wanted unit vectors"),
     (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=lambda e: e[:0], text_offsets=lambda o: o[:1] * 0), "text_offsets"),
     (load_run, f"{RUN}/stage2/memories.safetensors", tensors(empty=lambda x: x[:, 1:]), r"empty: found .*\(12, 16\)"),
     (load_run, f"{RUN}/stage2/memories.safetensors", tensors(empty=lambda x: x[1:]), r"empty: found .*\(12, 16\)"),
@@ -498,7 +498,7 @@ TOGETHER = [
     ("s2", "--no-mom --no-integration", "--no-mom and --no-integration"),
     # a run of other settings is never continued: what is a difference, and both values
     ("s1again", "--steps 12 --lambda_1 0", "lambda_1 1.0 (now 0.0), steps 4 (now 12)"), ("s1again", "--rois visual", "rois None (now 'visual')"),
-    ("s1again", "--val_segments seg3", "val_segments None (now 'seg3')"), ("s1again", "--dropout 0.1 --lr 1 --rank 2 --tau 1 --layers 2", "and 1 more"),
+    ("s1again", "--val_segments seg3", "val_segments None (now 'seg3')"), ("s1again", "--dropout 0.1 --lr 1 --rank 2 --tau 1 --layers 2", "layers 1 (now 2), lr 0.0001 (now 1.0), rank 4 (now 2) and 1 more"),
     ("s2again", "--K 4", "K 5 (now 4)"), ("s2again", "--epochs 3", "epochs 1 (now 3)"), ("s2again", "--lora_alpha 8", "lora_alpha 16 (now 8.0)"),
 ]  # fmt: skip
 

@@ -270,7 +270,7 @@ def clips_and_model(tiny, model):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({}, None), ({"attention_heads": 5}, "--attention_heads 5: wanted a divisor of 24"), ({"K": 45}, "--K 45: a clip may retrieve .* of 45"),
-    ({"K": 45, "integration": False}, None), ({"stage1_config": {"sizes": {"voxels": 39}}}, "^stage1: trained on data of .*39.*--rois"),
+    ({"K": 45, "integration": False}, None), ({"stage1_config": {"sizes": dict(voxels=39, volumes=T, embed_dim=D, frames=F, classes=4)}}, "^stage1: trained on data of .*39.*--rois"),
 ])  # fmt: skip
 def test_parts_that_do_not_fit_each_other_are_refused(changes, message, tiny, model):
     settings, clips, brain_model, decoder = clips_and_model(tiny, model)

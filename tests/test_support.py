@@ -77,7 +77,7 @@ MACHINE = [
 ]
 
 
-@pytest.mark.parametrize("error", [*MACHINE, FileFault("a: found")])
+@pytest.mark.parametrize("error", [*MACHINE, FileFault("a: found"), MissingFile("a is not there: b")])
 def test_what_is_no_damage_passes_through(error: Exception):
     with pytest.raises(type(error)) as caught, reading("a", "b", "delete it"):
         raise error
@@ -234,6 +234,8 @@ def test_the_manifest_says_what_made_an_array(tmp_path):
         ValueError, match=r"a.npy was made with frames = \[8, 9\], but frames = 4 is asked for; delete it"
     ):
         files.is_made_by(path, {"frames": 4})
+    with pytest.raises(ValueError, match="a.npy was made with more = None, but more = 1"):
+        files.is_made_by(path, {"frames": (8, 9), "more": 1})
     assert np.array_equal(files.read_prepared(path, "f", (None, 2)), x)
     for changed in (x[:2], x.astype(np.float64), x[:0]):
         np.save(path, changed)
@@ -241,6 +243,9 @@ def test_the_manifest_says_what_made_an_array(tmp_path):
             files.read_prepared(path, "f", (None, 2))
     path.unlink()
     assert read_manifest(path) is None  # the array decides
+    np.save(tmp_path / "c.npy", x[:0])
+    with pytest.raises(FileFault, match="c.npy: found float32 of shape .0, 2."):
+        files.read_prepared(tmp_path / "c.npy", "f", (None, 2))
 
 
 # ---------------------------------------------------------------- options
@@ -277,7 +282,7 @@ def test_the_command_line_stands_over_the_preset_over_the_defaults(words: str, c
 
 @pytest.mark.parametrize("words", [
     "--tau 0", "--tau -1", "--tau nan", "--tau inf", "--tau x", "--tau=1e400", "--drop 1", "--drop=-0.1", "--batch_steps 0", "--batch_steps 101",
-    "--batch_steps 1.5", "--flow tv-l1", "--data mars", "--bad 1", "--batch_steps", "--size 2", "--batch 3", "--names",
+    "--batch_steps 1.5", "--flow tv-l1", "--data mars", "--bad 1", "--batch_steps", "--size 2", "--ta 3", "--names",
 ])  # fmt: skip
 def test_an_option_out_of_range_is_one_line(words: str, capsys):
     with pytest.raises(SystemExit) as end:
@@ -357,6 +362,7 @@ def test_onecycle_rises_to_the_rate_of_each_group_and_comes_down():
         5,
         5,
     ]  # 30 % of 20 steps
+    assert rates[1, 0] == pytest.approx(0.02 + 0.48 * (1 - np.cos(np.pi / 5)) / 2)
     assert rates[0] == pytest.approx([0.02, 0.0008]) and rates[-1] == pytest.approx([2e-6, 8e-8])
     schedule.step()
     with pytest.raises(ValueError, match="21"):
@@ -518,6 +524,7 @@ def fit(
             loss.backward()
             numbers = training.update(optimiser, schedule, 1.0)
             at_step(step)
+            numbers["exact"] = loss.item()
             run.after_step(
                 step, {"loss": loss, "image": 2 * loss}, numbers, lambda step=step: {"held out": step}
             )
@@ -539,7 +546,8 @@ class Kill(BaseException):
 def test_after_a_kill_at_any_moment_the_end_is_the_same(tmp_path, monkeypatch):
     weights = fit(tmp_path / "undisturbed")
     rows = rows_of(tmp_path / "undisturbed")
-    assert [row["step"] for row in rows] == list(range(TOTAL)) and rows[3]["image"] == 2 * rows[3]["loss"]
+    assert [row["step"] for row in rows] == list(range(TOTAL))
+    assert all(row["loss"] == row["exact"] == row["image"] / 2 for row in rows)
     replace, k = os.replace, 0
     while True:
         k, root, moments = k + 1, tmp_path / str(k), iter(range(99))
