@@ -1,9 +1,4 @@
-"""Files that are whole or not there, and what made them.
-
-written_whole, write_json, save_folder          a file or folder of models, whole
-new_array, writing_array, resumable_arrays      .npy arrays, filled in place; the last go on after a kill
-manifest.json beside the arrays: read_manifest, read_prepared, is_made_by, add_to_manifest; sha256, hashes
-"""
+"""Files that are whole or not there, and manifest.json: what made the arrays beside it."""
 
 import errno
 import hashlib
@@ -30,8 +25,8 @@ class DiskFull(OSError):
 
 @contextmanager
 def written_whole(path: Path, keep: bool = False) -> Iterator[Path]:
-    """A temporary name to write a file or a folder to. When the block ends, it becomes `path`; of a folder,
-    file by file. If the block fails, it is removed, unless to `keep`. Raises DiskFull where it is that."""
+    """A temporary name to write a file or a folder to. It becomes `path` when the block ends; of a folder,
+    file by file. If the block fails, it is removed, unless to `keep`."""
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if part.is_dir():  # of an earlier start
@@ -45,13 +40,8 @@ def written_whole(path: Path, keep: bool = False) -> Iterator[Path]:
         else:
             os.replace(part, path)
     except Exception as error:
-        free = shutil.disk_usage(path.parent).free
-        if not _is_of_a_full_disk(error, free):
-            raise
-        size = sum(file.stat().st_size for file in [part, *part.rglob("*")] if file.is_file())
-        sizes = f"takes {size / 1e9:,.3f} GB, but the disk is full, with {free / 1e9:,.3f} GB free"
-        advice = "make room and run the command again; it keeps what is whole"
-        raise DiskFull(f"{path} {sizes}: {advice}") from error
+        _raise_if_full(path, part, error)
+        raise
     finally:
         if part.is_dir():
             shutil.rmtree(part)
@@ -59,16 +49,25 @@ def written_whole(path: Path, keep: bool = False) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def _is_of_a_full_disk(error: Exception, free: int) -> bool:
+def _raise_if_full(path: Path, part: Path, error: Exception) -> None:
     """torch.save does not say so; other libraries hand on the system's text, or numpy's."""
+    free = shutil.disk_usage(path.parent).free
     texts = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "Not enough free space"
     unclear = isinstance(error, (OSError, RuntimeError)) and free < 1 << 20
-    return not isinstance(error, DiskFull) and (unclear or any(text in str(error) for text in texts))
+    if not isinstance(error, DiskFull) and (unclear or any(text in str(error) for text in texts)):
+        size = sum(file.stat().st_size for file in [part, *part.rglob("*")] if file.is_file())
+        sizes = f"takes {size / 1e9:,.3f} GB, but the disk is full, with {free / 1e9:,.3f} GB free"
+        advice = "make room and run the command again; it keeps what is whole"
+        raise DiskFull(f"{path} {sizes}: {advice}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
-    with written_whole(path) as part:
-        part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def save_model(model, folder: Path) -> None:
@@ -101,9 +100,14 @@ def writing_array(
     with written_whole(path) as part:
         array = new_array(part, shape, dtype)
         yield array
-        array.flush()
-        array._mmap.close()  # Windows does not rename what is mapped; the array is not to be touched again
+        _close(array)
     add_to_manifest(path, array, recipe, inputs)
+
+
+def _close(array: np.memmap) -> None:
+    """Windows does not rename what is mapped; the array is not to be touched again."""
+    array.flush()
+    array._mmap.close()
 
 
 @contextmanager
@@ -121,36 +125,30 @@ def resumable_arrays(
         write_json(state, {"asked": request, "done": clips})
 
     with ExitStack() as stack:
-        parts = {stack.enter_context(written_whole(path, keep=True)): shapes[path] for path in shapes}
-        done, arrays = _earlier_arrays(state, request, parts)
+        parts = [stack.enter_context(written_whole(path, keep=True)) for path in shapes]
+        done, arrays = 0, []
+        with suppress(ValueError, FileNotFoundError):  # what is not whole begins anew
+            note = read_json(state, keys={"asked": dict, "done": int})
+            if note["asked"] == request:
+                arrays = [np.lib.format.open_memmap(part, "r+") for part in parts]
+                done = note["done"]
         if not arrays:
-            arrays = [new_array(part, shape, dtype) for part, shape in parts.items()]
+            arrays = [new_array(part, shapes[path], dtype) for part, path in zip(parts, shapes, strict=True)]
         filled(done)
         yield arrays, done, filled
         for path, array in zip(shapes, arrays, strict=True):
-            array.flush()
-            array._mmap.close()
+            _close(array)
             add_to_manifest(path, array, recipe, inputs)
     state.unlink()
 
 
-def _earlier_arrays(state: Path, request: dict, parts: Iterable[Path]) -> tuple[int, list[np.memmap]]:
-    """How many clips an earlier start filled, and its arrays; none if not whole or of another request."""
-    with suppress(ValueError, FileNotFoundError):
-        note = read_json(state, keys={"asked": dict, "done": int})
-        if note["asked"] == request:
-            return note["done"], [np.lib.format.open_memmap(part, "r+") for part in parts]
-    return 0, []
-
-
 def sha256(*files: Path) -> str:
     """Of the contents of the files, one after the other."""
-    sha = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in files:
         with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                sha.update(block)
-    return sha.hexdigest()
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def hashes(groups: Iterable[Sequence[Path]]) -> dict[str, str]:
@@ -172,8 +170,8 @@ def read_manifest(path: Path) -> dict | None:
         entries = read_json(manifest)
         if path.name not in entries:
             return None
-        entry = check_keys(entries, manifest, {path.name: dict})[path.name]
-        return check_keys(entry, f"{manifest}, {path.name}", {"recipe": dict, "inputs": dict})
+        check_keys(entries, manifest, {path.name: dict})
+        return check_keys(entries[path.name], f"{manifest}, {path.name}", {"recipe": dict, "inputs": dict})
 
 
 def read_prepared(path: Path, kind: str, shape: Sequence[int | None], finite: bool = False) -> np.ndarray:

@@ -4,9 +4,9 @@ import argparse
 import math
 import operator
 import re
-import types
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, field, fields
 from functools import partial
 
@@ -17,7 +17,6 @@ RANGE_WORDS = {"least": "at least", "most": "at most", "choices": "one of"}
 
 def option(default, text: str, **ranges):
     """A field of a Config: its default, its sentence in --help, its range (of RANGES)."""
-    assert ranges.keys() <= RANGES.keys()
     metadata = {"help": text, "ranges": ranges}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -31,20 +30,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
 
 
-def _kind(annotation) -> tuple[type, bool]:
-    """The type behind `int`, `int | None` and `list[str]`, and whether it is a list."""
-    if isinstance(annotation, types.UnionType):
-        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
-    if typing.get_origin(annotation) is list:
-        return typing.get_args(annotation)[0], True
-    return annotation, False
-
-
 def _parser(config: type, presets: dict[str, dict], doc: str, prog: str) -> Parser:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog, description=doc, formatter_class=form, allow_abbrev=False)
     for f in fields(config):
-        kind, is_list = _kind(f.type)
+        is_list = typing.get_origin(f.type) is list
+        kind, *_ = typing.get_args(f.type) or (f.type,)  # of list[str], or of int | None
         default = f.default_factory() if is_list else f.default
         values = [] if default in (None, []) else [f"default: {default}"]
         values += [f"{name}: {preset[f.name]}" for name, preset in presets.items() if f.name in preset]
@@ -59,18 +50,21 @@ def _parser(config: type, presets: dict[str, dict], doc: str, prog: str) -> Pars
 
 
 def parse(config: type, presets: dict[str, dict], doc: str, prog: str, argv: Sequence[str]):
-    """The command line over the preset that --data names over the defaults. Whatever is unknown or out of its
-    range ends the program."""
+    """The command line over the preset of --data over the defaults. What is unknown or out of range ends the
+    program."""
     parser = _parser(config, presets, doc, prog)
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     if known.data is not None and known.data not in presets:
         parser.error(f"--data {known.data}: there are {', '.join(presets)}")
     parser.set_defaults(**presets.get(known.data, {}))
     values = config(**vars(parser.parse_args(argv)))
-    try:
-        check_options(values)
-    except ValueError as error:
-        parser.error(str(error))
+    for f in fields(config):
+        value, ranges = getattr(values, f.name), f.metadata["ranges"]
+        for item in value if isinstance(value, list) else [value]:
+            if item is not None and not _lies_within(item, ranges):
+                parser.error(f"--{f.name} {item}: wanted {_range_text(ranges) or 'a finite number'}")
+            if isinstance(item, str) and "\0" in item:
+                parser.error(f"--{f.name} {item!r}: wanted text without a null character")
     return values
 
 
@@ -83,25 +77,13 @@ def _range_text(ranges: dict) -> str:
     return " and ".join(f"{RANGE_WORDS.get(name, name)} {bound}" for name, bound in ranges.items())
 
 
-def check_options(config) -> None:
-    """Raises ValueError, naming the option, where a value lies outside its range or is not finite."""
-    for f in fields(config):
-        value, ranges = getattr(config, f.name), f.metadata["ranges"]
-        for item in value if isinstance(value, list) else [value]:
-            if item is not None and not _lies_within(item, ranges):
-                raise ValueError(f"--{f.name} {item}: wanted {_range_text(ranges) or 'a finite number'}")
-            if isinstance(item, str) and "\0" in item:
-                raise ValueError(f"--{f.name} {item!r}: wanted text without a null character")
-
-
 def within(kind: type, **ranges) -> Callable[[str], float]:
     """For argparse's `type`: text -> a finite number of `kind` in its range, as of `option`."""
 
     def number(text: str) -> float:
-        try:
+        value = math.nan
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
         if not _lies_within(value, ranges):
             wanted = f"a {'whole ' if kind is int else ''}number {_range_text(ranges)}".strip()
             raise argparse.ArgumentTypeError(f"{text[:60]!r}, wanted {wanted}")
@@ -123,10 +105,9 @@ def settings_of(config, *without: str) -> dict:
 
 
 def check_together(config, unused: dict[str, Sequence[str]], needed: dict[str, Sequence[str]]) -> None:
-    """Raises ValueError, naming both options, where one is given beside one that does not use it (`unused`:
-    option -> those), or without any that does (`needed`)."""
-    values = settings_of(config)
-    given = [name for name in values if values[name] not in (None, []) and values[name] is not False]
+    """Raises ValueError where an option is given beside one that does not use it (`unused`: option -> those),
+    or without any that does (`needed`)."""
+    given = [name for name, value in asdict(config).items() if value not in (None, []) and value is not False]
     for name in given:
         for clash in unused.get(name, ()):
             if clash in given:

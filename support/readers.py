@@ -1,12 +1,6 @@
 """Readers that turn any damage into one error: a file's name, what it holds, what was wanted and what to do.
 
-    read_array, read_npz, read_text, read_json, read_json_lines
-    read_tensors, read_state    .safetensors, and .pt checkpoints of plain values
-    load_model                  a model of config.json and model.safetensors
-    reading, advising           the same for what a library raises; advice for the readers inside
-
-A reader raises MissingFile, or the FileFault of `damaged`. Nothing that a file holds is ever executed.
-"""
+A reader raises MissingFile, or the FileFault of `damaged`. Nothing that a file holds is ever executed."""
 
 import errno
 import json
@@ -22,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 KINDS = {"f": "floating-point", "u": "whole", "iu": "whole", "fiu": "real", "fiub": "real", "b": "boolean"}
+TYPES = {dict: "an object {...}", list: "a list [...]"}
 Shape = Sequence[int | None] | None  # None: any, or of any size
 Shapes = dict[str, Sequence[int]] | None  # of tensors by name
 Type = type | tuple[type, ...]
@@ -41,9 +36,9 @@ class MissingFile(FileNotFoundError):
     """A file that is not there; the message is complete, too."""
 
 
-def damaged(path: Path | str, found: object, wanted: str, advice: str | None = None) -> FileFault:
-    """The one form of an error about a file. `found` may be a library's error; advice: that of `reading`."""
-    text = str(found).strip().split("\n")[0][:160] or type(found).__name__
+def damaged(path: Path | str, content: object, wanted: object, advice: str | None = None) -> FileFault:
+    """The one form of an error about a file. Its content may be a library's error; advice: of `reading`."""
+    text = str(content).strip().split("\n")[0][:160] or type(content).__name__
     if any(words in text for words in ("pickle", "Weights only load", "mmap can only")):
         text = "a damaged file, or Python objects, which could run code"  # the library advises to load them
     return FileFault(f"{path}: found {text}, wanted {wanted}: {advice or _advice.get()}")
@@ -63,10 +58,8 @@ def advising(advice: str) -> Iterator[None]:
 def reading(path: Path | str, wanted: str = "a whole file", advice: str | None = None) -> Iterator[None]:
     """Whatever a library raises inside becomes FileFault or MissingFile about `path`.
 
-    Such an error of a reader inside passes through; it gives the `advice` of the innermost `reading` that has
-    one. Faults of the machine (permission, open files, memory, disk) pass through as they are.
-    Not around the `yield` of a generator: its caller would get the advice, too.
-    """
+    Such an error of a reader inside passes through, and so do faults of the machine (permission, open files,
+    memory, disk). Not around the `yield` of a generator: its caller would get the advice, too."""
     with advising(advice or _advice.get()):
         try:
             yield
@@ -107,14 +100,11 @@ def read_array(path: Path, kind: str = "f", shape: Shape = None, finite: bool = 
 
 def read_npz(path: Path, kinds: dict[str, str]) -> dict[str, np.ndarray]:
     """The named arrays of an .npz file, of the given kinds and of one length."""
-    arrays: dict[str, np.ndarray] = {}
-    wanted = f"an .npz file of {', '.join(kinds)}"
-    with reading(path, wanted), np.load(path, allow_pickle=False) as file:
-        for name, kind in kinds.items():
-            arrays[name] = check_array(file[name], f"{path}[{name}]", kind)
-        shapes = {name: array.shape for name, array in arrays.items()}
-        if len({shape[:1] for shape in shapes.values()}) > 1:
-            raise damaged(path, shapes, "arrays of one length")
+    with reading(path, f"an .npz file of {', '.join(kinds)}"), np.load(path, allow_pickle=False) as file:
+        arrays = {name: check_array(file[name], f"{path}[{name}]", kinds[name]) for name in kinds}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if len({shape[:1] for shape in shapes.values()}) > 1:
+        raise damaged(path, shapes, "arrays of one length")
     return arrays
 
 
@@ -124,40 +114,29 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
 
 
-def _fits(value: object, kind: Type) -> bool:
-    """Is it of the type? A float may be a whole number; True and False are none."""
-    kinds = (kind,) if isinstance(kind, type) else kind
-    if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, kinds) or float in kinds and isinstance(value, int)
-
-
-def _names(kind: Type) -> str:
-    names = {dict: "an object {...}", list: "a list [...]"}
-    return " or ".join(names.get(k, k.__name__) for k in ((kind,) if isinstance(kind, type) else kind))
-
-
 def check_keys(row: dict, path: Path | str, keys: dict[str, Type]) -> dict:
-    """The row itself, where each key is there and of its type; a float must be finite."""
+    """The row itself, where each key is there and of its type. A float is finite, and may be a whole number;
+    True and False are no numbers."""
     for key, kind in keys.items():
-        value = row.get(key)
-        if key not in row or not _fits(value, kind):
+        value, kinds = row.get(key), kind if isinstance(kind, tuple) else (kind,)
+        fits = isinstance(value, kinds) or float in kinds and isinstance(value, int)
+        if key not in row or not fits or isinstance(value, bool) and bool not in kinds:
             entry = f"{key} = {str(value)[:60]!r}" if key in row else f"no {key}"
-            raise damaged(path, entry, f"{key} as {_names(kind)}")
+            raise damaged(path, entry, f"{key} as {' or '.join(TYPES.get(k, k.__name__) for k in kinds)}")
         if isinstance(value, float) and not np.isfinite(value):
             raise damaged(path, f"{key} = {value}", f"{key} as a finite number")
     return row
 
 
-def _parse_json(text: str, path: Path | str, kind: Type, keys: dict[str, Type] | None) -> dict | list:
+def _parse_json(text: str, path: Path | str, kind: type, keys: dict[str, Type] | None) -> dict | list:
     with reading(path, "JSON"):
         value = json.loads(text)
-    if not _fits(value, kind):
-        raise damaged(path, f"{type(value).__name__} {text.strip()[:40]}", _names(kind))
-    return check_keys(value, path, keys or {}) if isinstance(value, dict) else value
+    if not isinstance(value, kind):
+        raise damaged(path, f"{type(value).__name__} {text.strip()[:40]}", TYPES[kind])
+    return check_keys(value, path, keys or {}) if kind is dict else value
 
 
-def read_json(path: Path, kind: Type = dict, keys: dict[str, Type] | None = None) -> dict | list:
+def read_json(path: Path, kind: type = dict, keys: dict[str, Type] | None = None) -> dict | list:
     """A JSON file of an object (or a list), whose `keys` are there and of their types."""
     return _parse_json(read_text(path), path, kind, keys)
 
@@ -181,7 +160,7 @@ def check_tensors(tensors: dict[str, Tensor], path: Path, shapes: Shapes = None)
         size = tuple(tensors[name].shape) if name in tensors else "missing"
         wanted = tuple(shapes[name]) if name in shapes else "no such tensor"
         if size != wanted:
-            raise damaged(path, f"{name} {size}", str(wanted))
+            raise damaged(path, f"{name} {size}", wanted)
     for name, value in tensors.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise damaged(path, f"NaN or infinity in {name}", "finite weights")

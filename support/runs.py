@@ -1,9 +1,4 @@
-"""Folders of runs, signals, and the door that every script goes through.
-
-RunFolder     settings, log and weights of a training run, which change only together; it goes on
-Stopping      Ctrl-C and SIGTERM end a training run after its step, with a checkpoint
-door          bad input ends in one line, a bug in its traceback
-"""
+"""Folders of runs, signals, and the door that every script goes through."""
 
 import json
 import logging
@@ -29,11 +24,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from support.files import MissingData, save_folder, write_json, written_whole
+from support.files import MissingData, save_folder, write_json, write_text, written_whole
 from support.options import check_name
 from support.readers import advising, check_tensors, damaged, read_json, read_state, reading
 
-# ---------------------------------------------------------------- the settings of a folder
+Write = Callable[[Path], object]  # to this file or folder
 
 
 def run_folder(data: str, subject: int, run: str, seed: int) -> Path:
@@ -42,8 +37,8 @@ def run_folder(data: str, subject: int, run: str, seed: int) -> Path:
 
 
 def read_settings(file: Path, settings: dict, may_change: Sequence[str], advice: str) -> dict:
-    """config.json of a folder, {} where there is none. Raises ValueError, naming them, where its settings
-    differ from these in more than what may change."""
+    """config.json of a folder, {} where there is none. Raises ValueError, naming them, where settings differ
+    that may not change."""
     if not file.exists():
         return {}
     with advising(advice):
@@ -74,7 +69,7 @@ class FolderLock:
                 advice = "wait for it, or choose another --run NAME"
                 raise ValueError(f"{folder}: another process works in it: {advice}") from error
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Give it back, and leave no empty folder."""
         if self.handle is not None:
             os.close(self.handle)
@@ -84,41 +79,33 @@ class FolderLock:
                     folder.rmdir()
 
 
-# ---------------------------------------------------------------- a training run
-
-
 class RunFolder:
-    """The folder of a stage of a run.
+    """The folder of a stage of a run: config.json (settings, and the step of the weights), state/state.pt (to
+    go on), log.jsonl (a line a logged step; TensorBoard's files beside it), and the weights.
 
-    Nothing in it -> new. The same settings -> it goes on. All steps done and `last`, the file written last,
-    in it -> finished. Other settings -> ValueError that names them. Nothing in it changes before the first
-    step has worked.
-
-    folder/config.json      settings and the step of the weights, written last: what it says is true of them
-    folder/state/state.pt   to go on
-    folder/log.jsonl        a line a logged step; TensorBoard's files beside it
-    """
+    Nothing in it -> new. The same settings -> it goes on. All of `total` steps done and `last`, the file
+    written last, in it -> finished. Other settings -> ValueError. No change before a step has worked."""
 
     def __init__(
         self,
         folder: Path,
         settings: dict,
-        total: int,  # steps
-        last: str,  # the file that is written last
+        total: int,
+        last: str,
         accelerator: Accelerator,
         may_change: Sequence[str] = (),
     ):
         self.folder, self.total, self.accelerator = folder, total, accelerator
         self.chief = accelerator.is_main_process
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = json.loads(json.dumps(settings))  # tuples are lists there
         self.state_file, self.log_file = folder / "state" / "state.pt", folder / "log.jsonl"
         self.board, self.stopping = None, Stopping()
         advice = f"choose another --run NAME, or delete {folder}"
         stored = read_settings(folder / "config.json", self.settings, may_change, advice)
         self.first_step = stored.get("step", 0)
         if not isinstance(self.first_step, int) or self.first_step > total:
-            wanted = f"a step of 0 to {total}"
-            raise damaged(folder / "config.json", f"step = {self.first_step!r}", wanted, advice)
+            step = f"step = {self.first_step!r}"
+            raise damaged(folder / "config.json", step, f"a step of 0 to {total}", advice)
         self.lock = FolderLock(folder) if self.chief else None
         self.finished = self.first_step == total and (folder / last).is_file()
 
@@ -128,21 +115,18 @@ class RunFolder:
 
     def __exit__(self, *error) -> None:
         self.stopping.end()
-        if self.lock:
-            self.lock.release()
-        if self.board:
-            self.board.close()
+        for held in filter(None, (self.lock, self.board)):
+            held.close()
 
     def restore(
         self,
         state: dict[str, object],
-        models: dict[str, Callable[[Path], object]],
-        write_once: Callable[[Path], object] | None = None,
-        sample: Callable[[Path], object] | None = None,
+        models: dict[str, Write],
+        write_once: Write | None = None,
+        sample: Write | None = None,
     ) -> None:
-        """state: what has a state_dict (models, optimiser, schedule), loaded where the run has a checkpoint.
-        models: what writes a folder of weights; write_once(folder): what stays as it is. sample(file) draws
-        what the model can."""
+        """state: what has a state_dict, loaded where the run has a checkpoint. models: writers of weights;
+        write_once(folder): what stays as it is; sample(file): draws what the model can."""
         self.state, self.models, self.write_once, self.sample = state, models, write_once, sample
         if not self.first_step:
             return
@@ -170,8 +154,8 @@ class RunFolder:
         numbers: dict[str, float],
         validate: Callable | None = None,
     ) -> None:
-        """Logs, saves, draws a sample, stops: what is due after a step. losses are averaged over the
-        processes; numbers are alike in all; validate() gives more numbers when the weights are saved."""
+        """Logs, saves, draws a sample, stops: what is due. losses are averaged over the processes; numbers
+        are alike in all; validate() gives more numbers when the weights are saved."""
         done, stop = step + 1, self.stopping.asked(self.accelerator)
         saving = stop or done % self.settings["save_every"] == 0 or done == self.total
         sample_every = self.settings.get("sample_every", 0)
@@ -195,8 +179,7 @@ class RunFolder:
             raise Stopped(self.stopping.number, message)
 
     def save(self, step: int) -> None:
-        """Weights, then what is needed to go on, then config.json: a kill between them leaves the run at
-        this step or the last."""
+        """Weights, state, then config.json: a kill between them leaves the run at this step or the last."""
         if self.write_once and not (self.folder / "config.json").exists():
             self.write_once(self.folder)
         for name, write in self.models.items():
@@ -207,27 +190,21 @@ class RunFolder:
         write_json(self.folder / "config.json", self.settings | {"step": step, "steps_in_all": self.total})
 
     def finish(self, curves: dict[str, str], title: str, files: dict[str, str | dict] | None = None) -> None:
-        """losses.png of these columns of the log, then files of text or JSON: the run is finished."""
+        """losses.png of these columns of the log, then files of text or JSON."""
         from support.pictures import loss_curves  # matplotlib
 
         loss_curves(self.folder / "losses.png", read_log(self.log_file), curves, title)
         for name, content in (files or {}).items():
-            if isinstance(content, str):
-                with written_whole(self.folder / name) as part:
-                    part.write_text(content, encoding="utf-8")
-            else:
-                write_json(self.folder / name, content)
+            write = write_text if isinstance(content, str) else write_json
+            write(self.folder / name, content)
 
     def log(self, step: int, row: dict[str, float]) -> None:
-        """A line of log.jsonl and of TensorBoard; what an earlier start wrote beyond its last checkpoint goes
-        first."""
+        """A line of log.jsonl and of TensorBoard. What an earlier start wrote beyond its checkpoint goes."""
         if self.board is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.folder.mkdir(parents=True, exist_ok=True)
-            earlier = [row for row in read_log(self.log_file) if row["step"] < self.first_step]
-            with written_whole(self.log_file) as part:
-                part.write_text("".join(json.dumps(row) + "\n" for row in earlier), encoding="utf-8")
+            lines = [json.dumps(row) for row in read_log(self.log_file) if row["step"] < self.first_step]
+            write_text(self.log_file, "".join(f"{line}\n" for line in lines))
             self.board = SummaryWriter(str(self.folder), purge_step=self.first_step)
         with open(self.log_file, "a", encoding="utf-8") as log:
             log.write(json.dumps({"step": step} | row) + "\n")
@@ -238,16 +215,12 @@ class RunFolder:
 def read_log(file: Path) -> list[dict]:
     """The lines of log.jsonl that are whole; it is for looking at, so a damaged line is passed over."""
     rows = []
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    for line in text.split("\n"):
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else ():
         with suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and isinstance(row.get("step"), int):
                 rows.append(row)
     return rows
-
-
-# ---------------------------------------------------------------- signals and errors
 
 
 class Stopped(BaseException):
@@ -259,15 +232,13 @@ class Stopped(BaseException):
 
 
 class Stopping:
-    """Between listen() and end(), Ctrl-C and SIGTERM are noted; `asked` after a step is true in all
-    processes once one got such a signal."""
+    """Between listen() and end() it notes Ctrl-C and SIGTERM; `asked` is then true in all processes."""
 
     def __init__(self):
         self.number, self.handlers = 0, {}
 
     def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self._note)
+        self.handlers = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def end(self) -> None:
         for number, handler in self.handlers.items():
@@ -291,8 +262,7 @@ BAD_INPUT = (OSError, ValueError, HfHubHTTPError.__bases__[0], *DAMAGE)  # the l
 
 def door(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run a script's main and end the process: 0 or what main returns; 1 after bad input, in one `error: ...`
-    line; 130 after Ctrl-C and 0 after SIGTERM, which the same command goes on from. A bug keeps its
-    traceback."""
+    line; 130 after Ctrl-C, 0 after SIGTERM. A bug keeps its traceback."""
     if sys.version_info < (3, 11):  # noqa: UP036  pip installs on older ones, too
         sys.exit(f"error: this is Python {sys.version.split()[0]}, wanted 3.11 or later")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -302,29 +272,28 @@ def door(main: Callable[[], int | None]) -> typing.NoReturn:
         raise Stopped(number, "terminated; the same command goes on where it was")
 
     signal.signal(signal.SIGTERM, terminated)
+    status, message = 1, ""
     try:
         status = main() or 0
     except BAD_INPUT as error:
-        say(f"error: {brief(error)}")
-        status = 1
+        message = f"error: {brief(error)}"
     except (MemoryError, torch.OutOfMemoryError) as error:
         fault = str(error).strip().split("\n")[0] or "no more memory"
-        options = "--micro_batch 1, --checkpointing or --optimizer adamw8bit"
-        say(f"error: out of memory ({fault}): python extras/plan.py counts what options need; try {options}")
-        status = 1
+        advice = "python extras/plan.py counts what options need; try --micro_batch 1, --checkpointing"
+        message = f"error: out of memory ({fault}): {advice} or --optimizer adamw8bit"
     except Stopped as stopped:
-        say(str(stopped))
-        status = stopped.status
+        status, message = stopped.status, str(stopped)
     except KeyboardInterrupt:
-        say("interrupted; the same command goes on where it was")
-        status = 130
+        status, message = 130, "interrupted; the same command goes on where it was"
+    if message:
+        say(message)
     sys.stdout.flush()
     sys.exit(status)
 
 
 def quiet() -> None:
-    """No bar of a library for each model that it reads, nor nibabel's remarks on files: only downloads show
-    how far they are. A warning is its words, without the line of code that it comes from."""
+    """No bar of a library but for downloads, nor nibabel's remarks on files. A warning is its words, without
+    the line of code that it comes from."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     logging.getLogger("nibabel.global").setLevel(logging.ERROR)
     hidden = are_progress_bars_disabled()
@@ -351,7 +320,7 @@ def say(text: str) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         marker = Path(tempfile.gettempdir(), f"cineneuron-{os.environ.get('MASTER_PORT', 0)}-{os.getppid()}")
         try:
-            os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
+            marker.touch(exist_ok=False)
         except FileExistsError:
             if time.time() - marker.stat().st_mtime < 60:  # another process of this launch said it
                 return

@@ -6,8 +6,7 @@
     memories.json                of each memory its line of clips.jsonl
     voxels.npz                   of each voxel of x its index in the source, and its area: roi
 
-Where it is shared also README.md, the model card, and eval/metrics.json of the run. The video decoder is not
-copied: its name stands in config.json."""
+Where it is shared also README.md and eval/metrics.json. The video decoder is not copied, only named."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -35,7 +34,6 @@ from support.readers import (
 )
 
 MEMORIES = "memories.safetensors"
-TENSORS = ("e", "text_tokens", "text_offsets", "empty")  # in it
 PROJECT = Path(__file__).parents[1]
 HUB_ID = r"[\w.-]+/[\w.-]+"
 KEYS = {"data": str, "subject": int, "decoder": str, "mom": bool, "integration": bool, "stage1_config": dict}
@@ -73,21 +71,20 @@ def read_settings(folder: Path) -> dict:
 
 
 def decoder_at(name: str, folder: Path) -> str:
-    """A decoder: a folder here or in the project (toy/wan), or a name on the Hub. Raises ValueError, naming
-    config.json, for a folder that another machine had."""
+    """A decoder: a folder here or in the project (toy/wan), or a name on the Hub. Raises ValueError for a
+    folder that another machine had."""
     for place in (Path(name), PROJECT / name):
         if place.is_dir():
             return str(place)
     if not re.fullmatch(HUB_ID, name):
-        wanted = "a folder here, or a name on the Hub"
-        advice = "write into that file where this decoder lies here"
-        raise damaged(folder / "config.json", f"decoder = {name!r}", wanted, advice)
+        content, advice = f"decoder = {name!r}", "write into that file where this decoder lies here"
+        raise damaged(folder / "config.json", content, "a folder here, or a name on the Hub", advice)
     return name
 
 
 def finished_run(places: Sequence[Path], settings: dict, keys: dict, advice: str) -> tuple[Path, dict]:
-    """The first of these folders that holds a run, and its config.json with `keys` of their types. Raises
-    FileNotFoundError where none does, ValueError where settings are not these or steps are left."""
+    """The first of these folders that holds a run, and its config.json with these `keys` and settings. Raises
+    FileNotFoundError where none does, ValueError where steps are left."""
     folder = next((place for place in places if (place / "config.json").is_file()), places[0])
     with advising(advice):
         stored = read_json(folder / "config.json", keys=keys | {"step": int, "steps_in_all": int})
@@ -99,8 +96,7 @@ def finished_run(places: Sequence[Path], settings: dict, keys: dict, advice: str
 
 
 def check_place(settings: dict, run: Path) -> None:
-    """Raises ValueError where a run lies in the folder of another subject; says so where it is not
-    finished."""
+    """Raises ValueError where a run lies in the folder of another subject; says where it is not finished."""
     place, origin = run.absolute().parts[-3:-1], (settings["data"], f"sub{settings['subject']}")
     if place != origin:
         file, wanted = run / "stage2" / "config.json", f"one of {' '.join(place)}"
@@ -111,8 +107,7 @@ def check_place(settings: dict, run: Path) -> None:
 
 
 def check_parts(stage1: Path, settings: dict, clips, brain_model, decoder) -> None:
-    """Raises ValueError where stage 1, the data.Clips, the Brain Model and the video decoder do not fit each
-    other."""
+    """Raises ValueError where stage 1, data.Clips, Brain Model and decoder do not fit each other."""
     trained, L = settings["stage1_config"]["sizes"], brain_model.position.shape[1] - 1
     width, heads, recall = brain_model.norm.normalized_shape[0], settings["attention_heads"], clips.recall
     if trained != clips.sizes:
@@ -122,15 +117,11 @@ def check_parts(stage1: Path, settings: dict, clips, brain_model, decoder) -> No
         wanted = f"the decoder's {decoder.text_length}: train_stage1.py --tokens {decoder.text_length}"
         raise ValueError(f"{stage1}: a Brain Model of {L} tokens, wanted {wanted}")
     if width % heads:
-        wanted = f"a divisor of {width}, the width of the Brain Model"
-        raise ValueError(f"--attention_heads {heads}: wanted {wanted}")
+        raise ValueError(f"--attention_heads {heads}: wanted a divisor of {width}, the Brain Model's width")
     if settings["integration"] and recall.fewest < settings["K"]:
         fewest = f"a clip may retrieve {recall.fewest} of {len(recall.trained)} memories"
         raise ValueError(f"--K {settings['K']}: {fewest}: a lower --K or more training clips")
     check_prepared(decoder, clips.latents.shape[1:], clips.empty.shape)
-
-
-# ---------------------------------------------------------------- what the folder holds
 
 
 def writers(model) -> dict[str, Callable[[Path], object]]:
@@ -144,13 +135,16 @@ def writers(model) -> dict[str, Callable[[Path], object]]:
 
 
 def write_memories(folder: Path, model) -> None:
-    """What else the folder of an evaluate.CineNeuron holds: memories.safetensors, memories.json and
-    voxels.npz."""
+    """memories.safetensors, memories.json and voxels.npz of an evaluate.CineNeuron."""
     captions = model.pool.captions
-    e, empty = (x.detach().cpu().contiguous() for x in (model.pool.e, model.empty))
-    offsets = torch.from_numpy(np.cumsum([0, *map(len, captions)]))
+    tensors = {
+        "e": model.pool.e.detach().cpu().contiguous(),
+        "text_tokens": torch.cat(captions),
+        "text_offsets": torch.from_numpy(np.cumsum([0, *map(len, captions)])),
+        "empty": model.empty.detach().cpu().contiguous(),
+    }
     with written_whole(folder / MEMORIES) as part:
-        save_file(dict(zip(TENSORS, (e, torch.cat(captions), offsets, empty), strict=True)), part)
+        save_file(tensors, part)
     write_json(folder / "memories.json", model.lines)
     with written_whole(folder / "voxels.npz") as part:
         np.savez(part, **model.voxels)
@@ -159,15 +153,15 @@ def write_memories(folder: Path, model) -> None:
 def read_memories(
     folder: Path, D: int, prompt: tuple[int | None, int | None] = (None, None)
 ) -> tuple[Tensor, list[Tensor], Tensor, list[dict]]:
-    """e (N, 3, D), N captions (n_i, D_txt), the empty prompt (L, D_txt), N lines of clips.jsonl. prompt: L
-    and D_txt of the video decoder, if it is at hand."""
+    """e (N, 3, D), N captions (n_i, D_txt), the empty prompt (L, D_txt), N lines of clips.jsonl. prompt: the
+    decoder's L and D_txt, where it is at hand."""
     file = folder / MEMORIES
     # memory of their own, which is aligned as the run's is: products round otherwise where it is not
     tensors = {name: x.clone() for name, x in read_tensors(file).items()}
     if tensors.keys() != {"e", "text_tokens", "text_offsets", "empty"}:
         raise damaged(file, f"tensors {', '.join(tensors)}", "e, text_tokens, text_offsets, empty")
-    e, empty, offsets = tensors["e"], tensors["empty"], tensors["text_offsets"]
-    tokens, N = tensors["text_tokens"], len(tensors["e"])
+    e, tokens, empty, offsets = (tensors[name] for name in ("e", "text_tokens", "empty", "text_offsets"))
+    N = len(e)
     check_array(e.numpy(), f"{file}, e", "f", (None, 3, D))
     check_array(empty.numpy(), f"{file}, empty", "f", prompt)
     check_array(tokens.numpy(), f"{file}, text_tokens", "f", (None, empty.shape[1]))
@@ -175,22 +169,13 @@ def read_memories(
     if not e.dtype == empty.dtype == torch.float32:
         raise damaged(file, f"{e.dtype} of e, {empty.dtype} of empty", "float32")
     lengths = offsets.diff()
-    if (
-        not N
-        or offsets[0] != 0
-        or offsets[-1] != len(tokens)
-        or lengths.min() < 1
-        or lengths.max() > len(empty)
-    ):
+    spans = N and (offsets[0], offsets[-1]) == (0, len(tokens))
+    if not spans or lengths.min() < 1 or lengths.max() > len(empty):
         wanted = f"{N + 1} numbers that rise from 0 to {len(tokens)}, by {len(empty)} at most"
         raise damaged(file, f"text_offsets {offsets.tolist()[:4]} ...", wanted)
     if not ((e.norm(dim=-1) - 1).abs() < 1e-3).all():
         raise damaged(file, "rows of e of another length", "unit vectors")
-    return e, list(tokens.split(lengths.tolist())), empty, read_lines(folder / "memories.json", N)
-
-
-def read_lines(file: Path, N: int) -> list[dict]:
-    """memories.json of N memories."""
+    file = folder / "memories.json"
     lines = read_json(file, list)
     if len(lines) != N:
         raise damaged(file, f"{len(lines)} lines", f"one for each of the {N} memories")
@@ -198,7 +183,7 @@ def read_lines(file: Path, N: int) -> list[dict]:
         if not isinstance(line, dict):
             raise damaged(file, f"{line!r:.40} as line {number}", "objects {...}")
         check_keys(line, f"{file}, line {number}", {"id": str, "caption": str})
-    return lines
+    return e, list(tokens.split(lengths.tolist())), empty, lines
 
 
 def read_voxels(folder: Path, N: int) -> dict[str, np.ndarray]:
@@ -209,24 +194,22 @@ def read_voxels(folder: Path, N: int) -> dict[str, np.ndarray]:
     return voxels
 
 
-# ---------------------------------------------------------------- the fMRI that a model is given
-
-
-def check_fmri(x: Tensor | np.ndarray, T: int, N: int) -> Tensor:
-    """x (B, T, N), or (T, N), or (B, N) where T is 1 -> float32 (B, T, N). Raises ValueError where it is of
-    another shape, not finite, or no z-scores."""
+def check_fmri(x: Tensor | np.ndarray, T: int, N: int, name: Path | str = "x") -> Tensor:
+    """x (B, T, N), or (T, N), or (B, N) where T is 1 -> float32 (B, T, N). Raises ValueError for others, what
+    is not finite, and what are no z-scores."""
     x = torch.as_tensor(x)
     if x.ndim == 2:
         x = x[:, None] if T == 1 else x[None]
     if x.ndim != 3 or x.shape[1:] != (T, N) or not len(x):
-        raise ValueError(f"x: found the shape {tuple(x.shape)}, wanted (B, {T}, {N}): clips, volumes, voxels")
+        wanted = f"(B, {T}, {N}): clips, volumes, voxels"
+        raise ValueError(f"{name}: found the shape {tuple(x.shape)}, wanted {wanted}")
     if x.dtype.is_complex or x.dtype == torch.bool or not torch.isfinite(x).all():
-        raise ValueError("x: found NaN, infinity or no real numbers, wanted z-scored fMRI")
+        raise ValueError(f"{name}: found NaN, infinity or no real numbers, wanted z-scored fMRI")
     x = x.float()
     mean, deviation = x.mean((1, 2)), x.std((1, 2))  # (B,)
     for b in torch.nonzero((mean.abs() > 3) | (deviation > 5) | (deviation < 0.05)).flatten().tolist():
         values = f"{mean[b]:.4g} ± {deviation[b]:.4g} in clip {b}"
-        raise ValueError(f"x: found {values}, wanted z-scores over the clips of a run, about 0 ± 1")
+        raise ValueError(f"{name}: found {values}, wanted z-scores over the clips of a run, about 0 ± 1")
     return x
 
 
@@ -244,7 +227,4 @@ def read_fmri(file: Path, model) -> Tensor:
             volumes = volumes[:, np.isin(index, model.voxels["index"])]
     with advising("prepare it with data.py, as the clips of fmri.npy"):
         check_array(volumes, file, "fiu", (T, N), finite=True)
-    try:
-        return check_fmri(volumes.astype(np.float32)[None], T, N)
-    except ValueError as error:
-        raise ValueError(str(error).replace("x:", f"{file}:", 1)) from error
+    return check_fmri(volumes.astype(np.float32)[None], T, N, file)

@@ -1,5 +1,6 @@
 """What a step of both training scripts shares: precision, optimiser, gradients over the processes."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-MESSAGE = 1 << 26  # numbers in a message between processes: 256 MB
+MESSAGE = 1 << 26  # numbers in a message between processes, about: 256 MB
 SMALL = 4096  # a parameter of fewer numbers keeps 32-bit moments
 OPTIMIZERS = ("adamw", "adamw8bit")
 PRECISIONS = ("bf16", "fp32")
@@ -22,9 +23,8 @@ MAY_CHANGE = ("checkpointing", "micro_batch", "compile", "precision", "save_ever
 def start() -> Accelerator:
     """One process or several, on GPUs or the CPU."""
     patient = InitProcessGroupKwargs(timeout=timedelta(days=30))  # one process may have far more left to do
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[patient]
-    )
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
     kind = accelerator.distributed_type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(f"{kind}: wanted plain data parallelism: accelerate launch --multi_gpu")
@@ -61,58 +61,49 @@ def adamw_onecycle(
 ) -> tuple[Optimizer, LRScheduler]:
     """AdamW with OneCycle over `total` steps (§4.1); groups: parameters, each with its highest rate.
 
-    adamw8bit: that of bitsandbytes, which keeps the moments of the first group in 8 bits (Dettmers et al.
-    2022). Raises ValueError where that package is not installed."""
+    adamw8bit is that of bitsandbytes: 8-bit moments of the first group (Dettmers et al. 2022)."""
     params = [{"params": [*parameters], "lr": lr} for parameters, lr in groups]
     if optimizer == "adamw":
         adamw = torch.optim.AdamW(params, weight_decay=weight_decay, fused=True)
     else:
-        adamw = _adamw8bit(params, weight_decay)
+        try:
+            from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
+        except ImportError as error:
+            advice = "pip install bitsandbytes, or choose --optimizer adamw"
+            raise ValueError(f"--optimizer adamw8bit: no bitsandbytes ({error}): {advice}") from error
+        manager = GlobalOptimManager.get_instance()
+        in_32_bits = [p for group in params[1:] for p in group["params"]]
+        manager.override_config(in_32_bits, "optim_bits", 32)
+        manager.register_parameters(params)
+        adamw = AdamW8bit(params, weight_decay=weight_decay, min_8bit_size=SMALL)
     return adamw, OneCycleLR(adamw, [lr for _, lr in groups], total_steps=total)
-
-
-def _adamw8bit(params: list[dict], weight_decay: float) -> Optimizer:
-    try:
-        from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
-    except ImportError as error:
-        advice = "pip install bitsandbytes, or choose --optimizer adamw"
-        raise ValueError(f"--optimizer adamw8bit: no bitsandbytes ({error}): {advice}") from error
-    manager = GlobalOptimManager.get_instance()
-    in_32_bits = [p for group in params[1:] for p in group["params"]]
-    manager.override_config(in_32_bits, "optim_bits", 32)
-    manager.register_parameters(params)
-    return AdamW8bit(params, weight_decay=weight_decay, min_8bit_size=SMALL)
 
 
 def average(gradients: Sequence[Tensor]) -> None:
     """The mean over the processes, in place, in messages of many gradients: one each were hundreds a step."""
-    for dtype in dict.fromkeys(g.dtype for g in gradients):
-        messages, size = [[]], 0
-        for g in (g for g in gradients if g.dtype == dtype):
-            if messages[-1] and size + g.numel() > MESSAGE:
-                messages.append([])
-                size = 0
-            messages[-1].append(g)
-            size += g.numel()
-        for message in messages:
-            flat = torch.cat([g.flatten() for g in message]) / dist.get_world_size()
-            dist.all_reduce(flat)
-            for g, mean in zip(message, flat.split([g.numel() for g in message]), strict=True):
-                g.copy_(mean.view_as(g))
+    messages: dict[tuple, list[Tensor]] = {}
+    sizes: Counter = Counter()  # numbers of each dtype so far
+    for g in gradients:
+        sizes[g.dtype] += g.numel()
+        messages.setdefault((g.dtype, sizes[g.dtype] // MESSAGE), []).append(g)
+    for message in messages.values():
+        flat = torch.cat([g.flatten() for g in message]) / dist.get_world_size()
+        dist.all_reduce(flat)
+        for g, mean in zip(message, flat.split([g.numel() for g in message]), strict=True):
+            g.copy_(mean.view_as(g))
 
 
 def update(optimiser: Optimizer, schedule: LRScheduler, max_norm: float) -> dict[str, float]:
     """The mean gradient over the processes, clipped, moves the weights. Returns its norm and the rate. Raises
-    ValueError where it is not finite; nothing of that step is saved."""
+    ValueError where it is not finite: nothing of that step is saved."""
     parameters = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
     if dist.is_initialized():
         average([p.grad for p in parameters])
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
     if not norm < float("inf"):  # nor NaN
         advice = "the last checkpoint is whole; train anew with a lower --lr and another --run NAME"
-        raise ValueError(
-            f"step {schedule.last_epoch}: the gradient's norm is {norm}, training diverged: {advice}"
-        )
+        fault = f"step {schedule.last_epoch}: the gradient's norm is {norm}, training diverged"
+        raise ValueError(f"{fault}: {advice}")
     optimiser.step()
     optimiser.zero_grad()
     schedule.step()

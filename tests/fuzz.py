@@ -1,9 +1,7 @@
 """Damaged files by the thousand: `python tests/fuzz.py --files 2000` counts what a reader makes of each.
 
-Each file of a small prepared world (arrays, lists, manifests, weights, settings, checkpoints, videos, CIFTI, captions) is changed
-at random (bytes flipped, cut, repeated, zeroed, its JSON values exchanged) and read as the scripts read it, with 70 s at most.
-Read or refused is right; anything else is uncaught, and printed with the seed that makes it again.
-"""
+Each file of a small prepared world is changed at random (bytes flipped, cut, repeated, zeroed, JSON values exchanged) and
+read as the scripts read it, with 70 s at most. Read or refused is right; anything else is printed with its number."""
 
 import argparse
 import collections
@@ -16,6 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
@@ -23,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
+from tiny import SIZE  # noqa: E402
 
 from brain_model import BrainModel  # noqa: E402
 from data import Clips  # noqa: E402
@@ -37,47 +37,30 @@ from support.videos import read_video, write_video  # noqa: E402
 JUNK = [None, True, -1, 0, 1e308, float("nan"), "", "x" * 99, [], {}, [[]], {"a": 1}, "\u2028", 2**70]
 
 
-def flip(data: bytes, rng: random.Random) -> bytes:
+def flip(data: bytes, rng: random.Random, end: int | None = None) -> bytes:
+    """Bytes changed, among the first `end`."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 4, 32))):
-        out[rng.randrange(len(out))] = rng.randrange(256)
+        out[rng.randrange(min(len(out), end or len(out)))] = rng.randrange(256)
     return bytes(out)
 
 
 def cut(data: bytes, rng: random.Random) -> bytes:
-    return data[: rng.randrange(len(data))]
-
-
-def head(data: bytes, rng: random.Random) -> bytes:
-    """The first bytes changed, where formats keep their sizes."""
-    n = min(len(data), 256)
-    return flip(data[:n], rng) + data[n:]
-
-
-def zero(data: bytes, rng: random.Random) -> bytes:
-    start = rng.randrange(len(data))
-    return data[:start] + b"\0" * min(rng.randrange(1, 400), len(data) - start) + data[start + 400 :]
-
-
-def repeat(data: bytes, rng: random.Random) -> bytes:
-    start = rng.randrange(len(data))
-    return data[:start] + data[max(0, start - 200) :]
+    """Cut, or a part of it zero or twice in it."""
+    start, ends = rng.randrange(len(data)), data[rng.randrange(len(data)) :]
+    return data[:start] + rng.choice(
+        (b"", bytes(rng.randrange(1, 400)) + data[start + 400 :], data[max(0, start - 200) :], ends)
+    )
 
 
 def junk(data: bytes, rng: random.Random) -> bytes:
     """A value of the JSON (or of a line of it) exchanged for another kind of value."""
     lines = data.decode("utf-8", "replace").split("\n")
-    i = rng.randrange(len(lines))
-    whole = False
+    i, is_json = rng.randrange(len(lines)), not lines[0].endswith("}")
     try:
-        value = json.loads(data)
-        whole = True
+        holder = [json.loads(data if is_json else lines[i])]  # so that all of it can be exchanged, too
     except ValueError:
-        try:
-            value = json.loads(lines[i])
-        except ValueError:
-            return flip(data, rng)
-    holder = [value]  # so that the whole value can be exchanged, too
+        return flip(data, rng)
     place, at = holder, 0
     while isinstance(place[at], (dict, list)) and place[at] and rng.random() < 0.8:
         place = place[at]
@@ -87,10 +70,11 @@ def junk(data: bytes, rng: random.Random) -> bytes:
     else:
         place[at] = rng.choice(JUNK)
     text = json.dumps(holder[0])
-    return (text if whole else "\n".join([*lines[:i], text, *lines[i + 1 :]])).encode()
+    return (text if is_json else "\n".join([*lines[:i], text, *lines[i + 1 :]])).encode()
 
 
-BYTES = [flip, flip, cut, head, head, zero, repeat]
+HEAD = partial(flip, end=256)  # where formats keep their sizes
+BYTES = [flip, flip, HEAD, HEAD, cut, cut, cut]
 TEXT = [junk, junk, junk, *BYTES]
 
 
@@ -100,7 +84,7 @@ def targets(root: Path) -> list[tuple[Path, Callable[[], object], list]]:
     evaluation = next(run.glob("eval*"))
 
     def clips() -> None:
-        train = Clips("cc2017", 1, "train", None, "models/wan", (9, 32, 32), root / "data", batch_size=8)
+        train = Clips("cc2017", 1, "train", None, "models/wan", SIZE, root / "data", batch_size=8)
         train.batch(0)
         train.averaged(np.arange(8))
 
@@ -114,26 +98,19 @@ def targets(root: Path) -> list[tuple[Path, Callable[[], object], list]]:
     def model() -> None:
         CineNeuron.from_pretrained(run)
 
-    rows = [
-        (data / "sub1" / name, clips, BYTES)
-        for name in ("train/fmri.npy", "train/recorded.npy", "voxels.npz")
-    ]
-    train = data / "stimuli" / "train"
-    for name in ("e_img", "e_txt", "e_act", "categories", "near_copies", "captions"):
-        rows.append((train / f"{name}.npy", clips, BYTES))
-    for name in ("latents", "text_tokens", "text_offsets"):
-        rows.append((train / "wan" / f"{name}.npy", clips, BYTES))
-    for name in ("clips.jsonl", "manifest.json", "wan/manifest.json"):
-        rows.append((train / name, clips, TEXT))
-    rows.append((run / "stage1/state/state.pt", state, BYTES))
-    rows.append((run / "stage1/log.jsonl", lambda: read_log(run / "stage1/log.jsonl"), TEXT))
-    stage2 = run / "stage2"
-    for file in sorted([*stage2.rglob("*.safetensors"), stage2 / "voxels.npz"]):
-        rows.append((file, model, BYTES))
-    for file in sorted([*stage2.rglob("config.json"), stage2 / "memories.json"]):
-        rows.append((file, model, TEXT))
-    for file in sorted(evaluation.glob("values/*.jsonl")):
-        rows.append((file, lambda: known_values(evaluation), TEXT))
+    def every(folder: Path, patterns: str, read: Callable[[], object], ways: list) -> list:
+        return [(path, read, ways) for pattern in patterns.split() for path in sorted(folder.glob(pattern))]
+
+    train, stage2 = data / "stimuli" / "train", run / "stage2"
+    rows = every(data / "sub1", "train/*.npy voxels.npz", clips, BYTES) + every(
+        train, "*.npy wan/*.npy", clips, BYTES
+    )
+    rows += every(train, "clips.jsonl manifest.json wan/manifest.json", clips, TEXT)
+    rows += every(run, "stage1/state/state.pt", state, BYTES)
+    rows += every(run, "stage1/log.jsonl", lambda: read_log(run / "stage1/log.jsonl"), TEXT)
+    rows += every(stage2, "*.safetensors */*.safetensors voxels.npz", model, BYTES)
+    rows += every(stage2, "config.json */config.json memories.json", model, TEXT)
+    rows += every(evaluation, "values/*.jsonl", lambda: known_values(evaluation), TEXT)
     videos, frames = root / "videos", np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)
     for suffix in (".mp4", ".gif"):
         write_video(videos / f"a{suffix}", frames, 8)
@@ -147,9 +124,8 @@ def caption_targets(root: Path) -> list:
     folder.mkdir()
     segments = ["seg1", "seg2"]
     rows = [
-        {"segment": s, "clip": k, "caption": f"a dog {k}", "tags": ["dog"]}
-        for s in segments
-        for k in range(8)
+        {"segment": segments[k // 8], "clip": k % 8, "caption": f"a dog {k}", "tags": ["dog"]}
+        for k in range(16)
     ]
     (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "b.json").write_text(json.dumps([{"caption": r["caption"], "tags": r["tags"]} for r in rows]))

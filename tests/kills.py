@@ -63,26 +63,19 @@ def try_one(name: str, command: list[str], world: Path, kills: int, rng: random.
     if status:
         print(f"{name}: exit {status}: {stderr[-500:]}")
         return False
-    deaths, bad = 0, ""
-    while deaths < kills:
-        status, stderr = run(command, killed, rng.uniform(0.3, 1.0) * lasts)
-        if status == -signal.SIGKILL:
-            deaths += 1
-        elif status == 0:  # it ended before it could be killed: begin anew
-            if files_of(killed) != files_of(whole):
-                bad = "another result"
-                break
-            shutil.rmtree(killed)
-            shutil.copytree(world, killed)
-        else:
-            bad = f"exit {status}: {stderr[-300:]}"
-            break
-    status, stderr = run(command, killed)
-    differ = [n for n, digest in files_of(whole).items() if files_of(killed).get(n) != digest]
-    more = files_of(killed).keys() - files_of(whole).keys()
-    right = not (bad or status or differ or more)
-    outcome = "equal, nothing lost" if right else f"{bad} {differ[:5]} {sorted(more)[:5]} {stderr[-300:]}"
-    print(f"{name}: killed {deaths} times of {lasts:.1f} s each: {outcome}")
+    deaths, right, expected = 0, True, files_of(whole)
+    while right and deaths <= kills:
+        status, stderr = run(command, killed, rng.uniform(0.3, 1.0) * lasts if deaths < kills else None)
+        deaths += status == -signal.SIGKILL or deaths == kills
+        if status == 0:  # it ended, the last time or before it could be killed
+            right = files_of(killed) == expected
+            if deaths < kills:  # begin anew
+                shutil.rmtree(killed)
+                shutil.copytree(world, killed)
+        right &= status in (0, -signal.SIGKILL)
+    differ = sorted(files_of(killed).items() ^ expected.items())[:5]
+    outcome = "equal, nothing lost" if right else f"exit {status}: {differ} {stderr[-300:]}"
+    print(f"{name}: killed {min(deaths, kills)} times of {lasts:.1f} s each: {outcome}")
     return right
 
 

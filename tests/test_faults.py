@@ -1,30 +1,36 @@
-"""Bad input, a table of file x damage x command: one error of at most three lines that names the file or
-option, an exit status that is not 0, and no file of data/ or runs/ changed."""
+"""Bad input: one table of reader x file x damage, and one of options. Each is one error of at most three lines that
+names the file or option; the exit status is not 0, and no file of data/ or runs/ changes."""
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import sha256
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from test_evaluate import write_world
+from tiny import N, write_films
 
 import evaluate
 import train_stage1
 import train_stage2
+from evaluate import CineNeuron
 from metrics.options import parse as parse_evaluate
-from support.runs import door
+from support.readers import read_array, read_json, read_json_lines, read_npz, read_state, read_tensors
+from support.runs import RunFolder, door
 
 STAGE1 = "--data cc2017 --steps 4 --batch_size 8 --tokens 12 --width 24 --layers 1 --attention_heads 4 --save_every 2 --log_every 1"
 STAGE2 = (
-    "--data cc2017 --decoder models/wan --frames 9 --height 32 --width 32 --epochs 2 --batch_size 8 --micro_batch 4 "
+    "--data cc2017 --decoder models/wan --frames 9 --height 32 --width 48 --epochs 1 --batch_size 8 --micro_batch 4 "
     "--attention_heads 4 --lora_rank 4 --sample_every 0 --save_every 2 --log_every 1 --lr 1e-3 --lr_lora 1e-3"
 )
-EVALUATE = "--data cc2017 --metrics ssim --size native --steps 1 --guidance 1 --stimuli films --seconds 2"
+EVALUATE = "--data cc2017 --metrics ssim --size native --steps 1 --guidance 1"
 COMMANDS = {
     "s1": (train_stage1, f"{STAGE1} --run new"),
     "s1again": (train_stage1, STAGE1),
@@ -35,89 +41,100 @@ COMMANDS = {
     "pairs": (evaluate, "--pairs pairs --metrics ssim --size native"),
     "compare": (evaluate, "--compare full --data cc2017"),
 }
-WORDS = "red blue a circle square grows moves".split()
+STIMULI, SUBJECT, RUN = "data/cc2017/stimuli", "data/cc2017/sub1", "runs/cc2017/sub1/full-s0"
 
 
-def call(name: str, more: str = "") -> int:
-    """The exit status of a command of COMMANDS, with more options."""
+def run(name: str, more: str = "") -> int | None:
+    """A command of COMMANDS, with more options, in this process."""
     script, words = COMMANDS[name]
     arguments = [*words.split(), *more.split()]
-
-    def run() -> None:
-        if script is evaluate:
-            evaluate.main(parse_evaluate(arguments, evaluate.__doc__))
-        else:
-            script.main(script.parse(arguments))
-
-    with pytest.raises(SystemExit) as end:
-        door(run)
-    return end.value.code
+    config = parse_evaluate(arguments, "") if script is evaluate else script.parse(arguments)
+    return script.main(config)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.mktemp("faults"))
-
-
-def make_world(root: Path) -> Path:
-    """A prepared dataset, a decoder, a finished run of both stages, its evaluation, videos, a recording."""
-    rng = np.random.default_rng(0)
-    write_world(root, lambda i: {"caption": " ".join(rng.choice(WORDS, 3))}, copies=12)
+def make_world(root: Path, films: bool = True) -> Path:
+    """A data set, a decoder, a finished run of both stages, its evaluation, videos, a recording."""
+    if films:
+        write_films(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         for name in ("s1again", "s2again", "ev"):
-            assert call(name) == 0, name
-        stimuli = next(Path(FULL).glob("eval*/gt"))
+            run(name)
+        stimuli = next(Path(RUN).glob("eval*/gt"))
         for method in ("gt", "ours"):
             shutil.copytree(stimuli, Path("pairs", method))
-        np.save("x.npy", np.load("data/cc2017/sub1/test/fmri.npy")[0, 0])
+        np.save("x.npy", np.load(f"{SUBJECT}/test/fmri.npy")[0, 0])
     return root
 
 
-def hashes_of(root: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def module_world(tiny, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("faults")
+    for name in ("data", "models"):
+        shutil.copytree(tiny / name, root / name)
+    return make_world(root, films=False)
+
+
+@pytest.fixture
+def world(module_world, monkeypatch) -> Path:
+    """The working directory. Whoever damages it repairs it."""
+    monkeypatch.chdir(module_world)
+    yield module_world
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the door's
+
+
+def state_of(root: Path) -> dict[Path, tuple[int, int]]:
     files = [path for room in ("data", "runs") for path in (root / room).rglob("*") if path.is_file()]
-    return {str(path.relative_to(root)): sha256(path) for path in files}
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
 
-def check(stderr: str, status: int, name: str) -> None:
-    """One error of at most three lines, the first of which holds `name`."""
-    stderr = stderr.replace("\r", "\n")
-    assert "Traceback" not in stderr
-    assert status not in (0, None), stderr
-    assert stderr.count("error: ") == 1, stderr
-    error = stderr[stderr.index("error: ") :].strip().splitlines()
-    assert len(error) <= 3 and len(error[0]) < 900, error
-    assert name in error[0], error
-    assert "allow_pickle" not in stderr and "weights_only" not in stderr
+def error_of(action: Callable[[], object], root: Path, capfd) -> str:
+    """The one error of at most three lines that an action ends in at the door, which changes nothing."""
+    state = state_of(root)
+    with pytest.raises(SystemExit) as end:
+        door(action)
+    stderr = capfd.readouterr().err.replace("\r", "\n")
+    assert end.value.code in (1, 2) and stderr.count("error: ") == 1, stderr
+    error = stderr[stderr.index("error: ") :].strip()
+    assert len(error.splitlines()) <= 3 and len(error.splitlines()[0]) < 900, error
+    assert not re.search("Traceback|allow_pickle|weights_only", stderr)
+    assert state_of(root) == state and not Path("exploded").exists()
+    return error
 
 
-# ---------------------------------------------------------------- damage to files
+# ---------------------------------------------------------------- damage to files: Path -> None
 
 
-def bytes_(content: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(content)
+def raw(content: bytes | str) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def to_folder(path: Path) -> None:
-    path.unlink()
+def folder(path: Path) -> None:
+    path.unlink(missing_ok=True)
     path.mkdir()
 
 
+def npy(array: np.ndarray) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:  # np.save adds a suffix to a name
+            np.save(file, array, allow_pickle=True)
+
+    return write
+
+
 def array(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
-    def damage(path: Path) -> None:
-        value = change(np.load(path))
-        np.save(path, value, allow_pickle=True)
-
-    return damage
+    return lambda path: npy(change(np.load(path)))(path)
 
 
-def filled(value: float) -> Callable[[Path], None]:
+def first(value: float) -> Callable[[Path], None]:
+    """The first number of each row of an array becomes this."""
+
     def change(x: np.ndarray) -> np.ndarray:
-        x = x.astype(np.float32) if x.dtype.kind not in "f" else x.copy()
+        x = x.copy()
         x.reshape(len(x), -1)[:, 0] = value
         return x
 
@@ -125,227 +142,315 @@ def filled(value: float) -> Callable[[Path], None]:
 
 
 def huge(path: Path) -> None:
+    """A header of 1e12 numbers, and 64 bytes of them."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": (10**12,)}
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6)}
-        )
+        np.lib.format.write_array_header_1_0(file, header)
         file.write(b"\0" * 64)
 
 
-def to_json(change: Callable[[object], object]) -> Callable[[Path], None]:
+def npz(**arrays) -> Callable[[Path], None]:
+    """These arrays in place of those that are in it."""
+
+    def write(path: Path) -> None:
+        arrays_of = dict(np.load(path)) if path.exists() else {}
+        with open(path, "wb") as file:
+            np.savez(file, **(arrays_of | arrays))
+
+    return write
+
+
+def edit(change: Callable[[object], object]) -> Callable[[Path], object]:
     return lambda path: path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
-def line(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    """The second line of a .jsonl changed."""
+def setting(**changes) -> Callable[[Path], object]:
+    return edit(lambda settings: settings | changes)
+
+
+def without(key: str) -> Callable[[Path], object]:
+    return edit(lambda settings: {name: value for name, value in settings.items() if name != key})
+
+
+def line(**changes) -> Callable[[Path], None]:
+    """Entries of the second line of a .jsonl; None goes."""
 
     def damage(path: Path) -> None:
-        rows = path.read_text().splitlines()
-        path.write_text("\n".join([rows[0], json.dumps(change(json.loads(rows[1]))), *rows[2:]]) + "\n")
+        rows = [json.loads(text) for text in path.read_text().splitlines()]
+        rows[1] = {key: value for key, value in (rows[1] | changes).items() if value is not None}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     return damage
 
 
-def without(key: str) -> Callable[[dict], dict]:
-    return lambda row: {name: value for name, value in row.items() if name != key}
+def tensors(**changes) -> Callable[[Path], None]:
+    """Each a function of the file's tensor of that name (_: of its first), or None: it goes."""
 
+    def damage(path: Path) -> None:
+        stored = load_file(path) if path.exists() else {}
+        for name, change in changes.items():
+            name = next(iter(stored)) if name == "_" else name
+            tensor = stored.pop(name, torch.ones(2))
+            if change is not None:
+                stored[name] = change(tensor).contiguous().clone()
+        save_file(stored, path)
 
-def with_(**changes) -> Callable[[dict], dict]:
-    return lambda row: row | changes
-
-
-def tensors(change: Callable[[dict], dict]) -> Callable[[Path], None]:
-    return lambda path: save_file(change(load_file(path)), path)
-
-
-def state(change: Callable[[dict], object]) -> Callable[[Path], None]:
-    return lambda path: torch.save(change(torch.load(path, weights_only=True)), path)
-
-
-def first(value) -> Callable[[dict], dict]:
-    def change(weights: dict) -> dict:
-        name = next(iter(weights))
-        return weights | {name: value(weights[name])}
-
-    return change
+    return damage
 
 
 class Bomb:
+    """Unpickling it would create a file."""
+
     def __reduce__(self):
         return (open, ("exploded", "w"))
 
 
-def bomb(path: Path) -> None:
-    torch.save({"step": 2, "model": Bomb()}, path)
+def pt(value: object) -> Callable[[Path], None]:
+    return lambda path: torch.save(value, path)
 
 
-ANY = {
-    "empty": bytes_(b""),
-    "garbage": bytes_(b"\x93\x00garbage" * 9),
-    "half": half,
-    "html": bytes_(b"<html>404 Not Found</html>"),
-    "folder": to_folder,
-}
-NPY = ANY | {
-    "objects": array(lambda x: np.array([{}, None], object)),
-    "text": array(lambda x: np.array(["a"] * len(x))),
-    "complex": array(lambda x: x.astype(complex)),
-    "huge": huge,
-    "scalar": array(lambda x: np.float32(1)),
-}
-FLOATS = NPY | {
-    "float64": array(lambda x: x.astype(np.float64)),
-    "bool": array(lambda x: x > 0),
-    "onedim": array(lambda x: x.ravel()),
-    "fewer": array(lambda x: x[:-1]),
-    "narrow": array(lambda x: x[..., :-1]),
-    "nan": filled(np.nan),
-    "infinite": filled(np.inf),
-}
-NUMBERS = {key: damage for key, damage in FLOATS.items() if key not in ("nan", "infinite", "float64")}
-JSON = ANY | {
-    "list": bytes_(b"[1, 2]"),
-    "null": bytes_(b"null"),
-    "number": bytes_(b"7"),
-    "latin-1": bytes_('{"caption": "é"}'.encode("latin-1")),
-}
-LINES = JSON | {
-    "line is a list": line(lambda row: [1]),
-    "segment is a list": line(with_(segment=["seg1"])),
-    "no segment": line(without("segment")),
-    "no caption": line(without("caption")),
-    "caption is null": line(with_(caption=None)),
-    "no video": line(without("video")),
-    "start is NaN": line(with_(start_s=float("nan"))),
-    "start is text": line(with_(start_s="0")),
-}
-MEMORIES = ANY | {
-    "object": bytes_(b"{}"),
-    "numbers": bytes_(b"[1, 2]"),
-    "null": bytes_(b"null"),
-    "fewer": to_json(lambda rows: rows[1:]),
-    "no caption": to_json(lambda rows: [{"id": "x"}, *rows[1:]]),
-}
-WEIGHTS = ANY | {
-    "nan": tensors(first(lambda w: w * torch.nan)),
-    "lacking": tensors(lambda weights: dict(list(weights.items())[1:])),
-    "left over": tensors(lambda weights: weights | {"more": torch.ones(1)}),
-    "shape": tensors(first(lambda w: w.flatten()[:1].clone())),
-}
-STATE = ANY | {
-    "bomb": bomb,
-    "no step": state(without("step")),
-    "step is text": state(with_(step="2")),
-    "no model": state(lambda s: {"step": 2}),
-    "list": state(lambda s: [s]),
-}
-MISSING = {"missing": Path.unlink}
-OLD = {  # settings of a run of another version of this program
-    "an option that went": to_json(with_(attention_kernel="auto")),
-    "an option that came": to_json(without("optimizer")),
-}
-STIMULI, SUBJECT, FULL = "data/cc2017/stimuli", "data/cc2017/sub1", "runs/cc2017/sub1/full-s0"
-DECODED = f"{STIMULI}/train/wan"
+def state(**changes) -> Callable[[Path], None]:
+    return lambda path: torch.save(torch.load(path, weights_only=True) | changes, path)
 
 
-def rows_of(
-    command: str, file: str, damages: dict, name: str | None = None, but: str = ""
-) -> dict[str, tuple]:
-    """A row a damage. name: what the error holds, if not the file's; but: those that are no damage here."""
-    title = f"{command}, {file.split('cc2017/')[-1]}"
-    rows = {f"{title}, {key}": (command, file, damages[key], name or Path(file).name) for key in damages}
-    return {key: row for key, row in rows.items() if key.removeprefix(f"{title}, ") not in but.split(", ")}
-
-
-CASES = (
-    rows_of("s1", f"{SUBJECT}/train/fmri.npy", FLOATS, but="nan")  # a showing that was not recorded is NaN
-    | rows_of("s1", f"{SUBJECT}/test/fmri.npy", FLOATS, but="nan")
-    | rows_of("s1", f"{STIMULI}/train/e_img.npy", FLOATS, name="e_img")
-    | rows_of("s1", f"{STIMULI}/train/e_txt.npy", FLOATS, name="e_txt")
-    | rows_of("s1", f"{STIMULI}/test/e_act.npy", FLOATS, name="e_act")
-    | rows_of("s1", f"{STIMULI}/train/categories.npy", FLOATS, name="categories", but="bool")
-    | rows_of("s1", f"{STIMULI}/train/clips.jsonl", LINES)
-    | rows_of("s1", f"{STIMULI}/train/manifest.json", JSON | {
-        "no classes": to_json(lambda m: m | {"categories.npy": {"recipe": {}, "inputs": {}}}),
-        "classes are a number": to_json(lambda m: m | {"categories.npy": {"recipe": {"classes": 4}, "inputs": {}}}),
-    })
-    | rows_of("s1", f"{SUBJECT}/voxels.npz", ANY)
-    | rows_of("s1", f"{SUBJECT}/train/recorded.npy", NUMBERS | MISSING, but="bool")
-    | rows_of("s1", f"{STIMULI}/train/near_copies.npy", NUMBERS)
-    | rows_of("s1", f"{STIMULI}/train/captions.npy", NUMBERS | MISSING, but="onedim")
-    | rows_of("s1", f"{STIMULI}/test/captions.npy", NPY)
-    | rows_of("ev", f"{STIMULI}/test/near_copies.npy", NPY)
-    | rows_of("s1again", f"{FULL}/stage1/config.json", JSON)
-    | rows_of("s1again", f"{FULL}/stage1/config.json", OLD, name="stage1 was made with")
-    | rows_of("s2again", f"{FULL}/stage2/config.json", OLD, name="stage2 was made with")
-    | rows_of("s2", f"{FULL}/stage1/config.json", JSON | {"no rois": to_json(without("rois")), "tau is text": to_json(with_(tau="x"))},
-              name="stage1")
-    | rows_of("s2", f"{FULL}/stage1/brain_model/config.json", JSON, name="brain_model")
-    | rows_of("s2", f"{FULL}/stage1/brain_model/model.safetensors", WEIGHTS, name="brain_model")
-    | rows_of("s2", f"{FULL}/stage1/heads/model.safetensors", WEIGHTS, name="heads")
-    | rows_of("s2", f"{DECODED}/latents.npy", FLOATS, but="nan, infinite, float64, bool")
-    | rows_of("s2", f"{DECODED}/text_tokens.npy", FLOATS, name="text", but="float64, bool")
-    | rows_of("s2", f"{DECODED}/text_offsets.npy", NPY, name="text")
-    | rows_of("s2", f"{STIMULI}/wan/empty_prompt.npy", FLOATS, but="bool")
-    | rows_of("s2", "models/wan/model_index.json", JSON, name="wan")
-    | rows_of("s2", "models/wan/transformer/config.json", JSON, name="wan")
-    | rows_of("s2", "models/wan/transformer/diffusion_pytorch_model.safetensors", ANY, name="wan")
-    | rows_of("ev", f"{FULL}/stage2/config.json", JSON | {
-        "no decoder": to_json(without("decoder")), "frames are text": to_json(with_(frames="9")),
-        "another subject": to_json(with_(subject=2)), "mom is text": to_json(with_(mom="yes")),
-    }, name="stage2")
-    | rows_of("ev", f"{FULL}/stage2/brain_model/model.safetensors", WEIGHTS, name="brain_model")
-    | rows_of("ev", f"{FULL}/stage2/heads/config.json", JSON, name="heads")
-    | rows_of("ev", f"{FULL}/stage2/mixture_of_memories/model.safetensors", WEIGHTS, name="mixture_of_memories")
-    | rows_of("ev", f"{FULL}/stage2/lora/pytorch_lora_weights.safetensors", WEIGHTS, name="lora", but="left over")
-    | rows_of("ev", f"{FULL}/stage2/memories.safetensors", WEIGHTS | MISSING)
-    | rows_of("ev", f"{FULL}/stage2/memories.json", MEMORIES)
-    | rows_of("ev", f"{FULL}/stage2/voxels.npz", ANY | MISSING)
-    | rows_of("fmri", "x.npy", FLOATS, but="float64, bool, onedim, fewer")
-    | rows_of("pairs", "pairs/ours/0000.mp4", ANY, name="0000")
-    | rows_of("compare", f"{FULL}/EVAL/metrics.json", JSON | {
-        "no provenance": to_json(without("provenance")), "metrics are a list": to_json(with_(metrics=[1])),
-        "clips are text": to_json(with_(clips="all")),
-    }, name="metrics.json")
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_damage_is_one_error_and_changes_nothing(case: str, world, tmp_path, monkeypatch, capfd):
-    command, file, damage, name = CASES[case]
-    root = tmp_path / "w"
-    shutil.copytree(world, root)
-    monkeypatch.chdir(root)
-    evaluation = next((root / FULL).glob("eval*")).name
-    path = root / file.replace("EVAL", evaluation)
+@contextmanager
+def damaged(path: Path, damage: Callable[[Path], object]) -> Iterator[None]:
+    content = path.read_bytes() if path.exists() else None
     damage(path)
-    before = hashes_of(root)
-    status = call(command)
-    check(capfd.readouterr().err, status, name)
-    assert hashes_of(root) == before and not (root / "exploded").exists()
+    try:
+        yield
+    finally:
+        if path.is_dir():
+            path.rmdir()
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", STATE)
-def test_a_damaged_checkpoint_is_one_error(damage: str, world, tmp_path, monkeypatch, capfd):
-    """Of a run that is half done."""
-    root = tmp_path / "w"
-    shutil.copytree(world, root)
-    monkeypatch.chdir(root)
-    to_json(with_(step=2))(root / FULL / "stage1" / "config.json")
-    STATE[damage](root / FULL / "stage1" / "state" / "state.pt")
-    before = hashes_of(root)
-    status = call("s1again")
-    check(capfd.readouterr().err, status, "state.pt")
-    assert hashes_of(root) == before and not (root / "exploded").exists()
+# ---------------------------------------------------------------- the readers: Path -> object
+
+FLOATS, ONES, LINEAR = np.ones((3, 4), np.float32), torch.ones(2), torch.nn.Linear(2, 2).state_dict()
+TENSORS = tensors(w=torch.ones_like)
 
 
-def test_data_of_an_older_version_are_to_be_prepared_anew(world, monkeypatch, capfd):
-    monkeypatch.chdir(world)
-    file = Path(STIMULI, "train", "near_copies.npy")
-    file.rename("aside.npy")
-    status = call("s1")
-    Path("aside.npy").rename(file)
-    assert status == 1 and f"{file} is not there: python data.py cc2017" in capfd.readouterr().err
+def command(name: str, more: str = "") -> Callable[[Path], object]:
+    return lambda path: run(name, more)
+
+
+def read_floats(path: Path) -> np.ndarray:
+    return read_array(path, "f", (None, 4), finite=True)
+
+
+def load_run(path: Path) -> CineNeuron:
+    return CineNeuron.from_pretrained(RUN)
+
+
+def go_on(path: Path) -> None:
+    """A stage 1 whose state this is."""
+    with RunFolder(
+        path.parents[1], read_json(path.parents[1] / "config.json"), 4, "none", Accelerator(cpu=True)
+    ) as folder:
+        folder.restore({"heads": torch.nn.Linear(2, 2)}, {})
+
+
+def read_missing(path: Path) -> None:
+    with RunFolder(Path("runs/x/sub1/y-s0/stage1"), {}, 4, "losses.png", Accelerator(cpu=True)) as folder:
+        folder.first_step = 2
+        folder.restore({}, {})
+
+
+s1, s2, ev = command("s1"), command("s2"), command("ev")
+read_index, read_x = partial(read_npz, kinds={"index": "iu"}), partial(read_npz, kinds={"a": "f", "b": "f"})
+read_step, read_number = partial(read_json, keys={"step": int}), partial(read_json, keys={"x": float})
+read_rows, read_checkpoint = (
+    partial(read_json_lines, keys={"a": int}),
+    partial(read_state, keys={"step": int}),
+)
+WHOLE, CODE = "wanted a whole .npy file: delete it and make it anew", "Python objects, which could run code"
+DECODED, WEIGHTS = f"{STIMULI}/train/wan", "model.safetensors"
+TABLE = [
+    # reader, file, damage, what the error says: a regular expression
+    (read_floats, "a.npy", raw(b""), f"a.npy: found .*, {WHOLE}"),
+    (read_floats, "a.npy", raw("not numpy"), WHOLE),
+    (read_floats, "a.npy", lambda path: (npy(FLOATS)(path), half(path)), WHOLE),
+    (read_floats, "a.npy", folder, WHOLE),
+    (read_floats, "a.npy", huge, WHOLE),
+    (read_floats, "a.npy", npy(np.array([{}, None], object)), "found .*Python objects in dtype"),
+    (read_floats, "a.npy", pt({"a": 1}), WHOLE),
+    (read_floats, "a.npy", npy(np.array([["a"] * 4])), r"found <U1 of shape \(1, 4\), wanted floating-point numbers of shape \(any, 4\)"),
+    (read_floats, "a.npy", npy(FLOATS.astype(complex)), "found complex128"),
+    (read_floats, "a.npy", npy(FLOATS.astype(int)), "found int64"),
+    (read_floats, "a.npy", npy(FLOATS[0]), r"found float32 of shape \(4,\)"),
+    (read_floats, "a.npy", npy(FLOATS[:, :3]), r"found float32 of shape \(3, 3\)"),
+    (read_floats, "a.npy", npy(FLOATS * [1, 1, np.nan, 1]), r"found nan at \(0, 2\), wanted finite"),
+    (read_floats, "a.npy", npy(FLOATS * [[1], [1], [-np.inf]]), r"found -inf at \(2, 0\), wanted finite"),
+    (partial(read_array, kind="iu"), "a.npy", npy(FLOATS), "wanted whole numbers"),
+    (partial(read_array, kind="b"), "a.npy", npy(np.ones(3, int)), "wanted boolean numbers"),
+    (partial(read_array, kind="U"), "a.npy", npy(np.ones(3, int)), "wanted text"),
+    (read_index, "a.npz", raw(b""), "a.npz: found .*, wanted an .npz file of index"),
+    (read_index, "a.npz", raw(b"PK\x03\x04 no"), "wanted an .npz file of index"),
+    (read_index, "a.npz", npz(roi=np.arange(3)), "index"),
+    (read_index, "a.npz", npz(index=np.ones(3)), r"a.npz\[index\]: found float64"),
+    (read_index, "a.npz", npz(index=np.array([{}], object)), CODE),
+    (read_x, "a.npz", npz(a=np.ones(3), b=np.ones(2)), "wanted arrays of one length"),
+    (read_json, "a.json", raw(b""), "a.json: found .*, wanted JSON"),
+    (read_json, "a.json", raw('{"a": '), "wanted JSON"),
+    (read_json, "a.json", raw('{"a": "é"}'.encode("latin-1")), "wanted a file of UTF-8 text"),
+    (read_json, "a.json", raw("[" * 100_000), "wanted JSON"),
+    (read_json, "a.json", folder, "wanted a file of UTF-8 text"),
+    (read_json, "a.json", raw("[1]"), r"found list \[1\], wanted an object"),
+    (read_json, "a.json", raw("3"), "found int 3, wanted an object"),
+    (read_json, "a.json", raw("null"), "found NoneType null"),
+    (partial(read_json, kind=list), "a.json", raw("{}"), r"wanted a list \[...\]"),
+    (read_step, "a.json", raw("{}"), "found no step, wanted step as int"),
+    (read_step, "a.json", raw('{"step": "4"}'), "found step = '4', wanted step as int"),
+    (read_step, "a.json", raw('{"step": true}'), "found step = 'True', wanted step as int"),
+    (read_step, "a.json", raw('{"step": 4.0}'), "found step = '4.0', wanted step as int"),
+    (read_number, "a.json", raw('{"x": NaN}'), "found x = nan, wanted x as a finite number"),
+    (read_number, "a.json", raw('{"x": false}'), "wanted x as float"),
+    (partial(read_json, keys={"x": (dict, type(None))}), "a.json", raw('{"x": 1}'), r"wanted x as an object \{...\} or NoneType"),
+    (read_rows, "a.jsonl", raw('{"a": 1}\nno'), "a.jsonl, line 2: found .*, wanted JSON"),
+    (read_rows, "a.jsonl", raw('{"a": 1}\n[1]'), "line 2: found list"),
+    (read_rows, "a.jsonl", raw(""), "line 1: "),
+    (read_rows, "a.jsonl", raw('{"a": 1}\n\n{"a": 2}'), "line 2: "),
+    (read_rows, "a.jsonl", raw('{"a": 1}\n{"b": 1}'), "line 2: found no a"),
+    (read_tensors, "a.safetensors", raw(b"\xff" * 64), "a.safetensors: found .*, wanted a whole .safetensors file"),
+    (read_tensors, "a.safetensors", raw(b""), "wanted a whole .safetensors file"),
+    (read_tensors, "a.safetensors", lambda path: (TENSORS(path), half(path)), "wanted a whole .safetensors file"),
+    (read_tensors, "a.safetensors", tensors(w=lambda w: w * torch.inf), "found NaN or infinity in w"),
+    (partial(read_tensors, shapes={"w": (2,), "b": (1,)}), "a.safetensors", TENSORS, r"found b missing, wanted \(1,\)"),
+    (partial(read_tensors, shapes={}), "a.safetensors", TENSORS, r"found w \(2,\), wanted no such tensor"),
+    (partial(read_tensors, shapes={"w": (2, 1)}), "a.safetensors", TENSORS, r"found w \(2,\), wanted \(2, 1\)"),
+    (read_checkpoint, "a.pt", raw(b""), "a.pt: found .*, wanted a checkpoint of this program"),
+    (read_checkpoint, "a.pt", lambda path: (pt({"step": 1, "w": torch.ones(999)})(path), half(path)), "wanted a checkpoint"),
+    (read_checkpoint, "a.pt", pt([1]), "found a list"),
+    (read_checkpoint, "a.pt", pt({"model": {}}), "found no step"),
+    (read_checkpoint, "a.pt", pt({"step": "3"}), "found step = '3'"),
+    (read_checkpoint, "a.pt", pt({"a": Bomb()}), CODE),
+    (read_floats, "absent.npy", lambda path: None, "absent.npy is not there: delete it and make it anew"),
+    (read_json, "absent.json", lambda path: None, "absent.json is not there: "),
+    (read_tensors, "absent.safetensors", lambda path: None, "absent.safetensors is not there: "),
+    (read_checkpoint, "absent.pt", lambda path: None, "absent.pt is not there: "),
+    # what is prepared
+    (s1, f"{SUBJECT}/train/fmri.npy", first(np.inf), "train/fmri.npy: found .*python data.py"),
+    (s1, f"{SUBJECT}/train/fmri.npy", array(lambda x: x[..., :-1]), "fmri.npy: found .*39"),
+    (s1, f"{SUBJECT}/test/fmri.npy", array(lambda x: x[:-1]), "test/fmri.npy"),
+    (s1, f"{SUBJECT}/train/recorded.npy", array(lambda x: x[:-1]), "recorded.npy"),
+    (s1, f"{SUBJECT}/train/recorded.npy", Path.unlink, "recorded.npy is not there: python data.py cc2017"),
+    (s1, f"{SUBJECT}/voxels.npz", half, "voxels.npz"),
+    (s1, f"{STIMULI}/train/e_img.npy", first(np.nan), "e_img.npy: found nan"),
+    (s1, f"{STIMULI}/train/e_txt.npy", array(lambda x: x.astype(np.float64)), "e_txt.npy: found float64.*manifest.json"),
+    (s1, f"{STIMULI}/test/e_act.npy", array(lambda x: x[:-1]), "e_act.npy"),
+    (s1, f"{STIMULI}/train/categories.npy", array(lambda x: x * 1.5), "categories.npy"),
+    (s1, f"{STIMULI}/train/near_copies.npy", array(lambda x: x[:-1]), "near_copies.npy"),
+    (s1, f"{STIMULI}/train/near_copies.npy", Path.unlink, "near_copies.npy is not there: python data.py cc2017"),
+    (s1, f"{STIMULI}/train/captions.npy", array(lambda x: x > 0), "captions.npy"),
+    (s1, f"{STIMULI}/train/clips.jsonl", line(segment=None), "clips.jsonl, line 2: found no segment"),
+    (s1, f"{STIMULI}/train/clips.jsonl", line(caption=7), "clips.jsonl, line 2: found caption = '7'"),
+    (s1, f"{STIMULI}/train/clips.jsonl", line(start_s=float("nan")), "line 2: found start_s = nan"),
+    (s1, f"{STIMULI}/train/clips.jsonl", line(video=None), "line 2: found no video"),
+    (s1, f"{STIMULI}/train/manifest.json", raw("[1]"), "manifest.json: found list .*delete .*prepare it again"),
+    (s1, f"{STIMULI}/train/manifest.json", setting(**{"categories.npy": {"recipe": {}, "inputs": {}}}), "manifest.json"),
+    (s1, f"{STIMULI}/train/manifest.json", setting(**{"e_img.npy": 4}), "manifest.json: found e_img.npy = '4'"),
+    (s2, f"{DECODED}/latents.npy", array(lambda x: x[..., :-1]), "latents.npy"),
+    (s2, f"{DECODED}/text_tokens.npy", first(np.nan), "text_tokens.npy: found nan"),
+    (s2, f"{DECODED}/text_offsets.npy", array(lambda x: x[::-1]), "text"),
+    (s2, f"{STIMULI}/wan/empty_prompt.npy", array(lambda x: x[:-1]), "empty_prompt.npy"),
+    (s2, "models/wan/model_index.json", raw("[1]"), "wan"),
+    (s2, "models/wan/transformer/config.json", raw("null"), "wan"),
+    (s2, "models/wan/transformer/diffusion_pytorch_model.safetensors", half, "wan"),
+    # a run
+    (command("s1again"), f"{RUN}/stage1/config.json", setting(kernel="auto"), r"stage1 was made with kernel 'auto' \(now None\): choose another --run"),
+    (command("s2again"), f"{RUN}/stage2/config.json", without("optimizer"), r"stage2 was made with optimizer None \(now 'adamw'\)"),
+    (command("s1again"), f"{RUN}/stage1/config.json", setting(step=9), "config.json: found step = 9, wanted a step of 0 to 4"),
+    (command("s1again"), f"{RUN}/stage1/config.json", setting(step="4"), "found step = '4'"),
+    (go_on, f"{RUN}/stage1/state/state.pt", half, "state.pt: found .*delete .*stage1 and train again"),
+    (go_on, f"{RUN}/stage1/state/state.pt", pt({"step": 2, "heads": Bomb()}), CODE),
+    (go_on, f"{RUN}/stage1/state/state.pt", state(step=0, heads=LINEAR), "state.pt: found step 0, wanted a step of 1 to 4"),
+    (go_on, f"{RUN}/stage1/state/state.pt", state(step=5, heads=LINEAR), "state.pt: found step 5, wanted a step of 1 to 4"),
+    (go_on, f"{RUN}/stage1/state/state.pt", state(heads={}), "state.pt: found .*load.* Linear"),
+    (go_on, f"{RUN}/stage1/state/state.pt", state(heads={"weight": ONES * torch.nan}), "state.pt: found NaN or infinity in weight"),
+    (go_on, f"{RUN}/stage1/state/state.pt", state(heads=[]), "found heads = .*wanted heads as an object"),
+    (read_missing, "a.pt", lambda path: None, "state.pt is not there: delete .*train again"),
+    (s2, f"{RUN}/stage1/config.json", without("rois"), "stage1/config.json: found no rois.*train_stage1.py"),
+    (s2, f"{RUN}/stage1/config.json", setting(tau="x"), "found tau = 'x'"),
+    (s2, f"{RUN}/stage1/config.json", setting(subject=2), "stage1: found .*'subject': 2"),
+    (s2, f"{RUN}/stage1/config.json", setting(step=3), "stage1: found .*'step': 3.*a finished run: python train_stage1.py"),
+    (s2, f"{RUN}/stage1/config.json", setting(steps_in_all=None), "steps_in_all as int"),
+    (s2, f"{RUN}/stage1/config.json", setting(sizes={}), r"stage1: trained on data of \{\}, data/ has"),
+    (s2, f"{RUN}/stage1/brain_model/config.json", setting(width=36), "brain_model"),
+    (s2, f"{RUN}/stage1/heads/{WEIGHTS}", tensors(_=None), "heads"),
+    # a finished model
+    (load_run, f"{RUN}/stage2/config.json", raw("null"), "config.json: found NoneType null.*train stage 2 anew, or download"),
+    (load_run, f"{RUN}/stage2/config.json", setting(decoder=None), "found decoder = 'None', wanted decoder as str"),
+    (load_run, f"{RUN}/stage2/config.json", setting(decoder="/home/someone/wan"), "config.json: found decoder = '/home/someone/wan'.*write into"),
+    (load_run, f"{RUN}/stage2/config.json", setting(frames="9"), "found frames = '9', wanted frames as int"),
+    (load_run, f"{RUN}/stage2/config.json", setting(mom="yes"), "found mom = 'yes', wanted mom as bool"),
+    (load_run, f"{RUN}/stage2/config.json", setting(guidance=float("nan")), "found guidance = nan"),
+    (load_run, f"{RUN}/stage2/config.json", setting(stage1_config={}), "config.json, stage1_config: found no rois"),
+    (load_run, f"{RUN}/stage2/config.json", setting(stage1_config={"rois": 1, "tau": 1, "lambda_1": 1, "lambda_2": 1}), "found rois = '1', wanted rois as str or NoneType"),
+    (load_run, f"{RUN}/stage2/config.json", setting(lora_rank=8), "lora.*rank 4"),
+    (load_run, f"{RUN}/stage2/config.json", setting(mom=False), "mixture_of_memories: found"),
+    (load_run, f"{RUN}/stage2/config.json", setting(integration=False), "mixture_of_memories: found"),
+    (ev, f"{RUN}/stage2/config.json", setting(subject=2), "stage2/config.json: found a run of cc2017 sub2, wanted one of cc2017 sub1"),
+    (load_run, f"{RUN}/stage2/brain_model/{WEIGHTS}", tensors(_=lambda w: w * torch.nan), "brain_model/model.safetensors: found NaN"),
+    (load_run, f"{RUN}/stage2/brain_model/{WEIGHTS}", tensors(more=torch.ones_like), "brain_model: found"),
+    (load_run, f"{RUN}/stage2/brain_model/{WEIGHTS}", folder, "brain_model"),
+    (load_run, f"{RUN}/stage2/heads/config.json", raw("[1]"), "heads/config.json: found list"),
+    (load_run, f"{RUN}/stage2/heads/config.json", Path.unlink, "heads/config.json is not there: train stage 2 anew"),
+    (load_run, f"{RUN}/stage2/mixture_of_memories/{WEIGHTS}", tensors(_=lambda w: w.flatten()[:1]), "mixture_of_memories: found"),
+    (load_run, f"{RUN}/stage2/lora/pytorch_lora_weights.safetensors", tensors(_=None), "lora"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", Path.unlink, "memories.safetensors is not there"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(empty=None), "wanted e, text_tokens, text_offsets, empty"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(mean_frame=torch.ones_like), "wanted e, text_tokens, text_offsets, empty"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=lambda e: e[1:]), "text_offsets: found int64 of shape"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=lambda e: e[:, :2]), "e: found float32 of shape"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=lambda e: e[..., :4] / e[..., :4].norm(dim=-1, keepdim=True)), r"e: found .*wanted .*\(any, 3, 20\)"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=torch.Tensor.half), "found torch.float16 of e.*wanted float32"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=lambda e: torch.cat([e[:-1], 1.01 * e[-1:]])), "rows of e .*wanted unit vectors"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=lambda e: e[:0], text_offsets=lambda o: o[:1] * 0), "text_offsets"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(empty=lambda x: x[:, 1:]), r"empty: found .*\(12, 16\)"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(empty=lambda x: x[1:]), r"empty: found .*\(12, 16\)"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(empty=torch.Tensor.double), "of empty, wanted float32"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(text_tokens=lambda t: t[1:]), "found text_offsets .*rise from 0 to"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(text_tokens=torch.Tensor.long), "text_tokens: found int64"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(text_tokens=lambda t: t[:, 1:]), "text_tokens: found"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(text_offsets=torch.Tensor.float), "text_offsets: found float32"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(text_offsets=lambda o: torch.cat([o[:1] + 1, o[1:]])), r"found text_offsets \[1, "),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(text_offsets=lambda o: o[[0, 2, 1, *range(3, len(o))]]), "found text_offsets .*by 12 at most"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(text_offsets=lambda o: torch.cat([o[:1], o[1:2], o[1:2], o[3:]])), "found text_offsets"),
+    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(text_offsets=lambda o: torch.cat([o[:1], o[1:-1] * 0 + 13 + torch.arange(len(o) - 2), o[-1:]])), "by 12 at most"),
+    (load_run, f"{RUN}/stage2/memories.json", edit(lambda rows: rows[1:]), "memories.json: found 44 lines, wanted one for each of the 45 memories"),
+    (load_run, f"{RUN}/stage2/memories.json", edit(lambda rows: {"rows": rows}), "found dict"),
+    (load_run, f"{RUN}/stage2/memories.json", edit(lambda rows: [1, *rows[1:]]), "found 1 as line 0"),
+    (load_run, f"{RUN}/stage2/memories.json", edit(lambda rows: [*rows[1:], {"id": "x"}]), "line 44: found no caption"),
+    (load_run, f"{RUN}/stage2/memories.json", edit(lambda rows: [{"id": 1, "caption": "x"}, *rows[1:]]), "line 0: found id = '1'"),
+    (load_run, f"{RUN}/stage2/voxels.npz", Path.unlink, "voxels.npz is not there: train stage 2 anew"),
+    (load_run, f"{RUN}/stage2/voxels.npz", npz(roi=np.array(["V1"] * (N - 1))), "wanted arrays of one length"),
+    (load_run, f"{RUN}/stage2/voxels.npz", npz(roi=np.array(["V1"] * 39), index=np.arange(39)), "found 39 voxels, wanted the 40 of the Brain Model"),
+    (load_run, f"{RUN}/stage2/voxels.npz", npz(index=np.ones(N)), r"voxels.npz\[index\]: found float64"),
+    (load_run, f"{RUN}/stage2/voxels.npz", npz(roi=np.arange(N)), r"voxels.npz\[roi\]: found int64.*wanted text"),
+    # what evaluate.py is given
+    (command("fmri"), "x.npy", array(lambda x: x[:, :-1]), r"x.npy: found float64|x.npy: found float32 of shape \(2, 39\), wanted real numbers of shape \(2, 40\)"),
+    (command("fmri"), "x.npy", first(np.nan), r"x.npy: found nan at \(0, 0\)"),
+    (command("fmri"), "x.npy", array(lambda x: 9 * x), "x.npy: found .* in clip 0, wanted z-scores"),
+    (command("fmri"), "x.npy", array(lambda x: x.astype(str)), "x.npy: found <U.*--fmri wants an array"),
+    (command("pairs"), "pairs/ours/0000.mp4", half, "0000"),
+    (command("compare"), f"{RUN}/EVAL/metrics.json", setting(metrics=[1]), "metrics.json"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("read", "file", "damage", "message"), TABLE, ids=[f"{row[1][-40:]} {row[3][:40]}" for row in TABLE]
+)
+def test_damage_is_one_error_that_names_the_file_and_changes_nothing(
+    read, file, damage, message, world, capfd
+):
+    evaluation = next(Path(RUN).glob("eval*")).name
+    path = Path(file.replace("EVAL", evaluation))
+    with damaged(path, damage):
+        error = error_of(lambda: read(path), world, capfd)
+    assert re.search(message, error), error
 
 
 # ---------------------------------------------------------------- options
@@ -366,74 +471,68 @@ OPTIONS = {
         "condition_dropout": f"2 {BAD}", "attention_heads": "0 5", "frames": "0 -1 10", "decoder": "absent/folder",
     },
     "ev": {
-        "steps": "0 -1", "guidance": BAD, "clips": "0 -1", "fps": "0 1e9 nan", "seconds": "0 nan -1", "trials": "-1",
-        "batch_size": "0", "metrics": "ssim,beauty", "size": "big 128", "subject": "0", "seed": "-1", "classifier_frames": "8", "flow": "tv-l1", "run": "absent ..", "out": "x.avi",
+        "steps": "0 -1", "guidance": BAD, "clips": "0 -1", "fps": "0 1e9 nan", "seconds": "0 nan -1", "trials": "-1", "batch_size": "0",
+        "metrics": "ssim,beauty", "size": "big 128", "subject": "0", "seed": "-1", "classifier_frames": "8", "flow": "tv-l1",
+        "run": "absent ..",
     },
+    "fmri": {"out": "x.avi"},
 }  # fmt: skip
-OUT_OF_RANGE = []
-for command, options in OPTIONS.items():
-    for name, values in options.items():
-        OUT_OF_RANGE += [(command, name, value) for value in values.split()]
+PLACES = ("run", "stage1", "decoder", "out", "data")  # the error holds what was given
+OUT_OF_RANGE = [
+    (command, name, values) for command, options in OPTIONS.items() for name, values in options.items()
+]
 
 
-@pytest.mark.parametrize(("command", "name", "value"), OUT_OF_RANGE)
-def test_an_option_out_of_range_is_one_error(command: str, name: str, value: str, world, monkeypatch, capfd):
-    monkeypatch.chdir(world)
-    before = hashes_of(world)
-    more = f"--{name}={value}"
-    status = call("fmri" if name == "out" else command, more)
-    is_place = name in ("run", "stage1", "decoder", "out", "data") and len(value) < 100
-    wanted = value if is_place else name
-    check(capfd.readouterr().err, status, wanted.split("/")[0] if name == "decoder" else wanted)
-    assert hashes_of(world) == before
+@pytest.mark.parametrize(("command", "name", "values"), OUT_OF_RANGE)
+def test_an_option_out_of_range_is_one_error(command: str, name: str, values: str, world, capfd):
+    for value in values.split():
+        error = error_of(lambda value=value: run(command, f"--{name}={value}"), world, capfd)
+        assert (value if name in PLACES and len(value) < 100 else name).split("/")[0] in error
 
 
-@pytest.mark.parametrize(
-    ("command", "more", "name"),
-    [("ev", "--split", "--split without --pairs"), ("ev", "--skip_bad", "--skip_bad without --pairs"),
-     ("ev", "--out x.gif", "--out without --fmri or --pairs"), ("pairs", "--shuffle", "--shuffle with --pairs"),
-     ("pairs", "--fmri x.npy", "--fmri with --pairs"), ("pairs", "--compare full", "--pairs with --compare"),
-     ("pairs", "--guidance 0", "--guidance with --pairs"), ("fmri", "--clips 3", "--clips with --fmri"),
-     ("s2", "--no-mom --no-integration", "--no-mom and --no-integration")],
-)  # fmt: skip
-def test_options_that_do_nothing_together_are_refused(command, more, name, world, monkeypatch, capfd):
-    monkeypatch.chdir(world)
-    status = call(command, more)
-    check(capfd.readouterr().err, status, name)
+TOGETHER = [
+    ("ev", "--split", "--split without --pairs"), ("ev", "--skip_bad", "--skip_bad without --pairs"),
+    ("ev", "--out x.gif", "--out without --fmri or --pairs"), ("pairs", "--shuffle", "--shuffle with --pairs"),
+    ("pairs", "--fmri x.npy", "--fmri with --pairs"), ("pairs", "--compare full", "--pairs with --compare"),
+    ("pairs", "--guidance 0", "--guidance with --pairs"), ("fmri", "--clips 3", "--clips with --fmri"),
+    ("s2", "--no-mom --no-integration", "--no-mom and --no-integration"),
+    # a run of other settings is never continued: what is a difference, and both values
+    ("s1again", "--steps 12 --lambda_1 0", "lambda_1 1.0 (now 0.0), steps 4 (now 12)"), ("s1again", "--rois visual", "rois None (now 'visual')"),
+    ("s1again", "--val_segments seg3", "val_segments None (now 'seg3')"), ("s1again", "--dropout 0.1 --lr 1 --rank 2 --tau 1 --layers 2", "layers 1 (now 2), lr 0.0001 (now 1.0), rank 4 (now 2) and 1 more"),
+    ("s2again", "--K 4", "K 5 (now 4)"), ("s2again", "--epochs 3", "epochs 1 (now 3)"), ("s2again", "--lora_alpha 8", "lora_alpha 16 (now 8.0)"),
+]  # fmt: skip
 
 
-# ---------------------------------------------------------------- runs
+@pytest.mark.parametrize(("command", "more", "message"), TOGETHER)
+def test_options_that_do_not_fit_each_other_or_the_run_are_one_error(command, more, message, world, capfd):
+    assert message in error_of(lambda: run(command, more), world, capfd)
+
+
+MAY_CHANGE = "--no-checkpointing --micro_batch 2 --precision bf16 --save_every 9 --log_every 9"
 
 
 @pytest.mark.parametrize(
     ("command", "more"),
-    [("s1again", "--steps 12 --lambda_1 0"), ("s1again", "--lr 1"), ("s1again", "--rois visual"), ("s2again", "--K 4"),
-     ("s2again", "--epochs 3"), ("s1again", "--val_segments seg3")],
-)  # fmt: skip
-def test_a_run_is_never_overwritten(command: str, more: str, world, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(world)
-    before = hashes_of(world)
-    status = call(command, more)
-    check(capfd.readouterr().err, status, more.split()[0].strip("-"))
-    assert hashes_of(world) == before
+    [
+        ("s1again", ""),
+        ("s1again", MAY_CHANGE),
+        ("s2again", f"{MAY_CHANGE} --samples 3 --sample_every 5"),
+        ("ev", ""),
+    ],
+)
+def test_a_finished_run_says_so_and_changes_nothing(command: str, more: str, world, capsys):
+    """Under other options that may change, too."""
+    files = state_of(world)
+    assert not run(command, more)
+    changed = {path for path, value in state_of(world).items() if files.get(path) != value}
+    assert not [path for path in changed if "/eval" not in str(path)]
+    assert ("is finished" in capsys.readouterr().out) == (command != "ev")
 
 
-@pytest.mark.parametrize("command", ["s1again", "s2again", "ev"])
-def test_a_finished_run_says_so_and_changes_nothing(command: str, world, monkeypatch):
-    monkeypatch.chdir(world)
-    before = hashes_of(world)
-    assert call(command) == 0
-    after = hashes_of(world)
-    changed = {name for name in after if before.get(name) != after[name]}
-    assert not {name for name in changed if "/eval" not in name}
-
-
-@pytest.mark.parametrize("more", ["--clips 4", "--metrics psnr", "--steps 2"])
-def test_a_smaller_evaluation_leaves_the_whole_one(more: str, world, tmp_path, monkeypatch):
-    root = tmp_path / "w"
-    shutil.copytree(world, root)
-    monkeypatch.chdir(root)
-    before = hashes_of(root)
-    assert call("ev", more) == 0
-    after = hashes_of(root)
-    assert {name: after.get(name) for name in before} == before and len(after) > len(before)
+def test_a_smaller_evaluation_leaves_the_whole_one(world):
+    files = state_of(world)
+    for more in ("--clips 4", "--clips 4 --steps 2"):
+        assert not run("ev", more)
+    assert files.items() <= state_of(world).items() and len(state_of(world)) > len(files)
+    for path in Path(RUN).glob("eval-4*"):
+        shutil.rmtree(path)

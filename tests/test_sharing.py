@@ -1,11 +1,11 @@
-"""The folder of a finished model: it needs no data/, gives the same videos bit by bit, one error where it is damaged;
-shared, it has a card that says what it is."""
+"""The folder of a finished model: it needs no data/, gives the same videos bit by bit; shared, it has a card that says
+what it is. Damage to it: test_faults.py."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,17 @@ import pytest
 import torch
 from conftest import environment
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
-from test_evaluate import RUN, in_world, model, world  # noqa: F401  fixtures
+from safetensors.torch import load_file
+from tiny import D_TXT, LATENT, D, F, L, N, T
 
+from data import Clips
 from evaluate import CineNeuron
 from metrics import card
 from support import shared
 from support.files import write_json
 from support.runs import brief
 
+RUN = Path("runs/cc2017/sub1/full-s0")
 READ = """
 import sys
 import numpy as np
@@ -39,23 +41,27 @@ METRICS = {
     },
     "clips": [],
 }
+PARTS = "brain_model config.json heads lora memories.json memories.safetensors mixture_of_memories voxels.npz".split()
 
 
 @pytest.fixture(scope="module")
 def x() -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).normal(size=(2, 1, 40)).astype(np.float32))
+    return torch.from_numpy(np.random.default_rng(0).normal(size=(2, T, N)).astype(np.float32))
 
 
 @pytest.fixture(scope="module")
-def folder(world, model, tmp_path_factory) -> Path:  # noqa: F811
+def model(tiny) -> CineNeuron:
+    return CineNeuron.from_pretrained(tiny / RUN)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory) -> Path:
     """The run full, shared after its evaluation."""
-    shared_folder = tmp_path_factory.mktemp("shared") / "subject-1"
-    write_json(world / RUN / "eval" / "metrics.json", METRICS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(world)
-        model.save_pretrained(shared_folder)
-    shutil.rmtree(world / RUN / "eval")
-    return shared_folder
+    root = tmp_path_factory.mktemp("shared")
+    shutil.copytree(tiny / RUN, root / "run")
+    write_json(root / "run" / "eval" / "metrics.json", METRICS)
+    CineNeuron.from_pretrained(root / "run").save_pretrained(root / "subject-1")
+    return root / "subject-1"
 
 
 def files_of(root: Path) -> set[Path]:
@@ -63,40 +69,61 @@ def files_of(root: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("run", ["full-s0", "no-mom-s0", "no-integration-s0"])
-@pytest.mark.parametrize("source", ["stage2", "shared"])
-def test_a_fresh_process_without_data_makes_the_same_videos(world, x, tmp_path, run, source):  # noqa: F811
-    of_run = CineNeuron.from_pretrained(RUN.with_name(run))
-    if source == "shared":
-        of_run.save_pretrained(tmp_path / "model")
-    else:
-        shutil.copytree(RUN.with_name(run) / "stage2", tmp_path / "model")
+def test_a_folder_makes_the_videos_of_its_run(run, tiny, x, tmp_path, monkeypatch):
+    """Shared, or a copy of stage2/; without data/ in the working directory."""
+    of_run = CineNeuron.from_pretrained(tiny / RUN.with_name(run))
+    of_run.save_pretrained(tmp_path / "shared")
+    shutil.copytree(tiny / RUN.with_name(run) / "stage2", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    for name in ("shared", "copy"):
+        again = CineNeuron.from_pretrained(name)
+        assert np.array_equal(again.reconstruct(x), of_run.reconstruct(x))
+        assert str(again.remember(x).indices) == str(of_run.remember(x).indices)
+
+
+@pytest.mark.slow
+def test_a_fresh_process_without_data_makes_the_same_videos(tiny, x, tmp_path):
+    of_run = CineNeuron.from_pretrained(tiny / RUN)
+    of_run.save_pretrained(tmp_path / "model")
     np.save(tmp_path / "x.npy", x)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    (tmp_path / "elsewhere").mkdir()
     command = [sys.executable, "-c", READ, "../model", "../x.npy", "videos.npy"]
-    done = subprocess.run(command, cwd=elsewhere, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path / "elsewhere", env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert np.array_equal(np.load(elsewhere / "videos.npy"), of_run.reconstruct(x))
-    memory = of_run.remember(x).indices
-    assert done.stdout.split("\n")[-2] == ("" if memory is None else of_run.lines[memory[0, 0]]["caption"])
+    assert np.array_equal(np.load(tmp_path / "elsewhere" / "videos.npy"), of_run.reconstruct(x))
+    assert done.stdout.split("\n")[-2] == of_run.lines[of_run.remember(x).indices[0, 0]]["caption"]
 
 
-def test_the_folder_holds_what_the_run_holds(world, folder, model):  # noqa: F811
-    parts = (
-        "brain_model config.json heads lora memories.json memories.safetensors mixture_of_memories voxels.npz"
-    )
-    assert sorted(file.name for file in (world / RUN / "stage2").iterdir()) == parts.split()
-    assert sorted(file.name for file in folder.iterdir()) == sorted([*parts.split(), "README.md", "eval"])
+def test_the_folder_holds_what_the_run_holds(tiny, folder, model):
+    assert sorted(file.name for file in (tiny / RUN / "stage2").iterdir()) == PARTS
+    assert sorted(file.name for file in folder.iterdir()) == sorted([*PARTS, "README.md", "eval"])
     again = CineNeuron.from_pretrained(folder)
-    assert again.settings == model.settings and again.lines == model.lines
-    weights, of_run = again.state_dict(), model.state_dict()  # e of the memories and the empty prompt, too
-    assert weights.keys() == of_run.keys() and all(
-        torch.equal(weights[name], of_run[name]) for name in weights
+    assert again.settings == model.settings and again.folder == folder
+    weights, of_run = again.state_dict(), model.state_dict()
+    assert weights.keys() == of_run.keys()
+    assert all(torch.equal(weights[name], of_run[name]) for name in weights)
+
+
+def test_its_memories_and_voxels_are_those_of_the_data(tiny, folder):
+    """In their order: what was prepared is read as files."""
+    model, data = CineNeuron.from_pretrained(folder), tiny / "data" / "cc2017"
+    stimuli = data / "stimuli" / "train"
+    assert model.lines == [json.loads(line) for line in open(stimuli / "clips.jsonl")]
+    for k, name in ((0, "e_txt"), (2, "e_act")):
+        np.testing.assert_allclose(model.pool.e[:, k], np.load(stimuli / f"{name}.npy"), atol=1e-6)
+    tokens, offsets = (np.load(stimuli / "wan" / f"text_{name}.npy") for name in ("tokens", "offsets"))
+    assert len(model.pool.captions) == len(model.lines) == len(offsets) - 1
+    for i, caption in enumerate(model.pool.captions):
+        assert np.array_equal(caption, tokens[offsets[i] : offsets[i + 1]])
+    assert (
+        np.array_equal(model.empty, np.load(data / "stimuli" / "wan" / "empty_prompt.npy"))
+        and model.empty.any()
     )
-    for name in ("index", "roi"):
-        assert np.array_equal(again.voxels[name], model.voxels[name])
-    i = torch.arange(len(model.lines))
-    assert torch.equal(again.pool.text(i, 12), model.pool.text(i, 12))
+    voxels = np.load(data / "sub1" / "voxels.npz")
+    assert model.voxels.keys() == {"index", "roi"}
+    assert all(np.array_equal(model.voxels[name], voxels[name]) for name in voxels)
 
 
 def test_a_shared_folder_is_shared_again_with_its_metrics(folder, tmp_path):
@@ -112,39 +139,32 @@ def test_a_shared_folder_is_shared_again_with_its_metrics(folder, tmp_path):
             assert (folder / file).read_bytes() == (copy / file).read_bytes(), file
 
 
-def test_the_card_says_what_it_is(folder):
+def test_the_card_says_what_it_is(folder, x, monkeypatch):
     front = ModelCard.load(folder / "README.md")
     assert front.data.license == "other" and front.data.license_name == "as-the-data"
     assert "fmri" in front.data.tags and front.data.base_model is None  # the tiny decoder is a folder
-    assert "40 voxels of subject 1" in front.text and "48 memories" in front.text
+    assert "40 voxels of subject 1" in front.text and "45 memories" in front.text
     assert "| `ssim` | 0.250 | 0.200 to 0.300 |  | 0.125 | 24 |" in front.text
     assert "| `video_50way` | 0.500 |  | 0.058 |  | 24 |" in front.text and "`ms`" not in front.text
     for part in folder.rglob("README.md"):
-        assert "More Information Needed" not in part.read_text()
-        assert "{{" not in part.read_text()
-
-
-def test_the_cards_lines_load_it(folder, monkeypatch):
-    text = (folder / "README.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(folder.parent)
-    names = {"x": torch.randn(1, 1, 40, generator=torch.Generator().manual_seed(0))}
+        assert not re.search("More Information Needed|{{", part.read_text())
+    monkeypatch.chdir(folder.parent)  # its lines load it
+    code, names = front.text.split("```python\n")[1].split("```")[0], {"x": x[:1]}
     exec(code, names)
     assert len([line for line in code.split("\n") if line]) <= 4
-    assert names["videos"].shape == (1, 9, 32, 32, 3)
-    assert "(B, 9, 32, 32, 3)" in code
+    assert names["videos"].shape == (1, 9, 32, 48, 3) and "(B, 9, 32, 48, 3)" in code
+    assert hasattr(CineNeuron, front.text.split("`model.")[1].split("(x).indices`")[0])
 
 
-def test_the_card_names_a_method_of_the_class(folder):
-    """`model.METHOD(x).indices` names the memories."""
-    method = (folder / "README.md").read_text().split("`model.")[1].split("(x).indices`")[0]
-    assert hasattr(CineNeuron, method)
-
-
-def test_a_run_without_an_evaluation_says_so(model, tmp_path):  # noqa: F811
+def test_a_run_without_an_evaluation_says_so_and_other_folders_are_not_touched(model, tmp_path):
     model.save_pretrained(tmp_path / "new")
     assert "no numbers" in (tmp_path / "new" / "README.md").read_text()
     assert not (tmp_path / "new" / "eval").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="wanted a new or an empty folder"):
+        model.save_pretrained(tmp_path / "notes")
+    assert files_of(tmp_path / "notes") == {Path("notes.txt")}
 
 
 @pytest.mark.parametrize(
@@ -155,23 +175,13 @@ def test_a_run_without_an_evaluation_says_so(model, tmp_path):  # noqa: F811
         ("cinebrain", "/home/someone/wan", "other", None),
     ],
 )
-def test_front_matter_by_data_and_decoder(model, monkeypatch, data, decoder, licence, base):  # noqa: F811
+def test_front_matter_by_data_and_decoder(model, monkeypatch, data, decoder, licence, base):
     monkeypatch.setitem(model.settings, "data", data)
     monkeypatch.setitem(model.settings, "decoder", decoder)
-    front = card.model_card(model, "here", None)
+    front = card.model_card(model, "place", None)
     assert front.data.license == licence and front.data.base_model == base
     assert front.data.datasets == (["Fudan-fMRI/CineBrain"] if data == "cinebrain" else None)
     assert f"`{decoder}`" in front.text and card.SOURCES[data][:20] in front.text
-
-
-def test_decoders_are_sought_here_in_the_project_and_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert Path(shared.decoder_at("toy/wan", Path())) == shared.PROJECT / "toy" / "wan"
-    assert shared.decoder_at("Wan-AI/Wan2.1", Path()) == "Wan-AI/Wan2.1"
-    (tmp_path / "toy" / "wan").mkdir(parents=True)
-    assert shared.decoder_at("toy/wan", Path()) == "toy/wan"
-    with pytest.raises(ValueError, match="config.json: found decoder = '/home/someone/wan'"):
-        shared.decoder_at("/home/someone/wan", Path())
 
 
 class Hub:
@@ -189,7 +199,8 @@ class Hub:
         return type("Commit", (), {"commit_url": f"https://huggingface.co/{repo_id}/commit/1"})
 
 
-def test_push_and_load_by_name(model, x, tmp_path, monkeypatch):  # noqa: F811
+def test_push_and_load_by_name(model, x, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(card, "HfApi", Hub)
     monkeypatch.setattr(Hub, "calls", [])
     assert model.push_to_hub("lab/subject-1", private=True).endswith("lab/subject-1/commit/1")
@@ -204,116 +215,130 @@ def test_push_and_load_by_name(model, x, tmp_path, monkeypatch):  # noqa: F811
     assert np.array_equal(again.reconstruct(x[:1]), model.reconstruct(x[:1]))
 
 
-def test_a_path_that_is_not_there_is_not_sought_on_the_hub(world, monkeypatch):  # noqa: F811
+def test_a_model_is_located(tiny_copy, monkeypatch):
     def never(name):
         raise AssertionError(name)
 
     monkeypatch.setattr(shared, "snapshot_download", never)
-    for name in ("runs/none", "runs/cc2017/sub1/none-s0", "none"):
-        with pytest.raises(FileNotFoundError, match="is not there"):
-            CineNeuron.from_pretrained(name)
+    assert shared.locate(RUN) == shared.locate(RUN / "stage2") == RUN / "stage2"
+    (RUN / "stage2" / "config.json").rename("aside.json")
+    assert shared.locate(RUN / "stage2") == RUN / "stage2"  # its error names config.json
+    for name in ("runs/none", "none", RUN):
+        with pytest.raises(
+            FileNotFoundError, match=f"{name}/stage2/config.json is not there: python train_stage2.py"
+        ):
+            shared.locate(name)
+    message = "--data cc2017 --subject 1 comes first; trained here: full-s0, no-integration-s0, no-mom-s0"
+    with pytest.raises(FileNotFoundError, match=message):
+        CineNeuron.from_pretrained(RUN.with_name("none-s0"))
 
 
-# ---------------------------------------------------------------- files that do not fit (test_faults.py: damaged ones)
+def test_decoders_are_sought_in_the_folder_in_the_project_and_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(shared.decoder_at("toy/wan", Path())) == shared.PROJECT / "toy" / "wan"
+    assert shared.decoder_at("Wan-AI/Wan2.1", Path()) == "Wan-AI/Wan2.1"
+    (tmp_path / "toy" / "wan").mkdir(parents=True)
+    assert shared.decoder_at("toy/wan", Path()) == "toy/wan"
 
 
-def settings(**changes) -> Callable[[Path], None]:
-    return lambda file: write_json(file, json.loads(file.read_text()) | changes)
+def test_a_run_in_the_folder_of_another_subject_or_not_finished(tiny, capsys):
+    settings = {"data": "cc2017", "subject": 1, "step": 6, "steps_in_all": 6}
+    shared.check_place(settings, tiny / RUN)
+    assert capsys.readouterr().out == ""
+    shared.check_place(settings | {"step": 5}, tiny / RUN)
+    assert "full-s0: stage 2 is at step 5 of 6" in capsys.readouterr().out
+    for changes in ({"subject": 2}, {"data": "toy"}):
+        with pytest.raises(ValueError, match="config.json: found a run of .*, wanted one of cc2017 sub1"):
+            shared.check_place(settings | changes, tiny / RUN)
 
 
-def tensors(**changes) -> Callable[[Path], None]:
-    """Each a function of the file's tensor of that name, or None: it goes."""
-
-    def damage(file: Path) -> None:
-        stored = load_file(file)
-        for name, change in changes.items():
-            tensor = stored.pop(name, torch.ones(1))
-            if change is not None:
-                stored[name] = change(tensor).contiguous()
-        save_file(stored, file)
-
-    return damage
+def test_the_first_folder_that_holds_a_finished_run_is_started_from(tmp_path):
+    places = [tmp_path / name for name in ("absent", "one", "two")]
+    for place, seed in zip(places[1:], (7, 8), strict=True):
+        write_json(place / "config.json", {"subject": 1, "step": 4, "steps_in_all": 4, "seed": seed})
+    folder, stored = shared.finished_run(places, {"subject": 1}, {"subject": int}, "train")
+    assert folder == places[1] and stored["seed"] == 7
+    with pytest.raises(FileNotFoundError, match="absent/config.json is not there: train"):
+        shared.finished_run(places[:1], {}, {}, "train")
 
 
-def lines(change: Callable[[list], object]) -> Callable[[Path], None]:
-    return lambda file: write_json(file, change(json.loads(file.read_text())))
+def clips_and_model(tiny, model):
+    clips = Clips("cc2017", 1, "train", None, str(tiny / "models" / "wan"), (9, 32, 48), tiny / "data")
+    settings = {"integration": True, "K": 3, "attention_heads": 4, "stage1_config": {"sizes": clips.sizes}}
+    return settings, clips, model.brain_model, model.decoder
 
 
-def voxels(**changes) -> Callable[[Path], None]:
-    """Each a function of the file's array of that name."""
-
-    def damage(file: Path) -> None:
-        arrays = dict(np.load(file))
-        np.savez(file, **{name: changes.get(name, np.array)(array) for name, array in arrays.items()})
-
-    return damage
-
-
-NAMES = "wanted e, text_tokens, text_offsets, empty"
-DAMAGES = [
-    ("config.json", Path.unlink, "config.json is not there"),
-    ("config.json", settings(decoder=None), "found decoder = 'None', wanted decoder as str"),
-    ("config.json", settings(frames="nine"), "found frames = 'nine'"),
-    ("config.json", settings(stage1_config={}), "stage1_config: found no rois"),
-    ("memories.json", lines(lambda rows: rows[:-1]), "found 47 lines, wanted one for each of the 48 memories"),
-    ("memories.json", lines(lambda rows: [1, *rows[1:]]), "found 1 as line 0"),
-    ("memories.json", lines(lambda rows: [*rows[1:], {"id": "x"}]), "line 47: found no caption"),
-    ("memories.json", lines(lambda rows: [{"id": 1, "caption": "x"}, *rows[1:]]), "line 0: found id = '1'"),
-    ("memories.safetensors", tensors(empty=None), NAMES),
-    ("memories.safetensors", tensors(e=None), NAMES),
-    ("memories.safetensors", tensors(segment=torch.ones_like, mean_frame=torch.ones_like), NAMES),  # as of old
-    ("memories.safetensors", tensors(e=lambda e: e[1:]), "text_offsets: found"),
-    ("memories.safetensors", tensors(e=lambda e: e[:, :2]), "e: found float32 of shape"),
-    ("memories.safetensors", tensors(e=lambda e: e.half()), "float16 of e"),
-    ("memories.safetensors", tensors(e=lambda e: 2 * e), "wanted unit vectors"),
-    ("memories.safetensors", tensors(e=lambda e: e[:0], text_offsets=lambda o: o[:1] * 0), "found"),
-    ("memories.safetensors", tensors(e=lambda e: e[..., 1:] / e[..., 1:].norm(dim=-1, keepdim=True)), "found"),
-    ("memories.safetensors", tensors(empty=lambda e: e[:, 1:]), "empty: found"),
-    ("memories.safetensors", tensors(empty=lambda e: e[1:]), "found"),
-    ("memories.safetensors", tensors(text_tokens=lambda t: t[1:]), "found text_offsets"),
-    ("memories.safetensors", tensors(text_tokens=lambda t: t.long()), "found"),
-    ("memories.safetensors", tensors(text_offsets=lambda o: o.float()), "offsets"),
-    ("memories.safetensors", tensors(text_offsets=lambda o: o[[0, 2, 1, *range(3, len(o))]]), "text_offsets"),
-    ("voxels.npz", voxels(roi=lambda roi: roi[1:]), "wanted arrays of one length"),
-    ("voxels.npz", voxels(roi=lambda roi: roi[1:], index=lambda i: i[1:]), "found 39 voxels, wanted the 40"),
-    ("voxels.npz", voxels(index=lambda index: index.astype(float)), "found float64"),
-    ("voxels.npz", voxels(roi=lambda roi: roi.astype(object)), "found"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("file", "damage", "message"), DAMAGES)
-def test_what_does_not_fit_is_one_error_that_names_the_file(folder, tmp_path, file, damage, message):
-    shutil.copytree(folder, tmp_path / "bad")
-    damage(tmp_path / "bad" / file)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
-        CineNeuron.from_pretrained(tmp_path / "bad")
-    text = brief(raised.value)
-    assert file in text and len(text.splitlines()) == 1
-    assert "train stage 2 anew, or download the folder again" in text
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"lora_rank": 8}, "lora.*rank 4"), ({"mom": False}, "mixture_of_memories: found"), ({"integration": False}, "mixture_of_memories: found")],
-)  # fmt: skip
-def test_settings_of_other_weights_are_refused(folder, tmp_path, changes, message):
-    shutil.copytree(folder, tmp_path / "bad")
-    settings(**changes)(tmp_path / "bad" / "config.json")
+@pytest.mark.parametrize(("changes", "message"), [
+    ({}, None), ({"attention_heads": 5}, "--attention_heads 5: wanted a divisor of 24"), ({"K": 45}, "--K 45: a clip may retrieve .* of 45"),
+    ({"K": 45, "integration": False}, None), ({"stage1_config": {"sizes": dict(voxels=39, volumes=T, embed_dim=D, frames=F, classes=4)}}, "^stage1: trained on data of .*39.*--rois"),
+])  # fmt: skip
+def test_parts_that_do_not_fit_each_other_are_refused(changes, message, tiny, model):
+    settings, clips, brain_model, decoder = clips_and_model(tiny, model)
+    check = lambda: shared.check_parts(Path("stage1"), settings | changes, clips, brain_model, decoder)  # noqa: E731
+    if message is None:
+        return check()
     with pytest.raises(ValueError, match=message):
-        CineNeuron.from_pretrained(tmp_path / "bad")
+        check()
 
 
-def test_a_run_of_old_is_one_error(world, tmp_path):  # noqa: F811
-    """Its stage2/ held no memories: they were read from data/."""
-    shutil.copytree(world / RUN / "stage2", tmp_path / "old" / "stage2")
-    for name in ("memories.safetensors", "memories.json", "voxels.npz"):
-        (tmp_path / "old" / "stage2" / name).unlink()
-    with pytest.raises(FileNotFoundError, match="voxels.npz is not there: train stage 2 anew"):
-        CineNeuron.from_pretrained(tmp_path / "old")
+def test_tokens_memories_and_latents_that_do_not_fit_are_refused(tiny, model, monkeypatch):
+    settings, clips, brain_model, decoder = clips_and_model(tiny, model)
+    shared.check_parts(Path("stage1"), settings | {"K": clips.recall.fewest}, clips, brain_model, decoder)
+    with pytest.raises(ValueError, match=f"may retrieve {clips.recall.fewest} of 45"):
+        shared.check_parts(Path("s"), settings | {"K": clips.recall.fewest + 1}, clips, brain_model, decoder)
+    assert clips.sizes == {"voxels": N, "volumes": T, "embed_dim": D, "frames": F, "classes": 4}
+    monkeypatch.setattr(decoder, "text_length", 11)
+    with pytest.raises(
+        ValueError, match=f"a Brain Model of {L} tokens, wanted the decoder's 11: .*--tokens 11"
+    ):
+        shared.check_parts(Path("stage1"), settings, clips, brain_model, decoder)
+    monkeypatch.setattr(decoder, "text_length", L)
+    monkeypatch.setattr(clips, "latents", np.zeros((45, LATENT[0] + 1, *LATENT[1:])))
+    with pytest.raises(ValueError, match="latents"):
+        shared.check_parts(Path("stage1"), settings, clips, brain_model, decoder)
+    assert clips.empty.shape == (L, D_TXT)
 
 
-def test_a_folder_of_something_else_is_not_touched(model, tmp_path):  # noqa: F811
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="wanted a new or an empty folder"):
-        model.save_pretrained(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+# ---------------------------------------------------------------- fMRI
+
+
+def test_fmri_is_clips_volumes_voxels(x):
+    assert torch.equal(shared.check_fmri(x, T, N), x) and torch.equal(
+        shared.check_fmri(x[0].numpy(), T, N), x[:1]
+    )
+    of_one = shared.check_fmri(x[:, 0].double(), 1, N)  # B clips of one volume, not one of B
+    assert torch.equal(of_one, x[:, :1]) and of_one.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda x: x[..., 1:], r"shape \(2, 2, 39\), wanted \(B, 2, 40\)"), (lambda x: x[:, :1], "shape"), (lambda x: x[:0], "shape"),
+    (lambda x: x[0, 0], "shape"), (lambda x: x[None], "shape"), (lambda x: x * torch.inf, "NaN, infinity"), (lambda x: x > 0, "no real numbers"),
+    (lambda x: x + 0j, "no real numbers"), (lambda x: torch.where(x == x[1, 0, 0], torch.nan, x), "NaN"),
+    (lambda x: x + 4 * torch.tensor([0, 1])[:, None, None], "in clip 1, wanted z-scores"), (lambda x: x - 4, "in clip 0"), (lambda x: 7 * x, "± [67]"),
+    (lambda x: x / 40, "in clip 0"),
+])  # fmt: skip
+def test_what_is_no_z_scored_fmri_of_this_brain_is_refused(change, message, x):
+    with pytest.raises(ValueError, match=f"^x: found .*{message}"):
+        shared.check_fmri(change(x), T, N)
+    assert (
+        shared.check_fmri(2.5 * x + 2, T, N).shape == x.shape
+        and shared.check_fmri(x / 10, T, N).shape == x.shape
+    )
+
+
+def test_a_recording_has_the_voxels_of_the_model_or_all_that_are_prepared(model, tiny_copy, monkeypatch):
+    every = np.random.default_rng(0).normal(size=(T, N))
+    np.save("x.npy", every)
+    assert np.array_equal(shared.read_fmri(Path("x.npy"), model)[0], every.astype(np.float32))
+    visual = np.arange(N) % 3 == 0  # the model sees some of the voxels
+    monkeypatch.setitem(model.voxels, "index", np.load("data/cc2017/sub1/voxels.npz")["index"][visual])
+    monkeypatch.setattr(model.brain_model, "voxels", int(visual.sum()))
+    assert np.array_equal(shared.read_fmri(Path("x.npy"), model)[0], every[:, visual].astype(np.float32))
+    for x, message in (
+        (every[:, :20], r"wanted real numbers of shape \(2, 14\): prepare it with data.py"),
+        (99 * every, "x.npy: found .*z-scores"),
+    ):
+        np.save("x.npy", x)
+        with pytest.raises(ValueError, match=message) as error:
+            shared.read_fmri(Path("x.npy"), model)
+        assert len(brief(error.value).splitlines()) == 1

@@ -1,41 +1,39 @@
-"""support/: readers that name what is wrong, options with ranges, runs never mislabelled, the door."""
+"""support/: files written whole, options with ranges, runs that go on as if nothing had happened, the door. Damage to
+files: test_faults.py."""
 
 import errno
+import hashlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
-import time
-from argparse import Namespace
+import warnings
+import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import REPO, environment, sha256
+from accelerate.utils import DistributedType
+from conftest import REPO, environment
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from torch import nn
 
 from brain_model import BrainModel
 from metrics.held_out import claim
-from support.files import (
-    add_to_manifest,
-    hashes,
-    is_made_by,
-    resumable_arrays,
-    save_folder,
-    write_json,
-    written_whole,
-)
-from support.options import check_name, option, parse
-from support.pictures import spread
+from support import files, runs, training
+from support.files import MissingData, read_manifest, resumable_arrays, save_folder, write_json, written_whole
+from support.options import check_name, check_together, option, parse, within
 from support.readers import (
     FileFault,
     MissingFile,
+    advising,
     damaged,
     load_model,
     read_array,
@@ -46,164 +44,20 @@ from support.readers import (
     read_tensors,
     reading,
 )
-from support.runs import RunFolder, brief, read_log, run_folder
-from support.shared import finished_run
+from support.runs import RunFolder, Stopped, brief, door, read_log, run_folder
 
 # ---------------------------------------------------------------- readers
 
 
-def npy(array, **how):
-    def write(path):
-        with open(path, "wb") as file:  # np.save adds a suffix to a name
-            np.save(file, array, **how)
-
-    return write
-
-
-def text(content, encoding="utf-8"):
-    return lambda path: path.write_bytes(content.encode(encoding))
-
-
-def raw(content: bytes):
-    return lambda path: path.write_bytes(content)
-
-
-def huge_header(path):
-    """A header of 1e12 numbers, and 64 bytes of them."""
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "<f4", "fortran_order": False, "shape": (10**12,)}
-        )
-        file.write(b"\0" * 64)
-
-
-def cut(write):
-    def write_and_cut(path):
-        write(path)
-        path.write_bytes(path.read_bytes()[:-9])
-
-    return write_and_cut
-
-
-def npz(**arrays):
-    def write(path):
-        with open(path, "wb") as file:
-            np.savez(file, **arrays)
-
-    return write
-
-
-def pt(value):
-    return lambda path: torch.save(value, path)
-
-
-class Bomb:
-    """Unpickling it would create a file."""
-
-    def __reduce__(self):
-        return (open, ("exploded", "w"))
-
-
-def read_floats(path):
-    return read_array(path, "f", (None, 4), finite=True)
-
-
-FLOATS = np.ones((3, 4), np.float32)
-BAD_FILES = {
-    "array empty": (read_floats, raw(b"")),
-    "array garbage": (read_floats, raw(b"not numpy at all")),
-    "array html": (read_floats, text("<html>404</html>")),
-    "array cut": (read_floats, cut(npy(FLOATS))),
-    "array objects": (read_floats, npy(np.array([{}, None], object), allow_pickle=True)),
-    "array text": (read_floats, npy(np.array([["a"] * 4]))),
-    "array complex": (read_floats, npy(FLOATS.astype(complex))),
-    "array whole numbers": (read_floats, npy(FLOATS.astype(int))),
-    "array one dimension": (read_floats, npy(FLOATS[0])),
-    "array other width": (read_floats, npy(FLOATS[:, :3])),
-    "array nan": (read_floats, npy(FLOATS * np.nan)),
-    "array infinite": (read_floats, npy(FLOATS * np.inf)),
-    "array huge header": (lambda path: read_array(path), huge_header),
-    "array pickle": (read_floats, pt({"a": 1})),
-    "array folder": (read_floats, lambda path: path.mkdir()),
-    "npz garbage": (lambda path: read_npz(path, {"index": "iu"}), raw(b"PK\x03\x04 no")),
-    "npz empty": (lambda path: read_npz(path, {"index": "iu"}), raw(b"")),
-    "npz lacks a name": (lambda path: read_npz(path, {"index": "iu"}), npz(roi=np.arange(3))),
-    "npz kind": (lambda path: read_npz(path, {"index": "iu"}), npz(index=np.ones(3))),
-    "npz lengths": (lambda path: read_npz(path, {"a": "f", "b": "f"}), npz(a=np.ones(3), b=np.ones(2))),
-    "npz objects": (lambda path: read_npz(path, {"a": "f"}), npz(a=np.array([{}], object))),
-    "json empty": (read_json, raw(b"")),
-    "json cut": (read_json, text('{"a": ')),
-    "json latin-1": (read_json, text('{"a": "é"}', "latin-1")),
-    "json list": (read_json, text("[1]")),
-    "json number": (read_json, text("3")),
-    "json null": (read_json, text("null")),
-    "json deep": (read_json, text("[" * 100_000)),
-    "json folder": (read_json, lambda path: path.mkdir()),
-    "json key": (lambda path: read_json(path, keys={"step": int}), text("{}")),
-    "json key type": (lambda path: read_json(path, keys={"step": int}), text('{"step": "4"}')),
-    "json key boolean": (lambda path: read_json(path, keys={"step": int}), text('{"step": true}')),
-    "json key nan": (lambda path: read_json(path, keys={"x": float}), text('{"x": NaN}')),
-    "lines garbage": (read_json_lines, text('{"a": 1}\nno')),
-    "lines list": (read_json_lines, text('{"a": 1}\n[1]')),
-    "lines empty": (read_json_lines, text("")),
-    "lines blank within": (read_json_lines, text('{"a": 1}\n\n{"a": 2}')),
-    "lines key": (lambda path: read_json_lines(path, {"a": int}), text('{"a": 1}\n{"b": 1}')),
-    "tensors garbage": (read_tensors, raw(b"\xff" * 64)),
-    "tensors empty": (read_tensors, raw(b"")),
-    "tensors cut": (read_tensors, cut(lambda path: save_file({"w": torch.ones(9)}, path))),
-    "tensors nan": (read_tensors, lambda path: save_file({"w": torch.full((2,), torch.nan)}, path)),
-    "tensors missing": (
-        lambda path: read_tensors(path, {"w": (2,), "b": (1,)}),
-        lambda path: save_file({"w": torch.ones(2)}, path),
-    ),
-    "tensors left over": (
-        lambda path: read_tensors(path, {}),
-        lambda path: save_file({"w": torch.ones(2)}, path),
-    ),
-    "tensors shape": (
-        lambda path: read_tensors(path, {"w": (2, 1)}),
-        lambda path: save_file({"w": torch.ones(2)}, path),
-    ),
-    "state garbage": (lambda path: read_state(path, {}), raw(b"no")),
-    "state empty": (lambda path: read_state(path, {}), raw(b"")),
-    "state cut": (lambda path: read_state(path, {}), cut(pt({"step": 1, "w": torch.ones(999)}))),
-    "state list": (lambda path: read_state(path, {}), pt([1])),
-    "state key": (lambda path: read_state(path, {"step": int}), pt({"model": {}})),
-    "state key type": (lambda path: read_state(path, {"step": int}), pt({"step": "3"})),
-    "state bomb": (lambda path: read_state(path, {}), pt({"a": Bomb()})),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_damage_is_one_error_that_names_the_file(case: str, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    read, write = BAD_FILES[case]
-    path = tmp_path / "the file"
-    write(path)
-    with pytest.raises(ValueError, match="the file") as error:
-        read(path)
-    assert "wanted" in str(error.value) and len(brief(error.value).splitlines()) == 1
-    assert "allow_pickle" not in str(error.value) and "weights_only" not in str(error.value)
-    assert not (tmp_path / "exploded").exists()
-
-
-@pytest.mark.parametrize("read", [read_floats, read_json, read_json_lines, read_tensors])
-def test_a_missing_file_is_named(read, tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent.* is not there: "):
-        read(tmp_path / "absent")
-
-
-def test_advice_is_that_of_the_innermost_reading_that_has_one(tmp_path):
+def test_advice_is_that_of_the_innermost_that_has_one(tmp_path):
     path = tmp_path / "a.json"
-    with pytest.raises(MissingFile, match="a.json is not there: delete it and make it anew"):
-        read_json(path)
-    with reading(tmp_path, advice="outer"), pytest.raises(MissingFile, match="a.json is not there: outer$"):
+    with advising("outer"), pytest.raises(MissingFile, match="a.json is not there: outer$"):
         read_json(path)
     path.write_text("[1")
     with pytest.raises(FileFault, match="a.json: found .*, wanted JSON: inner$"):
         with reading(tmp_path, "a folder", "outer"), reading(tmp_path, advice="inner"), reading(tmp_path):
             read_json(path)
-    assert str(damaged(path, "x", "y")).endswith("y: delete it and make it anew")  # none is left behind
+    assert str(damaged(path, "x", "y")) == f"{path}: found x, wanted y: delete it and make it anew"
 
 
 @pytest.mark.parametrize(
@@ -214,84 +68,100 @@ def test_whatever_a_library_raises_is_damage(error: Exception):
         raise error
 
 
-@pytest.mark.parametrize("file", ["a.npy", "a.npz", "a.json", "a.safetensors", "a.pt"])
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
-def test_no_file_is_deleted_for_a_fault_of_the_machine(file: str, number: int, tmp_path, monkeypatch):
-    path = tmp_path / file
-    path.write_bytes(b"whole")
-    read = {"a.npy": read_array, "a.json": read_json, "a.safetensors": read_tensors}.get(file)
-    read = read or {"a.npz": partial(read_npz, kinds={"a": "f"}), "a.pt": partial(read_state, keys={})}[file]
-
-    def refuse(name, *_, **__):
-        raise OSError(number, os.strerror(number), str(name))
-
-    for module in ("builtins", "io"):
-        monkeypatch.setattr(f"{module}.open", refuse)
-    with pytest.raises(OSError, match=os.strerror(number)) as caught:
-        read(path)
-    assert caught.value.errno == number
+MACHINE = [
+    MemoryError(),
+    ImportError(),
+    ConnectionError(),
+    TimeoutError(),
+    RuntimeError("<a>: Too many open files (24)"),
+]
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError(), ImportError(), RuntimeError("<a>: Too many open files (24)")]
-)
+@pytest.mark.parametrize("error", [*MACHINE, FileFault("a: found"), MissingFile("a is not there: b")])
 def test_what_is_no_damage_passes_through(error: Exception):
     with pytest.raises(type(error)) as caught, reading("a", "b", "delete it"):
         raise error
     assert caught.value is error
 
 
+@pytest.mark.parametrize(
+    "number", [errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO]
+)
+def test_no_file_is_deleted_for_a_fault_of_the_machine(number: int, tmp_path, monkeypatch):
+    readers = [
+        read_array,
+        read_json,
+        read_tensors,
+        partial(read_npz, kinds={"a": "f"}),
+        partial(read_state, keys={}),
+    ]
+    path = tmp_path / "a"
+    path.write_bytes(b"whole")
+
+    def refuse(name, *_, **__):
+        raise OSError(number, os.strerror(number), str(name))
+
+    for module in ("builtins", "io"):
+        monkeypatch.setattr(f"{module}.open", refuse)
+    for read in readers:
+        with pytest.raises(OSError, match=os.strerror(number)) as caught:
+            read(path)
+        assert caught.value.errno == number
+
+
 def test_what_is_whole_is_read(tmp_path):
-    path = tmp_path / "a.npy"
-    np.save(path, FLOATS.astype(">f4"))
-    assert np.array_equal(read_floats(path), FLOATS)
+    path, x = tmp_path / "a.npy", np.arange(12).reshape(3, 4)
+    np.save(path, x.astype(">f4"))
+    assert np.array_equal(read_array(path, "f", (3, None), finite=True), x)
     path.write_text('\ufeff{"a": "x\u2028y"}\n{"a": "z"}\n\n', encoding="utf-8")
     assert read_json_lines(path, {"a": str}) == [{"a": "x\u2028y"}, {"a": "z"}]
-    path.write_text('\ufeff{"a": 1}')
-    assert read_json(path, keys={"a": float}) == {"a": 1}
+    path.write_text('\ufeff{"a": 1, "b": true, "c": null}')
+    assert read_json(path, keys={"a": float, "b": bool, "c": (str, type(None))})["a"] == 1
 
 
-@pytest.mark.parametrize("damage", ["nan", "missing", "config", "no config"])
-def test_a_model_is_loaded_whole_or_not(damage: str, tmp_path):
+def test_a_model_is_loaded_whole_or_not(tmp_path, capsys):
     model = BrainModel(voxels=6, tokens=2, width=8, layers=1, attention_heads=2, embed_dim=4)
-    model.save_pretrained(tmp_path / "m")
-    weights = tmp_path / "m" / "model.safetensors"
-    loaded = load_model(BrainModel, tmp_path / "m")
+    files.save_model(model, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = load_model(BrainModel, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-    if damage == "nan":
-        save_file({k: v * torch.nan for k, v in model.state_dict().items()}, weights)
-    elif damage == "missing":
-        save_file({k: v for k, v in model.state_dict().items() if k != "position"}, weights)
-    elif damage == "config":
-        (tmp_path / "m" / "config.json").write_text('{"voxels": "six"}')
-    else:
-        (tmp_path / "m" / "config.json").unlink()
-    with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path / "m")) as error:
-        with reading(tmp_path / "m", advice="train it again"):
-            load_model(BrainModel, tmp_path / "m")
-    assert "train it again" in str(error.value)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "config.json").write_text('{"voxels": "six"}')
+    with (
+        pytest.raises(FileFault, match="found .*, wanted a BrainModel: train again"),
+        advising("train again"),
+    ):
+        load_model(BrainModel, tmp_path)
 
 
 # ---------------------------------------------------------------- writers
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, [1])
+    path, folder = tmp_path / "a.json", tmp_path / "m"
+    write_json(path, ["é"])
+    (folder / "x").parent.mkdir()
+    (folder / "x").write_text("old")
     with pytest.raises(RuntimeError), written_whole(path) as part:
         part.write_text("half")
-        raise RuntimeError
-    assert json.loads(path.read_text()) == [1] and list(tmp_path.iterdir()) == [path]
-
-    def write(folder):
-        (folder / "x").write_text("new")
+        assert json.loads(path.read_text()) == ["é"] and part.parent == path.parent  # of one file system
         raise RuntimeError
 
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "x").write_text("old")
-    with pytest.raises(RuntimeError):
-        save_folder(tmp_path / "m", write)
-    assert (tmp_path / "m" / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    def write(part: Path) -> None:
+        (part / "x").write_text("new")
+        assert (folder / "x").read_text() == "old"
+        if fails:
+            raise RuntimeError
+
+    for fails in (True, False):
+        (tmp_path / ".m.part").mkdir()
+        (tmp_path / ".m.part" / "y").touch()  # what a kill left is not saved
+        try:
+            save_folder(folder, write)
+        except RuntimeError:
+            assert fails
+        assert (folder / "x").read_text() == ("old" if fails else "new")
+        assert sorted(tmp_path.rglob("*")) == [path, folder, folder / "x"]
 
 
 @pytest.mark.parametrize("error", [
@@ -306,7 +176,7 @@ def test_a_full_disk_is_one_error_whatever_a_library_says(error, tmp_path, monke
         free = 0
         with pytest.raises(RuntimeError, match="unexpected pos"), written_whole(path):
             raise error  # another disk has room
-    monkeypatch.setattr("shutil.disk_usage", lambda _: Namespace(free=free))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     message = f"a.pt takes 0.002 GB, but the disk is full, with {free / 1e9:.3f} GB free: make room"
     with pytest.raises(OSError, match=message), written_whole(tmp_path / "b"), written_whole(path) as part:
         part.write_bytes(bytes(2_000_000))
@@ -316,45 +186,66 @@ def test_a_full_disk_is_one_error_whatever_a_library_says(error, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_kill_left_of_a_folder_is_not_saved(tmp_path):
-    (tmp_path / ".m.part").mkdir()
-    (tmp_path / ".m.part" / "old").touch()
-    save_folder(tmp_path / "m", lambda folder: (folder / "new").touch())
-    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["m", "m/new"]
-
-
-@pytest.mark.parametrize("damage", ["none", "state", "array"])
+@pytest.mark.parametrize("damage", ["none", "state", "array", "recipe", "input"])
 def test_arrays_go_on_after_a_kill(damage: str, tmp_path):
-    path, recipe = tmp_path / "a.npy", {"by": "test"}
-    with (
-        pytest.raises(KeyboardInterrupt),
-        resumable_arrays({path: (4, 2)}, "float32", recipe, {}) as (arrays, _, filled),
-    ):
-        arrays[0][:2] = 7
+    shapes = {tmp_path / "a.npy": (4, 2), tmp_path / "b.npy": (4,)}
+    start = partial(resumable_arrays, shapes, "float32")
+    with pytest.raises(KeyboardInterrupt), start({"by": "test"}, {"x": "1"}) as (arrays, done, filled):
+        assert done == 0
+        for array in arrays:
+            array[:2] = 7
         filled(2)
         raise KeyboardInterrupt
+    assert not any(path.exists() for path in shapes)
     if damage == "state":
         (tmp_path / ".a.part.json").write_text("half a li")
     elif damage == "array":
-        (tmp_path / ".a.part.npy").write_bytes(b"")
-    with resumable_arrays({path: (4, 2)}, "float32", recipe, {}) as (arrays, done, _):
-        assert done == (2 if damage == "none" else 0)
-        arrays[0][done:] = 1
-    assert np.load(path).sum() == (2 * 2 * 7 + 2 * 2 if damage == "none" else 8)
-    assert is_made_by(path, recipe) and [p.name for p in sorted(tmp_path.iterdir())] == [
-        "a.npy",
-        "manifest.json",
-    ]
+        (tmp_path / ".b.part.npy").write_bytes(b"")
+    recipe = {"by": "others"} if damage == "recipe" else {"by": "test"}
+    first = 2 if damage == "none" else 0
+    with start(recipe, {"x": "2" if damage == "input" else "1"}) as (arrays, done, _):
+        assert done == first
+        for array in arrays:
+            array[done:] = 1
+    for path in shapes:
+        x = np.load(path)
+        assert x.shape == shapes[path] and (x[:first] == 7).all() and (x[first:] == 1).all()
+        assert files.is_made_by(path, recipe)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "b.npy", "manifest.json"]
 
 
-def test_another_recipe_is_an_error_that_names_both(tmp_path):
-    path = tmp_path / "a.npy"
-    np.save(path, FLOATS)
-    assert not is_made_by(path, {"frames": 8})
-    add_to_manifest(path, FLOATS, {"frames": 8}, hashes([[path]]))
-    assert is_made_by(path, {"frames": 8})
-    with pytest.raises(ValueError, match="frames = 8, but frames = 4"):
-        is_made_by(path, {"frames": 4})
+def test_the_manifest_says_what_made_an_array(tmp_path):
+    path, x = tmp_path / "a.npy", np.arange(6, dtype=np.float32).reshape(3, 2)
+    (tmp_path / "one").write_text("one")
+    (tmp_path / "two").write_text("two")
+    digest = hashlib.sha256(b"onetwo").hexdigest()
+    inputs = files.hashes([[tmp_path / "one", tmp_path / "two"], [tmp_path / "two"]])
+    assert inputs == {"one ... two": digest, "two": hashlib.sha256(b"two").hexdigest()}
+    assert not files.is_made_by(path, {}) and read_manifest(path) is None
+    for name in ("b.npy", "a.npy"):
+        with files.writing_array(tmp_path / name, (3, 2), "float32", {"frames": (8, 9)}, inputs) as array:
+            assert not (tmp_path / name).exists()
+            array[:] = x
+    entry = read_manifest(path)
+    assert entry["recipe"] == {"frames": [8, 9]} and entry["inputs"] == inputs and entry["shape"] == [3, 2]
+    assert entry["dtype"] == "float32" and entry["versions"]["numpy"] == np.__version__
+    assert files.is_made_by(path, {"frames": (8, 9)}) and files.is_made_by(tmp_path / "b.npy", {})
+    with pytest.raises(
+        ValueError, match=r"a.npy was made with frames = \[8, 9\], but frames = 4 is asked for; delete it"
+    ):
+        files.is_made_by(path, {"frames": 4})
+    with pytest.raises(ValueError, match="a.npy was made with more = None, but more = 1"):
+        files.is_made_by(path, {"frames": (8, 9), "more": 1})
+    assert np.array_equal(files.read_prepared(path, "f", (None, 2)), x)
+    for changed in (x[:2], x.astype(np.float64), x[:0]):
+        np.save(path, changed)
+        with pytest.raises(FileFault, match=r"wanted float32 of shape \[3, 2\], as manifest.json"):
+            files.read_prepared(path, "f", (None, 2))
+    path.unlink()
+    assert read_manifest(path) is None  # the array decides
+    np.save(tmp_path / "c.npy", x[:0])
+    with pytest.raises(FileFault, match="c.npy: found float32 of shape .0, 2."):
+        files.read_prepared(tmp_path / "c.npy", "f", (None, 2))
 
 
 # ---------------------------------------------------------------- options
@@ -364,158 +255,396 @@ def test_another_recipe_is_an_error_that_names_both(tmp_path):
 class Options:
     data: str = option("toy", "a dataset")
     tau: float = option(0.07, "temperature, in % of nothing", above=0)
-    steps: int = option(10, "steps", least=1, most=100)
+    drop: float = option(0.0, "a share", least=0, below=1)
+    batch_steps: int = option(10, "steps", least=1, most=100)
     flow: str = option("raft", "which", choices=("raft", "farneback"))
     cls: bool = option(True, "category learning")
     names: list[str] = option([], "names")
     rois: str | None = option(None, "regions")
+    size: int | None = option(None, "or nothing", least=3)
 
 
-def ask(*words: str) -> Options:
-    return parse(Options, {"toy": {"steps": 5}, "real": {}}, "What it does.", "it.py", words)
-
-
-def test_options(capsys):
-    assert ask().steps == 5 and ask("--data", "real").steps == 10 and ask("--steps", "7").steps == 7
-    assert ask("--no-cls").cls is False and ask().cls is True and ask("--names", "a", "b").names == ["a", "b"]
-    with pytest.raises(SystemExit):
-        ask("--help")
-    told = capsys.readouterr().out
-    assert (
-        told.count("temperature") == 1 and "default: 0.07" in told and "toy: 5" in told and "--no-cls" in told
+def ask(words: str, *more: str) -> Options:
+    return parse(
+        Options, {"toy": {"batch_steps": 5}, "real": {}}, "What it does.", "it.py", [*words.split(), *more]
     )
 
 
-@pytest.mark.parametrize(
-    "words",
-    ["--tau 0", "--tau -1", "--tau nan", "--tau inf", "--tau x", "--steps 0", "--steps 101", "--steps 1.5",
-     "--flow tv-l1", "--data mars", "--bad 1", "--steps", "--tau=1e400"],
-)  # fmt: skip
+@pytest.mark.parametrize(("words", "changes"), [
+    ("", {"batch_steps": 5}), ("--data real", {"data": "real"}), ("--batch-steps 7 --cls", {"batch_steps": 7}),
+    ("--batch_steps 1", {"batch_steps": 1}), ("--batch_steps 100", {"batch_steps": 100}), ("--drop 0 --tau 1e-9", {"batch_steps": 5, "tau": 1e-9}),
+    ("--drop 0.99 --flow farneback", {"batch_steps": 5, "drop": 0.99, "flow": "farneback"}), ("--no-cls", {"batch_steps": 5, "cls": False}),
+    ("--names a b --size 3 --rois x", {"batch_steps": 5, "names": ["a", "b"], "size": 3, "rois": "x"}),
+])  # fmt: skip
+def test_the_command_line_stands_over_the_preset_over_the_defaults(words: str, changes: dict):
+    assert ask(words) == Options(**changes)
+
+
+@pytest.mark.parametrize("words", [
+    "--tau 0", "--tau -1", "--tau nan", "--tau inf", "--tau x", "--tau=1e400", "--drop 1", "--drop=-0.1", "--batch_steps 0", "--batch_steps 101",
+    "--batch_steps 1.5", "--flow tv-l1", "--data mars", "--bad 1", "--batch_steps", "--size 2", "--ta 3", "--names",
+])  # fmt: skip
 def test_an_option_out_of_range_is_one_line(words: str, capsys):
     with pytest.raises(SystemExit) as end:
-        ask(*words.split())
-    told = capsys.readouterr().err
-    assert end.value.code == 2 and len(told.splitlines()) == 1 and words.split()[0].split("=")[0] in told
+        ask(words)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and len(error.splitlines()) == 1 and words.split()[0].split("=")[0] in error
 
 
-@pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "a\\b", ".hidden", "x" * 101, "a\0b", "a b"])
-def test_a_name_is_one_folder(name: str):
-    with pytest.raises(ValueError, match="--run"):
-        check_name(name)
+def test_errors_and_help_name_the_range_and_the_default(capsys):
+    messages = {
+        "--drop 1": "--drop 1.0: wanted at least 0 and below 1",
+        "--flow x": "--flow x: wanted one of ('raft', 'farneback')",
+    }
+    for words, message in messages.items():
+        with pytest.raises(SystemExit):
+            ask(words)
+        assert message in capsys.readouterr().err
+    for words in (["", "--rois", "a\0b"], ["--help"]):
+        with pytest.raises(SystemExit):
+            ask(*words)
+    text, error = capsys.readouterr()
+    assert (
+        "wanted text without a null character" in error
+        and "temperature, in % of nothing [default: 0.07]" in text
+    )
+    assert (
+        "steps [default: 10; toy: 5]" in " ".join(text.split())
+        and "--no-cls" in text
+        and "[default: None" not in text
+    )
 
 
-def test_the_folder_of_a_run():
-    assert str(run_folder("toy", 1, "full-no-mom", 0)) == "runs/toy/sub1/full-no-mom-s0"
+def test_a_number_within_its_range():
+    share, count = within(float, least=0, below=1), within(int, above=2)
+    assert share("0") == 0 and count("3") == 3
+    for number, text, message in [
+        (share, "1", "'1', wanted a number at least 0 and below 1"), (share, "nan", "'nan', wanted"), (share, "x", "'x', wanted"),
+        (count, "2", "'2', wanted a whole number above 2"), (count, "3.5", "wanted a whole number"),
+    ]:  # fmt: skip
+        with pytest.raises(Exception, match=message):
+            number(text)
+
+
+def test_options_together():
+    check = partial(check_together, unused={"names": ("rois",)}, needed={"flow": ("size", "rois")})
+    check(Options(flow=None, names=["a"]))
+    check(Options(size=3))
+    check(Options(rois="x"))
+    with pytest.raises(ValueError, match="--names with --rois, which does not use it"):
+        check(Options(names=["a"], rois="x"))
+    with pytest.raises(ValueError, match="--flow without --size or --rois"):
+        check(Options())
+
+
+def test_a_name_is_one_folder():
+    assert str(run_folder("toy", 1, "full-no_mom+2.x", 0)) == "runs/toy/sub1/full-no_mom+2.x-s0"
+    assert check_name("x" * 100)
+    for name in ("", "..", "../x", "a/b", "a\\b", ".hidden", "-x", "x" * 101, "a\0b", "a b", "a\n"):
+        with pytest.raises(ValueError, match="--run"):
+            check_name(name)
+
+
+# ---------------------------------------------------------------- steps
+
+
+def test_onecycle_rises_to_the_rate_of_each_group_and_comes_down():
+    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimiser, schedule = training.adamw_onecycle([([a], 0.5), (iter([b]), 0.02)], "adamw", 0.1, 20)
+    rates = []
+    for _ in range(20):
+        rates.append([group["lr"] for group in optimiser.param_groups])
+        optimiser.step()
+        if len(rates) < 20:
+            schedule.step()
+    rates = np.array(rates)
+    assert rates.max(0) == pytest.approx([0.5, 0.02]) and rates.argmax(0).tolist() == [
+        5,
+        5,
+    ]  # 30 % of 20 steps
+    assert rates[1, 0] == pytest.approx(0.02 + 0.48 * (1 - np.cos(np.pi / 5)) / 2)
+    assert rates[0] == pytest.approx([0.02, 0.0008]) and rates[-1] == pytest.approx([2e-6, 8e-8])
+    schedule.step()
+    with pytest.raises(ValueError, match="21"):
+        schedule.step()
+    assert [group["params"] for group in optimiser.param_groups] == [[a], [b]]
+
+
+def test_a_step_of_adamw_by_hand():
+    """The first moves by the rate against the gradient's sign, and shrinks by rate x decay; the norm is that before
+    clipping, the rate that of the next step."""
+    p = nn.Parameter(torch.tensor([3.0, -2.0]))
+    optimiser, schedule = training.adamw_onecycle([([p], 0.5)], "adamw", 0.1, 20)
+    p.grad = torch.tensor([30.0, -40.0])
+    numbers = training.update(optimiser, schedule, 1.0)
+    torch.testing.assert_close(
+        p.data, torch.tensor([3.0, -2.0]) * (1 - 0.02 * 0.1) - 0.02 * torch.tensor([1.0, -1.0])
+    )
+    assert numbers["norm"] == 50 and numbers["lr"] == schedule.get_last_lr()[0] > 0.02 and p.grad is None
+
+
+def sgd(*parameters: nn.Parameter):
+    optimiser = torch.optim.SGD(parameters, lr=1.0)
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 / (1 + step))
+
+
+def test_gradients_are_clipped_together_and_averaged(monkeypatch):
+    a, b, unused = (nn.Parameter(torch.zeros(1)) for _ in range(3))
+    optimiser, schedule = sgd(a, b, unused)
+    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([4.0])
+    assert training.update(optimiser, schedule, 2.5) == {"norm": 5, "lr": 0.5}
+    assert (a.item(), b.item()) == pytest.approx((-1.5, -2))
+    monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(training.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(
+        training.dist, "all_reduce", lambda x: x.mul_(2)
+    )  # all of them together have twice this one's
+    a.grad, b.grad = torch.tensor([6.0]), torch.tensor([8.0])
+    assert training.update(optimiser, schedule, 10.0)["norm"] == 5
+    assert (a.item(), b.item()) == pytest.approx((-3, -4))  # at half the rate
+    for bad in (torch.nan, torch.inf):
+        a.grad = torch.tensor([bad])
+        with pytest.raises(
+            ValueError, match="step 2: the gradient's norm is (nan|inf), training diverged: the last"
+        ):
+            training.update(optimiser, schedule, 1.0)
+        assert a.item() == pytest.approx(-3)
+
+
+def test_gradients_travel_in_messages_of_one_type(monkeypatch):
+    sent = []
+    monkeypatch.setattr(training.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(training.dist, "all_reduce", lambda x: sent.append((x.numel(), x.dtype)) or x.mul_(3))
+    monkeypatch.setattr(training, "MESSAGE", 100)
+    gradients = [torch.randn(n, 3) for n in (5, 1, 7, 200)] + [
+        torch.randn(4, dtype=torch.float64),
+        torch.randn(2, 2),
+    ]
+    expected = [1.5 * g for g in gradients]
+    training.average(gradients)
+    assert len(sent) < len(gradients) and {dtype for _, dtype in sent} == {torch.float32, torch.float64}
+    assert max(count for count, _ in sent) <= 604 and sum(count for count, _ in sent) == sum(
+        g.numel() for g in gradients
+    )
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_bitsandbytes_keeps_all_but_the_first_group_in_32_bits(monkeypatch):
+    parameters = [nn.Parameter(torch.ones(n)) for n in (1, 2, 3)]
+    groups = [([p], 0.1 * (k + 1)) for k, p in enumerate(parameters)]
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="--optimizer adamw8bit: no bitsandbytes .*pip install"):
+        training.adamw_onecycle(groups, "adamw8bit", 0.1, 9)
+    calls, module = {}, ModuleType("bitsandbytes.optim")
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, params, weight_decay, min_8bit_size):
+            calls["size"] = min_8bit_size
+            super().__init__(params, weight_decay=weight_decay)
+
+    manager = SimpleNamespace(
+        override_config=lambda params, key, value: calls.update({key: (params, value)}),
+        register_parameters=lambda params: None,
+    )
+    module.AdamW8bit, module.GlobalOptimManager = AdamW8bit, SimpleNamespace(get_instance=lambda: manager)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+    optimiser, _ = training.adamw_onecycle(groups, "adamw8bit", 0.3, 9)
+    assert (
+        calls == {"size": 4096, "optim_bits": (parameters[1:], 32)}
+        and optimiser.param_groups[2]["weight_decay"] == 0.3
+    )
+
+
+def test_processes_precision_and_compilation(monkeypatch):
+    training.check_processes(9, SimpleNamespace(num_processes=3))
+    with pytest.raises(ValueError, match="--batch_size 8: wanted a multiple of the 3 processes"):
+        training.check_processes(8, SimpleNamespace(num_processes=3))
+    for device, precision in (("cpu", "fp32"), ("cuda", "bf16")):
+        assert training.precision_of(SimpleNamespace(precision=None), torch.device(device)) == precision
+        assert training.precision_of(SimpleNamespace(precision="x"), torch.device(device)) == "x"
+    x = torch.ones(2, 2)
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with training.autocast(x, precision):
+            assert (x @ x).dtype == dtype
+    assert set(training.MAY_CHANGE) == {
+        "checkpointing",
+        "micro_batch",
+        "compile",
+        "precision",
+        "save_every",
+        "log_every",
+    }
+    calls = []
+    block, dit = (
+        SimpleNamespace(compile=lambda: calls.append("block")),
+        SimpleNamespace(compile_repeated_blocks=lambda: calls.append("dit")),
+    )
+    training.compile_blocks([block, block])
+    training.compile_blocks([], dit)
+    assert calls == ["block", "block", "dit"]
+    assert training.start().num_processes == 1
+    monkeypatch.setattr(
+        training, "Accelerator", lambda **_: SimpleNamespace(distributed_type=DistributedType.FSDP)
+    )
+    with pytest.raises(ValueError, match="wanted plain data parallelism"):
+        training.start()
 
 
 # ---------------------------------------------------------------- runs
 
-
-def weights(value: float = 1.0, rows: int = 1) -> dict:
-    return {"weight": torch.full((rows, 2), value), "bias": torch.ones(1)}
+TOTAL = 7
 
 
-def begin(tmp_path, **settings) -> RunFolder:
-    settings = {"lr": 1.0, "seed": 0, "save_every": 2, "log_every": 1} | settings
-    folder = tmp_path / "runs" / "r" / "stage1"
-    return RunFolder(folder, settings, 4, "losses.png", Accelerator(cpu=True), ("seed",))
+def begin(root: Path, total: int = TOTAL, accelerator=None, **settings) -> RunFolder:
+    settings = {"lr": 1.0, "seed": 0, "save_every": 2, "log_every": 1, "shape": (1, 2)} | settings
+    folder, may_change = root / "runs" / "r" / "stage1", ("seed", "sample_every")
+    return RunFolder(folder, settings, total, "losses.png", accelerator or Accelerator(cpu=True), may_change)
 
 
-def restore(run: RunFolder, model: torch.nn.Module, **more) -> None:
-    run.restore({"model": model}, {"model": lambda folder: (folder / "weights").write_text("whole")}, **more)
+def fit(
+    root: Path, steps: int = 99, at_step=lambda step: None, write_once=None, sample=None, **settings
+) -> dict:
+    """A regression on data drawn by step, `steps` of its steps at most. Returns its weights."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimiser, schedule = training.adamw_onecycle([(model.parameters(), 0.1)], "adamw", 0.01, TOTAL)
+
+    def write(folder: Path) -> None:
+        torch.save(model.state_dict(), folder / "a.pt")
+        (folder / "step").write_text(str(schedule.last_epoch))
+
+    with begin(root, **settings) as run:
+        state = {"model": model, "optimiser": optimiser, "schedule": schedule}
+        run.restore(state, {"model": write}, write_once, sample)
+        assert schedule.last_epoch == run.first_step
+        for step, _ in zip(run.steps(), range(steps), strict=False):
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+            loss = (model(x) - x[:, :2].sin()).square().mean()
+            loss.backward()
+            numbers = training.update(optimiser, schedule, 1.0)
+            at_step(step)
+            numbers["exact"] = loss.item()
+            run.after_step(
+                step, {"loss": loss, "image": 2 * loss}, numbers, lambda step=step: {"held out": step}
+            )
+    return model.state_dict()
 
 
-def train(run: RunFolder, model: torch.nn.Module, steps: int, **more) -> None:
-    """The steps that are left, `steps` of them at most; a step writes its number into the weights."""
-    restore(run, model, **more)
-    for step, _ in zip(run.steps(), range(steps), strict=False):
-        torch.nn.init.constant_(model.weight, step)
-        run.after_step(step, {"loss": torch.tensor(float(step))}, {"lr": 0.5}, lambda: {"held out": 1.0})
+def stage(root: Path) -> Path:
+    return root / "runs" / "r" / "stage1"
 
 
-def contents(folder: Path) -> dict[Path, str]:
-    return {file: sha256(file) for file in folder.rglob("*") if file.is_file()}
+def rows_of(root: Path) -> list[dict]:
+    return read_log(stage(root) / "log.jsonl")
 
 
-def test_a_run_goes_on_finishes_and_refuses_other_settings(tmp_path):
-    model = torch.nn.Linear(2, 1)
+class Kill(BaseException):
+    pass
+
+
+def test_after_a_kill_at_any_moment_the_end_is_the_same(tmp_path, monkeypatch):
+    weights = fit(tmp_path / "undisturbed")
+    rows = rows_of(tmp_path / "undisturbed")
+    assert [row["step"] for row in rows] == list(range(TOTAL))
+    assert all(row["loss"] == row["exact"] == row["image"] / 2 for row in rows)
+    replace, k = os.replace, 0
+    while True:
+        k, root, moments = k + 1, tmp_path / str(k), iter(range(99))
+
+        def replace_or_die(source, target, k=k, moments=moments) -> None:
+            if next(moments) == k:
+                raise Kill
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", replace_or_die)
+        try:
+            fit(root)
+            break
+        except Kill:
+            monkeypatch.setattr(os, "replace", replace)
+        if (stage(root) / "config.json").exists():  # what it says is true of the weights
+            config = read_json(stage(root) / "config.json")
+            assert int((stage(root) / "model" / "step").read_text()) >= config["step"]
+            assert torch.load(stage(root) / "state" / "state.pt")["step"] >= config["step"]
+            assert config["steps_in_all"] == TOTAL and config["shape"] == [1, 2]
+        assert all(torch.equal(x, weights[name]) for name, x in fit(root).items())
+        assert rows_of(root) == rows
+    assert k > 12
+
+
+def test_what_is_due_after_a_step(tmp_path):
+    """Saved, validated, logged and drawn at their steps, the last among them; once, what is written once."""
+    samples, folders, config = [], [], stage(tmp_path) / "config.json"
+    saved = {}
+    options = dict(
+        save_every=3, log_every=4, sample_every=2, write_once=folders.append, sample=samples.append
+    )
+    fit(
+        tmp_path,
+        at_step=lambda step: saved.update({step: read_json(config)["step"] if config.exists() else 0}),
+        **options,
+    )
+    assert list(saved.values()) == [0, 0, 0, 3, 3, 3, 6] and read_json(config)["step"] == TOTAL
+    rows = {row["step"]: row for row in rows_of(tmp_path)}
+    assert [*rows] == [0, 2, 4, 5, 6] and [step for step in rows if "held out" in rows[step]] == [2, 5, 6]
+    assert rows[5]["held out"] == 5 and {"loss", "image", "norm", "lr"} <= rows[0].keys()
+    assert [file.relative_to(stage(tmp_path)).as_posix() for file in samples] == [
+        f"samples/step-{n:06d}.gif" for n in (2, 4, 6, 7)
+    ]
+    assert folders == [stage(tmp_path)]
+    fit(tmp_path / "none", sample_every=0, sample=samples.append)
+    assert len(samples) == 4
+
+
+def test_a_run_is_new_or_goes_on_or_is_finished(tmp_path):
     with begin(tmp_path) as run:
-        restore(run, model)
+        run.restore({}, {})
         assert run.first_step == 0 and not run.finished
-    assert not (tmp_path / "runs").exists()  # nothing before the first batch has worked
+    assert not (tmp_path / "runs").exists()  # nothing changes before a step has worked
+    fit(tmp_path, 3)
+    with begin(tmp_path, seed=5, sample_every=9) as run:  # which may change
+        assert run.first_step == 2 and not run.finished
+    files_of = {file: file.read_bytes() for file in stage(tmp_path).rglob("*") if file.is_file()}
+    for change in ({"lr": 2.0}, {"save_every": 3}, {"shape": (1, 3)}, {"more": 1}):
+        with pytest.raises(
+            ValueError, match=rf"^\S+stage1 was made with {[*change][0]} .* \(now .*: .*--run NAME, or delete"
+        ):
+            begin(tmp_path, **change)
+    assert {file: file.read_bytes() for file in stage(tmp_path).rglob("*") if file.is_file()} == files_of
+    fit(tmp_path)
+    (stage(tmp_path) / "log.jsonl").open("a").write("no\n[1]\n{}\n")  # such lines are passed over
     with begin(tmp_path) as run:
-        train(run, model, 3)  # of which two are saved
-    with begin(tmp_path, seed=5) as run:  # what may change
-        restore(run, model)
-        assert run.first_step == 2 and model.weight.tolist() == [[1, 1]]
-        run.log(2, {"loss": 9.0})
-        rows = read_log(run.log_file)
-        assert [row["loss"] for row in rows] == [0, 1, 9]  # what came after the checkpoint goes
-        assert rows[1] == {"step": 1, "loss": 1, "lr": 0.5, "held out": 1} and "held out" not in rows[0]
-    before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"^\S+stage1 was made with lr 1.0 \(now 2.0\): .*--run NAME"):
-        begin(tmp_path, lr=2.0)
-    assert contents(tmp_path) == before
+        assert run.first_step == TOTAL and not run.finished  # what is written last is missing
+        run.finish({"loss": "a loss"}, "A run", {"table.txt": "é", "table.json": {"a": 1}})
+        assert (
+            read_json(run.folder / "table.json") == {"a": 1}
+            and (run.folder / "table.txt").read_text("utf-8") == "é"
+        )
     with begin(tmp_path) as run:
-        train(run, model, 4)
-        assert read_json(run.folder / "config.json")["step"] == 4
-        assert (run.folder / "model" / "weights").read_text() == "whole"
-    with begin(tmp_path) as run:
-        assert not run.finished  # what is written last is missing
-        run.finish({"loss": "a loss"}, "A run", {"table.txt": "text", "table.json": {"a": 1}})
-        assert read_json(run.folder / "table.json") == {"a": 1}
-    with begin(tmp_path) as run:
-        assert run.finished
-
-
-def test_samples_and_what_is_written_once(tmp_path):
-    model, files, folders = torch.nn.Linear(2, 1), [], []
-    for _ in range(2):
-        with begin(tmp_path, sample_every=1) as run:
-            train(run, model, 2, write_once=folders.append, sample=files.append)
-    assert [file.name for file in files] == [f"step-{step:06d}.gif" for step in (1, 2, 3, 4)]
-    assert folders == [run.folder]
-
-
-@pytest.mark.parametrize("step", [5, "2", None])
-def test_a_damaged_step_is_one_error(step, tmp_path):
-    with begin(tmp_path) as run:
-        train(run, torch.nn.Linear(2, 1), 2)
-    file = run.folder / "config.json"
-    write_json(file, read_json(file) | {"step": step})
-    before = contents(tmp_path)
-    with pytest.raises(ValueError, match="config.json: found step = .*another --run NAME"):
-        begin(tmp_path)
-    assert contents(tmp_path) == before
+        assert run.finished and (run.folder / "losses.png").stat().st_size > 1000
+    with begin(tmp_path, total=9) as run:
+        assert not run.finished
 
 
 def test_one_process_at_a_time(tmp_path):
-    with begin(tmp_path), pytest.raises(ValueError, match="another process works in it"):
-        begin(tmp_path)
+    with begin(tmp_path):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="another process works in it: wait for it, or"):
+                begin(tmp_path)
+        with begin(
+            tmp_path, accelerator=SimpleNamespace(is_main_process=False)
+        ):  # one lock for all of a launch
+            pass
     with begin(tmp_path):
         pass
-
-
-@pytest.mark.parametrize(
-    "state",
-    [[1], {"model": {}}, {"step": "2", "model": {}}, {"step": 9, "model": weights()}, {"step": 2},
-     {"step": 2, "model": weights(rows=3)}, {"step": 2, "model": {}}, {"step": 0, "model": weights()},
-     {"step": 2, "model": weights(torch.nan)}],
-)  # fmt: skip
-def test_a_damaged_state_is_one_error(state, tmp_path):
-    model = torch.nn.Linear(2, 1)
-    with begin(tmp_path) as run:
-        train(run, model, 2)
-    torch.save(state, run.state_file)
-    with begin(tmp_path) as run, pytest.raises(ValueError, match="state.pt.*found.*wanted.*train again"):
-        restore(run, model)
 
 
 def test_settings_of_an_evaluation_are_claimed(tmp_path):
     claim(tmp_path / "eval", {"steps": 2}, write=False)
     assert not (tmp_path / "eval").exists()
-    claim(tmp_path / "eval", {"steps": 2})
-    claim(tmp_path / "eval", {"steps": 2})
+    for _ in range(2):
+        claim(tmp_path / "eval", {"steps": 2})
     with pytest.raises(ValueError, match=r"^\S+eval was made with steps 2 \(now 3\): .*rm -r "):
         claim(tmp_path / "eval", {"steps": 3})
     (tmp_path / "eval" / "config.json").write_text("[1]")
@@ -523,105 +652,109 @@ def test_settings_of_an_evaluation_are_claimed(tmp_path):
         claim(tmp_path / "eval", {"steps": 2})
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({}, None), ({"step": 3}, "found .*'step': 3.*a finished run: train"), ({"subject": 2}, "found .*'subject': 2"),
-     ({"subject": "1"}, "subject as int"), ({"steps_in_all": None}, "steps_in_all as int")],
-)  # fmt: skip
-def test_only_a_finished_run_is_started_from(changes, message, tmp_path):
-    places = [tmp_path / "absent", tmp_path / "run"]
-    write_json(tmp_path / "run" / "config.json", {"subject": 1, "step": 4, "steps_in_all": 4} | changes)
-    if message is None:
-        assert finished_run(places, {"subject": 1}, {"subject": int}, "train")[0] == tmp_path / "run"
-    else:
-        with pytest.raises(ValueError, match=message):
-            finished_run(places, {"subject": 1}, {"subject": int}, "train")
-    with pytest.raises(FileNotFoundError, match="absent/config.json is not there: train"):
-        finished_run(places[:1], {}, {}, "train")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_ends_training_after_its_step_and_the_run_goes_on(number, status, tmp_path, capfd):
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    samples = []
+
+    def at_step(step: int) -> None:
+        if step == 2:
+            signal.raise_signal(number)
+
+    with pytest.raises(Stopped, match=f"saved after step 3 of {TOTAL}; the same command goes on") as stopped:
+        fit(tmp_path, at_step=at_step, sample_every=3, sample=samples.append)
+    assert stopped.value.status == status and samples == []
+    assert {n: signal.getsignal(n) for n in handlers} == handlers
+    assert read_json(stage(tmp_path) / "config.json")["step"] == 3 and "held out" in rows_of(tmp_path)[2]
+    weights = fit(tmp_path)
+    assert all(torch.equal(x, weights[name]) for name, x in fit(tmp_path / "undisturbed").items())
+    with pytest.raises(KeyboardInterrupt):  # a second signal does not wait
+        fit(tmp_path / "second", at_step=lambda step: [signal.raise_signal(number) for _ in range(2)])
+
+
+def test_all_processes_stop_once_one_got_a_signal():
+    stopping = runs.Stopping()
+    others = SimpleNamespace(
+        num_processes=2, device="cpu", gather=lambda x: torch.cat([x, torch.tensor([15])])
+    )
+    assert (
+        not stopping.asked(SimpleNamespace(num_processes=1))
+        and stopping.asked(others)
+        and stopping.number == 15
+    )
 
 
 # ---------------------------------------------------------------- the door
 
-SCRIPT = """
-import os, signal, sys, time, zipfile, pickle
-from accelerate import Accelerator
-from safetensors import SafetensorError
-from accelerate import Accelerator
-from support.runs import Stopped, Stopping, door
-def train():
-    stop, accelerator = Stopping(), Accelerator(cpu=True)
-    stop.listen()
-    print("ready", flush=True)
-    for step in range(1000):
-        time.sleep(0.01)
-        if stop.asked(accelerator):
-            raise Stopped(stop.number, f"stopped at step {step + 1}; the same command goes on")
-def wait():
-    print("ready", flush=True)
-    time.sleep(10)
-def fail():
-    raise eval(sys.argv[2])
-door({"train": train, "wait": wait, "fail": fail}[sys.argv[1]])
-"""
+
+@pytest.fixture
+def at_the_door(monkeypatch, capfd):
+    """(exit status, stderr) of a main at the door."""
+
+    def call(main) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            door(main)
+        return end.value.code, capfd.readouterr().err
+
+    handler, form = signal.getsignal(signal.SIGTERM), warnings.formatwarning
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+    warnings.formatwarning = form
 
 
-def at_the_door(*words: str, number: int = 0) -> tuple[int, str]:
-    command = [sys.executable, "-c", SCRIPT, *words]
-    how = {"cwd": REPO, "env": environment(), "stdout": -1, "stderr": -1, "text": True}
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores it
-    process = subprocess.Popen(command, **how, preexec_fn=heard)
-    if number:
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.1)
-        process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    return process.returncode, error
+def throw(error: BaseException):
+    raise error
 
 
-@pytest.mark.parametrize(
-    "error",
-    ["ValueError('a: b')", "FileNotFoundError(2, 'No such file', 'x.npy')", "SafetensorError('bad')",
-     "pickle.UnpicklingError('bad')", "zipfile.BadZipFile('bad')", "EOFError()",
-     "OSError(28, 'No space left', 'y')", "ValueError('1\\n2\\n3\\n4\\n5')"],
-)  # fmt: skip
-def test_bad_input_is_one_error(error: str):
-    status, told = at_the_door("fail", error)
-    assert (
-        status == 1 and told.startswith("error: ") and len(told.splitlines()) <= 3 and "Traceback" not in told
-    )
+@pytest.mark.parametrize(("error", "status", "message"), [
+    (ValueError("a: b"), 1, "error: a: b\n"), (FileNotFoundError(2, "No such file", "x.npy"), 1, "error: x.npy: No such file\n"),
+    (SafetensorError("bad"), 1, "error: bad\n"), (pickle.UnpicklingError("bad"), 1, "error: bad\n"), (zipfile.BadZipFile("bad"), 1, "error: bad\n"),
+    (EOFError(), 1, "error: EOFError\n"), (OSError(28, "No space left", "y"), 1, "error: y: No space left\n"),
+    (ValueError("1\n\n 2\n3\n4\n5"), 1, "error: 1\n2\n3\n"), (MissingData("1\n\n2\n3\n4"), 1, "error: 1\n\n2\n3\n4\n"),
+    (MemoryError("8 GB\nmore"), 1, "error: out of memory (8 GB): python extras/plan.py counts what options need; "
+        "try --micro_batch 1, --checkpointing or --optimizer adamw8bit\n"), (MemoryError(), 1, "error: out of memory (no more memory): "),
+    (torch.OutOfMemoryError("x"), 1, "error: out of memory (x): "), (KeyboardInterrupt(), 130, "interrupted; the same command goes on where it was\n"),
+    (Stopped(signal.SIGINT, "saved"), 130, "saved\n"), (Stopped(signal.SIGTERM, "saved"), 0, "saved\n"),
+])  # fmt: skip
+def test_bad_input_and_signals_are_said_in_few_lines(error, status, message, at_the_door):
+    code, text = at_the_door(lambda: throw(error))
+    assert code == status and text.startswith(message) and (not message.endswith("\n") or text == message)
 
 
-def test_a_bug_keeps_its_traceback():
-    status, told = at_the_door("fail", "KeyError('bug')")
-    assert status == 1 and "Traceback" in told and "KeyError: 'bug'" in told
+def test_the_door(at_the_door):
+    assert at_the_door(lambda: None) == (0, "") and at_the_door(lambda: 3) == (3, "")
+    terminated = at_the_door(lambda: signal.raise_signal(signal.SIGTERM))
+    assert terminated == (0, "terminated; the same command goes on where it was\n")
+    assert warnings.formatwarning(Warning("odd"), Warning, "a.py", 1) == "warning: odd\n"
+    with pytest.raises(KeyError):  # a bug keeps its traceback
+        door(lambda: throw(KeyError("bug")))
+    assert len(brief(ValueError("long " * 999))) <= 600
 
 
+def test_one_error_of_several_processes_is_printed_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name, value in {"WORLD_SIZE": "2", "MASTER_PORT": "7"}.items():
+        monkeypatch.setenv(name, value)
+    for text in ("first", "second"):
+        runs.say(text)
+    (marker,) = tmp_path.iterdir()
+    os.utime(marker, (0, 0))  # of an old launch
+    for text in ("third", "fourth"):
+        runs.say(text)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for _ in range(2):
+        runs.say("alone")
+    assert capsys.readouterr().err.split() == ["first", "third", "alone", "alone"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-@pytest.mark.parametrize("what", ["train", "wait"])
-def test_a_signal_ends_in_good_order(what: str, number: int, status: int):
-    found, told = at_the_door(what, number=number)
-    assert found == status and "the same command goes on" in told and "Traceback" not in told
-    assert ("stopped at step" in told) == (what == "train")
-
-
-def test_one_error_of_several_processes_is_printed_once():
-    env = environment() | {"WORLD_SIZE": "3", "MASTER_PORT": str(os.getpid())}
-    command = [sys.executable, "-c", SCRIPT, "fail", "ValueError('once')"]
-    processes = [subprocess.Popen(command, cwd=REPO, env=env, stderr=-1, text=True) for _ in range(3)]
-    told = [process.communicate(timeout=60)[1] for process in processes]
-    assert sum("once" in text for text in told) == 1 and all(process.returncode == 1 for process in processes)
-
-
-@pytest.mark.parametrize(
-    ("clips", "n", "groups", "chosen"),
-    [
-        (range(10), 4, None, [1, 3, 6, 8]),
-        (range(10), 4, {"a": [0, 2, 4, 6, 8], "b": [1, 3, 5, 7, 9]}, [2, 6, 3, 7]),
-        (range(10), 3, {"a": [0, 2, 4, 6, 8], "b": [1, 3, 5, 7, 9]}, [2, 6, 5]),
-        ([4, 5, 6], 4, {"a": [0, 1, 4], "b": [5, 6]}, [4, 5, 6]),  # a group has fewer than its share
-        ([4, 5, 6], 2, {"a": [0], "b": [5, 6]}, [4, 5, 6][1:]),  # none of a group can be shown
-    ],
-)
-def test_pictures_choose_clips_by_one_rule(clips, n, groups, chosen):
-    masks = groups and {name: np.isin(np.arange(10), inside) for name, inside in groups.items()}
-    assert spread(clips, n, masks) == chosen
+def test_a_signal_ends_a_process_in_good_order(number: int, status: int):
+    script = "import time\nfrom support.runs import door\ndef main():\n print('ready', flush=True)\n time.sleep(20)\ndoor(main)"
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores it
+    options = dict(cwd=REPO, env=environment(), stdout=-1, stderr=-1, text=True, preexec_fn=heard)
+    process = subprocess.Popen([sys.executable, "-c", script], **options)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status and "the same command goes on" in error and "Traceback" not in error
