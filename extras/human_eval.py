@@ -55,7 +55,7 @@ class Study:
     seed: int = option(0, "of the order and the opaque names", least=0)
 
 
-# ---------------------------------------------------------------- what is compared
+# ---------------------------------------------------------------- make
 
 
 def read_pairs(folder: Path, advice: str) -> dict[str, list[Pair]]:
@@ -71,11 +71,11 @@ def pairs_of_runs(runs: list[Path]) -> dict[str, list[Pair]]:
     """RUN/eval/gt/NNNN.mp4 and RUN/eval/recon/NNNN.mp4 of several runs, by the runs' names."""
     advice, pairs = "python evaluate.py makes the videos of a run", {}
     for name, run in zip(names_of(runs), runs, strict=True):
+        if name in pairs:
+            raise ValueError(f"two runs are named {name}, wanted different names")
         videos = read_pairs(run / "eval", advice)
         if "recon" not in videos:
             raise FileNotFoundError(f"{run}/eval/recon holds no video: {advice}")
-        if name in pairs:
-            raise ValueError(f"two runs are named {name}, wanted different names")
         pairs[name] = videos["recon"]
     return pairs
 
@@ -89,15 +89,13 @@ def clips_of(pairs: dict[str, list[Pair]]) -> list[dict[str, Pair]]:
     for method in pairs:
         for pair in pairs[method]:
             clips[pair.name][method] = pair
-    if incomplete := [name for name in sorted(clips) if len(clips[name]) < len(pairs)]:
-        name, (method, *_) = incomplete[0], clips[incomplete[0]]
-        lacks = next(method for method in pairs if method not in clips[name])
-        problem = f"{name} of {method} has no counterpart in {lacks} ({len(incomplete)} such)"
-        raise ValueError(f"clips differ: {problem}: evaluate the same clips of each run")
+    for name in sorted(clips):
+        if lacking := pairs.keys() - clips[name]:
+            problem = (
+                f"{name} of {next(iter(clips[name]))} has no counterpart in {', '.join(sorted(lacking))}"
+            )
+            raise ValueError(f"clips differ: {problem}: evaluate the same clips of each run")
     return [clips[name] for name in sorted(clips)]
-
-
-# ---------------------------------------------------------------- make
 
 
 def read_stimulus(clip: dict[str, Pair], seconds: float) -> Video:
@@ -108,8 +106,8 @@ def read_stimulus(clip: dict[str, Pair], seconds: float) -> Video:
         frames = read_video(file, seconds).frames
         same = frames.shape == stimulus.frames.shape
         if not same or np.abs(frames.astype(np.int16) - stimulus.frames).mean() > SAME:
-            problem = f"{first} and {file} show different stimuli"
-            raise ValueError(f"{problem}: the runs are of other data or clips")
+            text = "show different stimuli: the runs are of other data or clips"
+            raise ValueError(f"{first} and {file} {text}")
     return stimulus
 
 
@@ -138,12 +136,13 @@ def make(clips: list[dict[str, Pair]], out: Path, study: Study) -> str:
         raise FileExistsError(f"{out} is there already, and votes may refer to it: choose another --out")
     n = study.groups or len(clips)
     each = study.each or n
-    if n > len(clips):
-        raise ValueError(f"--groups {n}: there are {len(clips)} clips, wanted at most as many")
-    if each > n:
-        raise ValueError(f"--each {each}: the study has {n} groups, wanted at most as many")
-    if study.height % 2:
-        raise ValueError(f"--height {study.height}: wanted an even number")
+    for is_wrong, problem in [
+        (n > len(clips), f"--groups {n}: there are {len(clips)} clips, wanted at most as many"),
+        (each > n, f"--each {each}: the study has {n} groups, wanted at most as many"),
+        (study.height % 2, f"--height {study.height}: wanted an even number"),
+    ]:
+        if is_wrong:
+            raise ValueError(problem)
     spread = np.linspace(0, len(clips) - 1, n).round().astype(int)
 
     def write(folder: Path) -> None:
