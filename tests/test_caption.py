@@ -20,22 +20,16 @@ CHAT = (  # as Qwen2.5-VL's, for one turn
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
-# the objects that the caption of a clip names, by its number in `release`; 4 and 6 are no list
-ANSWERS = '["person", "dog"]|- car|kite, bench|[]|Sure! A cat.|["kite", "unicorn"]|["person", "fork"'.split(
-    "|"
-)
+ANSWERS = [  # what is answered to the caption of each clip of `release`; two are no list
+    '["person", "dog"]', "- car", "kite, bench", "[]", "Sure! A cat.", '["kite", "unicorn"]', '["person", "fork"',
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory) -> Path:
     """A folder that `from_pretrained` reads: a random Qwen2.5-VL of 0.1 M parameters, with a tokenizer of bytes."""
+    import transformers as hf
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2TokenizerFast,
-    )
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
@@ -46,7 +40,7 @@ def qwen(tmp_path_factory) -> Path:
     words.decoder = decoders.ByteLevel()
     words.add_special_tokens([f"<|{name}|>" for name in SPECIAL])
     ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
-    tokenizer = Qwen2TokenizerFast(tokenizer_object=words, **ends)
+    tokenizer = hf.Qwen2TokenizerFast(tokenizer_object=words, **ends)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
     sizes = dict(hidden_size=32, intermediate_size=64)
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
@@ -55,17 +49,17 @@ def qwen(tmp_path_factory) -> Path:
         rope_parameters=rope, eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"], bos_token_id=ids["endoftext"],
     )  # fmt: skip
     vision = dict(depth=2, num_heads=2, out_hidden_size=32, fullatt_block_indexes=[1])
-    config = Qwen2_5_VLConfig(
+    config = hf.Qwen2_5_VLConfig(
         text_config=text | sizes, vision_config=vision | sizes, image_token_id=ids["image_pad"],
         video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
     )  # fmt: skip
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = hf.Qwen2_5_VLForConditionalGeneration(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # so that an answer depends on what is shown
     model.save_pretrained(folder)
     images, videos = Qwen2VLImageProcessor(), Qwen2VLVideoProcessor()
-    Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT).save_pretrained(folder)
+    hf.Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT).save_pretrained(folder)
     return folder
 
 
@@ -78,9 +72,8 @@ def test_a_batch_answers_as_each_clip_alone(qwen):
     together = captioner.ask(questions, clips, tokens=12)
     alone = [captioner.ask([q], [clip], tokens=12)[0] for q, clip in zip(questions, clips, strict=True)]
     assert together == alone and len(set(together)) == 3
-    assert (
-        captioner.ask(questions[:1], [clips[0][::-1].copy()], tokens=12) != together[:1]
-    )  # the order of frames
+    backwards = clips[0][::-1].copy()
+    assert captioner.ask(questions[:1], [backwards], tokens=12) != together[:1]
     without = captioner.ask(["a", "a longer question"], tokens=8)
     assert without[0] == captioner.ask(["a"], tokens=8)[0] and len(without[0].encode()) <= 32
 
@@ -88,20 +81,21 @@ def test_a_batch_answers_as_each_clip_alone(qwen):
 # ---------------------------------------------------------------- films of clips that are told apart by their grey
 
 
-def write_release(folder: Path) -> Path:
-    """The toy's layout: films of four and three clips of 2 s, 8 frames each; frame t of clip k is 30 k + 3 t."""
-    grey = (30 * np.arange(7)[:, None] + 3 * np.arange(8)).reshape(-1)  # (56,)
-    frames = np.broadcast_to(grey[:, None, None, None], (56, 64, 48, 3)).astype(np.uint8)
-    rows = [{"split": "train", "segment": "seg1"}] * 4 + [{"split": "test", "segment": "test1"}] * 3
-    write_video(folder / "stimuli" / "seg1.mp4", frames[:32], 4)
-    write_video(folder / "stimuli" / "test1.mp4", frames[32:], 4)
-    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+def grey_film(file: Path, first: int, clips: int) -> None:
+    """Clips of 2 s, 8 frames each; frame t of clip k is 30 k + 3 t."""
+    grey = (30 * np.arange(first, first + clips)[:, None] + 3 * np.arange(8)).reshape(-1, 1, 1, 1)
+    write_video(file, np.broadcast_to(grey, (8 * clips, 64, 48, 3)).astype(np.uint8), 4)
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Path:
-    return write_release(tmp_path_factory.mktemp("release"))
+    """The toy's layout: films of four and three clips."""
+    folder = tmp_path_factory.mktemp("release")
+    rows = [{"split": "train", "segment": "seg1"}] * 4 + [{"split": "test", "segment": "test1"}] * 3
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grey_film(folder / "stimuli" / "seg1.mp4", 0, 4)
+    grey_film(folder / "stimuli" / "test1.mp4", 4, 3)
+    return folder
 
 
 class Model:
@@ -173,9 +167,8 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(release, tmp_path, monke
     with open(part, "ab") as file:  # as if killed in the third batch: one line of two, and half the second
         file.write(lines[4] + lines[5][:20])
     before = part.read_bytes()
-    with pytest.raises(
-        ValueError, match=r"part.jsonl was begun with frames = 4, but frames = 6 is asked for; delete it"
-    ):
+    message = "part.jsonl was begun with frames = 4, but frames = 6 is asked for; delete it"
+    with pytest.raises(ValueError, match=message):
         run(*source, out, "--frames", 6)
     assert part.read_bytes() == before
     Model.batches.clear()
@@ -189,17 +182,13 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(release, tmp_path, monke
 
 def test_videos_of_a_clip_each_become_a_list_by_name(tmp_path):
     """As CineBrain's captions are found: by the video's name, in one list."""
-    for k, name in enumerate(("b", "a")):
-        grey = 30 * k + 3 * np.arange(8).reshape(8, 1, 1, 1)
-        write_video(tmp_path / f"{name}.mp4", np.broadcast_to(grey, (8, 64, 48, 3)).astype(np.uint8), 4)
+    grey_film(tmp_path / "b.mp4", 0, 1)
+    grey_film(tmp_path / "a.mp4", 1, 1)
     out = tmp_path / "captions.json"
     run("--videos", tmp_path / "*.mp4", "--out", out)
     rows = read_captions(out, [])
-    assert [(row["video"], row["caption"], row["tags"]) for row in rows] == [
-        ("a.mp4", "clip 1", ["car"]),
-        ("b.mp4", "clip 0", ["person", "dog"]),
-    ]
-    assert "clip" not in rows[0]
+    assert [(row["video"], row["caption"]) for row in rows] == [("a.mp4", "clip 1"), ("b.mp4", "clip 0")]
+    assert [row["tags"] for row in rows] == [["car"], ["person", "dog"]] and "clip" not in rows[0]
     assert sorted(file.name for file in tmp_path.glob("*.json*")) == ["captions.json", "captions.recipe.json"]
     assert not list(tmp_path.glob(".*"))
 
@@ -215,53 +204,36 @@ def test_which_films_and_clips(release, tmp_path):
     assert films_of(stimuli, 2.0) == [("seg1", None, 4, 2.0), ("test1", None, 3, 2.0)]
     assert films_of(stimuli, 2.5) == [("seg1", None, 3, 2.5), ("test1", None, 2, 2.5)]
     assert films_of(stimuli / "t*.mp4") == films_of(stimuli / "test1.mp4") == [("test1", None, 1, 6.0)]
-    with pytest.raises(FileNotFoundError, match=r"no video of 60.0 s or more"):
+    with pytest.raises(FileNotFoundError, match=r"stimuli: no video of 60.0 s or more"):
         films_of(stimuli, 60.0)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        films_of(tmp_path / "nowhere")
-    (tmp_path / "seg1.mov").write_bytes((stimuli / "seg1.mp4").read_bytes())
-    (tmp_path / "seg1.mp4").write_bytes((stimuli / "seg1.mp4").read_bytes())
+    for name in ("seg1.mov", "seg1.mp4"):
+        (tmp_path / name).write_bytes((stimuli / "seg1.mp4").read_bytes())
     with pytest.raises(ValueError, match="two files are called seg1; their clips could not be told apart"):
         films_of(tmp_path)
+
+
+def test_the_films_of_cc2017_and_where_their_captions_go(tmp_path):
     config = caption.Config(data="cc2017", raw=tmp_path, train_segments=2, test_segments=1)
-    (tmp_path / "stimuli").mkdir()
-    for name in ("seg1", "seg2"):
-        (tmp_path / "stimuli" / f"{name}.mp4").touch()
-    with pytest.raises(
-        FileNotFoundError, match=r"stimuli/test1.mp4, the stimulus, is not there: download it"
-    ):
-        caption.films_of(config)
-    (tmp_path / "stimuli" / "test1.mp4").touch()
-    films = [
-        (film.segment, film.split, film.file.name, film.clips, film.seconds)
-        for film in caption.films_of(config)
-    ]
-    assert films == [
-        (n, n.rstrip("12").replace("seg", "train"), f"{n}.mp4", 240, 2.0) for n in ("seg1", "seg2", "test1")
-    ]
+    caption.check(config)
+    assert config.out == tmp_path / "captions.jsonl"
+    files = [tmp_path / "stimuli" / f"{name}.mp4" for name in ("seg1", "seg2", "test1")]
+    files[0].parent.mkdir()
+    for file in files:
+        with pytest.raises(FileNotFoundError, match=f"{file.name}, the stimulus, is not there: download it"):
+            caption.films_of(config)
+        file.touch()
+    splits = ("train", "train", "test")
+    expected = [(file.stem, split, file, 240, 2.0) for file, split in zip(files, splits, strict=True)]
+    assert caption.films_of(config) == expected
 
 
 # ---------------------------------------------------------------- answers, rules, options
 
 NO_LISTS = [
-    *(
-        '["person", "car"',
-        '["person", 2]',
-        '[{"name": "cat"}]',
-        '{"objects": ["cat"]}',
-        '["<|im_end|>"]',
-        '[""]',
-        "",
-    ),
-    *(
-        "The caption names a cat and a dog.",
-        "Objects:\n- cat",
-        "cat\ndog",
-        "a cat,\na dog",
-        "- " + " word" * 40,
-    ),
-    json.dumps([name for names in COCO.values() for name in names]),  # the list recited
-]
+    '["person", "car"', '["person", 2]', '[{"name": "cat"}]', '{"objects": ["cat"]}', '["<|im_end|>"]', '[""]', "",
+    "The caption names a cat and a dog.", "Objects:\n- cat", "cat\ndog", "a cat,\na dog", "- " + " word" * 40,
+    json.dumps([name for names in COCO.values() for name in names]), ", ".join(["cat"] * 21),
+]  # fmt: skip
 LISTS = {
     '["person", "Traffic Light", "person"]': "person|traffic light",
     '```json\n["cat"]\n```': "cat",
@@ -276,7 +248,7 @@ LISTS = {
 
 
 def test_answers():
-    for answer in NO_LISTS + [", ".join(["cat"] * 21)]:
+    for answer in NO_LISTS:
         assert caption.parse_objects(answer) is None, answer
     for answer in ("[]", " None. ", "no objects"):
         assert caption.parse_objects(answer) == [], answer
@@ -286,21 +258,15 @@ def test_answers():
 
 def test_the_rules_say_that_they_are_rules(tmp_path, capsys):
     train, test, out = tmp_path / "train.json", tmp_path / "test.json", tmp_path / "rules.jsonl"
-    train.write_text(
-        json.dumps(["a dog on a bench"] * 240 + [{"caption": "a man", "tags": ["man", "kite"]}] * 240)
-    )
+    tagged = {"caption": "a man", "tags": ["man", "kite"]}
+    train.write_text(json.dumps(["a dog on a bench"] * 240 + [tagged] * 240))
     test.write_text(json.dumps(["clouds"] * 240))
     run("--rules", train, test, "--out", out)
     assert "no model has looked at any frame" in "".join(capsys.readouterr())
     rows = [json.loads(line) for line in open(out)]
     assert {row["by"] for row in rows} == {"rules"} and rows[240]["tags"] == ["man", "kite"]
-    places = [(rows[i]["segment"], rows[i]["clip"], rows[i]["split"]) for i in (0, 239, 240, 480)]
-    assert places == [
-        ("seg1", 0, "train"),
-        ("seg1", 239, "train"),
-        ("seg2", 0, "train"),
-        ("test1", 0, "test"),
-    ]
+    places = [f"{rows[i]['split']} {rows[i]['segment']} {rows[i]['clip']}" for i in (0, 239, 240, 480)]
+    assert places == ["train seg1 0", "train seg1 239", "train seg2 0", "test test1 0"]
     assert [rows[i]["categories"] for i in (0, 240, 480)] == [["animal", "outdoor"], ["person", "sports"], []]
     run("--rules", out, "--out", tmp_path / "again.jsonl")
     assert (tmp_path / "again.jsonl").read_bytes() == out.read_bytes()
@@ -328,9 +294,3 @@ def test_wrong_options(options, problem, capsys):
     with pytest.raises((SystemExit, ValueError)) as stopped:
         caption.main(options.split())
     assert problem in f"{stopped.value} {capsys.readouterr().err}"
-
-
-def test_the_captions_of_a_release_lie_beside_its_films(tmp_path):
-    config = caption.Config(data="cc2017", raw=tmp_path)
-    caption.check(config)
-    assert config.out == tmp_path / "captions.jsonl"
