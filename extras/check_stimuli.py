@@ -17,7 +17,7 @@ STIMULI = ("categories.npy", *EMBEDDINGS)
 
 
 def blocks(array: np.ndarray, size: int = 256) -> Iterator[np.ndarray]:
-    """A few hundred rows at a time, in float32."""
+    """`size` rows at a time, in float32."""
     for i in range(0, len(array), size):
         yield np.array(array[i : i + size], np.float32)
 
@@ -97,8 +97,7 @@ def caption_copies_in_words(train: Sequence[dict], test: Sequence[dict]) -> str:
 
 
 def near_copies(p: Prepared) -> Iterator[Line]:
-    """How much film and how many captions recur: what a training clip must not retrieve (Eq. 5), as
-    prepare/copies.py computed it."""
+    """How much film and how many captions recur (Eq. 5), as prepare/copies.py computed it."""
     yield ok("near-copies", "captions: " + caption_copies_in_words(p.clips["train"], p.clips["test"]))
     empty = sum(not clip["caption"].strip() for clips in p.clips.values() for clip in clips)
     if empty:

@@ -130,13 +130,12 @@ def write_for_browsers(file: Path, frames: np.ndarray, seconds: float, size: tup
 
 
 def make(clips: list[dict[str, Pair]], out: Path, study: Study) -> str:
-    """Write the study, whole or not at all, and say what it has. Raises FileExistsError where there is one,
-    as votes may refer to it; ValueError for a video that cannot be read."""
-    if out.exists():
-        raise FileExistsError(f"{out} is there already, and votes may refer to it: choose another --out")
+    """Write the study, whole or not at all, and say what it has. Raises ValueError where there is one, an
+    option does not fit or a video cannot be read."""
     n = study.groups or len(clips)
     each = study.each or n
     for is_wrong, problem in [
+        (out.exists(), f"{out} is there already, and votes may refer to it: choose another --out"),
         (n > len(clips), f"--groups {n}: there are {len(clips)} clips, wanted at most as many"),
         (each > n, f"--each {each}: the study has {n} groups, wanted at most as many"),
         (study.height % 2, f"--height {study.height}: wanted an even number"),
@@ -158,8 +157,7 @@ def make(clips: list[dict[str, Pair]], out: Path, study: Study) -> str:
 
 
 def write_groups(clips: list[dict[str, Pair]], folder: Path, study: Study) -> tuple[dict, dict]:
-    """Write the videos in a random order under opaque names; returns what the page knows and what the key
-    knows."""
+    """Write the videos in a random order under opaque names; returns what page and key know."""
     rng, content, methods = np.random.default_rng(study.seed), hashlib.sha256(), sorted(clips[0])
     groups, key, width = [], [], 0
     for i in tqdm(rng.permutation(len(clips)), desc="groups", unit="group"):
@@ -234,12 +232,8 @@ def read_votes(study: Path, files: list[Path]) -> tuple[list[str], np.ndarray, n
 
 def agreement(choice: np.ndarray) -> tuple[float, float]:
     """One question's choices (participants, groups), -1 for none -> share of pairs of participants who chose
-    alike, Krippendorff's alpha. NaN where no group has two votes; alpha too where one method alone is chosen.
-
-    alpha = 1 - observed / expected disagreement (Krippendorff 2011): 1 when all agree, 0 when as chance would
-    have it, given how often each method is chosen. It is low where one method wins nearly everywhere: so the
-    share stands beside it.
-    """
+    alike, Krippendorff's alpha (2011), which is 0 by chance, 1 when all agree, and low where one method wins
+    nearly everywhere. NaN where no group has two votes; alpha too where one method alone is chosen."""
     import krippendorff
 
     counts = (choice[..., None] == np.arange(choice.max() + 1)).sum(0)  # (groups, methods)
@@ -255,12 +249,8 @@ def agreement(choice: np.ndarray) -> tuple[float, float]:
 
 def shares(choice: np.ndarray, methods: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
     """Choices as of `read_votes` -> share of the votes (questions, methods), and its 95 % interval (2,
-    questions, methods).
-
-    The bootstrap draws participants and groups, both with replacement and independently (Owen 2007,
-    pigeonhole bootstrap): the interval speaks of other participants and other clips. A vote counts as often
-    as its participant was drawn times its group was.
-    """
+    questions, methods), which speaks of other participants and other clips: the pigeonhole bootstrap (Owen
+    2007). A vote counts as often as its participant was drawn times its group was."""
     rng, (_, P, G) = np.random.default_rng(0), choice.shape
     votes = np.stack([choice == m for m in range(methods)], 1).astype(float)  # (questions, methods, P, G)
     drawn_p = rng.multinomial(P, np.full(P, 1 / P), resamples).astype(float)  # (resamples, P)
@@ -273,8 +263,7 @@ def shares(choice: np.ndarray, methods: int, resamples: int) -> tuple[np.ndarray
 
 
 def tally(study: Path, files: list[Path], resamples: int = 2000) -> dict:
-    """Count the votes; writes study/tally.json and returns it. Files whose names begin with a dot are passed
-    over."""
+    """Count the votes; writes study/tally.json and returns it. Passes over files that begin with a dot."""
     out, files = study / "tally.json", [file for file in files if not file.name.startswith(".")]
     if out.resolve() in map(Path.resolve, files):
         raise ValueError(f"{out} would be overwritten: it is the result, not a file of votes")
@@ -316,9 +305,6 @@ def table(result: dict) -> str:
     if 1 in (result["participants"], result["groups"]):
         lines.append("the interval says nothing of other participants, or clips, where there is one alone")
     return "\n".join(lines)
-
-
-# ---------------------------------------------------------------- the command
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -83,15 +83,10 @@ def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def page_of(folder: Path) -> list[check.Line]:
-    return check.check("cc2017", 1, folder.parent)
-
-
-def levels(lines: list[check.Line]) -> set[tuple[str, str]]:
-    return {(line.level, line.check) for line in lines if line.level != OK}
-
-
-MASKED = (WARNING, "fMRI values")  # the showing that write_prepared leaves out
+def page_of(folder: Path, pattern: str = "") -> list[str]:
+    """The lines "LEVEL CHECK: TEXT" of the page in which the pattern occurs."""
+    lines = [f"{level} {name}: {text}" for level, name, text in check.check("cc2017", 1, folder.parent)]
+    return [line for line in lines if re.search(pattern, line)]
 
 
 # ---------------------------------------------------------------- sound, and faults of an array
@@ -165,19 +160,12 @@ def test_a_fault_of_an_array_is_named_and_no_other(copy, file, change, level, na
     with suppress(ValueError):  # a clip without recordings, NaN
         prepare_recorded(copy / "sub1")
         prepare_copies(copy / "stimuli")
-    lines = page_of(copy)
-    fitting = [line for line in lines if line[:2] == (level, name) and text in line.text]
-    assert fitting, lines
-    if level == FAIL:
-        assert re.search(
-            r"; (to mend it, delete what is named and|--decoder ID; to mend it,)? run python data.py cc2017",
-            fitting[0].text,
-        )
-    assert {line.check for line in lines if line.level == FAIL} <= {name, "manifests"}
-    assert {line.check for line in lines if line.level == WARNING and "not looked at" not in line.text} <= {
-        name,
-        "fMRI values",
-    }
+    (line, *_) = [line for line in page_of(copy, f"^{level} {name}: ") if text in line] or [None]
+    assert line, page_of(copy)
+    advice = r"; (to mend it, delete what is named and|python data.py .* --decoder ID; to mend it,.*) run python data.py"
+    assert level != FAIL or re.search(advice, line)
+    beside = f"FAIL ({name}|manifests)|warning ({name}|fMRI values)|ok|warning .* not looked at"
+    assert not [line for line in page_of(copy) if not re.match(beside, line)]
 
 
 # ---------------------------------------------------------------- faults of files, manifests, lists
@@ -185,7 +173,8 @@ def test_a_fault_of_an_array_is_named_and_no_other(copy, file, change, level, na
 
 def test_files_that_are_missing_or_damaged(copy, capsys):
     (copy / "stimuli" / "train" / ".e_img.part.npy").touch()
-    assert levels(page_of(copy)) == {(WARNING, "files"), MASKED}
+    stopped, _ = page_of(copy, "^(warning|FAIL)")
+    assert stopped.startswith("warning files") and ".e_img.part.npy is what a stopped run left" in stopped
     (copy / "stimuli" / "test" / "e_act.npy").unlink()
     with open(copy / "sub1" / "train" / "fmri.npy", "r+b") as file:
         file.truncate(1000)
@@ -194,23 +183,16 @@ def test_files_that_are_missing_or_damaged(copy, capsys):
         file.write('{"id": "test2-60')
     (copy / "sub1" / "voxels.npz").write_bytes(b"PK")
     (copy / "stimuli" / "train" / "near_copies.json").write_text("[]")
-    first, *lines = [line.text for line in page_of(copy) if line.level == FAIL]
-    assert (
-        "stimuli/test/e_act.npy not there; to mend it, run python data.py cc2017" in first
-        and "fmri" not in first
-    )
+    first, *lines = page_of(copy, "^FAIL")
+    assert "stimuli/test/e_act.npy not there; to mend it, run python data.py cc2017" in first
     damaged = ["sub1/voxels.npz (2 bytes)", "sub1/train/fmri.npy (1,000 bytes)", "sub1/test/manifest.json"]
     damaged += ["stimuli/test/clips.jsonl", "stimuli/train/near_copies.json (2 bytes)"]
-    assert len(lines) == 5 and all(sum(f"{name}" in line for line in lines) == 1 for name in damaged)
-    assert all("is truncated or damaged; to mend it, delete what is named and run" in line for line in lines)
-    assert all(
-        "not looked at" in line.text
-        for line in page_of(copy)
-        if line.level == WARNING and line.check != "files"
-    )
-    assert (
-        check.main(["--data", "cc2017", "--root", str(copy.parent), "--subject", "3"]) == 1
-    )  # of whom nothing is there
+    assert "fmri" not in first and len(lines) == 5
+    for name in damaged:
+        (line,) = [line for line in lines if name in line]
+        assert "is truncated or damaged; to mend it, delete what is named and run" in line
+    assert len(page_of(copy, "not looked at")) == 9
+    assert check.main(["--data", "cc2017", "--root", str(copy.parent), "--subject", "3"]) == 1
     assert "sub3/train/fmri.npy" in capsys.readouterr().out
 
 
@@ -221,9 +203,7 @@ def test_manifests(copy):
     edit_manifest(copy / "stimuli" / "test" / DECODER, lambda m: m.update(gone=m["latents.npy"]))
     for split in LENGTH:
         edit_manifest(copy / "sub1" / split, lambda m: m["fmri.npy"]["recipe"].update(subject=2))
-    lines = [
-        line.text for line in check.manifests(check.Prepared("cc2017", 1, copy.parent)) if line.level == FAIL
-    ]
+    lines = page_of(copy, "^FAIL manifests")
     wanted = [
         "e_txt.npy has the shape [45, 20], its manifest says [44, 20]",
         "latents.npy has no entry in manifest.json",
@@ -233,11 +213,9 @@ def test_manifests(copy):
         "e_act.npy was made with viclip = ",
     ]
     assert len(lines) == 6 and all(sum(text in line for line in lines) == 1 for text in wanted), lines
-    edit_manifest(
-        copy / "stimuli" / "test", lambda m: m["categories.npy"]["recipe"]["classes"].append("fifth")
-    )
-    lines = page_of(copy)
-    assert any("test/categories.npy is not what clips.jsonl says;" in line.text for line in lines), lines
+    add = lambda m: m["categories.npy"]["recipe"]["classes"].append("fifth")  # noqa: E731
+    edit_manifest(copy / "stimuli" / "test", add)
+    assert page_of(copy, "FAIL categories: .*test/categories.npy is not what clips.jsonl says;")
 
 
 def test_counts_and_shapes(copy):
@@ -246,19 +224,14 @@ def test_counts_and_shapes(copy):
 
     def shape_lines(text: list[str]) -> list[str]:
         file.write_text("".join(text))
-        return [
-            f"{line.level} {line.text}"
-            for line in page_of(copy)
-            if line.check in ("shapes", "clip counts", "fmri")
-        ]
+        return page_of(copy, "^(ok|warning|FAIL) (shapes|clip counts|fmri):")
 
     counts, shapes, *_, fmri = shape_lines(rows[:-1])
-    assert "FAIL train: wanted 15 clips a segment, found {'seg3': 14}" in counts and "not looked at" in fmri
-    assert shapes.startswith(
-        "FAIL train: clips.jsonl has 44 clips, but {'fmri.npy': 45, 'recorded.npy': 45, "
-    )
-    assert "train/clips.jsonl mixes segments or repeats an id" in shape_lines([*rows[1:], rows[0]])[0]
-    assert "train/clips.jsonl mixes segments or repeats an id" in shape_lines([rows[1], *rows[1:]])[0]
+    assert "FAIL clip counts: train: wanted 15 clips a segment, found {'seg3': 14}" in counts
+    assert "FAIL shapes: train: clips.jsonl has 44 clips, but {'fmri.npy': 45, 'recorded.npy'" in shapes
+    assert fmri == "warning fmri: not looked at, for the faults above"
+    for mixed in ([*rows[1:], rows[0]], [rows[1], *rows[1:]]):
+        assert "train/clips.jsonl mixes segments or repeats an id" in shape_lines(mixed)[0]
     for name in ("categories.npy", "e_img.npy", "e_txt.npy", "e_act.npy"):
         edit(copy, f"stimuli/train/{name}", lambda array, _: array[:30])
     edit(copy, "sub1/train/fmri.npy", lambda array, _: array[:30])
@@ -266,73 +239,64 @@ def test_counts_and_shapes(copy):
     prepare_copies(copy / "stimuli")
     prepare_recorded(copy / "sub1")
     counts, _, shapes = shape_lines(rows[:30])
-    assert counts == "warning 30 train clips, 15 of each of 2 segments; the whole dataset has 3"
-    assert shapes.startswith("ok a clip has T = 2")
+    text = "train clips, 15 of each of 2 segments; the whole dataset has 3"
+    assert counts == f"warning clip counts: 30 {text}" and shapes.startswith("ok shapes: a clip has T = 2")
     edit(copy, "stimuli/test/e_img.npy", lambda array, _: array[:, :2])
-    assert (
-        "FAIL of a clip: {'train': {'fmri.npy': (2, 40), 'categories.npy': (4,), 'e_img.npy': (5, 20)"
-        in shape_lines(rows[:30])[2]
-    )
+    sizes = "{'train': {'fmri.npy': (2, 40), 'categories.npy': (4,), 'e_img.npy': (5, 20)"
+    assert f"FAIL shapes: of a clip: {sizes}" in shape_lines(rows[:30])[2]
 
 
 def test_voxels(copy):
     file = copy / "sub1" / "voxels.npz"
     table = dict(np.load(file))
 
-    def line_of(**change: np.ndarray) -> check.Line:
+    def line_of(**change: np.ndarray) -> str:
         np.savez(file, **table | change)
-        return next(check.voxels(check.Prepared("cc2017", 1, copy.parent)))
+        return page_of(copy, " voxels: ")[0]
 
-    assert line_of().level == OK
+    assert line_of().startswith("ok")
     roi = table["roi"].copy()
     roi[[3, 4]] = "L_10d"
-    level, _, text = line_of(roi=roi)
-    first = f"2 areas are not those of the HCP MMP atlas: voxel 3, grayordinate {table['index'][3]}, is L_10d here and"
-    assert level == FAIL and first in text
+    place = f"voxel 3, grayordinate {table['index'][3]}, is L_10d here and"
+    assert f"2 areas are not those of the HCP MMP atlas: {place}" in line_of(roi=roi)
     for index in (table["index"][[0, 0, *range(2, 40)]], np.arange(GRAYORDINATES - 39, GRAYORDINATES + 1)):
-        level, _, text = line_of(index=index)
-        assert level == FAIL and "a grayordinate twice, or beyond 91,282" in text
-    level, _, text = line_of(roi=np.full(40, "unknown"))
-    assert level == WARNING and "not published" in text
+        line = line_of(index=index)
+        assert line.startswith("FAIL") and "a grayordinate twice, or beyond 91,282" in line
+    assert line_of(roi=np.full(40, "unknown")).startswith("warning voxels: where the 40 voxels lie was not")
     np.savez(file, index=table["index"][:-1], roi=table["roi"][:-1])
-    assert (FAIL, "shapes") in levels(page_of(copy))
+    assert page_of(copy, "FAIL shapes: .*N = 39 as in voxels.npz")
 
 
 def test_a_subject_that_is_another(copy):
-    def lines() -> list[str]:
-        return [f"{line.level} {line.text}" for line in page_of(copy) if line.check == "duplicate subjects"]
-
     write_prepared(copy.parent, clips=(45, 120), N=N, T=T, D=20, F=5, subject=3, seed=1)
     (copy / "sub9").mkdir()  # not prepared yet
-    assert lines() == ["ok none equals sub3"]
+    assert page_of(copy, "duplicate subjects") == ["ok duplicate subjects: none equals sub3"]
     shutil.copytree(copy / "sub1", copy / "sub2")
-    (line,) = lines()
-    assert (
-        f"FAIL {copy / 'sub1'} and {copy / 'sub2'}: 64 of 64 recordings compared are equal: one is a copy"
-        in line
-    )
+    text = "64 of 64 recordings compared are equal"
+    (line,) = page_of(copy, "duplicate subjects")
+    assert f"FAIL duplicate subjects: {copy / 'sub1'} and {copy / 'sub2'}: {text}: one is a copy" in line
     order = np.random.default_rng(0).permutation(N)
     for split in LENGTH:
         edit(copy, f"sub2/{split}/fmri.npy", lambda x, _: np.ascontiguousarray(x[..., order]))
-    (line,) = lines()
-    assert "64 of 64 recordings compared are equal, the voxels in another order" in line
+    (line,) = page_of(copy, "duplicate subjects")
+    assert f"{text}, the voxels in another order" in line
 
 
 def test_captions_that_recur_or_are_empty(copy):
     file = copy / "stimuli" / "train" / "clips.jsonl"
     file.write_text(file.read_text().replace('"clip 5"', '" "').replace('"clip 20"', '"Clip 3."'))
     prepare_copies(copy / "stimuli")
-    first, second, *_ = [line.text for line in page_of(copy) if line.check == "near-copies"]
+    first, second, *_ = page_of(copy, "near-copies")
     assert "captions: 4.4% of training clips" in first  # clips 3 and 20, of 45
-    assert "35.8% of test clips in training" in first and second == "1 captions are empty"  # 43 of 120
+    assert "35.8% of test clips in training" in first and "1 captions are empty" in second  # 43 of 120
 
 
 def test_what_was_computed_from_other_files_is_named(copy):
     edit(copy, "sub1/train/recorded.npy", put((7, 1), False))
     edit(copy, "stimuli/test/e_img.npy", lambda e, _: e[::-1])
-    lines = [line.text for line in page_of(copy) if line.level == FAIL]
-    assert len(lines) == 2 and "train/near_copies.npy was computed from other frames or captions" in lines[1]
-    assert "train/recorded.npy: other showings than fmri.npy has of 1 clips, the first seg1-007" in lines[0]
+    recorded, copies = page_of(copy, "^FAIL")
+    assert "train/recorded.npy: other showings than fmri.npy has of 1 clips, the first seg1-007" in recorded
+    assert "train/near_copies.npy was computed from other frames or captions" in copies
 
 
 def test_what_the_scripts_do_not_read_fails(copy):
@@ -341,8 +305,8 @@ def test_what_the_scripts_do_not_read_fails(copy):
     recipe = json.loads((file.parent / "manifest.json").read_text())[file.name]["recipe"]
     with writing_array(file, (45, 5), "uint8", recipe) as array:
         array[:] = 0
-    last = page_of(copy)[-1]
-    assert last[:2] == (FAIL, "training") and str(file) in last.text
+    *_, last = page_of(copy)
+    assert last.startswith("FAIL training: ") and str(file) in last
 
 
 def test_caption_copies_of_bare_lists(tmp_path, capsys):
