@@ -7,10 +7,9 @@
 
 Qwen2.5-VL is asked twice: for a sentence on frames of a clip, then, as in the paper, which objects of
 MSCOCO's list that sentence names. It writes what prepare/captions.py reads, a line a clip in order (--out
-X.json: one list): segment, clip, video, caption, tags (the names as answered), categories (the
-supercategories that prepare/coco_nouns.txt maps them to), by (the model, or "rules"). An answer that is no
-list of names is kept as `answer`, and the categories of that clip are the rules', as `categories_by` says.
-Greedy decoding in the same batches: a run that was killed goes on and ends with the same file.
+X.json: one list): segment, clip, video, caption, tags (the names as answered), categories (by the words of
+coco_nouns.txt), by (the model, or "rules"). An answer that is no list of names is kept as `answer`, and
+`categories_by` is then "rules". A run that was killed goes on and ends with the same file.
 """
 
 import glob
@@ -32,6 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from prepare.captions import read_captions  # noqa: E402
 from prepare.categories import COCO, category_table, clip_categories, merge_rare  # noqa: E402
+from prepare.cc2017 import PurdueFilms  # noqa: E402
 from prepare.facts import SEGMENT_VOLUMES, cc2017_splits  # noqa: E402
 from support.files import write_json, written_whole  # noqa: E402
 from support.options import option, parse  # noqa: E402
@@ -46,10 +46,7 @@ OBJECTS = (
     + ", ".join(chain(*COCO.values()))
     + ".\nAnswer with a JSON list of names from the list and nothing else; with [] if it names none."
 )
-NOTICE = (
-    "rule-based: no model has looked at any frame; categories are those of the nouns in captions and tags "
-    "(coco_nouns.txt)"
-)
+NOTICE = "rule-based: no model has looked at any frame; categories are of the nouns in captions and tags"
 PRESETS = {"cc2017": {}, "toy": {"raw": Path("data/toy/raw")}}
 
 
@@ -57,12 +54,8 @@ PRESETS = {"cc2017": {}, "toy": {"raw": Path("data/toy/raw")}}
 class Config:
     data: str | None = option(None, "cc2017 or toy: take the videos of this release's folder, --raw")
     raw: Path | None = option(None, "folder of the release, with stimuli/")
-    videos: str | None = option(
-        None, "a folder of videos or a pattern in quotes, in place of --data; the segment is the file's name"
-    )
-    seconds: float | None = option(
-        None, "cut the --videos into clips of so many seconds (default: a video is one clip)", above=0
-    )
+    videos: str | None = option(None, "in place of --data a folder of videos, or a pattern in quotes")
+    seconds: float | None = option(None, "length of a clip of --videos (default: a video is one)", above=0)
     rules: list[Path] = option([], "captions.jsonl, or cc2017's training and test list; no model is run")
     out: Path | None = option(None, "a .jsonl, or for --videos a .json list (default: RAW/captions.jsonl)")
     model: str = option("Qwen/Qwen2.5-VL-7B-Instruct", "name on the Hub or folder of a Qwen2.5-VL")
@@ -74,16 +67,19 @@ class Config:
 
 
 class Film(NamedTuple):
-    """A video and the clips in it, one after the other."""
+    """A video and the clips in it, one after the other. In --videos the segment is the file's name."""
 
     segment: str
     split: str | None
     file: Path
     clips: int
-    seconds: float
+    seconds: float  # of a clip
 
 
 # ---------------------------------------------------------------- what was answered
+
+BULLET = r"\s*(?:[-*•]|\d+[.)])\s+(.+)"
+NAME = r"[a-z][a-z'’-]*( [a-z'’-]+){0,2}"
 
 
 def parse_objects(answer: str) -> list[str] | None:
@@ -92,11 +88,8 @@ def parse_objects(answer: str) -> list[str] | None:
     A JSON list of strings, also in a fenced block; a bullet or a numbered list; names between commas; "none".
     A name has one to three words. More than 20 names are the list recited, not what a caption names.
     """
-    text = answer.strip()
-    if fenced := re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL):
-        text = fenced[1]
-    bullet = r"\s*(?:[-*•]|\d+[.)])\s+(.+)"
-    lines = [line for line in text.splitlines() if line.strip()]
+    text = re.sub(r"^```(?:json)?\s*(.*?)\s*```$", r"\1", answer.strip(), flags=re.DOTALL)
+    items = [re.fullmatch(BULLET, line) for line in text.splitlines() if line.strip()]
     if text.startswith("["):
         try:
             names = json.loads(text)
@@ -104,16 +97,14 @@ def parse_objects(answer: str) -> list[str] | None:
             return None
     elif re.fullmatch(r"(none|no objects?|nothing)\.?", text.lower()):
         names = []
-    elif lines and all(re.fullmatch(bullet, line) for line in lines):
-        names = re.findall(bullet, text)
+    elif items and all(items):
+        names = [item[1] for item in items]
     else:
-        names = text.split(",") if len(lines) == 1 else [text]
+        names = text.split(",") if len(items) == 1 else [text]
     if len(names) > 20 or not all(isinstance(name, str) for name in names):
         return None
     names = [re.sub(r"^(an?|the) ", "", name.strip().strip("\"'`*.").lower()) for name in names]
-    if not all(re.fullmatch(r"[a-z][a-z'’-]*( [a-z'’-]+){0,2}", name) for name in names):
-        return None
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(names)) if all(re.fullmatch(NAME, name) for name in names) else None
 
 
 def row_of(place: dict, caption: str, tags: Sequence[str] | None, by: str) -> dict:
@@ -132,12 +123,8 @@ def answered_row(film: Film, clip: int, caption: str, answer: str, model: str) -
     return row if names is not None else {**row, "categories_by": "rules", "answer": answer}
 
 
-# ---------------------------------------------------------------- the model
-
-
 class Captioner:
-    """Qwen2.5-VL on a GPU in bf16, or on the CPU in float32. name: of the Hub, or a folder. pixels: of a
-    frame, at most."""
+    """Qwen2.5-VL of the Hub or a folder, on a GPU in bf16 or on the CPU in float32."""
 
     def __init__(self, name: str, pixels: int):
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -151,8 +138,7 @@ class Captioner:
     def ask(
         self, questions: Sequence[str], clips: Sequence[np.ndarray] = (), fps: float = 4.0, tokens: int = 96
     ) -> list[str]:
-        """An answer of at most `tokens` tokens to each question, on its clip, uint8 (F, H, W, 3), where
-        `clips` are given."""
+        """An answer of at most `tokens` tokens to each question, on its clip, uint8 (F, H, W, 3), if any."""
         prompts, videos, times = [], [], []
         for question in questions:
             content = [{"type": "video"}] * bool(clips) + [{"type": "text", "text": question}]
@@ -171,47 +157,40 @@ class Captioner:
         return self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-# ---------------------------------------------------------------- which clips
-
-
 def films_of(config: Config) -> list[Film]:
-    """The videos to caption, in the order of the clips. Raises FileNotFoundError or ValueError where there is
-    none."""
-    if config.videos:
-        return films_of_videos(config)
-    toy = ToyRelease(config.raw) if config.data == "toy" else None
-    splits = toy.splits if toy else cc2017_splits(config.train_segments, config.test_segments)
+    """The videos of a release, in the order of the clips. Raises FileNotFoundError where one is not there."""
+    if config.data == "toy":
+        release = ToyRelease(config.raw)
+    else:
+        release = PurdueFilms(config.raw, 1, None, config.train_segments, config.test_segments)
+        release.find_films(config.raw)
     films = []
-    for split, segments in splits.items():
+    for split, segments in release.splits.items():
         for segment in segments:
-            clips = toy.clips[segment] if toy else SEGMENT_VOLUMES
-            films.append(Film(segment, split, config.raw / "stimuli" / f"{segment}.mp4", clips, 2.0))
-    if missing := [str(film.file) for film in films if not film.file.is_file()]:
-        advice = "download it, or give --train-segments, --test-segments"
-        raise FileNotFoundError(f"{', '.join(missing)} not there: {advice}")
+            (file,) = release.stimulus(segment)
+            films.append(Film(segment, split, file, release.clips_of(segment), 2.0))
     return films
 
 
-def films_of_videos(config: Config) -> list[Film]:
-    videos, films = config.videos, []
+def films_of_videos(videos: str, seconds: float | None) -> list[Film]:
+    """The --videos, by name. Raises FileNotFoundError for none, ValueError where two have one name."""
     is_pattern = glob.has_magic(videos) or Path(videos).is_file()
+    films: dict[str, Film] = {}
     for file in sorted(map(Path, glob.glob(videos if is_pattern else str(Path(videos, "*.*"))))):
-        seconds = video_info(file).duration
-        clips = int((seconds + 0.05) // config.seconds) if config.seconds else 1
-        films.append(Film(file.stem, None, file, clips, config.seconds or seconds))
-    if not sum(film.clips for film in films):
-        problem = f"--videos {videos}: no video of {config.seconds or 0} s or more"
-        raise FileNotFoundError(f"{problem}; give a folder or a pattern in quotes")
-    for segment, n in Counter(film.segment for film in films).items():
-        if n > 1:
-            problem = f"--videos {videos}: two files are called {segment}"
+        if file.stem in films:
+            problem = f"--videos {videos}: two files are called {file.stem}"
             raise ValueError(f"{problem}; their clips could not be told apart")
-    return films
+        duration = video_info(file).duration
+        clips = int((duration + 0.05) // seconds) if seconds else 1
+        films[file.stem] = Film(file.stem, None, file, clips, seconds or duration)
+    if not sum(film.clips for film in films.values()):
+        problem = f"--videos {videos}: no video of {seconds or 0} s or more"
+        raise FileNotFoundError(f"{problem}; give a folder or a pattern in quotes")
+    return list(films.values())
 
 
 def clips_from(films: list[Film], done: int, frames: int) -> Iterator[tuple[Film, int, np.ndarray]]:
-    """Film, number in it and `frames` frames, uint8 (F, H, W, 3), of each clip but the first `done`; one clip
-    is decoded at a time."""
+    """Film, number in it and `frames` frames, uint8 (F, H, W, 3), of each clip but the first `done`."""
     for film in films:
         if done < film.clips:
             for k, clip in enumerate(read_clips(film.file, film.clips, film.seconds)):
@@ -224,9 +203,8 @@ def clips_from(films: list[Film], done: int, frames: int) -> Iterator[tuple[Film
 
 
 def begin(part: Path, note: Path, recipe: dict) -> int:
-    """How many clips an earlier start left in `part`. Whole batches count, since an answer depends in its
-    last bits on what it was padded to; the rest is cut off. Raises ValueError where `note` says that it was
-    begun by another recipe."""
+    """How many clips an earlier start left in `part`, in whole batches, since answers depend in their last
+    bits on their padding; the rest is cut off. Raises ValueError where `note` tells of another recipe."""
     lines = part.read_bytes().splitlines(keepends=True) if part.is_file() else []
     complete = [line for line in lines if line.endswith(b"\n")]  # a kill leaves half a line
     done = len(complete) // recipe["batch"] * recipe["batch"]
@@ -234,8 +212,8 @@ def begin(part: Path, note: Path, recipe: dict) -> int:
         begun = read_json(note) if done else recipe
     for key, value in recipe.items():
         if begun.get(key) != value:
-            problem = f"{part} was begun with {key} = {begun.get(key)!r}, but {key} = {value!r} is asked for"
-            raise ValueError(f"{problem}; delete it to begin anew")
+            values = f"{key} = {begun.get(key)!r}, but {key} = {value!r} is asked for"
+            raise ValueError(f"{part} was begun with {values}; delete it to begin anew")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     write_json(note, {**recipe, "versions": versions})
     with written_whole(part) as file:
@@ -244,30 +222,26 @@ def begin(part: Path, note: Path, recipe: dict) -> int:
 
 
 def caption(config: Config) -> None:
-    """Captions all clips into `config.out`; until it is whole, lines are appended to a file of another
-    name."""
-    films, out = films_of(config), config.out
+    """Captions all clips into `config.out`; until all are there, lines go to a file of another name."""
+    out, model, batch_size = config.out, config.model, config.batch
+    films = films_of_videos(config.videos, config.seconds) if config.videos else films_of(config)
     part, total = out.with_name(f".{out.stem}.part.jsonl"), sum(film.clips for film in films)
-    recipe = {
-        "model": config.model,
-        "frames": config.frames,
-        "batch": config.batch,
-        "pixels": config.pixels,
-        "prompts": [CAPTION, OBJECTS],
-        "videos": [f"{film.file.name} {film.clips} x {film.seconds:g} s" for film in films],
-    }
+    recipe = {"model": model, "frames": config.frames, "batch": batch_size, "pixels": config.pixels}
+    recipe["prompts"] = [CAPTION, OBJECTS]
+    recipe["videos"] = [f"{film.file.name} {film.clips} x {film.seconds:g} s" for film in films]
     done = begin(part, out.with_name(f"{out.stem}.recipe.json"), recipe)
     counted = f"{total:,} clips of {len(films)} videos, {done:,} of them done"
-    tqdm.write(f"{config.model}: {counted}; {config.frames} frames a clip -> {out}")
-    captioner = Captioner(config.model, config.pixels)
+    tqdm.write(f"{model}: {counted}; {config.frames} frames a clip -> {out}")
+    captioner = Captioner(model, config.pixels)
     stream = clips_from(films, done, config.frames)
     with open(part, "a") as file, tqdm(total=total, initial=done, unit="clip") as progress:
-        while batch := list(islice(stream, config.batch)):
-            in_films, numbers, frames = zip(*batch, strict=True)
-            captions = captioner.ask([CAPTION] * len(batch), frames, config.frames / in_films[0].seconds)
+        while batch := list(islice(stream, batch_size)):
+            frames = [clip for *_, clip in batch]
+            first, *_ = batch
+            captions = captioner.ask([CAPTION] * len(batch), frames, config.frames / first[0].seconds)
             answers = captioner.ask([OBJECTS.format(caption=" ".join(text.split())) for text in captions])
-            for film, k, text, answer in zip(in_films, numbers, captions, answers, strict=True):
-                file.write(json.dumps(answered_row(film, k, text, answer, config.model)) + "\n")
+            for (film, k, _), text, answer in zip(batch, captions, answers, strict=True):
+                file.write(json.dumps(answered_row(film, k, text, answer, model)) + "\n")
             file.flush()
             progress.update(len(batch))
     if out.suffix == ".jsonl":
@@ -298,8 +272,7 @@ def rows_of_list(file: Path, split: str) -> list[dict]:
 
 
 def rules(config: Config) -> None:
-    """The rule-based fallback alone: the captions (and tags) of `config.rules`, with the categories of their
-    nouns, into `config.out`."""
+    """The captions (and tags) of `config.rules`, with the categories of their nouns, into `config.out`."""
     with written_whole(config.out) as part, open(part, "w") as out:
         for split, file in zip(("train", "test"), config.rules, strict=False):
             for row in rows_of_list(file, split):
@@ -309,8 +282,7 @@ def rules(config: Config) -> None:
 
 
 def summary(path: Path) -> str:
-    """What is in a captions.jsonl: clips, answers that were no list, names that map to nothing, and the table
-    of categories."""
+    """Clips, answers that were no list, names that map to nothing, and the table of categories."""
     rows = read_json(path, list) if path.suffix == ".json" else read_json_lines(path)
     labels = [row["categories"] for row in rows]
     unknown = Counter(name for row in rows for name in row["tags"] if not clip_categories("", [name]))
@@ -325,21 +297,21 @@ names without a category: {names}
 
 def check(config: Config) -> None:
     """Sets the default of --out. Raises ValueError where options do not go together, or --out is there."""
-    if (config.data is not None) + (config.videos is not None) + bool(config.rules) != 1:
-        raise ValueError("give one of --data, --videos and --rules")
-    if len(config.rules) > 2:
-        problem = f"{len(config.rules)} files are given"
-        raise ValueError(f"--rules takes captions.jsonl, or the training and the test list; {problem}")
-    if config.data and not config.raw:
-        raise ValueError(f"--data {config.data} wants --raw, the folder of the release")
-    if not config.data and not config.out:
-        raise ValueError("--out says where the captions go")
-    out = config.out = config.out or config.raw / "captions.jsonl"
-    if out.suffix not in (".jsonl", ".json") or (out.suffix == ".json" and not config.videos):
-        wanted = "wanted a name that ends in .jsonl, or in .json for a list of --videos"
-        raise ValueError(f"--out {out}: {wanted}")
-    if out.is_file():
-        raise ValueError(f"{out} is there already: delete it to make it anew, or give another --out")
+    if config.data and config.raw and not config.out:
+        config.out = config.raw / "captions.jsonl"
+    sources = [source for source in (config.data, config.videos, config.rules) if source]
+    out, endings = config.out or Path(".jsonl"), (".jsonl", ".json") if config.videos else (".jsonl",)
+    lists = "--rules takes captions.jsonl, or the training and the test list"
+    for is_wrong, problem in [
+        (len(sources) != 1, "give one of --data, --videos and --rules"),
+        (len(config.rules) > 2, f"{lists}; {len(config.rules)} files are given"),
+        (config.data and not config.raw, f"--data {config.data} wants --raw, the folder of the release"),
+        (not config.out, "--out says where the captions go"),
+        (out.suffix not in endings, f"--out {out}: wanted a name that ends in .jsonl, or .json for --videos"),
+        (out.is_file(), f"{out} is there already: delete it to make it anew, or give another --out"),
+    ]:
+        if is_wrong:
+            raise ValueError(problem)
 
 
 def main(argv: Sequence[str]) -> None:

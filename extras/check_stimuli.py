@@ -1,11 +1,8 @@
 """The second half of extras/check.py's page: embeddings, categories, near-copies, and what the video decoder
-needs (§3.1, §3.2, §4.1).
-
-Each check takes the `Prepared` files of a subject and yields lines of the page. Arrays are read a few hundred
-clips at a time.
-"""
+needs (§3.1, §3.2, §4.1). Arrays are read a few hundred clips at a time."""
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +17,7 @@ STIMULI = ("categories.npy", *EMBEDDINGS)
 
 
 def blocks(array: np.ndarray, size: int = 256) -> Iterator[np.ndarray]:
-    """A few hundred rows at a time, in float32."""
+    """`size` rows at a time, in float32."""
     for i in range(0, len(array), size):
         yield np.array(array[i : i + size], np.float32)
 
@@ -54,14 +51,13 @@ def _unit_vectors(p: Prepared, name: str) -> Iterator[Line]:
 
 
 def _equal_frames(p: Prepared) -> Line:
-    train: dict[bytes, str] = {}  # of the frames: the first clip that has them
+    first_of: dict[bytes, str] = {}  # of the frames: the first training clip that has them
     for clip, row in zip(p.clips["train"], p.array("train", "e_img.npy"), strict=True):
-        train.setdefault(digest(row), clip["id"])
-    equal = []
+        first_of.setdefault(digest(row), clip["id"])
+    equal, n = [], len(p.clips["test"])
     for clip, row in zip(p.clips["test"], p.array("test", "e_img.npy"), strict=True):
-        if digest(row) in train:
-            equal.append(f"{train[digest(row)]} = {clip['id']}")
-    n = len(p.clips["test"])
+        if train := first_of.get(digest(row)):
+            equal.append(f"{train} = {clip['id']}")
     text = f"{len(equal)} of {n:,} test clips have bit-equal frames in training (e_img)"
     if not equal:
         return ok("leakage, frames", text)
@@ -75,15 +71,13 @@ def categories(p: Prepared) -> Iterator[Line]:
     labels = {split: [clip["categories"] for clip in clips] for split, clips in p.clips.items()}
     classes = merge_rare(labels["train"])
     for split in labels:
-        file, array = p.of(split, "categories.npy"), np.array(p.array(split, "categories.npy"))
-        manifest = read_manifest(file)
-        names = manifest["recipe"].get("classes") if manifest else None
-        names = names or classes
+        file, array = p.of(split, "categories.npy"), p.array(split, "categories.npy")
+        manifest = read_manifest(file) or {"recipe": {}}
+        names = manifest["recipe"].get("classes") or classes
         expected = category_matrix(labels[split], names)
         if expected.shape != array.shape:
             yield fail("categories", f"{file} is not what clips.jsonl says")
-        elif (expected != array).any():
-            differ = (expected != array).any(1)
+        elif (differ := (expected != array).any(1)).any():
             first = f"{differ.sum():,} clips, the first {p.clips[split][differ.argmax()]['id']}"
             yield fail("categories", f"{file} is not what clips.jsonl says: {first}")
         empty = [name for name, n in zip(names, array.sum(0), strict=False) if not n]
@@ -103,25 +97,26 @@ def caption_copies_in_words(train: Sequence[dict], test: Sequence[dict]) -> str:
 
 
 def near_copies(p: Prepared) -> Iterator[Line]:
-    """How much film and how many captions recur: what a training clip must not retrieve (Eq. 5), as
-    prepare/copies.py computed it."""
+    """How much film and how many captions recur (Eq. 5), as prepare/copies.py computed it."""
     yield ok("near-copies", "captions: " + caption_copies_in_words(p.clips["train"], p.clips["test"]))
     empty = sum(not clip["caption"].strip() for clips in p.clips.values() for clip in clips)
     if empty:
         yield warning("near-copies", f"{empty} captions are empty")
     inputs = [p.of(split, name) for split in ("train", "test") for name in ("e_img.npy", "clips.jsonl")]
     digests = [sha256(file) for file in inputs]
-    for file in [p.of(split, name) for split in p.clips for name in ("near_copies.npy", "captions.npy")]:
-        manifest = read_manifest(file)
+    for split, name in product(p.clips, ("near_copies.npy", "captions.npy")):
+        manifest = read_manifest(p.of(split, name))
         if manifest and manifest["recipe"].get("of") != digests:
-            yield fail("near-copies", f"{file} was computed from other frames or captions than these")
+            text = "was computed from other frames or captions than these"
+            yield fail("near-copies", f"{p.of(split, name)} {text}")
             break
-    head = f"{'best match of':<16}" + "".join(f"{100 * q:>7g}%" for q in QUANTILES)
-    table = [head]
+    table = [
+        f"frames: training clips do not retrieve mean frames of cosine above {p.copies['threshold']:.3f}"
+    ]
+    table.append(f"{'best match of':<16}" + "".join(f"{100 * q:>7g}%" for q in QUANTILES))
     for name, values in p.copies["best_match"].items():
         table.append(f"{name:<16}" + "".join(f"{value:8.3f}" for value in values))
-    text = f"frames: training clips do not retrieve mean frames of cosine above {p.copies['threshold']:.3f}"
-    yield ok("near-copies", "\n".join([text, *table]))
+    yield ok("near-copies", "\n".join(table))
 
 
 def decoders(p: Prepared) -> Iterator[Line]:
@@ -139,8 +134,7 @@ def decoders(p: Prepared) -> Iterator[Line]:
 
 def _decoder(p: Prepared, folder: Path, files: list[Path]) -> Iterator[Line]:
     latents, tokens, offsets, empty = (p.arrays[file] for file in files)
-    split = folder.parent.name
-    n = len(p.clips[split])
+    n = len(p.clips[folder.parent.name])
     rise = offsets[0] == 0 and offsets[-1] == len(tokens) and (np.diff(offsets) >= 1).all()
     if len(latents) != n or len(offsets) != n + 1 or not rise:
         counts = f"latents of {len(latents)} clips, offsets of {len(offsets) - 1}"
@@ -149,17 +143,17 @@ def _decoder(p: Prepared, folder: Path, files: list[Path]) -> Iterator[Line]:
     for file in files:
         if not all(np.isfinite(block).all() for block in blocks(p.arrays[file], 16)):
             infinite.append(str(file))
-    squares = np.concatenate([(z**2).mean((1, 2, 3, 4)) for z in blocks(latents, 16)])  # (clips,)
-    mean = np.concatenate([z.mean((1, 2, 3, 4)) for z in blocks(latents, 16)]).mean()
+    moments = [((z**2).mean((1, 2, 3, 4)), z.mean((1, 2, 3, 4))) for z in blocks(latents, 16)]
+    squares, means = np.concatenate(moments, axis=1)  # (clips,) each
     if infinite:
         yield fail("decoder", f"{', '.join(infinite)}: not finite")
     elif not squares.min() > 0:
         yield fail("decoder", f"{files[0]}: a clip of zeros only")
-    deviation = squares.mean() ** 0.5
+    mean, deviation = means.mean(), squares.mean() ** 0.5
     line = ok if abs(mean) < 1 and 0.3 < deviation < 3 else warning
     text = f"latents {latents.shape}, {mean:.2f} +- {deviation:.2f}"
     prompts = f"{len(tokens):,} text tokens, empty prompt {empty.shape}"
-    yield line("decoder", f"{folder.name}, {split}: {text}; {prompts}")
+    yield line("decoder", f"{folder.name}, {folder.parent.name}: {text}; {prompts}")
 
 
 CHECKS = (categories, decoders, embeddings, near_copies)  # near-copies of unit vectors only

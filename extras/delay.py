@@ -4,9 +4,8 @@
 
 For each shift the CLIP features of a clip's mean frame predict the responses that many clips later, by ridge
 regression from all training segments but one to that one. The right shift is where voxels are predicted best.
-0 is what was prepared: `python data.py ... --delay D` adds D volumes. The same command answers the question
-for the Purdue files and for the recordings of NeuroClips, of which no public source says whether they are
-delayed. The idea is that of encoding models (Naselaris et al. 2011, NeuroImage 56).
+0 is what was prepared: `python data.py ... --delay D` adds D volumes. No public source says whether the
+recordings of NeuroClips are delayed. The idea: encoding models (Naselaris et al. 2011, NeuroImage 56).
 """
 
 import sys
@@ -35,14 +34,6 @@ class Config:
     most: int = option(4, "largest shift, in clips", least=-20, most=20)
     ridge: float = option(10.0, "weight of the penalty, in units of the features' variance", above=0)
     best: int = option(500, "the curve is the mean over so many voxels, those predicted best", least=1)
-
-
-def responses(train: Clips) -> np.ndarray:
-    """(clips, N) the mean over the showings that were recorded, and over the volumes of a clip."""
-    y = []
-    for fmri, recorded in zip(train.fmri, train.recorded, strict=True):
-        y.append(fmri[recorded][..., train.voxels].mean((0, 1)))
-    return np.stack(y)
 
 
 def correlations(x: np.ndarray, y: np.ndarray, segments: np.ndarray, shift: int, ridge: float) -> np.ndarray:
@@ -74,14 +65,16 @@ def main(config: Config) -> None:
         raise ValueError(f"--least {config.least} --most {config.most}: wanted the smaller first")
     train = Clips(config.data, config.subject, "train", config.rois)
     segments = np.array([clip["segment"] for clip in train.lines])
-    x, y = mean_frames(train.e_img), responses(train)  # (clips, D) (clips, N)
-    x = x - x.mean(0)
-    shifts, r = list(range(config.least, config.most + 1)), []
-    for shift in tqdm(shifts, unit="shift"):
-        r.append(correlations(x, y, segments, shift, config.ridge))
-    chosen = np.argsort(-np.max(r, 0))[: config.best]
-    curve = np.stack(r)[:, chosen].mean(1)  # (shifts,)
-    best = shifts[int(curve.argmax())]
+    responses = []  # (N,) of each clip: the mean over the showings that were recorded, and over its volumes
+    for fmri, recorded in zip(train.fmri, train.recorded, strict=True):
+        responses.append(fmri[recorded][..., train.voxels].mean((0, 1)))
+    x, y = mean_frames(train.e_img), np.stack(responses)  # (clips, D) (clips, N)
+    x -= x.mean(0)
+    shifts = list(range(config.least, config.most + 1))
+    r = np.stack([correlations(x, y, segments, k, config.ridge) for k in tqdm(shifts, unit="shift")])
+    chosen = np.argsort(-r.max(0))[: config.best]
+    curve = r[:, chosen].mean(1)  # (shifts,)
+    best = shifts[curve.argmax()]
     print(f"{'shift, clips':>14}{'mean r':>9}   of {len(chosen)} voxels, training segments only")
     for shift, value in zip(shifts, curve, strict=True):
         print(f"{shift:>14}{value:>9.3f}{'   best' if shift == best else ''}")
@@ -90,13 +83,10 @@ def main(config: Config) -> None:
     folder = Path("data") / config.data / f"sub{config.subject}"
     result = {"shifts": shifts, "mean_r": curve.tolist(), "voxels": len(chosen), "best": best}
     write_json(folder / "delay.json", result)
-    curves(
-        folder / "delay.png",
-        {f"mean of {len(chosen)} voxels": (shifts, curve)},
-        title=f"{config.data}, subject {config.subject}: the shift that fits is {best}",
-        xlabel="shift of the responses, in clips",
-        ylabel="correlation with the prediction",
-    )
+    points = {f"mean of {len(chosen)} voxels": (shifts, curve)}
+    title = f"{config.data}, subject {config.subject}: the shift that fits is {best}"
+    x_label, y_label = "shift of the responses, in clips", "correlation with the prediction"
+    curves(folder / "delay.png", points, title=title, xlabel=x_label, ylabel=y_label)
     print(f"written: {folder}/ (delay.png, delay.json)")
 
 

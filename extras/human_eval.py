@@ -10,8 +10,6 @@ Out: study/page/    for the participants, as a folder or on any web server: inde
                     of votes and sends it back. 360 groups of five videos, as in the paper, take 370 MB
      study/key.json which video is whose; keep it back. The page has opaque names only, the videos neither
                     names nor dates; all are of one size and last as long as the stimulus
-Videos are rewritten as H.264 4:2:0, which browsers play; small ones are first enlarged by a whole factor, so
-that thin colours survive.
 """
 
 import argparse
@@ -20,10 +18,10 @@ import json
 import os
 import re
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
 import av
 import numpy as np
@@ -35,7 +33,7 @@ from extras.runs import names_of  # noqa: E402
 from metrics.pairs import Pair, find_pairs  # noqa: E402
 from support.files import save_folder, write_json  # noqa: E402
 from support.options import Parser, option, within  # noqa: E402
-from support.readers import check_keys, damaged, read_json, reading  # noqa: E402
+from support.readers import damaged, read_json, reading  # noqa: E402
 from support.runs import door  # noqa: E402
 from support.videos import Video, read_video  # noqa: E402
 
@@ -57,7 +55,7 @@ class Study:
     seed: int = option(0, "of the order and the opaque names", least=0)
 
 
-# ---------------------------------------------------------------- what is compared
+# ---------------------------------------------------------------- make
 
 
 def read_pairs(folder: Path, advice: str) -> dict[str, list[Pair]]:
@@ -71,10 +69,10 @@ def read_pairs(folder: Path, advice: str) -> dict[str, list[Pair]]:
 
 def pairs_of_runs(runs: list[Path]) -> dict[str, list[Pair]]:
     """RUN/eval/gt/NNNN.mp4 and RUN/eval/recon/NNNN.mp4 of several runs, by the runs' names."""
-    advice, names, pairs = "python evaluate.py makes the videos of a run", names_of(runs), {}
-    if len(set(names)) < len(names):
-        raise ValueError(f"the runs are named {', '.join(names)}, wanted different names")
-    for name, run in zip(names, runs, strict=True):
+    advice, pairs = "python evaluate.py makes the videos of a run", {}
+    for name, run in zip(names_of(runs), runs, strict=True):
+        if name in pairs:
+            raise ValueError(f"two runs are named {name}, wanted different names")
         videos = read_pairs(run / "eval", advice)
         if "recon" not in videos:
             raise FileNotFoundError(f"{run}/eval/recon holds no video: {advice}")
@@ -87,19 +85,17 @@ def clips_of(pairs: dict[str, list[Pair]]) -> list[dict[str, Pair]]:
     ValueError where the methods are fewer than two, or their clips differ."""
     if len(pairs) < 2:
         raise ValueError(f"one method, {', '.join(pairs)}: wanted two or more, of which one is best")
-    clips: dict[str, dict[str, Pair]] = {}
+    clips: dict[str, dict[str, Pair]] = defaultdict(dict)
     for method in pairs:
         for pair in pairs[method]:
-            clips.setdefault(pair.name, {})[method] = pair
-    if incomplete := [name for name in sorted(clips) if len(clips[name]) < len(pairs)]:
-        name, (method, *_) = incomplete[0], clips[incomplete[0]]
-        lacks = next(method for method in pairs if method not in clips[name])
-        problem = f"{name} of {method} has no counterpart in {lacks} ({len(incomplete)} such)"
-        raise ValueError(f"clips differ: {problem}: evaluate the same clips of each run")
+            clips[pair.name][method] = pair
+    for name in sorted(clips):
+        if lacking := pairs.keys() - clips[name]:
+            problem = (
+                f"{name} of {next(iter(clips[name]))} has no counterpart in {', '.join(sorted(lacking))}"
+            )
+            raise ValueError(f"clips differ: {problem}: evaluate the same clips of each run")
     return [clips[name] for name in sorted(clips)]
-
-
-# ---------------------------------------------------------------- make
 
 
 def read_stimulus(clip: dict[str, Pair], seconds: float) -> Video:
@@ -110,14 +106,14 @@ def read_stimulus(clip: dict[str, Pair], seconds: float) -> Video:
         frames = read_video(file, seconds).frames
         same = frames.shape == stimulus.frames.shape
         if not same or np.abs(frames.astype(np.int16) - stimulus.frames).mean() > SAME:
-            problem = f"{first} and {file} show different stimuli"
-            raise ValueError(f"{problem}: the runs are of other data or clips")
+            text = "show different stimuli: the runs are of other data or clips"
+            raise ValueError(f"{first} and {file} {text}")
     return stimulus
 
 
 def write_for_browsers(file: Path, frames: np.ndarray, seconds: float, size: tuple[int, int]) -> None:
-    """uint8 (F, H, W, 3) -> H.264 of `seconds` and of size (width, height), with bars where its shape is
-    another."""
+    """uint8 (F, H, W, 3) -> H.264 4:2:0, which browsers play, of `seconds` and of size (width, height), with
+    bars where its shape is another. Enlarged by a whole factor first, so that thin colours survive."""
     F, H, W, _ = frames.shape
     k = max(1, min(size[1] // H, size[0] // W))
     with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as out:
@@ -134,18 +130,18 @@ def write_for_browsers(file: Path, frames: np.ndarray, seconds: float, size: tup
 
 
 def make(clips: list[dict[str, Pair]], out: Path, study: Study) -> str:
-    """Write the study, whole or not at all, and say what it has. Raises FileExistsError where there is one,
-    as votes may refer to it; ValueError for a video that cannot be read."""
-    if out.exists():
-        raise FileExistsError(f"{out} is there already, and votes may refer to it: choose another --out")
+    """Write the study, whole or not at all, and say what it has. Raises ValueError where there is one, an
+    option does not fit or a video cannot be read."""
     n = study.groups or len(clips)
     each = study.each or n
-    if n > len(clips):
-        raise ValueError(f"--groups {n}: there are {len(clips)} clips, wanted at most as many")
-    if each > n:
-        raise ValueError(f"--each {each}: the study has {n} groups, wanted at most as many")
-    if study.height % 2:
-        raise ValueError(f"--height {study.height}: wanted an even number")
+    for is_wrong, problem in [
+        (out.exists(), f"{out} is there already, and votes may refer to it: choose another --out"),
+        (n > len(clips), f"--groups {n}: there are {len(clips)} clips, wanted at most as many"),
+        (each > n, f"--each {each}: the study has {n} groups, wanted at most as many"),
+        (study.height % 2, f"--height {study.height}: wanted an even number"),
+    ]:
+        if is_wrong:
+            raise ValueError(problem)
     spread = np.linspace(0, len(clips) - 1, n).round().astype(int)
 
     def write(folder: Path) -> None:
@@ -161,8 +157,7 @@ def make(clips: list[dict[str, Pair]], out: Path, study: Study) -> str:
 
 
 def write_groups(clips: list[dict[str, Pair]], folder: Path, study: Study) -> tuple[dict, dict]:
-    """Write the videos in a random order under opaque names; returns what the page knows and what the key
-    knows."""
+    """Write the videos in a random order under opaque names; returns what page and key know."""
     rng, content, methods = np.random.default_rng(study.seed), hashlib.sha256(), sorted(clips[0])
     groups, key, width = [], [], 0
     for i in tqdm(rng.permutation(len(clips)), desc="groups", unit="group"):
@@ -191,88 +186,54 @@ def write_groups(clips: list[dict[str, Pair]], folder: Path, study: Study) -> tu
 # ---------------------------------------------------------------- tally
 
 
-class Choice(NamedTuple):
-    """A vote in numbers: the question, the group, which method was chosen, and where on the page it stood."""
-
-    question: int
-    group: int
-    method: int
-    place: int
-
-
-def read_rows(file: Path, keys: dict, name: str, row_keys: dict) -> dict:
-    """A JSON object with `keys` and a list `name` of objects with `row_keys`."""
-    content = read_json(file, keys=keys | {name: list})
-    for row in content[name]:
-        if not isinstance(row, dict):
-            raise damaged(file, f"{row!r} in {name}", f"{name} {{...}}")
-        check_keys(row, file, row_keys)
-    return content
-
-
-def read_key(file: Path) -> tuple[dict, dict[tuple, Choice]]:
-    """What key.json says, and of each (group, question, video) that may be voted for its Choice."""
-    key = read_rows(file, {"study": str, "methods": list}, "groups", {"id": str, "videos": dict})
-    methods, choices = key["methods"], {}
+def read_key(file: Path) -> tuple[dict, dict[tuple, tuple]]:
+    """What key.json says, and what a vote (group, question, video) means: the number of the question, of the
+    group and of the method that was chosen, and where that stood on the page."""
+    key = read_json(file, keys={"study": str, "methods": list, "groups": list})
+    meaning = {}
     for g, group in enumerate(key["groups"]):
-        of_group = list(group["videos"].values())
-        if sorted(of_group, key=str) != sorted(methods, key=str):
-            raise damaged(file, f"a group of {of_group}", f"of {methods}")
+        methods = [*group["videos"].values()]
+        if sorted(methods) != sorted(key["methods"]):
+            raise damaged(file, f"a group of {methods}", f"of {key['methods']}")
         for place, (video, method) in enumerate(group["videos"].items()):
             for q, question in enumerate(QUESTIONS):
-                choices[group["id"], question, video] = Choice(q, g, methods.index(method), place)
-    return key, choices
-
-
-def read_ballot(file: Path, study_id: str, choices: dict[tuple, Choice]) -> tuple[str, list[Choice]]:
-    """A participant and what they chose."""
-    keys, row_keys = {"study": str, "participant": str}, {"group": str, "question": str, "video": str}
-    ballot = read_rows(file, keys, "votes", row_keys)
-    if ballot["study"] != study_id:
-        problem, wanted = f"votes of study {ballot['study']}", f"those of study {study_id}"
-        raise damaged(file, problem, wanted, "tally it with its own")
-    if not ballot["votes"]:
-        raise damaged(file, "no vote", "one or more", "leave it out")
-    answers: dict[tuple, Choice] = {}  # by group and question
-    for row in ballot["votes"]:
-        vote = row["group"], row["question"], row["video"]
-        if vote not in choices:
-            raise damaged(file, f"a vote {', '.join(vote)}", "a group, a question and a video of this study")
-        answers[vote[:2]] = choices[vote]
-    if len(answers) < len(ballot["votes"]):
-        raise damaged(file, "two answers to one question of a group", "one")
-    return ballot["participant"], list(answers.values())
+                meaning[group["id"], question, video] = q, g, key["methods"].index(method), place
+    return key, meaning
 
 
 def read_votes(study: Path, files: list[Path]) -> tuple[list[str], np.ndarray, np.ndarray]:
     """The methods; which was chosen, int (questions, participants, groups that were voted on), -1 where there
     is no vote; and how many votes each place on the page has. Raises FileNotFoundError or ValueError, naming
     the file, where one is damaged, of another study, or its participant has another."""
-    with reading(study / "key.json", advice="wanted the one that `human_eval.py make` wrote"):
-        key, choices = read_key(study / "key.json")
+    wrote = "wanted the one that `human_eval.py make` wrote"
+    with reading(study / "key.json", "methods, and groups of an id and videos", wrote):
+        key, meaning = read_key(study / "key.json")
     choice = np.full((len(QUESTIONS), len(files), len(key["groups"])), -1)
     places, file_of = np.zeros(len(key["methods"])), {}
+    wanted = f"votes {{group, question, video}} of study {key['study']}, one a question of a group"
     for p, file in enumerate(files):
-        with reading(file, advice="ask the participant for it again, or leave it out"):
-            participant, votes = read_ballot(file, key["study"], choices)
+        with reading(file, wanted, "ask the participant for it again, or leave it out"):
+            ballot = read_json(file, keys={"study": str, "participant": str, "votes": list})
+            if ballot["study"] != key["study"] or not ballot["votes"]:
+                raise ValueError(f"{len(ballot['votes'])} votes of study {ballot['study']}")
+            for row in ballot["votes"]:
+                q, g, method, place = meaning[row["group"], row["question"], row["video"]]
+                if choice[q, p, g] >= 0:
+                    raise ValueError(f"two answers to {row['question']} of group {row['group']}")
+                choice[q, p, g] = method
+                places[place] += 1
+        participant = ballot["participant"]
         if participant in file_of:
             problem = f"{file} and {file_of[participant]} are both of participant {participant}"
             raise ValueError(f"{problem}: leave out the one with fewer votes")
         file_of[participant] = file
-        for vote in votes:
-            choice[vote.question, p, vote.group] = vote.method
-            places[vote.place] += 1
     return key["methods"], choice[..., (choice >= 0).any((0, 1))], places
 
 
 def agreement(choice: np.ndarray) -> tuple[float, float]:
     """One question's choices (participants, groups), -1 for none -> share of pairs of participants who chose
-    alike, Krippendorff's alpha. NaN where no group has two votes; alpha too where one method alone is chosen.
-
-    alpha = 1 - observed / expected disagreement (Krippendorff 2011): 1 when all agree, 0 when as chance would
-    have it, given how often each method is chosen. It is low where one method wins nearly everywhere: so the
-    share stands beside it.
-    """
+    alike, Krippendorff's alpha (2011), which is 0 by chance, 1 when all agree, and low where one method wins
+    nearly everywhere. NaN where no group has two votes; alpha too where one method alone is chosen."""
     import krippendorff
 
     counts = (choice[..., None] == np.arange(choice.max() + 1)).sum(0)  # (groups, methods)
@@ -288,12 +249,8 @@ def agreement(choice: np.ndarray) -> tuple[float, float]:
 
 def shares(choice: np.ndarray, methods: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
     """Choices as of `read_votes` -> share of the votes (questions, methods), and its 95 % interval (2,
-    questions, methods).
-
-    The bootstrap draws participants and groups, both with replacement and independently (Owen 2007,
-    pigeonhole bootstrap): the interval speaks of other participants and other clips. A vote counts as often
-    as its participant was drawn times its group was.
-    """
+    questions, methods), which speaks of other participants and other clips: the pigeonhole bootstrap (Owen
+    2007). A vote counts as often as its participant was drawn times its group was."""
     rng, (_, P, G) = np.random.default_rng(0), choice.shape
     votes = np.stack([choice == m for m in range(methods)], 1).astype(float)  # (questions, methods, P, G)
     drawn_p = rng.multinomial(P, np.full(P, 1 / P), resamples).astype(float)  # (resamples, P)
@@ -306,20 +263,16 @@ def shares(choice: np.ndarray, methods: int, resamples: int) -> tuple[np.ndarray
 
 
 def tally(study: Path, files: list[Path], resamples: int = 2000) -> dict:
-    """Count the votes; writes study/tally.json and returns it. Files whose names begin with a dot are passed
-    over."""
+    """Count the votes; writes study/tally.json and returns it. Passes over files that begin with a dot."""
     out, files = study / "tally.json", [file for file in files if not file.name.startswith(".")]
     if out.resolve() in map(Path.resolve, files):
         raise ValueError(f"{out} would be overwritten: it is the result, not a file of votes")
     methods, choice, places = read_votes(study, files)
-    answered = (choice >= 0).any((1, 2))  # (questions,)
-    if not answered.all():
-        absent = ", ".join(np.array(QUESTIONS)[~answered])
-        raise ValueError(f"no vote on {absent} in {len(files)} files: wanted all four answered")
+    if absent := [q for q, of_question in zip(QUESTIONS, choice, strict=True) if (of_question < 0).all()]:
+        raise ValueError(f"no vote on {', '.join(absent)} in {len(files)} files: wanted all four answered")
     share, (low, high) = shares(choice, len(methods), resamples)
     alike, alpha = np.transpose([agreement(of_question) for of_question in choice])
-    _, participants, groups = choice.shape
-    result = {"participants": participants, "groups": groups, "votes": int(places.sum())}
+    result = {"participants": choice.shape[1], "groups": choice.shape[2], "votes": int(places.sum())}
     result["chance"] = 1 / len(methods)
     for name, values in (("share", share), ("ci95_low", low), ("ci95_high", high)):
         result[name] = {method: by_question(values[:, m]) for m, method in enumerate(methods)}
@@ -354,10 +307,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- the command
-
-
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
     raw, defaults = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
     parser = Parser("human_eval.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -372,11 +322,16 @@ def main(argv: list[str]) -> None:
     count.add_argument("study", type=Path, help="the folder that make wrote")
     count.add_argument("votes", nargs="+", type=Path, help="participants' files")
     args = parser.parse_args(argv)
+    if args.command == "make" and bool(args.runs) == bool(args.pairs):
+        new.error("wanted either two or more RUN folders or --pairs DIR")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
     if args.command == "tally":
         print(table(tally(args.study, args.votes)))
         return
-    if bool(args.runs) == bool(args.pairs):
-        new.error("wanted either two or more RUN folders or --pairs DIR")
     advice = "--pairs DIR wants DIR/gt/NAME.* and DIR/METHOD/NAME.*"
     pairs = read_pairs(args.pairs, advice) if args.pairs else pairs_of_runs(args.runs)
     study = Study(args.groups, args.each, args.height, args.seconds, args.seed)

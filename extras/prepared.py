@@ -1,6 +1,5 @@
-"""The prepared files of a subject as extras/check.py and show.py look at them, damaged or not, and the lines
-of the check's page. The readers are those of data.Clips, which ends at the first fault; here reading goes on.
-"""
+"""The prepared files of a subject as extras/check.py looks at them, damaged or not, and the lines of its
+page. The readers are those of data.Clips, which ends at the first fault; here reading goes on."""
 
 import hashlib
 from collections.abc import Iterator
@@ -32,14 +31,6 @@ class Line(NamedTuple):
 ok, warning, fail = partial(Line, OK), partial(Line, WARNING), partial(Line, FAIL)
 
 
-class Showing(NamedTuple):
-    """One showing of one segment."""
-
-    ids: list[str]  # of its clips
-    number: int  # from 1
-    fmri: np.ndarray  # (clips, T, N)
-
-
 def digest(row: np.ndarray) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(row), digest_size=16).digest()
 
@@ -52,37 +43,38 @@ class Prepared:
     def __init__(self, name: str, subject: int, root: Path):
         self.name, self.subject, self.root = name, subject, root
         self.folder, self.stimuli = root / name / f"sub{subject}", stimuli_folder(name, subject, root)
-        raw = "" if name == "toy" else " --raw RAW"
-        self.command = f"python data.py {name}{raw} --subject {subject}"
+        self.command = f"python data.py {name}{'' if name == 'toy' else ' --raw RAW'} --subject {subject}"
         self.arrays: dict[Path, np.ndarray] = {}
         self.clips: dict[str, list[dict]] = {}
         self.voxels: dict[str, np.ndarray] = {}
         self.copies: dict = {}
         self.unreadable: list[Path] = []
-        files = sorted(file for folder in (self.folder, self.stimuli) for file in folder.rglob("*.np[yz]"))
+        files = self._files("*.np[yz]")
+        self.manifests = self._files("manifest.json")
         self.left_over = [file for file in files if file.name.startswith(".")]
         lists = [self.of(split, "clips.jsonl") for split in SIZES[name]]
-        for file in [*files, *self.manifests(), *lists, self.of("train", "near_copies.json")]:
+        for file in [*files, *self.manifests, *lists, self.of("train", "near_copies.json")]:
             if file.is_file() and file not in self.left_over:
-                self._read(file)
+                try:
+                    self._read(file)
+                except ValueError:
+                    self.unreadable.append(file)
+
+    def _files(self, pattern: str) -> list[Path]:
+        return sorted([*self.folder.rglob(pattern), *self.stimuli.rglob(pattern)])
 
     def _read(self, file: Path) -> None:
-        try:
-            if file.suffix == ".npz":
+        match file.suffix:
+            case ".npz":
                 self.voxels = read_npz(file, {"index": "iu", "roi": "U"})
-            elif file.suffix == ".npy":
+            case ".npy":
                 self.arrays[file] = read_array(file, "b" if file.name == "recorded.npy" else "fiu")
-            elif file.suffix == ".jsonl":
+            case ".jsonl":
                 self.clips[file.parent.name] = read_json_lines(file, LINE)
-            elif file.name == "near_copies.json":
-                self.copies = read_json(file, keys={"threshold": float, "best_match": dict})
-            else:
+            case _ if file in self.manifests:
                 read_json(file)
-        except ValueError:
-            self.unreadable.append(file)
-
-    def manifests(self) -> list[Path]:
-        return [*self.folder.rglob("manifest.json"), *self.stimuli.rglob("manifest.json")]
+            case _:
+                self.copies = read_json(file, keys={"threshold": float, "best_match": dict})
 
     def of(self, split: str, name: str) -> Path:
         return (self.folder if name in OF_SUBJECT else self.stimuli) / split / name
@@ -90,13 +82,14 @@ class Prepared:
     def array(self, split: str, name: str) -> np.ndarray:
         return self.arrays[self.of(split, name)]
 
-    def showings(self, split: str) -> Iterator[Showing]:
-        """Each that was recorded; one in memory."""
+    def showings(self, split: str) -> Iterator[tuple[list[str], int, np.ndarray]]:
+        """Each showing of a segment that was recorded, one in memory: the ids of its clips, its number from
+        1, fMRI (clips, T, N)."""
         fmri, first = self.array(split, "fmri.npy"), 0
         for _, clips in groupby(self.clips[split], key=lambda clip: clip["segment"]):
             ids = [clip["id"] for clip in clips]
             for k in range(fmri.shape[1]):
                 values = np.array(fmri[first : first + len(ids), k])
                 if not np.isnan(values).all():
-                    yield Showing(ids, k + 1, values)
+                    yield ids, k + 1, values
             first += len(ids)

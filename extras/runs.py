@@ -14,7 +14,6 @@ from support.videos import read_video
 
 STAGE1_KEYS = {"data": str, "subject": int}
 STAGE2_KEYS = {**STAGE1_KEYS, "frames": int, "height": int, "width": int, "stage1_config": dict}
-KEYS = {"stage1": STAGE1_KEYS, "stage2": STAGE2_KEYS}
 
 
 class Run:
@@ -23,9 +22,8 @@ class Run:
 
     def __init__(self, folder: Path, stage: str):
         file = folder / stage / "config.json"
-        advice = f"RUN is runs/<data>/sub<K>/<NAME>-s<seed> after python train_{stage}.py"
-        with reading(file, advice=advice):
-            settings = read_json(file, keys=KEYS[stage])
+        with reading(file, advice=f"RUN is runs/<data>/sub<K>/<NAME>-s<seed> after python train_{stage}.py"):
+            settings = read_json(file, keys=STAGE1_KEYS if stage == "stage1" else STAGE2_KEYS)
             if settings["data"] not in SECONDS:
                 raise damaged(file, f"data = {settings['data'][:60]!r}", f"one of {', '.join(SECONDS)}")
         self.folder, self.stage, self.settings = folder, folder / stage, settings
@@ -43,14 +41,11 @@ def names_of(runs: list[Path]) -> list[str]:
 
 
 def groups_of(run: Path) -> dict[str, set[int]]:
-    """The clips whose like was seen in training and the others, by number, as evaluate.py tells them apart;
+    """Clips by number: those whose like was seen in training and the others, as evaluate.py tells them apart;
     none where it did not."""
     file = run / "eval" / "metrics.json"
     groups = read_metrics(file).get("groups", {}) if file.is_file() else {}
-    numbers = {}
-    for name, group in groups.items():
-        numbers[name] = {int(clip) for clip in group["clips"] if clip.isdecimal()}
-    return numbers
+    return {name: set(map(int, filter(str.isdecimal, group["clips"]))) for name, group in groups.items()}
 
 
 def choose_clips(run: Path, clips: list[int] | None, n: int) -> dict[int, str]:
@@ -60,13 +55,11 @@ def choose_clips(run: Path, clips: list[int] | None, n: int) -> dict[int, str]:
     reconstructed = sorted(int(file.stem) for file in files if file.stem.isdecimal())
     if not reconstructed:
         raise FileNotFoundError(f"{run}/eval/recon holds no video: python evaluate.py comes first")
-    first, last = reconstructed[0], reconstructed[-1]
-    groups = groups_of(run)
+    first, last, groups = reconstructed[0], reconstructed[-1], groups_of(run)
     if clips is None:
         members = {name: np.isin(np.arange(last + 1), [*group]) for name, group in groups.items()}
         clips = spread(reconstructed, n, members)
-    missing = sorted(set(clips) - set(reconstructed))
-    if missing:
+    if missing := sorted(set(clips) - set(reconstructed)):
         range_of_run = f"{len(reconstructed)} clips of {first} to {last} were reconstructed in {run}/eval"
         raise ValueError(f"--clips {', '.join(map(str, missing))}: {range_of_run}: choose of these")
     return {clip: next((name for name in groups if clip in groups[name]), "") for clip in clips}

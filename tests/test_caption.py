@@ -1,422 +1,296 @@
-"""extras/caption.py: a tiny Qwen2.5-VL of the real class captions films, goes on after a kill; answers, good
-and malformed, are read."""
+"""extras/caption.py: each clip gets its own caption, also after a kill; answers, good and malformed, are read; a tiny
+Qwen2.5-VL of the real class looks at the right frames."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
 
 from extras import caption
 from prepare.captions import read_captions
-from prepare.categories import COCO, clip_categories
-from support.videos import uniform_frames, write_video
-from toy import world
+from prepare.categories import COCO
+from support.videos import write_video
 
-CC2017 = REPO.parent / "shared" / "data" / "cc2017"
 CHAT = (  # as Qwen2.5-VL's, for one turn
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'video' %}"
     "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SPECIAL = "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()
+ANSWERS = [  # what is answered to the caption of each clip of `release`; two are no list
+    '["person", "dog"]', "- car", "kite, bench", "[]", "Sure! A cat.", '["kite", "unicorn"]', '["person", "fork"',
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory) -> Path:
-    """A folder that `from_pretrained` reads: a random Qwen2.5-VL of 0.1 M parameters and its processor, with
-    a tokenizer of bytes."""
+    """A folder that `from_pretrained` reads: a random Qwen2.5-VL of 0.1 M parameters, with a tokenizer of bytes."""
+    import transformers as hf
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2TokenizerFast,
-    )
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
     folder = tmp_path_factory.mktemp("qwen")
     alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    special = [
-        "<|endoftext|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-    ]
-    tokenizer.add_special_tokens(special)
-    fast = Qwen2TokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None
-    )
-    ids = dict(zip(special, fast.convert_tokens_to_ids(special), strict=True))
-    text = {
-        "vocab_size": len(fast),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    text |= {
-        "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-    }
-    text |= {
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
-        "pad_token_id": ids["<|endoftext|>"],
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-        "fullatt_block_indexes": [1],
-    }
-    tokens = {f"{kind}_token_id": ids[f"<|{kind}_pad|>"] for kind in ("image", "video")}
-    tokens |= {f"vision_{end}_token_id": ids[f"<|vision_{end}|>"] for end in ("start", "end")}
+    words = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words.add_special_tokens([f"<|{name}|>" for name in SPECIAL])
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
+    tokenizer = hf.Qwen2TokenizerFast(tokenizer_object=words, **ends)
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
+    sizes = dict(hidden_size=32, intermediate_size=64)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = dict(
+        vocab_size=len(tokenizer), num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        rope_parameters=rope, eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"], bos_token_id=ids["endoftext"],
+    )  # fmt: skip
+    vision = dict(depth=2, num_heads=2, out_hidden_size=32, fullatt_block_indexes=[1])
+    config = hf.Qwen2_5_VLConfig(
+        text_config=text | sizes, vision_config=vision | sizes, image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
+    )  # fmt: skip
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
-    )
+    model = hf.Qwen2_5_VLForConditionalGeneration(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # so that an answer depends on what is shown
     model.save_pretrained(folder)
-    processor = Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(), fast, Qwen2VLVideoProcessor(), chat_template=CHAT
-    )
-    processor.save_pretrained(folder)
+    images, videos = Qwen2VLImageProcessor(), Qwen2VLVideoProcessor()
+    hf.Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT).save_pretrained(folder)
     return folder
-
-
-# ---------------------------------------------------------------- the model
-
-
-def frames(n: int, height: int, width: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 255, (n, height, width, 3), np.uint8)
 
 
 def test_a_batch_answers_as_each_clip_alone(qwen):
     """Sizes differ, so prompts do in length: what is padded, and whose frames are whose, must not matter."""
-    captioner = caption.Captioner(str(qwen), 112 * 112)
-    clips = [frames(4, 64, 64, 0), frames(8, 64, 128, 1), frames(4, 128, 64, 2)]
+    captioner, rng = caption.Captioner(str(qwen), 112 * 112), np.random.default_rng(0)
+    shapes = ((4, 64, 64, 3), (8, 64, 128, 3), (4, 128, 64, 3))
+    clips = [rng.integers(0, 255, shape, np.uint8) for shape in shapes]
     questions = [caption.CAPTION, "What?", caption.CAPTION]
     together = captioner.ask(questions, clips, tokens=12)
-    assert together == [
-        captioner.ask([q], [clip], tokens=12)[0] for q, clip in zip(questions, clips, strict=True)
-    ]
-    assert len(set(together)) == 3 and together == captioner.ask(questions, clips, tokens=12)
-    assert (
-        captioner.ask(questions[:1], [clips[0][::-1].copy()], tokens=12) != together[:1]
-    )  # the order of frames is seen
-    assert (
-        captioner.ask(["a", "a longer question"], tokens=8)[0] == captioner.ask(["a"], tokens=8)[0]
-    )  # without a video
+    alone = [captioner.ask([q], [clip], tokens=12)[0] for q, clip in zip(questions, clips, strict=True)]
+    assert together == alone and len(set(together)) == 3
+    backwards = clips[0][::-1].copy()
+    assert captioner.ask(questions[:1], [backwards], tokens=12) != together[:1]
+    without = captioner.ask(["a", "a longer question"], tokens=8)
+    assert without[0] == captioner.ask(["a"], tokens=8)[0] and len(without[0].encode()) <= 32
+
+
+# ---------------------------------------------------------------- films of clips that are told apart by their grey
+
+
+def grey_film(file: Path, first: int, clips: int) -> None:
+    """Clips of 2 s, 8 frames each; frame t of clip k is 30 k + 3 t."""
+    grey = (30 * np.arange(first, first + clips)[:, None] + 3 * np.arange(8)).reshape(-1, 1, 1, 1)
+    write_video(file, np.broadcast_to(grey, (8 * clips, 64, 48, 3)).astype(np.uint8), 4)
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Path:
-    """Two films of four and three clips, in the toy world's layout."""
+    """The toy's layout: films of four and three clips."""
     folder = tmp_path_factory.mktemp("release")
-    (folder / "stimuli").mkdir()
-    films = {"seg1": ("train", 4), "test1": ("test", 3)}
-    with open(folder / "captions.jsonl", "w") as file:
-        for segment, (split, n) in films.items():
-            clips = world.film(split, 0)[:n]
-            write_video(
-                folder / "stimuli" / f"{segment}.mp4",
-                np.concatenate([world.render(clip) for clip in clips]),
-                8.5,
-            )
-            file.write(
-                "".join(json.dumps({"split": split, "segment": segment, "clip": i}) + "\n" for i in range(n))
-            )
+    rows = [{"split": "train", "segment": "seg1"}] * 4 + [{"split": "test", "segment": "test1"}] * 3
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grey_film(folder / "stimuli" / "seg1.mp4", 0, 4)
+    grey_film(folder / "stimuli" / "test1.mp4", 4, 3)
     return folder
 
 
-def run(release: Path, out: Path, qwen: Path, *more: object) -> None:
-    sizes = ["--frames", 4, "--pixels", 56 * 56, "--batch", 2]
-    options = ["--data", "toy", "--raw", release, "--out", out, "--model", qwen, *sizes, *more]
-    caption.main([str(word) for word in options])
+class Model:
+    """In place of Qwen: its sentence names the clip that it sees, by its grey; its list is one of ANSWERS."""
 
+    batches: list[int] = []
+    dies_after = 99  # batches
 
-def test_a_run_that_was_killed_ends_as_one_that_was_not(release, qwen, tmp_path, monkeypatch, capsys):
-    run(release, tmp_path / "whole.jsonl", qwen)
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    rows = [json.loads(line) for line in whole.splitlines()]
-    assert [(row["segment"], row["clip"], row["split"]) for row in rows] == [
-        *(("seg1", k, "train") for k in range(4)),
-        *(("test1", k, "test") for k in range(3)),
-    ]
-    assert all(row["by"] == str(qwen) for row in rows) and len({row["caption"] for row in rows}) > 1
-    assert all(
-        row["categories_by"] == "rules" and row["answer"] and row["tags"] == [] for row in rows
-    )  # noise is no list of names
-    assert "7 answers were no list of names" in capsys.readouterr().out
-    told = read_captions(tmp_path / "whole.jsonl", ["test1"])
-    assert [row["clip"] for row in told] == [0, 1, 2] and {"caption", "tags"} <= set(told[0])
+    def __init__(self, name: str, pixels: int):
+        assert (name, pixels) == ("grey", 3136)
 
-    ask, calls = caption.Captioner.ask, []
-
-    def killed_in_the_third_batch(self, *args, **kwargs):
-        calls.append(len(args[0]))
-        if len(calls) == 5:
+    def ask(self, questions, clips=None, fps=None):
+        if clips is None:
+            clip_of = [int(re.search(r"clip (\d)", question)[1]) for question in questions]
+            return [ANSWERS[k] for k in clip_of]
+        Model.batches.append(len(questions))
+        if len(Model.batches) > Model.dies_after:
             raise KeyboardInterrupt
-        return ask(self, *args, **kwargs)
+        assert set(questions) == {caption.CAPTION} and fps == 2.0
+        for clip in clips:  # 4 of the 8 frames: the middles of equal parts
+            steps = clip.mean((1, 2, 3)) - 30 * round(clip.mean() // 30)
+            np.testing.assert_allclose(steps, [3, 9, 15, 21], atol=1.5)
+        return [f'"clip {int(clip.mean() // 30)}"\n' for clip in clips]
 
+
+@pytest.fixture(autouse=True)
+def model(request, monkeypatch):
+    if "qwen" not in request.fixturenames:
+        monkeypatch.setattr(caption, "Captioner", Model)
+    monkeypatch.setattr(Model, "batches", [])
+
+
+def run(*words: object) -> None:
+    sizes = ["--frames", 4, "--pixels", 3136, "--batch", 2, "--model", "grey"]
+    caption.main([str(word) for word in [*sizes, *words]])
+
+
+def test_each_clip_gets_its_caption_and_the_objects_it_names(release, tmp_path, capsys):
+    run("--data", "toy", "--raw", release, "--out", tmp_path / "captions.jsonl")
+    rows = [json.loads(line) for line in open(tmp_path / "captions.jsonl")]
+    places = [(row["segment"], row["clip"], row["split"], row["video"], row["by"]) for row in rows]
+    expected = [("seg1", k, "train", "seg1.mp4", "grey") for k in range(4)]
+    assert places == expected + [("test1", k, "test", "test1.mp4", "grey") for k in range(3)]
+    assert [row["caption"] for row in rows] == [f"clip {k}" for k in range(7)]
+    tags = ["person dog", "car", "kite bench", "", "", "kite unicorn", ""]
+    assert [" ".join(row["tags"]) for row in rows] == tags
+    categories = ["animal person", "vehicle", "outdoor sports", "", "", "sports", ""]
+    assert [" ".join(row["categories"]) for row in rows] == categories
+    assert [row.get("answer") for row in rows] == [None] * 4 + [ANSWERS[4], None, ANSWERS[6]]
+    assert [row.get("categories_by") for row in rows] == [None] * 4 + ["rules", None, "rules"]
+    page = capsys.readouterr().out
+    assert "7 clips, captioned by grey; 0 captions are empty" in page and "sports           2" in page
+    assert "2 answers were no list of names" in page and "without a category: unicorn (1)" in page
+    test = read_captions(tmp_path / "captions.jsonl", ["test1"])
+    assert [row["caption"] for row in test] == ["clip 4", "clip 5", "clip 6"]
+
+
+def test_a_run_that_was_killed_ends_as_one_that_was_not(release, tmp_path, monkeypatch):
+    source = ("--data", "toy", "--raw", release, "--out")
+    run(*source, tmp_path / "full.jsonl")
+    full = (tmp_path / "full.jsonl").read_bytes()
+    lines = full.splitlines(keepends=True)
     out, part = tmp_path / "killed.jsonl", tmp_path / ".killed.part.jsonl"
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(caption.Captioner, "ask", killed_in_the_third_batch)
-        run(release, out, qwen)
-    assert not out.exists() and part.read_bytes() == b"".join(whole.splitlines(keepends=True)[:4])
-    with open(
-        part, "ab"
-    ) as file:  # as if killed while the third batch was written: one line of two, and half the other
-        file.write(whole.splitlines(keepends=True)[4] + whole.splitlines(keepends=True)[5][:20])
-    with pytest.raises(
-        ValueError, match=r"part.jsonl was begun with frames = 4, but frames = 6 is asked for; delete it"
-    ):
-        run(release, out, qwen, "--frames", 6)
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            caption.Captioner, "ask", lambda self, *a, **k: calls.append(len(a[0])) or ask(self, *a, **k)
-        )
-        calls.clear()
-        run(release, out, qwen)
-    assert out.read_bytes() == whole and not part.exists()
-    assert calls == [2, 2, 1, 1]  # the third batch again, and the last clip
+        patched.setattr(Model, "batches", [])
+        patched.setattr(Model, "dies_after", 2)
+        run(*source, out)
+    assert not out.exists() and part.read_bytes() == b"".join(lines[:4])
+    with open(part, "ab") as file:  # as if killed in the third batch: one line of two, and half the second
+        file.write(lines[4] + lines[5][:20])
+    before = part.read_bytes()
+    message = "part.jsonl was begun with frames = 4, but frames = 6 is asked for; delete it"
+    with pytest.raises(ValueError, match=message):
+        run(*source, out, "--frames", 6)
+    assert part.read_bytes() == before
+    Model.batches.clear()
+    run(*source, out)
+    assert out.read_bytes() == full and not part.exists()
+    assert Model.batches == [2, 1]  # the third batch again, and the last clip
     with pytest.raises(ValueError, match="is there already"):
-        run(release, out, qwen)
+        run(*source, out)
+    assert out.read_bytes() == full
 
 
-def test_recorded_answers_become_the_lines_that_data_reads(release, tmp_path, monkeypatch, capsys):
-    captions = [
-        "a man walks a dog",
-        "two cars",
-        "a kite over a beach",
-        "clouds",
-        '"A cat."\n',
-        "a bat in a cave",
-        "people dining",
-    ]
-    answers = [
-        '["person", "dog"]',
-        "- car\n- car",
-        "kite, bench",
-        "[]",
-        "Sure! The caption names a cat.",
-        '["bat"]',
-        '["person", "fork"',
-    ]
-    recorded = iter(zip(captions, answers, strict=True))
-
-    class Recorded:
-        def __init__(self, name: str, pixels: int):
-            self.waiting: list[str] = []
-
-        def ask(self, questions, clips=None, fps=None):
-            if clips is None:
-                assert all(one in question for one, question in zip(self.captions, questions, strict=True))
-                return self.waiting
-            assert (
-                len(clips) == len(questions)
-                and fps == 2.0
-                and all(clip.shape == (4, 64, 64, 3) for clip in clips)
-            )
-            self.captions, self.waiting = map(list, zip(*(next(recorded) for _ in questions), strict=True))
-            self.captions = [one.strip() for one in self.captions]
-            return self.captions
-
-    monkeypatch.setattr(caption, "Captioner", Recorded)
-    run(release, tmp_path / "captions.jsonl", "recorded")
-    rows = read_captions(tmp_path / "captions.jsonl", ["seg1", "test1"])
-    assert [row["tags"] for row in rows] == [
-        ["person", "dog"],
-        ["car"],
-        ["kite", "bench"],
-        [],
-        [],
-        ["bat"],
-        [],
-    ]
-    found = ["animal person", "vehicle", "outdoor sports", "", "animal", "animal", "person"]
-    assert [" ".join(row["categories"]) for row in rows] == found
-    assert [row.get("answer") for row in rows] == [None] * 4 + [answers[4], None, answers[6]]
-    assert (
-        rows[4]["caption"] == "A cat."
-        and rows[4]["categories_by"] == "rules"
-        and "categories_by" not in rows[0]
-    )
-    said = capsys.readouterr().out
-    assert "2 answers were no list of names" in said and "animal           3" in said
-
-
-def test_videos_of_a_clip_each_become_a_list_by_name(release, tmp_path, monkeypatch):
+def test_videos_of_a_clip_each_become_a_list_by_name(tmp_path):
     """As CineBrain's captions are found: by the video's name, in one list."""
-
-    class Recorded:
-        def __init__(self, name: str, pixels: int):
-            pass
-
-        def ask(self, questions, clips=None, fps=None):
-            return ["two cats"] if clips else ['["cat"]']
-
-    monkeypatch.setattr(caption, "Captioner", Recorded)
+    grey_film(tmp_path / "b.mp4", 0, 1)
+    grey_film(tmp_path / "a.mp4", 1, 1)
     out = tmp_path / "captions.json"
-    caption.main(["--videos", str(release / "stimuli" / "*.mp4"), "--out", str(out), "--batch", "1"])
+    run("--videos", tmp_path / "*.mp4", "--out", out)
     rows = read_captions(out, [])
-    assert [(row["video"], row["caption"], row["tags"]) for row in rows] == [
-        (f"{n}.mp4", "two cats", ["cat"]) for n in ("seg1", "test1")
-    ]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["captions.json", "captions.recipe.json"]
+    assert [(row["video"], row["caption"]) for row in rows] == [("a.mp4", "clip 1"), ("b.mp4", "clip 0")]
+    assert [row["tags"] for row in rows] == [["car"], ["person", "dog"]] and "clip" not in rows[0]
+    assert sorted(file.name for file in tmp_path.glob("*.json*")) == ["captions.json", "captions.recipe.json"]
+    assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize(
-    ("answer", "names"),
-    [
-        ('["person", "Traffic Light", "person"]', ["person", "traffic light"]),
-        ('```json\n["cat"]\n```', ["cat"]),
-        ('```\n["cat", "dog"]```', ["cat", "dog"]),
-        ("[]", []),
-        (" None. ", []),
-        ("no objects", []),
-        ("- a person\n- the dog\n", ["person", "dog"]),
-        ("* person\n\n• **cell phone**", ["person", "cell phone"]),
-        ("1. person\n2) tennis racket", ["person", "tennis racket"]),
-        ("person, car, fire hydrant.", ["person", "car", "fire hydrant"]),
-        ("Person", ["person"]),
-        ('["person", "car"', None),  # cut off
-        ('["person", 2]', None),
-        ('[{"name": "cat"}]', None),
-        ('{"objects": ["cat"]}', None),
-        ('["<|im_end|>"]', None),
-        ('[""]', None),
-        ("", None),
-        ("The caption names a cat and a dog.", None),
-        ("I am sorry, but I cannot see it", None),
-        ("Objects:\n- cat", None),
-        ("cat\ndog", None),
-        ("a cat,\na dog", None),
-        (json.dumps([name for names in COCO.values() for name in names]), None),  # the list recited
-        ("- " + " word" * 40, None),
-    ],
-)
-def test_answers(answer, names):
-    assert caption.parse_objects(answer) == names
-
-
-# ---------------------------------------------------------------- which clips, and the fallback
-
-
-def test_videos_a_clip_each_or_cut(release, tmp_path):
+def test_which_films_and_clips(release, tmp_path):
     stimuli = release / "stimuli"
 
-    def found(videos: Path = stimuli, seconds: float | None = None) -> list[tuple]:
-        films = caption.films_of(caption.Config(videos=str(videos), seconds=seconds))
-        return [(film.segment, film.clips, round(film.seconds, 2)) for film in films]
+    def films_of(videos: Path, seconds: float | None = None) -> list[tuple]:
+        films = caption.films_of_videos(str(videos), seconds)
+        return [(film.segment, film.split, film.clips, round(film.seconds, 2)) for film in films]
 
-    assert found() == [("seg1", 1, 8.0), ("test1", 1, 6.0)]
-    assert found(seconds=2.0) == [("seg1", 4, 2.0), ("test1", 3, 2.0)]
-    assert found(stimuli / "t*.mp4") == found(stimuli / "test1.mp4")
-    shown = list(caption.clips_from([caption.Film("seg1", None, stimuli / "seg1.mp4", 4, 2.0)], 2, 4))
-    wanted = [world.render(clip)[uniform_frames(17, 4)] for clip in world.film("train", 0)[2:4]]
-    assert [k for _, k, _ in shown] == [2, 3]
-    assert all(
-        abs(got.astype(int) - want).mean() < 4 for (_, _, got), want in zip(shown, wanted, strict=True)
-    )
-    with pytest.raises(FileNotFoundError, match=r"no video of 60.0 s or more"):
-        found(seconds=60.0)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        found(tmp_path / "nowhere")
+    assert films_of(stimuli) == [("seg1", None, 1, 8.0), ("test1", None, 1, 6.0)]
+    assert films_of(stimuli, 2.0) == [("seg1", None, 4, 2.0), ("test1", None, 3, 2.0)]
+    assert films_of(stimuli, 2.5) == [("seg1", None, 3, 2.5), ("test1", None, 2, 2.5)]
+    assert films_of(stimuli / "t*.mp4") == films_of(stimuli / "test1.mp4") == [("test1", None, 1, 6.0)]
+    with pytest.raises(FileNotFoundError, match=r"stimuli: no video of 60.0 s or more"):
+        films_of(stimuli, 60.0)
+    for name in ("seg1.mov", "seg1.mp4"):
+        (tmp_path / name).write_bytes((stimuli / "seg1.mp4").read_bytes())
+    with pytest.raises(ValueError, match="two files are called seg1; their clips could not be told apart"):
+        films_of(tmp_path)
 
 
-def test_cc2017s_films(tmp_path):
-    args = caption.Config(data="cc2017", raw=tmp_path, train_segments=2, test_segments=1)
-    (tmp_path / "stimuli").mkdir()
-    for name in ("seg1", "seg2"):
-        (tmp_path / "stimuli" / f"{name}.mp4").touch()
-    with pytest.raises(FileNotFoundError, match=r"stimuli/test1.mp4 not there: download it"):
-        caption.films_of(args)
-    (tmp_path / "stimuli" / "test1.mp4").touch()
-    films = [(film.segment, film.split, film.clips) for film in caption.films_of(args)]
-    assert films == [("seg1", "train", 240), ("seg2", "train", 240), ("test1", "test", 240)]
+def test_the_films_of_cc2017_and_where_their_captions_go(tmp_path):
+    config = caption.Config(data="cc2017", raw=tmp_path, train_segments=2, test_segments=1)
+    caption.check(config)
+    assert config.out == tmp_path / "captions.jsonl"
+    files = [tmp_path / "stimuli" / f"{name}.mp4" for name in ("seg1", "seg2", "test1")]
+    files[0].parent.mkdir()
+    for file in files:
+        with pytest.raises(FileNotFoundError, match=f"{file.name}, the stimulus, is not there: download it"):
+            caption.films_of(config)
+        file.touch()
+    splits = ("train", "train", "test")
+    expected = [(file.stem, split, file, 240, 2.0) for file, split in zip(files, splits, strict=True)]
+    assert caption.films_of(config) == expected
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ([], "give one of --data, --videos and --rules"),
-        (
-            ["--rules", "a.json", "b.json", "c.json", "--out", "d.jsonl"],
-            "the training and the test list; 3 files are given",
-        ),
-        (["--data", "cc2017"], "wants --raw"),
-        (["--videos", "x"], "--out says where"),
-        (["--videos", "x", "--out", "y.json", "--batch", "0"], "--batch 0: wanted at least 1"),
-        (["--data", "cc2017", "--raw", "x", "--out", "y.json"], "wanted a name that ends in .jsonl"),
-    ],
-)
-def test_wrong_options(options, said, capsys):
-    with pytest.raises((SystemExit, ValueError)) as stopped:
-        caption.main(options)
-    assert said in f"{stopped.value} {capsys.readouterr().err}"
+# ---------------------------------------------------------------- answers, rules, options
+
+NO_LISTS = [
+    '["person", "car"', '["person", 2]', '[{"name": "cat"}]', '{"objects": ["cat"]}', '["<|im_end|>"]', '[""]', "",
+    "The caption names a cat and a dog.", "Objects:\n- cat", "cat\ndog", "a cat,\na dog", "- " + " word" * 40,
+    json.dumps([name for names in COCO.values() for name in names]), ", ".join(["cat"] * 21),
+]  # fmt: skip
+LISTS = {
+    '["person", "Traffic Light", "person"]': "person|traffic light",
+    '```json\n["cat"]\n```': "cat",
+    '```\n["cat", "dog"]```': "cat|dog",
+    "- a person\n- the dog\n": "person|dog",
+    "* person\n\n• **cell phone**": "person|cell phone",
+    "1. person\n2) tennis racket": "person|tennis racket",
+    "person, car, fire hydrant.": "person|car|fire hydrant",
+    "Person": "person",
+    ", ".join(["cat"] * 20): "cat",
+}
+
+
+def test_answers():
+    for answer in NO_LISTS:
+        assert caption.parse_objects(answer) is None, answer
+    for answer in ("[]", " None. ", "no objects"):
+        assert caption.parse_objects(answer) == [], answer
+    for answer, names in LISTS.items():
+        assert caption.parse_objects(answer) == names.split("|"), answer
 
 
 def test_the_rules_say_that_they_are_rules(tmp_path, capsys):
-    lists = [tmp_path / "train.json", tmp_path / "test.json"]
-    lists[0].write_text(
-        json.dumps(["a dog on a bench"] * 240 + [{"caption": "a man", "tags": ["man", "kite"]}] * 240)
-    )
-    lists[1].write_text(json.dumps(["clouds"] * 240))
-    caption.main(["--rules", *map(str, lists), "--out", str(tmp_path / "rules.jsonl")])
-    said = capsys.readouterr()
-    assert "no model has looked at any frame" in said.out + said.err
-    rows = [json.loads(line) for line in open(tmp_path / "rules.jsonl")]
-    assert {row["by"] for row in rows} == {"rules"} and [rows[i]["segment"] for i in (0, 240, 480)] == [
-        "seg1",
-        "seg2",
-        "test1",
-    ]
-    assert (
-        rows[0]["categories"] == ["animal", "outdoor"]
-        and rows[240]["categories"] == ["person", "sports"]
-        and rows[-1]["clip"] == 239
-    )
-    caption.main(["--rules", str(tmp_path / "rules.jsonl"), "--out", str(tmp_path / "again.jsonl")])
-    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "rules.jsonl").read_bytes()
-    lists[0].write_text(json.dumps(["a dog"] * 239))
+    train, test, out = tmp_path / "train.json", tmp_path / "test.json", tmp_path / "rules.jsonl"
+    tagged = {"caption": "a man", "tags": ["man", "kite"]}
+    train.write_text(json.dumps(["a dog on a bench"] * 240 + [tagged] * 240))
+    test.write_text(json.dumps(["clouds"] * 240))
+    run("--rules", train, test, "--out", out)
+    assert "no model has looked at any frame" in "".join(capsys.readouterr())
+    rows = [json.loads(line) for line in open(out)]
+    assert {row["by"] for row in rows} == {"rules"} and rows[240]["tags"] == ["man", "kite"]
+    places = [f"{rows[i]['split']} {rows[i]['segment']} {rows[i]['clip']}" for i in (0, 239, 240, 480)]
+    assert places == ["train seg1 0", "train seg1 239", "train seg2 0", "test test1 0"]
+    assert [rows[i]["categories"] for i in (0, 240, 480)] == [["animal", "outdoor"], ["person", "sports"], []]
+    run("--rules", out, "--out", tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == out.read_bytes()
+    train.write_text(json.dumps(["a dog"] * 239))
     with pytest.raises(ValueError, match="239 captions, wanted a multiple of 240"):
-        caption.main(["--rules", str(lists[0]), "--out", str(tmp_path / "new.jsonl")])
+        run("--rules", train, "--out", tmp_path / "new.jsonl")
     assert not list(tmp_path.glob("*new*")) and not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.skipif(not CC2017.is_dir(), reason="the public captions are not there")
-def test_public_tags_as_answers_give_the_categories_of_the_public_file():
-    """The file path (read_captions of a NEURONS-like list) and the caption path (tags as a model's answers),
-    all 5,520 clips."""
-    rng, film = np.random.default_rng(0), caption.Film("seg1", "train", Path("seg1.mp4"), 240, 2.0)
-    write = [
-        json.dumps,
-        lambda tags: f"```json\n{json.dumps(tags)}\n```",
-        lambda tags: "\n".join(f"- {tag}" for tag in tags),
-        ", ".join,
-    ]
-    for split, n in (("train", 4320), ("test", 1200)):
-        rows = read_captions(CC2017 / f"captions_{split}.json", [])
-        assert len(rows) == n
-        for k, row in enumerate(rows):
-            tags = [tag for tag in row["tags"] if tag]  # nine clips have one empty tag
-            answer = write[rng.integers(4)](tags) if tags else "[]"
-            new = caption.answered_row(film, k, row["caption"], answer, "recorded")
-            assert (
-                new["categories"] == clip_categories(row["caption"], row["tags"]) and "answer" not in new
-            ), (row, answer)
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ("", "give one of --data, --videos and --rules"),
+        ("--data cc2017 --raw x --videos y", "give one of --data, --videos and --rules"),
+        ("--rules a.json b.json c.json --out d.jsonl", "the training and the test list; 3 files are given"),
+        ("--data cc2017", "--data cc2017 wants --raw"),
+        ("--data cinebrain", "--data cinebrain: there are cc2017, toy"),
+        ("--videos x", "--out says where"),
+        ("--videos x --out y.json --batch 0", "--batch 0: wanted at least 1"),
+        ("--data cc2017 --raw x --out y.json", "--out y.json: wanted a name that ends in .jsonl"),
+        ("--videos x --out y.txt", "--out y.txt: wanted a name that ends in .jsonl, or .json for --videos"),
+    ],
+)
+def test_wrong_options(options, problem, capsys):
+    with pytest.raises((SystemExit, ValueError)) as stopped:
+        caption.main(options.split())
+    assert problem in f"{stopped.value} {capsys.readouterr().err}"

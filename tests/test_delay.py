@@ -1,42 +1,92 @@
 """extras/delay.py: a delay that was planted is the one that it names."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_script
+from sklearn.linear_model import Ridge
 from tiny import write_prepared
+
+from extras import delay
+from support.options import parse
+
+
+def run(*words: object) -> dict:
+    delay.main(parse(delay.Config, {"cc2017": {}}, "", "delay.py", ["--data", "cc2017", *map(str, words)]))
+    return json.loads(Path("data/cc2017/sub1/delay.json").read_text())
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Four segments of 40 clips, the second showing of the last not recorded; of 40 voxels the last 8 are noise."""
+    monkeypatch.chdir(tmp_path)
+    folder = write_prepared(tmp_path / "data", clips=(160, 24), segments=(4, 2), T=2)
+    file = folder / "sub1" / "train" / "fmri.npy"
+    fmri = np.load(file)
+    fmri[..., 32:] = np.random.default_rng(1).normal(size=(*fmri.shape[:3], 8))
+    fmri[-40:, -1] = np.nan
+    np.save(file, fmri)
+    return folder
 
 
 @pytest.mark.parametrize("planted", [-2, 0, 1])
-def test_the_planted_delay_is_named(planted: int, tmp_path):
-    folder = write_prepared(tmp_path / "data", clips=(160, 24), segments=(4, 2))
+def test_the_planted_delay_is_named(planted, folder, capsys):
     file = folder / "sub1" / "train" / "fmri.npy"
     fmri = np.load(file)
     for start in range(0, 160, 40):  # within each segment: the response comes `planted` clips later
         fmri[start : start + 40] = np.roll(fmri[start : start + 40], planted, 0)
-    fmri[-40:, -1] = np.nan  # a showing that was not recorded
     np.save(file, fmri)
-    done = run_script("extras/delay.py", "--data", "cc2017", "--best", 20, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((folder / "sub1" / "delay.json").read_text())
-    assert found["best"] == planted
-    curve = dict(zip(found["shifts"], found["mean_r"], strict=True))
-    assert curve[planted] > 0.8 and max(v for s, v in curve.items() if s != planted) < 0.5
-    said = "0 is what was prepared" if planted == 0 else f"{planted:+d} clips longer"
-    assert said in done.stdout
+    result = run("--best", 20, "--most", 3)
+    assert (
+        result["best"] == planted
+        and result["voxels"] == 20
+        and result["shifts"] == [-4, -3, -2, -1, 0, 1, 2, 3]
+    )
+    curve = dict(zip(result["shifts"], result["mean_r"], strict=True))
+    assert curve[planted] > 0.8 and max(r for shift, r in curve.items() if shift != planted) < 0.5
+    page = capsys.readouterr().out
+    assert (
+        "0 is what was prepared" if planted == 0 else f"a delay that is {planted:+d} clips longer"
+    ) in page
+    assert f"{planted:>14}{curve[planted]:>9.3f}   best\n" in page and "of 20 voxels" in page
+    assert (folder / "sub1" / "delay.png").stat().st_size > 5000
 
 
-def test_options_that_cannot_be_are_refused(tmp_path):
-    write_prepared(tmp_path / "data")
-    for words, named in (
-        (("--least", 3, "--most", 1), "--least"),
-        (("--ridge", 0), "--ridge"),
-        (("--most", 18), "shift"),
-    ):
-        done = run_script("extras/delay.py", "--data", "cc2017", *words, cwd=tmp_path)
-        assert (
-            done.returncode in (1, 2)
-            and named in done.stderr
-            and len(done.stderr.strip().splitlines()[-1:]) == 1
-        )
+def test_the_correlation_is_that_of_a_regression_without_the_segment():
+    rng = np.random.default_rng(0)
+    x, segments = rng.normal(size=(24, 5)), np.repeat(["b", "a", "c"], 8)
+    y = x @ rng.normal(size=(5, 3)) + rng.normal(size=(24, 3))
+    early, late = np.r_[0:6, 8:14, 16:22], np.r_[2:8, 10:16, 18:24]
+    of_segment = np.repeat([0, 1, 2], 6)
+    for shift, features, truth in ((2, x[early], y[late]), (-2, x[late], y[early])):
+        penalty, guess = 30 * np.mean((features**2).sum(0)) / 100, np.empty((18, 3))
+        for k in range(3):
+            model = Ridge(penalty, fit_intercept=False).fit(features[of_segment != k], truth[of_segment != k])
+            guess[of_segment == k] = model.predict(features[of_segment == k])
+        expected = [np.corrcoef(guess[:, v], truth[:, v])[0, 1] for v in range(3)]
+        np.testing.assert_allclose(delay.correlations(x, y, segments, shift, 30.0), expected, atol=1e-10)
+
+
+def test_regions_restrict_the_voxels_and_the_best_are_chosen(folder):
+    assert run("--rois", "hippocampus")["voxels"] == 8
+    few, every = run("--best", 32), run()
+    assert every["voxels"] == 40 and few["mean_r"][4] > 0.85 > 0.75 > every["mean_r"][4]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (("--least", 3, "--most", 1), "--least 3 --most 1: wanted the smaller first"),
+        (("--ridge", 0), "--ridge 0.0: wanted above 0"),
+        (("--subject", 2), "data/cc2017 is not prepared for subject 2"),
+        (("--most", 12), "a shift of 12 clips: wanted at least two training segments that are longer"),
+    ],
+)
+def test_what_cannot_be_is_refused(words, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = write_prepared(tmp_path / "data", clips=(36, 8))  # segments of 12
+    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as stopped:
+        run(*words)
+    assert problem in f"{stopped.value} {capsys.readouterr().err}"
+    assert not list((folder / "sub1").glob("delay*"))
