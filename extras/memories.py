@@ -68,11 +68,13 @@ class Remembered:
         test, clips, mom = run.test_clips(), [*groups], None
         self.lines = {clip: test.lines[clip] for clip in clips}
         file = run.folder / "eval" / "retrieved.jsonl"
-        with reading(run.stage, advice="python train_stage2.py makes it"):
+        advice = "python train_stage2.py makes it"
+        with reading(run.stage, advice=advice):
             brain_model = load_model(BrainModel, run.stage / "brain_model").eval()
             e, _, _, self.memories = read_memories(run.stage, brain_model.to_f_c.out_features)  # (N, 3, D)
+        rows = read_retrieved(file, clips, len(e))
+        with reading(run.stage, advice=advice):
             heads = load_model(Stage1Heads, run.stage / "heads").eval()
-            rows = read_retrieved(file, clips, len(e))
             if run.settings.get("mom", True):
                 mom = load_model(MixtureOfMemories, run.stage / "mixture_of_memories").eval()
         with torch.inference_mode():
