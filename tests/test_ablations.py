@@ -1,7 +1,10 @@
 """extras/ablations.py: the commands of each table, a study that goes on where it was, the numbers."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -20,7 +23,7 @@ ODD = np.arange(CLIPS) % 2  # never shown in training
 
 
 def planned(words: str) -> ablations.Plan:
-    config = ablations.parse_options(ablations.Config, dict.fromkeys(("toy", "cc2017", "cinebrain"), {}), "", "", words.split())
+    config = ablations.parse_options(ablations.Config, dict.fromkeys(("toy", "cc2017", "cinebrain"), {}), "", "", shlex.split(words))
     return ablations.plan(config, ablations.rows_of(config.table, config.data, config.subject))
 
 
@@ -78,12 +81,336 @@ import os, shutil, sys
 from pathlib import Path
 words = sys.argv[1:]
 option = dict(zip(words, words[1:]))
-run = option.get("--run") or option.get("--stage1", "full") + "".join(word[4:] for word in words if word[:5] == "--no-")
-stage = {"train_stage1.py": "stage1", "train_stage2.py": "stage2", "evaluate.py": "eval" + "-shuffled" * ("--shuffle" in words)}
+run = option.get("--run") or option.get("--stage1", "full") + "".join(word[1:] for word in words if word[:5] == "--no-")
+scored = "eval" + "-shuffled" * ("--shuffle" in words) + "-video_50way-ms_flow" * ("--metrics" in words)
+stage = {"train_stage1.py": "stage1", "train_stage2.py": "stage2", "evaluate.py": scored}
 folder = Path("runs/cc2017/sub1", f"{run}-s{option['--seed']}", stage[Path(sys.argv[0]).name])
 with open("begun", "a") as file:
     print(folder.relative_to("runs/cc2017/sub1"), os.environ.get("OMP_NUM_THREADS"), file=file)
 if not Path("store", folder).is_dir():
-    sys.exit(f"a line\\\\n\\\\nerror: no {folder.name}\\\\n")
+    sys.exit(f"a line\\nerror: no {folder.name}\\n\\n")
 shutil.copytree(Path("store", folder), folder)
 """
+GAIN = {"full-no-cls-no-action-no-mom": 0.0, "full-no-action-no-mom": 0.2, "full-no-mom": 0.1, "full": 0.5}  # on odd clips
+STAGE1 = {"full-no-cls-no-action": 0.1, "full-no-action": 0.3, "full": 0.9}
+BASE = np.random.default_rng(0).uniform(0.2, 0.4, CLIPS)
+
+
+def metrics_of(run: str, seed: int, shuffled: bool) -> dict:
+    """Each clip's 50-way accuracy and, of no use but to tell the groups apart, whether it was recognised."""
+    values = np.full(CLIPS, 0.05) if shuffled else BASE + GAIN.get(run, 0) * ODD
+    clips = [f"{i:04d}" for i in range(CLIPS)]
+    rows = [{"clip": clip, "video_50way": v + 0.04 * seed, "all_attributes": float(odd == shuffled)}
+            for clip, v, odd in zip(clips, values, ODD, strict=True)]  # fmt: skip
+    groups = {"shown in training": {"clips": clips[::2]}, "never shown": {"clips": clips[1::2]}}
+    mean = {"video_50way": {"mean": float(values.mean()) + 0.04 * seed}, "ms_flow": {"mean": None}}
+    provenance = {"subject": 1, "run": run, "seed": seed, "size": "native"}
+    return {"metrics": mean, "groups": groups, "clips": rows, "provenance": provenance}
+
+
+def write_store(words: str) -> None:
+    """What the scripts are to write: 1.5 minutes of stage 1, 3 of stage 2, half a minute of evaluation."""
+    for stage, jobs in zip(("stage1", "stage2", "eval"), planned(words).waves, strict=True):
+        for job in jobs:
+            seed, run, folder = job.config.seed, job.config.run, Path("store") / job.folder
+            if stage == "eval":
+                metrics = json.dumps(metrics_of(run, seed, job.config.shuffle))
+                files = {"gt/0000.mp4": ("", 3000), "values/0.jsonl": ("", 3030), "metrics.json": (metrics, 5000)}
+            else:
+                settings = settings_of(job.config) | {"step": 7, "steps_in_all": 7}
+                files = {"config.json": (json.dumps(settings), 0), "events.out.tfevents.1000.host": ("", 0)}
+            if stage == "stage1":
+                scores = {"action 50-way": STAGE1[run] + 0.02 * seed, "image top-1": 0.3}
+                files["test.json"] = json.dumps({"fmri": scores, "shuffled": {"action 50-way": 0.02}}), 1090
+            if stage == "stage2":
+                files |= {"lora/x.safetensors": ("", 1200), "losses.png": ("", 1180)}
+            for name, (text, time) in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_text(text)
+                os.utime(folder / name, (time, time))
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scripts")
+    for name in ("train_stage1.py", "train_stage2.py", "evaluate.py"):
+        (folder / name).write_text(SCRIPT)
+    return folder
+
+
+def study(words: str, scripts: Path, monkeypatch) -> list[str]:
+    """Runs ablations.py. Returns which runs began, with their threads."""
+    Path("data/cc2017/raw/stimuli").mkdir(parents=True, exist_ok=True)
+    sleep = ablations.time.sleep
+    monkeypatch.setattr(ablations, "REPO", scripts)
+    monkeypatch.setattr(ablations.time, "sleep", lambda seconds: sleep(seconds / 10))
+    monkeypatch.setattr(ablations, "provenance", lambda folder: ABOUT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    Path("begun").write_text("")
+    ablations.main(shlex.split(words))
+    return Path("begun").read_text().splitlines()
+
+
+ABOUT = {"date": "2026-11-25", "commit": "23a6b329465a5914", "versions": {"torch": "2.14"}}
+TABLE_6_STUDY = "--table 6 --data cc2017 --seeds 4"
+OF_TABLE_6 = ["full-s4/stage1", "full-no-integration-s4/stage2", "full-s4/stage2"]
+SCORED = ["full-no-integration-s4/eval", "full-s4/eval", "full-s4/eval-shuffled"]
+
+
+def test_a_study_goes_on_where_it_was_and_overwrites_nothing(tmp_path, scripts, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_store(TABLE_6_STUDY)
+    away = Path("store/runs/cc2017/sub1", SCORED[0])
+    away.rename("away")
+    error = r"^python evaluate.py .*--run full-no-integration ended with status 1: error: no eval; all is in .*eval.log"
+    with pytest.raises(ValueError, match=error):
+        study(TABLE_6_STUDY, scripts, monkeypatch)
+    begun = [*OF_TABLE_6, SCORED[0]]  # no more begin
+    assert Path("begun").read_text().splitlines() == [f"{folder} 5" for folder in begun]
+    capsys.readouterr()
+    ablations.main([*TABLE_6_STUDY.split(), "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(line.startswith("     ? min  python evaluate.py --data") for line in lines[:3])
+    assert lines[3] == "3 commands are left; no finished run says how long 3 of them take"
+
+    Path("away").rename(away)
+    assert sorted(study(TABLE_6_STUDY + " --jobs 3", scripts, monkeypatch)) == [f"{folder} 1" for folder in SCORED]
+    assert study(TABLE_6_STUDY, scripts, monkeypatch) == []
+    assert "w/ integration" in capsys.readouterr().out
+
+    def left(words: str) -> list[str]:
+        ablations.main([*words.split(), "--dry-run"])
+        return capsys.readouterr().out.splitlines()
+
+    assert left(TABLE_6_STUDY) == ["0 commands are left"]
+    *lines, total = left("--table 6 --data cc2017 --seeds 7 8 --jobs 2")
+    assert [line[:9] for line in lines] == [f"{minutes:>6.1f} mi" for minutes in [1.5] * 2 + [3] * 4 + [0.5] * 6]
+    assert total.startswith("12 commands are left, about 9 minutes at 2 a time: the median of finished runs")
+    assert len(left(TABLE_6_STUDY + " --stage1=--tau=0.5")) == 2  # another setting: the script is to say so
+    assert left(TABLE_6_STUDY + " --stage1=--save_every=3") == ["0 commands are left"]
+    runs, now = Path("runs/cc2017/sub1"), 6000
+    os.utime(runs / "full-s4/stage2/lora/x.safetensors", (now, now))  # trained anew: the evaluations are of other weights
+    assert [line.split("--run ")[1] for line in left(TABLE_6_STUDY)[:-1]] == ["full", "full --shuffle"]
+    config = runs / OF_TABLE_6[1] / "config.json"
+    config.write_text(config.read_text().replace('"step": 7', '"step": 6'))  # interrupted
+    assert len(left(TABLE_6_STUDY)) == 4
+    (runs / OF_TABLE_6[0] / "test.json").unlink()  # stopped before its last file
+    assert len(left(TABLE_6_STUDY)) == 5
+    (runs / OF_TABLE_6[2] / "events.out.tfevents.1500.host").write_text("")  # went on once: nobody knows how long it took
+    assert ablations.plan(ablations.Config(6, "cc2017", 1, [4]), ablations.ROWS[6]).waves[1][1].minutes() is None
+
+
+PROGRAM = """
+import signal, sys, time
+from pathlib import Path
+told = []
+signal.signal(signal.SIGTERM, lambda *of: told.append(1))
+me = Path(sys.argv[1])
+if me.name == "bad":
+    while not Path(sys.argv[1]).with_name("ready").exists():
+        time.sleep(0.01)
+    sys.exit("this went wrong")
+me.with_name("ready").write_text("")
+end = time.time() + 20
+while not told and time.time() < end:
+    time.sleep(0.01)
+time.sleep(0.3)  # it saves
+me.write_text(str(len(told)))
+"""
+
+
+@pytest.mark.parametrize("names, at_once", [(("good", "bad", "later"), 2), (("good", "later"), 1)])
+def test_those_under_way_are_told_once_and_save(names, at_once, tmp_path, monkeypatch):
+    """When one fails, or after Ctrl-C; no more begin."""
+    monkeypatch.setattr(ablations, "REPO", tmp_path)
+    (tmp_path / "train_stage1.py").write_text(PROGRAM)
+    script, sleep = ablations.SCRIPTS["stage1"], ablations.time.sleep
+    jobs = [ablations.Job(script, [str(tmp_path / name)], tmp_path / f"{name}-s0" / "stage1", None) for name in names]
+
+    def wait(seconds: float) -> None:
+        sleep(seconds / 10)
+        if "bad" not in names and (tmp_path / "ready").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablations.time, "sleep", wait)
+    with pytest.raises((KeyboardInterrupt, ValueError)) as stopped:
+        ablations.run(jobs, at_once, tmp_path / "logs")
+    assert (tmp_path / "good").read_text() == "1" and not (tmp_path / "later").exists()
+    logs = sorted(file.name for file in (tmp_path / "logs").iterdir())
+    assert logs == [f"{name}-s0-stage1.log" for name in ("bad", "good") if name in names]
+    assert "bad" not in names or "bad ended with status 1: this went wrong" in str(stopped.value)
+
+
+# ---------------------------------------------------------------- the numbers
+
+
+@pytest.fixture(scope="module")
+def table_4(tmp_path_factory, scripts) -> tuple[dict, str]:
+    """docs/results/*.json of a study of two seeds, and the table that is printed."""
+    words = "--table 4 --data cc2017 --seeds 0 1 --jobs 4 --evaluate '--metrics video_50way,ms_flow'"
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(tmp_path_factory.mktemp("study"))
+        write_store(words)
+        study(words, scripts, patch)
+        result = json.loads(Path("docs/results/table4-cc2017-sub1.json").read_text())
+    return result, printed.getvalue()
+
+
+def test_means_deviations_and_paired_intervals(table_4):
+    """± is over the seeds; `more` is over the clips of the row and the row before, with its sign."""
+    result, _ = table_4
+    previous = None
+    for row, (run, gain), stage1 in zip(result["rows"], GAIN.items(), (0.1, 0.3, 0.9, 0.9), strict=True):
+        cells = [row["metrics"], row["groups"]["shown in training"], row["groups"]["never shown"]]
+        share = [0.5, 0, 1]  # of the clips, that gain
+        first, *_ = values = [cell["video_50way"] for cell in cells]
+        assert row["run"] == run and first["mean"] == pytest.approx(BASE.mean() + gain / 2 + 0.02)
+        assert [value["std"] for value in values] == pytest.approx([0.02] * 3)
+        assert [cell["all_attributes"]["mean"] for cell in cells] == [0.5, 1, 0]
+        if previous is None:
+            assert "more" not in first
+        else:
+            more = np.multiply(gain - previous, share)
+            assert [value["more"] for value in values] == pytest.approx(more, abs=1e-9)
+            assert [value["ci95"] for value in values] == [pytest.approx([x, x], abs=1e-9) for x in more]  # paired
+        assert row["stage1"] == {"action 50-way": {"mean": pytest.approx(stage1 + 0.01), "std": pytest.approx(0.01)}}
+        previous = gain
+    shuffled = result["shuffled"]["metrics"]
+    assert shuffled["video_50way"] == {"mean": pytest.approx(0.07), "std": pytest.approx(0.02)}
+    assert result["shuffled"]["groups"]["never shown"]["all_attributes"]["mean"] == 1
+    assert result["stage1 shuffled"] == {"action 50-way": {"mean": pytest.approx(0.02), "std": 0}}
+    assert (result["clips"], result["groups"]) == (80, {"shown in training": 40, "never shown": 40})
+    assert result["columns"] == ["video_2way", "video_50way", "clip_pcc", "dtc", "ms_flow", "all_attributes"]
+    assert result["seeds"] == [0, 1] and result["quoted_of"] == "cc2017, subject 1" and result["commit"] == ABOUT["commit"]
+    assert result["command"].startswith("python extras/ablations.py --table 4 --data cc2017 --seeds 0 1")
+    assert result["minutes"]["full-no-mom-s1-stage2"] == 3 and result["minutes"]["full-s0-stage1"] == 1.5 and len(result["minutes"]) == 24
+
+
+def test_the_table_has_rows_controls_groups_and_what_is_quoted(table_4, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result, printed = table_4
+    lines = [[cell.strip() for cell in row] for row in ablation_tables.lines_of(result)]
+    mean, (first, last) = BASE.mean() + 0.02, ("L_clip", "+ MoM")
+    assert lines[0][2] == "50-way video ↑" and lines[0][-1] == "all attributes ↑"
+    assert lines[1] == [first, "-", f"{mean:.3f}±0.020", "-", "-", "-", "0.500±0.000"]
+    assert lines[5][:3] == ["more than the row before", "", "-0.050 [-0.050, -0.050]"]
+    assert lines[6][:3] == [last, "-", f"{mean + 0.25:.3f}±0.020"] and lines[7][2] == "+0.200 [0.200, 0.200]"
+    assert lines[8][::2][:2] == ["paper's model, shuffled fMRI", "0.070±0.020"] and lines[9][:3] == ["chance", "0.750", "0.058"]
+    headings = [row[0] for row in lines[1:] if not any(row[1:])]
+    assert headings == ["shown in training, 40 clips:", "never shown, 40 clips:", "quoted from the paper (cc2017, subject 1):"]
+    never = lines.index([headings[1], *[""] * 6])
+    assert lines[never + 2][0] == "+ L_cls" and lines[never + 3][2] == "+0.200 [0.200, 0.200]"
+    assert lines[-4][:4] == [first, "0.824±0.01", "0.217±0.03", "0.973±0.01"] and lines[-1][:2] == [last, "0.846±0.02"]
+    stage1 = ablation_tables.stage1_lines(result)
+    assert stage1[0][3] == "action 50-way" and [row[3] for row in stage1[1:]] == [f"{x:.3f}±0.010" for x in (0.11, 0.31, 0.91, 0.91)] + ["0.020±0.000"]
+    text = ablation_tables.as_text(result)
+    assert text in printed and text.startswith("Table 4 on cc2017, subject 1: 80 held-out clips, mean ± deviation over the seeds 0 1\n")
+    (row,) = [line for line in text.splitlines() if line.startswith("+ MoM") and "±0.020" in line]
+    title = text.splitlines()[2]
+    assert row.index(f"{mean + 0.25:.3f}±0.020") + 11 == title.index("50-way video ↑") + 14  # flush right
+    lacking = result | {"rows": [*result["rows"], {"label": "+ mPFC", "quoted": ["0.6"], "lacks": "not trained"}]}
+    lines = ablation_tables.lines_of(lacking)
+    assert [row[:2] for row in lines if "mPFC" in row[0]] == [["+ mPFC: not trained", ""], ["+ mPFC", "0.6"]]
+    Path("docs/results").mkdir(parents=True)
+    right = {"stimulus": {"shape": 1, "all of them": 0.99}, "VAE": {"all of them": 0.98}}
+    Path("docs/results/judges.json").write_text(json.dumps({"right": right}))
+    judges = [row for row in ablation_tables.lines_of(result) if "judges" in row[0]]
+    assert judges == [[f"judges on: {name}", *["-"] * 5, share] for name, share in (("stimulus", "0.990"), ("VAE", "0.980"))]
+    real = result | {"columns": result["columns"][:-1]}  # nothing is known of its stimuli
+    assert not [row for row in ablation_tables.lines_of(real) if "judges" in row[0]]
+
+
+def test_the_page_keeps_the_words_around_its_tables(table_4, tmp_path):
+    page, results, (begin, end) = tmp_path / "page.md", tmp_path / "results", ablation_tables.MARKS
+    with pytest.raises(FileNotFoundError, match="table"):
+        ablation_tables.write_page(page, results)
+    results.mkdir()
+    result = table_4[0] | {"minutes": {"a": 1.5, "b": None, "c": 2.0}}
+    (results / "table4-cc2017-sub1.json").write_text(json.dumps(result))
+    page.write_text(f"# Words\n\n{begin}\nold\n{end}\n\nmore words\n")
+    for _ in range(2):
+        ablation_tables.write_page(page, results)
+        text = page.read_text()
+        assert text.startswith(f"# Words\n\n{begin}\n\n### Table 4") and text.endswith(f"\n\n{end}\n\nmore words\n")
+    source = "2026-11-25, commit 23a6b32946, torch 2.14; 2 commands took 4 minutes, one after the other."
+    assert "old" not in text and "| *never shown, 40 clips:* |  |" in text and source in text
+    page.write_text("# Words\n")
+    with pytest.raises(ValueError, match="put them back"):
+        ablation_tables.write_page(page, results)
+    (results / "table5.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"table5.json.*ablations.py makes it anew"):
+        ablation_tables.write_page(page, results)
+    assert page.read_text() == "# Words\n"
+
+
+def test_the_page_is_what_the_results_make(tmp_path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    page = shutil.copy(ablation_tables.PAGE, tmp_path)
+    ablation_tables.write_page(Path(page))
+    assert Path(page).read_bytes() == ablation_tables.PAGE.read_bytes()
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("words, error", [
+    ("--table 3", "--table 3: wanted one of"),
+    ("--jobs 0", "--jobs 0"),
+    ("--data mars", "--data mars: there are toy, cc2017, cinebrain|there are cc2017, toy, cinebrain"),
+    ("--seeds 0 0", "--seeds 0 0: wanted each once"),
+    ("--stage1 '--seed 5'", "--stage1 '--seed 5': --seed is the table's to set"),
+    ("--table 5 --stage1=--rois=visual", "--rois is the table's to set"),
+    ("--stage1=--cls", "--cls is the table's to set"),
+    ("--evaluate=--shuffle", "--evaluate '--shuffle': --shuffle is the table's"),
+    ("--evaluate '--compare full'", "--compare is the table's"),
+    ("--stage1 '--run small'", "two rows would be one run, runs/toy/sub1/small-no-mom-s0"),
+    ("--stage2=--no-integration", "choose one"),
+    ("--data cc2017", "data/cc2017/raw/stimuli is not there.*--evaluate '--stimuli FOLDER'"),
+    ("--data cc2017 --evaluate '--stimuli elsewhere'", "elsewhere is not there"),
+])  # fmt: skip
+def test_a_study_that_cannot_end_is_refused_before_any_training(words, error, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablations, "prepare_toy", lambda **options: None)
+    monkeypatch.setattr(ablations.subprocess, "Popen", None)
+    with pytest.raises((SystemExit, OSError, ValueError)) as refused:
+        ablations.main(shlex.split(words))
+    assert re.search(error, capsys.readouterr().err + str(refused.value))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_toy_is_prepared_once_for_the_decoder_of_stage_2(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepared = []
+    monkeypatch.setattr(ablations, "prepare_toy", lambda **options: prepared.append(options))
+    monkeypatch.setattr(ablations, "run", lambda jobs, at_once, logs: prepared.append(len(jobs)))
+    with pytest.raises(FileNotFoundError):  # nothing was run
+        ablations.main(shlex.split("--table 6 --subject 2 --stage2 '--decoder else/where --frames 9' --jobs 2"))
+    assert prepared == [{"decoder": "else/where", "size": (9, 64, 64), "subject": 2}, 3, 6, 9]
+
+
+# ---------------------------------------------------------------- as a reader runs it
+
+
+STAGE1_WORDS = "--steps 4 --batch_size 8 --tokens 12 --width 24 --layers 1 --attention_heads 4 --no-checkpointing"
+STAGE2_WORDS = (
+    "--decoder models/wan --frames 9 --height 32 --width 48 --epochs 1 --batch_size 16 --micro_batch 16 --K 3 "
+    "--attention_heads 4 --sample_every 0 --sampling_steps 2 --guidance 1 --no-checkpointing --lora_rank 2"
+)
+EVALUATE_WORDS = "--clips 6 --batch_size 6 --fps 4.5 --metrics ssim,psnr --size native"
+
+
+@pytest.mark.slow
+def test_the_real_scripts_make_a_table(tiny_copy, capsys, monkeypatch):
+    shutil.rmtree("runs")
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    words = ["--table", "6", "--data", "cc2017", "--seeds", "0", "--jobs", "2"]
+    words += ["--stage1", STAGE1_WORDS, "--stage2", STAGE2_WORDS, "--evaluate", EVALUATE_WORDS]
+    ablations.main(words)
+    result = json.loads(Path("docs/results/table6-cc2017-sub1.json").read_text())
+    assert [row["run"] for row in result["rows"]] == ["full-no-integration", "full"]
+    assert len(result["minutes"]) == 6 and None not in result["minutes"].values()
+    assert not Path("runs/cc2017/sub1/full-no-integration-s0/stage1").exists()  # it has that of `full`
+    assert "without a near-copy, 6 clips" in capsys.readouterr().out
+    ablations.main([*words, "--dry-run"])
+    assert capsys.readouterr().out == "0 commands are left\n"
