@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ ODD = np.arange(CLIPS) % 2  # never shown in training
 
 
 def planned(words: str) -> ablations.Plan:
-    config = ablations.parse_options(ablations.Config, dict.fromkeys(("toy", "cc2017", "cinebrain"), {}), "", "", shlex.split(words))
+    config = ablations.parse_options(
+        ablations.Config, dict.fromkeys(("toy", "cc2017", "cinebrain"), {}), "", "", shlex.split(words)
+    )
     return ablations.plan(config, ablations.rows_of(config.table, config.data, config.subject))
 
 
@@ -37,14 +40,27 @@ TABLE_4 = [
     "--stage1 full-no-cls-no-action --no-mom", "--stage1 full-no-action --no-mom", "--stage1 full --no-mom", "--stage1 full",
     "--run full-no-cls-no-action-no-mom", "--run full-no-action-no-mom", "--run full-no-mom", "--run full", "--run full --shuffle",
 ]  # fmt: skip
-TABLE_6 = ["", "--stage1 full --no-integration", "--stage1 full", "--run full-no-integration", "--run full", "--run full --shuffle"]
-REGIONS = [("visual", "visual"), ("visual,hippocampus", "visual-hippocampus"), ("visual,hippocampus,mpfc", "visual-hippocampus-mpfc")]
+TABLE_6 = [
+    "",
+    "--stage1 full --no-integration",
+    "--stage1 full",
+    "--run full-no-integration",
+    "--run full",
+    "--run full --shuffle",
+]
+REGIONS = [
+    ("visual", "visual"),
+    ("visual,hippocampus", "visual-hippocampus"),
+    ("visual,hippocampus,mpfc", "visual-hippocampus-mpfc"),
+]
 
 
 def test_the_rows_share_their_stage_1(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert commands("--table 4 --seeds 3") == TABLE_4 and commands("--table 6 --seeds 3") == TABLE_6
-    assert planned("--table 6 --seeds 3 --subject 2 --data cc2017").waves[1][0].options[:6] == shlex.split("--data cc2017 --subject 2 --seed 3")
+    assert planned("--table 6 --seeds 3 --subject 2 --data cc2017").waves[1][0].options[:6] == shlex.split(
+        "--data cc2017 --subject 2 --seed 3"
+    )
     assert len(commands("--table 4")) == 36
 
 
@@ -53,7 +69,10 @@ def test_the_rows_of_table_5_are_areas(data, full, tmp_path, monkeypatch):
     """CineBrain's own areas are the run `full`. The control is the paper's model, not the last row."""
     monkeypatch.chdir(tmp_path)
     runs = ["full" if row == full else run for row, (_, run) in enumerate(REGIONS)]
-    stage1 = [f"--rois {rois}" + ("" if run == "full" else f" --run {run}") for (rois, _), run in zip(REGIONS, runs, strict=True)]
+    stage1 = [
+        f"--rois {rois}" + ("" if run == "full" else f" --run {run}")
+        for (rois, _), run in zip(REGIONS, runs, strict=True)
+    ]
     scored = [f"--run {run}" for run in runs]
     assert commands(f"--table 5 --data {data} --seeds 0") == [
         *stage1, *(f"--stage1 {run}" for run in runs), *scored[:2], f"{scored[1]} --shuffle", scored[2],
@@ -61,7 +80,8 @@ def test_the_rows_of_table_5_are_areas(data, full, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "roi, lacks, full", [(["L_V1", "hippocampus_left"], [0, 0, 1], 1), (["L_V1", "hippocampus_left", "R_p24"], [0, 0, 0], 2)]
+    "roi, lacks, full",
+    [(["L_V1", "hippocampus_left"], [0, 0, 1], 1), (["L_V1", "hippocampus_left", "R_p24"], [0, 0, 0], 2)],
 )
 def test_a_region_without_voxels_is_not_trained(roi, lacks, full, tmp_path, monkeypatch):
     """As the toy's mPFC, which nothing drives. The row that has all voxels is the run `full`."""
@@ -91,7 +111,12 @@ if not Path("store", folder).is_dir():
     sys.exit(f"a line\\nerror: no {folder.name}\\n\\n")
 shutil.copytree(Path("store", folder), folder)
 """
-GAIN = {"full-no-cls-no-action-no-mom": 0.0, "full-no-action-no-mom": 0.2, "full-no-mom": 0.1, "full": 0.5}  # on odd clips
+GAIN = {
+    "full-no-cls-no-action-no-mom": 0.0,
+    "full-no-action-no-mom": 0.2,
+    "full-no-mom": 0.1,
+    "full": 0.5,
+}  # on odd clips
 STAGE1 = {"full-no-cls-no-action": 0.1, "full-no-action": 0.3, "full": 0.9}
 BASE = np.random.default_rng(0).uniform(0.2, 0.4, CLIPS)
 
@@ -115,7 +140,11 @@ def write_store(words: str) -> None:
             seed, run, folder = job.config.seed, job.config.run, Path("store") / job.folder
             if stage == "eval":
                 metrics = json.dumps(metrics_of(run, seed, job.config.shuffle))
-                files = {"gt/0000.mp4": ("", 3000), "values/0.jsonl": ("", 3030), "metrics.json": (metrics, 5000)}
+                files = {
+                    "gt/0000.mp4": ("", 3000), "gt/0001.mp4": ("", 3020),
+                    "values/0.jsonl": ("", 3030),
+                    "metrics.json": (metrics, 5000),
+                }
             else:
                 settings = settings_of(job.config) | {"step": 7, "steps_in_all": 7}
                 files = {"config.json": (json.dumps(settings), 0), "events.out.tfevents.1000.host": ("", 0)}
@@ -123,7 +152,7 @@ def write_store(words: str) -> None:
                 scores = {"action 50-way": STAGE1[run] + 0.02 * seed, "image top-1": 0.3}
                 files["test.json"] = json.dumps({"fmri": scores, "shuffled": {"action 50-way": 0.02}}), 1090
             if stage == "stage2":
-                files |= {"lora/x.safetensors": ("", 1200), "losses.png": ("", 1180)}
+                files |= {"lora/x.safetensors": ("", 1200), "losses.png": ("", 1180 if run == "full" else 1300)}
             for name, (text, time) in files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_text(text)
@@ -170,11 +199,15 @@ def test_a_study_goes_on_where_it_was_and_overwrites_nothing(tmp_path, scripts, 
     capsys.readouterr()
     ablations.main([*TABLE_6_STUDY.split(), "--dry-run"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and all(line.startswith("     ? min  python evaluate.py --data") for line in lines[:3])
+    assert len(lines) == 4 and all(
+        line.startswith("     ? min  python evaluate.py --data") for line in lines[:3]
+    )
     assert lines[3] == "3 commands are left; no finished run says how long 3 of them take"
 
     Path("away").rename(away)
-    assert sorted(study(TABLE_6_STUDY + " --jobs 3", scripts, monkeypatch)) == [f"{folder} 1" for folder in SCORED]
+    assert sorted(study(TABLE_6_STUDY + " --jobs 3", scripts, monkeypatch)) == [
+        f"{folder} 1" for folder in SCORED
+    ]
     assert study(TABLE_6_STUDY, scripts, monkeypatch) == []
     assert "w/ integration" in capsys.readouterr().out
 
@@ -184,24 +217,32 @@ def test_a_study_goes_on_where_it_was_and_overwrites_nothing(tmp_path, scripts, 
 
     assert left(TABLE_6_STUDY) == ["0 commands are left"]
     *lines, total = left("--table 6 --data cc2017 --seeds 7 8 --jobs 2")
-    assert [line[:9] for line in lines] == [f"{minutes:>6.1f} mi" for minutes in [1.5] * 2 + [3] * 4 + [0.5] * 6]
-    assert total.startswith("12 commands are left, about 9 minutes at 2 a time: the median of finished runs")
+    assert [line[:9] for line in lines] == [
+        f"{minutes:>6.1f} mi" for minutes in [1.5] * 2 + [5, 3] * 2 + [0.5] * 6
+    ]
+    assert total.startswith("12 commands are left, about 11 minutes at 2 a time: the median of finished runs")
     assert len(left(TABLE_6_STUDY + " --stage1=--tau=0.5")) == 2  # another setting: the script is to say so
     assert left(TABLE_6_STUDY + " --stage1=--save_every=3") == ["0 commands are left"]
     runs, now = Path("runs/cc2017/sub1"), 6000
-    os.utime(runs / "full-s4/stage2/lora/x.safetensors", (now, now))  # trained anew: the evaluations are of other weights
+    os.utime(
+        runs / "full-s4/stage2/lora/x.safetensors", (now, now)
+    )  # trained anew: the evaluations are of other weights
     assert [line.split("--run ")[1] for line in left(TABLE_6_STUDY)[:-1]] == ["full", "full --shuffle"]
     config = runs / OF_TABLE_6[1] / "config.json"
     config.write_text(config.read_text().replace('"step": 7', '"step": 6'))  # interrupted
     assert len(left(TABLE_6_STUDY)) == 4
     (runs / OF_TABLE_6[0] / "test.json").unlink()  # stopped before its last file
     assert len(left(TABLE_6_STUDY)) == 5
-    (runs / OF_TABLE_6[2] / "events.out.tfevents.1500.host").write_text("")  # went on once: nobody knows how long it took
-    assert ablations.plan(ablations.Config(6, "cc2017", 1, [4]), ablations.ROWS[6]).waves[1][1].minutes() is None
+    (runs / OF_TABLE_6[2] / "events.out.tfevents.1500.host").write_text(
+        ""
+    )  # went on once: nobody knows how long it took
+    assert (
+        ablations.plan(ablations.Config(6, "cc2017", 1, [4]), ablations.ROWS[6]).waves[1][1].minutes() is None
+    )
 
 
 PROGRAM = """
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 told = []
 signal.signal(signal.SIGTERM, lambda *of: told.append(1))
@@ -215,7 +256,7 @@ end = time.time() + 20
 while not told and time.time() < end:
     time.sleep(0.01)
 time.sleep(0.3)  # it saves
-me.write_text(str(len(told)))
+me.write_text(f"{len(told)} {os.getsid(0) == os.getpid()}")
 """
 
 
@@ -225,7 +266,10 @@ def test_those_under_way_are_told_once_and_save(names, at_once, tmp_path, monkey
     monkeypatch.setattr(ablations, "REPO", tmp_path)
     (tmp_path / "train_stage1.py").write_text(PROGRAM)
     script, sleep = ablations.SCRIPTS["stage1"], ablations.time.sleep
-    jobs = [ablations.Job(script, [str(tmp_path / name)], tmp_path / f"{name}-s0" / "stage1", None) for name in names]
+    jobs = [
+        ablations.Job(script, [str(tmp_path / name)], tmp_path / f"{name}-s0" / "stage1", None)
+        for name in names
+    ]
 
     def wait(seconds: float) -> None:
         sleep(seconds / 10)
@@ -235,10 +279,39 @@ def test_those_under_way_are_told_once_and_save(names, at_once, tmp_path, monkey
     monkeypatch.setattr(ablations.time, "sleep", wait)
     with pytest.raises((KeyboardInterrupt, ValueError)) as stopped:
         ablations.run(jobs, at_once, tmp_path / "logs")
-    assert (tmp_path / "good").read_text() == "1" and not (tmp_path / "later").exists()
+    assert (tmp_path / "good").read_text() == "1 True" and not (tmp_path / "later").exists()
     logs = sorted(file.name for file in (tmp_path / "logs").iterdir())
     assert logs == [f"{name}-s0-stage1.log" for name in ("bad", "good") if name in names]
     assert "bad" not in names or "bad ended with status 1: this went wrong" in str(stopped.value)
+
+
+@pytest.mark.parametrize("script, status, message", [
+    ("evaluate", 3, "full-s0-eval, in part: a.log says why"),  # a judge could not be had
+    ("evaluate", 1, "ended with status 1: error: b; all is in a.log; what is finished is kept, the same command goes on"),
+    ("stage1", 3, "ended with status 3"),
+    ("stage2", 0, "ended with status 0"),  # told to stop: it saved, and is not finished
+])  # fmt: skip
+def test_what_ended_is_complete_or_in_part_or_an_error(script, status, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.log").write_text("a line\n12 %\rerror: b\n\n")
+    stage = "eval" if script == "evaluate" else script
+    job = ablations.Job(ablations.SCRIPTS[script], [], Path("runs/cc2017/sub1/full-s0", stage), None)
+    process = SimpleNamespace(job=job, child=SimpleNamespace(returncode=status), log=Path("a.log"), start=0)
+    try:
+        ablations.Process.check(process)
+        text = capsys.readouterr().out
+    except ValueError as error:
+        text = str(error)
+    assert message in text
+
+
+def test_the_commit_and_whether_files_differ_from_it(monkeypatch):
+    answers = {"rev-parse": "abc\n", "status": " M data.py\n"}
+    monkeypatch.setattr(ablation_tables.subprocess, "run", lambda words, **_: SimpleNamespace(stdout=answers[words[1]]))
+    assert ablation_tables.provenance(REPO)["commit"] == "abc+"
+    answers.update({"rev-parse": "", "status": ""})
+    about = ablation_tables.provenance(REPO)
+    assert about["commit"] == "unknown" and about["versions"]["numpy"] == np.__version__
 
 
 # ---------------------------------------------------------------- the numbers
@@ -272,8 +345,12 @@ def test_means_deviations_and_paired_intervals(table_4):
         else:
             more = np.multiply(gain - previous, share)
             assert [value["more"] for value in values] == pytest.approx(more, abs=1e-9)
-            assert [value["ci95"] for value in values] == [pytest.approx([x, x], abs=1e-9) for x in more]  # paired
-        assert row["stage1"] == {"action 50-way": {"mean": pytest.approx(stage1 + 0.01), "std": pytest.approx(0.01)}}
+            assert [value["ci95"] for value in values] == [
+                pytest.approx([x, x], abs=1e-9) for x in more
+            ]  # paired
+        assert row["stage1"] == {
+            "action 50-way": {"mean": pytest.approx(stage1 + 0.01), "std": pytest.approx(0.01)}
+        }
         previous = gain
     shuffled = result["shuffled"]["metrics"]
     assert shuffled["video_50way"] == {"mean": pytest.approx(0.07), "std": pytest.approx(0.02)}
@@ -281,9 +358,17 @@ def test_means_deviations_and_paired_intervals(table_4):
     assert result["stage1 shuffled"] == {"action 50-way": {"mean": pytest.approx(0.02), "std": 0}}
     assert (result["clips"], result["groups"]) == (80, {"shown in training": 40, "never shown": 40})
     assert result["columns"] == ["video_2way", "video_50way", "clip_pcc", "dtc", "ms_flow", "all_attributes"]
-    assert result["seeds"] == [0, 1] and result["quoted_of"] == "cc2017, subject 1" and result["commit"] == ABOUT["commit"]
+    assert (
+        result["seeds"] == [0, 1]
+        and result["quoted_of"] == "cc2017, subject 1"
+        and result["commit"] == ABOUT["commit"]
+    )
     assert result["command"].startswith("python extras/ablations.py --table 4 --data cc2017 --seeds 0 1")
-    assert result["minutes"]["full-no-mom-s1-stage2"] == 3 and result["minutes"]["full-s0-stage1"] == 1.5 and len(result["minutes"]) == 24
+    assert (
+        result["minutes"]["full-no-mom-s1-stage2"] == 5
+        and result["minutes"]["full-s0-stage1"] == 1.5
+        and len(result["minutes"]) == 24
+    )
 
 
 def test_the_table_has_rows_controls_groups_and_what_is_quoted(table_4, tmp_path, monkeypatch):
@@ -295,27 +380,46 @@ def test_the_table_has_rows_controls_groups_and_what_is_quoted(table_4, tmp_path
     assert lines[1] == [first, "-", f"{mean:.3f}±0.020", "-", "-", "-", "0.500±0.000"]
     assert lines[5][:3] == ["more than the row before", "", "-0.050 [-0.050, -0.050]"]
     assert lines[6][:3] == [last, "-", f"{mean + 0.25:.3f}±0.020"] and lines[7][2] == "+0.200 [0.200, 0.200]"
-    assert lines[8][::2][:2] == ["paper's model, shuffled fMRI", "0.070±0.020"] and lines[9][:3] == ["chance", "0.750", "0.058"]
+    assert lines[8][::2][:2] == ["paper's model, shuffled fMRI", "0.070±0.020"] and lines[9][:3] == [
+        "chance",
+        "0.750",
+        "0.058",
+    ]
     headings = [row[0] for row in lines[1:] if not any(row[1:])]
-    assert headings == ["shown in training, 40 clips:", "never shown, 40 clips:", "quoted from the paper (cc2017, subject 1):"]
+    assert headings == [
+        "shown in training, 40 clips:",
+        "never shown, 40 clips:",
+        "quoted from the paper (cc2017, subject 1):",
+    ]
     never = lines.index([headings[1], *[""] * 6])
     assert lines[never + 2][0] == "+ L_cls" and lines[never + 3][2] == "+0.200 [0.200, 0.200]"
-    assert lines[-4][:4] == [first, "0.824±0.01", "0.217±0.03", "0.973±0.01"] and lines[-1][:2] == [last, "0.846±0.02"]
+    assert lines[-4][:4] == [first, "0.824±0.01", "0.217±0.03", "0.973±0.01"] and lines[-1][:2] == [
+        last,
+        "0.846±0.02",
+    ]
     stage1 = ablation_tables.stage1_lines(result)
-    assert stage1[0][3] == "action 50-way" and [row[3] for row in stage1[1:]] == [f"{x:.3f}±0.010" for x in (0.11, 0.31, 0.91, 0.91)] + ["0.020±0.000"]
+    assert stage1[0][3] == "action 50-way" and [row[3] for row in stage1[1:]] == [
+        f"{x:.3f}±0.010" for x in (0.11, 0.31, 0.91, 0.91)
+    ] + ["0.020±0.000"]
     text = ablation_tables.as_text(result)
-    assert text in printed and text.startswith("Table 4 on cc2017, subject 1: 80 held-out clips, mean ± deviation over the seeds 0 1\n")
+    assert text in printed and text.startswith(
+        "Table 4 on cc2017, subject 1: 80 held-out clips, mean ± deviation over the seeds 0 1\n"
+    )
     (row,) = [line for line in text.splitlines() if line.startswith("+ MoM") and "±0.020" in line]
     title = text.splitlines()[2]
     assert row.index(f"{mean + 0.25:.3f}±0.020") + 11 == title.index("50-way video ↑") + 14  # flush right
-    lacking = result | {"rows": [*result["rows"], {"label": "+ mPFC", "quoted": ["0.6"], "lacks": "not trained"}]}
+    lacking = result | {
+        "rows": [*result["rows"], {"label": "+ mPFC", "quoted": ["0.6"], "lacks": "not trained"}]
+    }
     lines = ablation_tables.lines_of(lacking)
     assert [row[:2] for row in lines if "mPFC" in row[0]] == [["+ mPFC: not trained", ""], ["+ mPFC", "0.6"]]
     Path("docs/results").mkdir(parents=True)
     right = {"stimulus": {"shape": 1, "all of them": 0.99}, "VAE": {"all of them": 0.98}}
     Path("docs/results/judges.json").write_text(json.dumps({"right": right}))
     judges = [row for row in ablation_tables.lines_of(result) if "judges" in row[0]]
-    assert judges == [[f"judges on: {name}", *["-"] * 5, share] for name, share in (("stimulus", "0.990"), ("VAE", "0.980"))]
+    assert judges == [
+        [f"judges on: {name}", *["-"] * 5, share] for name, share in (("stimulus", "0.990"), ("VAE", "0.980"))
+    ]
     real = result | {"columns": result["columns"][:-1]}  # nothing is known of its stimuli
     assert not [row for row in ablation_tables.lines_of(real) if "judges" in row[0]]
 
@@ -331,7 +435,9 @@ def test_the_page_keeps_the_words_around_its_tables(table_4, tmp_path):
     for _ in range(2):
         ablation_tables.write_page(page, results)
         text = page.read_text()
-        assert text.startswith(f"# Words\n\n{begin}\n\n### Table 4") and text.endswith(f"\n\n{end}\n\nmore words\n")
+        assert text.startswith(f"# Words\n\n{begin}\n\n### Table 4") and text.endswith(
+            f"\n\n{end}\n\nmore words\n"
+        )
     source = "2026-11-25, commit 23a6b32946, torch 2.14; 2 commands took 4 minutes, one after the other."
     assert "old" not in text and "| *never shown, 40 clips:* |  |" in text and source in text
     page.write_text("# Words\n")
@@ -384,14 +490,18 @@ def test_the_toy_is_prepared_once_for_the_decoder_of_stage_2(tmp_path, monkeypat
     monkeypatch.setattr(ablations, "prepare_toy", lambda **options: prepared.append(options))
     monkeypatch.setattr(ablations, "run", lambda jobs, at_once, logs: prepared.append(len(jobs)))
     with pytest.raises(FileNotFoundError):  # nothing was run
-        ablations.main(shlex.split("--table 6 --subject 2 --stage2 '--decoder else/where --frames 9' --jobs 2"))
+        ablations.main(
+            shlex.split("--table 6 --subject 2 --stage2 '--decoder else/where --frames 9' --jobs 2")
+        )
     assert prepared == [{"decoder": "else/where", "size": (9, 64, 64), "subject": 2}, 3, 6, 9]
 
 
 # ---------------------------------------------------------------- as a reader runs it
 
 
-STAGE1_WORDS = "--steps 4 --batch_size 8 --tokens 12 --width 24 --layers 1 --attention_heads 4 --no-checkpointing"
+STAGE1_WORDS = (
+    "--steps 4 --batch_size 8 --tokens 12 --width 24 --layers 1 --attention_heads 4 --no-checkpointing"
+)
 STAGE2_WORDS = (
     "--decoder models/wan --frames 9 --height 32 --width 48 --epochs 1 --batch_size 16 --micro_batch 16 --K 3 "
     "--attention_heads 4 --sample_every 0 --sampling_steps 2 --guidance 1 --no-checkpointing --lora_rank 2"

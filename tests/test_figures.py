@@ -20,7 +20,7 @@ import mixture_of_memories
 from data import Clips, noise_generator
 from evaluate import CineNeuron
 from extras import figures, judge, memories, show
-from extras.cortex import draw_cortex, flat_cortex, flat_positions
+from extras.cortex import draw_cortex, flat_cortex
 from extras.runs import choose_clips
 from metrics.held_out import write_retrieved
 from support.runs import brief
@@ -30,6 +30,7 @@ CLIPS, K, MEMORIES = 5, SETTINGS["K"], 45
 FULL, SECOND = "full-s0", "no-mom-s0"
 W_R = [[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.1, 0.0, 0.9], [0.0, 0.5, 0.5], [0.4, 0.1, 0.5]]  # of each clip
 GROUPS = {"shown in training": [0, 1, 3], "never shown": [2, 4]}
+GROUP_OF = {clip: name for name, clips in GROUPS.items() for clip in clips}
 
 
 def colour_of(kind: str, clip: int, run: str = FULL) -> np.ndarray:
@@ -257,43 +258,23 @@ def test_voxels_lie_where_the_atlas_has_them():
     index = np.array([0, 12_345, 29_695, 29_696, 51_000, 59_411, 84_600])  # the last is hippocampus
     values = np.array([1, -0.8, 0.7, 0.5, -0.4, 0.2, 0])
     vertices = hcp.cortex_data(np.arange(59_412.0), fill=-1).astype(int)  # of each vertex its grayordinate
-    at = [int(np.flatnonzero(vertices == i)[0]) for i in index[:6]]
-    places = hcp.mesh.flat[0][at][:, 1:]
+    places = hcp.mesh.flat[0][[vertices.tolist().index(i) for i in index[:6]]][:, 1:]
     assert places[:3, 0].max() < places[3:, 0].min()  # left lies left
     ax = Figure().subplots()
     dots = draw_cortex(ax, index, values, "inferno", (0.25, 0.75), figures.OUTLINED)
-    np.testing.assert_allclose(
-        dots.get_offsets(), places[::-1], rtol=1e-6
-    )  # those furthest from 0 are drawn last
+    np.testing.assert_allclose(dots.get_offsets(), places[::-1], rtol=1e-6)  # those furthest from 0 are last
     np.testing.assert_allclose(dots.get_array(), values[:6][::-1])
     assert (dots.norm.vmin, dots.norm.vmax) == (0.25, 0.75) and dots.get_cmap().name == "inferno"
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["lateral occipital", "ventral"]
-    (left, low), (right, high) = places.min(0), places.max(0)
-    assert ax.get_xlim() == pytest.approx((left - 25, right + 25)) and ax.get_ylim() == pytest.approx(
-        (low - 25, high + 25)
-    )
-    outline, cortex = ax.collections[-2].get_segments(), flat_cortex()  # of the lateral occipital areas
-    where = {number: name[2:] for number, name in hcp.mmp.labels.items()}
-    names = np.array(
-        [where[number] for number in hcp.cortex_data(hcp.mmp.map_all[:59_412], fill=0).astype(int)]
-    )
-    assert (cortex.area == names).all()
-    inside = cortex.position[np.isin(names, figures.OUTLINED["lateral occipital"])]
-    distance = np.abs(np.concatenate(outline)[::50, None] - inside).max(-1).min(1)
-    assert len(outline) > 100 and np.nanmax(distance) < 5  # mm: it runs beside them
-    dots = draw_cortex(Figure().subplots(), index[6:], values[6:], "inferno", (0, 1))  # none on the map
-    assert len(dots.get_offsets()) == 0
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [*figures.OUTLINED]
+    np.testing.assert_allclose([ax.get_xlim(), ax.get_ylim()], [[a - 25, b + 25] for a, b in zip(places.min(0), places.max(0), strict=True)])
+    cortex, labels = flat_cortex(), hcp.cortex_data(hcp.mmp.map_all[:59_412], fill=0).astype(int)
+    assert (cortex.area == [hcp.mmp.labels[number][2:] for number in labels]).all()
+    inside = cortex.position[np.isin(cortex.area, figures.OUTLINED["lateral occipital"])]
+    outline = np.concatenate(ax.collections[-2].get_segments())
+    assert len(outline) > 100 and np.nanmax(np.abs(outline[::50, None] - inside).max(-1).min(1)) < 5  # mm: it runs beside them
     ax = Figure().subplots()
-    draw_cortex(ax, np.arange(59_412), np.zeros(59_412), "inferno", (0, 1))
-    (x, y) = np.array([text.get_position() for text in ax.texts if text.get_text() == "V1"]).mean(0)
-    middle = np.nanmedian(
-        flat_positions(np.flatnonzero(hcp.mmp.map_all == 1)), 0
-    )  # of R_V1, the atlas's first
-    assert (
-        where[1] == "V1"
-        and min(abs(text.get_position()[0] - middle[0]) for text in ax.texts if text.get_text() == "V1") < 1
-    )
-    assert 2 * 10 < len(ax.texts) <= 2 * 25 and np.isfinite([x, y]).all()
+    dots = draw_cortex(ax, index[6:], values[6:], "inferno", (0, 1))  # none on the map, but the areas' names
+    assert len(dots.get_offsets()) == 0 and [text.get_text() for text in ax.texts].count("V1") == 2
 
 
 # ---------------------------------------------------------------- memories
@@ -312,6 +293,10 @@ def test_scores_and_attention_are_the_models(run, world):
     assert memories.Remembered(run.with_name(SECOND), {1: ""}).scores[1].attention is None  # without MoM
 
 
+def lines_of_the_test() -> list[dict]:
+    return [json.loads(line) for line in open("data/cc2017/stimuli/test/clips.jsonl")]
+
+
 def retrieved_by(run: Path, clip: int) -> list[int]:
     return json.loads((run / "eval/retrieved.jsonl").read_text().splitlines()[clip])["retrieved"]
 
@@ -321,32 +306,29 @@ def test_memories_shows_stimulus_memories_and_reconstruction(run, tmp_path, monk
     """All K memories, or the first for which there is room, the best first."""
     drawn = {name: [] for name in ("draw_score", "draw_router", "draw_attention", "draw_video")}
     for name, calls in drawn.items():
-        real = getattr(memories, name)
-        monkeypatch.setattr(
-            memories, name, lambda ax, *args, real=real, calls=calls: (calls.append(args), real(ax, *args))
-        )
+        monkeypatch.setattr(memories, name, lambda ax, *args, calls=calls: calls.append(args))
     monkeypatch.setattr(memories, "PICTURED", room)
     words = ("--clips", ",".join(map(str, clips)), "--stimuli", "films", "--out", tmp_path / "picture.png")
-    picture = draw("memories", run, *words)
-    rows = []
+    draw("memories", run, *words)
+    of, captions, shown = memories.Remembered(run, dict.fromkeys(clips, "")).scores, [], []
+    lines = json.loads((run / "stage2/memories.json").read_text())
     for clip in clips:
-        films = [colour_of("film", i) for i in retrieved_by(run, clip)[: min(K, room)]]
-        rows.append([colour_of("gt", clip), *films, colour_of("recon", clip)])
-    if len({i for clip in clips for i in retrieved_by(run, clip)}) == K * len(
-        clips
-    ):  # no memory is there twice
-        in_a_grid(picture, rows)
-    of = memories.Remembered(run, dict.fromkeys(clips, "")).scores
+        best = retrieved_by(run, clip)[: min(K, room)]
+        shown += [colour_of("gt", clip), colour_of("recon", clip), *(colour_of("film", i) for i in best)]
+        captions += [f"{lines_of_the_test()[clip]['caption']} [{GROUP_OF[clip]}]", "", *(lines[i]["caption"] for i in best)]
+    np.testing.assert_allclose([video.mean((0, 1, 2)) for video, _ in drawn["draw_video"]], shown, atol=9)
+    assert [caption for _, caption in drawn["draw_video"]] == captions
     parts = [scores.W_r * scores.cosines[k] for scores in of.values() for k in range(min(K, room))]
     np.testing.assert_allclose([args[0] for args in drawn["draw_score"]], parts)
     assert [args[0].tolist() for args in drawn["draw_router"]] == [W_R[clip] for clip in clips]
-    np.testing.assert_allclose(
-        [args[0] for args in drawn["draw_attention"]], [scores.attention for scores in of.values()]
-    )
-    lines = json.loads((run / "stage2/memories.json").read_text())
-    assert [args[1] for args in drawn["draw_video"]][2 : 2 + min(K, room)] == [
-        lines[i]["caption"] for i in retrieved_by(run, clips[0])[:room]
-    ]
+    attention = [scores.attention for scores in of.values()]
+    np.testing.assert_allclose([args[0] for args in drawn["draw_attention"]], attention)
+
+
+def test_the_picture_of_memories_is_a_grid(run, tmp_path):
+    picture = draw("memories", run, "--clips", "2", "--stimuli", "films", "--out", tmp_path / "picture.png")
+    films = [colour_of("film", i) for i in retrieved_by(run, 2)]
+    in_a_grid(picture, [[colour_of("gt", 2), *films, colour_of("recon", 2)]])
 
 
 def test_bars_and_curves_are_the_numbers():
@@ -379,32 +361,27 @@ def page_of(run: Path, out: Path, *options: str) -> tuple[str, dict]:
     return text, json.loads(line)
 
 
-def test_the_page_holds_all_that_it_shows(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(memories, "caption_of", None)  # of the picture alone
-    text, page = page_of(run, tmp_path / "page.html", "--rows", "4")
-    groups = {i: name for name, clips in GROUPS.items() for i in clips}
-    assert [(clip["clip"], clip["group"]) for clip in page["clips"]] == [(i, groups[i]) for i in (0, 3, 2, 4)]
+def test_the_page_holds_all_that_it_shows(own_run, tmp_path):
+    file = own_run / "stage2/memories.json"
+    file.write_text(file.read_text().replace('"caption": "', '"caption": "</script>'))
+    text, page = page_of(own_run, tmp_path / "page.html", "--rows", "4")
+    assert [(clip["clip"], clip["group"]) for clip in page["clips"]] == [(i, GROUP_OF[i]) for i in (0, 3, 2, 4)]
     assert (page["height"], page["width"], [*page["modalities"]]) == (32, 48, ["txt", "img", "act"])
-    lines = [json.loads(line) for line in open("data/cc2017/stimuli/test/clips.jsonl")]
-    film, of = tmp_path / "film.mp4", memories.Remembered(run, dict.fromkeys(range(CLIPS), "")).scores
+    of, film, videos = memories.Remembered(own_run, dict.fromkeys(range(CLIPS), "")).scores, tmp_path / "film.mp4", {}
     for clip in page["clips"]:
-        number = clip["clip"]
-        assert (clip["id"], clip["caption"]) == (lines[number]["id"], lines[number]["caption"])
-        assert clip["retrieved"] == retrieved_by(run, number) and clip["W_r"] == W_R[number]
+        number, line = clip["clip"], lines_of_the_test()[clip["clip"]]
+        assert (clip["id"], clip["caption"]) == (line["id"], line["caption"])
+        assert clip["retrieved"] == retrieved_by(own_run, number) and clip["W_r"] == W_R[number]
         np.testing.assert_allclose(clip["cosines"], of[number].cosines, rtol=1e-5)
         np.testing.assert_allclose(clip["attention"], of[number].attention, rtol=1e-5)
-    videos = {
-        page["memories"][str(i)]["video"]: colour_of("film", i)
-        for clip in page["clips"]
-        for i in clip["retrieved"]
-    }
-    videos |= {
-        clip[kind]: colour_of(kind, clip["clip"]) for clip in page["clips"] for kind in ("gt", "recon")
-    }
+        videos |= {page["memories"][str(i)]["video"]: colour_of("film", i) for i in clip["retrieved"]}
+        videos |= {clip[kind]: colour_of(kind, number) for kind in ("gt", "recon")}
     assert len(page["memories"]) + 8 == len(videos)
     for uri, wanted in videos.items():
         film.write_bytes(base64.b64decode(uri.removeprefix("data:video/mp4;base64,")))
-        assert abs(read_video(film).frames.mean((0, 1, 2)) - wanted).max() < 9
+        frames = read_video(film).frames
+        assert frames.shape[1:3] == SIZE[1:] and abs(frames.mean((0, 1, 2)) - wanted).max() < 9
+    assert text.count("</script>") == memories.PAGE.read_text().count("</script>")  # no caption ends the script
     assert not re.search(r"(src|href)=|https?:|fetch\(", text.replace(json.dumps(page), ""))
 
 
@@ -485,6 +462,13 @@ def test_a_damaged_run_is_refused_in_a_line(command, file, damage, message, own_
         figures.main([command, str(own_run), *options])
     assert message in brief(refused.value) and "\n" not in brief(refused.value)
     assert not list(own_run.glob("*.*"))  # no picture
+
+
+def test_the_films_are_those_that_the_subject_saw(own_run, monkeypatch):
+    file, test = own_run / "stage2/config.json", Clips("cc2017", 1, "test")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"data": "toy", "subject": 2}))
+    monkeypatch.setattr(memories.Run, "test_clips", lambda run: test)
+    assert memories.Remembered(own_run, {1: ""}).films == Path("data/toy/raw-2/stimuli")
 
 
 def test_memories_that_other_weights_retrieved_are_refused(own_run, world):
@@ -605,8 +589,8 @@ def test_each_judged_video_is_of_its_own_clip(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "load_pipeline", lambda *_, **__: (pipe, 12, {}))
     monkeypatch.setattr(judge, "VideoDecoder", lambda *_, **__: SimpleNamespace(generate=generate, **vae))
     monkeypatch.setattr(judge, "VIDEO", {"toy": SIZE})
-    monkeypatch.setattr(judge, "raw_folder", lambda name, subject: tiny / "data/cc2017/raw")
-    names = judge.write_videos(judge.Config(steps=7, guidance=3.0), lines, tmp_path, batch=2)
+    monkeypatch.setattr(judge, "raw_folder", lambda *of: {("toy", 2): tiny / "data/cc2017/raw"}[of])
+    names = judge.write_videos(judge.Config(subject=2, steps=7, guidance=3.0), lines, tmp_path, batch=2)
     assert names == ["stimulus", "VAE", "own caption, guidance 3", "own caption, no guidance"]
     assert seeds == [noise_generator(0, i).initial_seed() for i in (0, 1, 0, 1, 2, 2)]
     for k in range(3):
@@ -629,7 +613,7 @@ def test_judges_are_right_where_they_see_what_is_shown(tmp_path, monkeypatch, ca
             "colour": "rgb"[i % 3],
             "shape": ("ring", "disc")[i == 4],
             "action": "moves",
-            "background": "grey",
+            "background": ("grey", "blue")[i == 1],
         }
         lines.append(attributes | {"caption": str(i)})
     (folder / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -642,7 +626,7 @@ def test_judges_are_right_where_they_see_what_is_shown(tmp_path, monkeypatch, ca
         return names
 
     def recognise(files, judges, values):
-        assert judges == ("toy/videomae", "toy/vit") and values["colour"] == ["b", "g", "r"]
+        assert judges == ("toy/videomae", "toy/vit") and values["background"] == ["blue", "grey"]
         seen = [json.loads(file.read_text()) for file in files]
         if files[0].parent.name == "VAE":
             seen[0]["shape"], seen[2]["colour"] = "disc", "r"
