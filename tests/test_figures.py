@@ -266,12 +266,17 @@ def test_voxels_lie_where_the_atlas_has_them():
     np.testing.assert_allclose(dots.get_array(), values[:6][::-1])
     assert (dots.norm.vmin, dots.norm.vmax) == (0.25, 0.75) and dots.get_cmap().name == "inferno"
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [*figures.OUTLINED]
-    np.testing.assert_allclose([ax.get_xlim(), ax.get_ylim()], [[a - 25, b + 25] for a, b in zip(places.min(0), places.max(0), strict=True)])
+    np.testing.assert_allclose(
+        [ax.get_xlim(), ax.get_ylim()],
+        [[a - 25, b + 25] for a, b in zip(places.min(0), places.max(0), strict=True)],
+    )
     cortex, labels = flat_cortex(), hcp.cortex_data(hcp.mmp.map_all[:59_412], fill=0).astype(int)
     assert (cortex.area == [hcp.mmp.labels[number][2:] for number in labels]).all()
     inside = cortex.position[np.isin(cortex.area, figures.OUTLINED["lateral occipital"])]
     outline = np.concatenate(ax.collections[-2].get_segments())
-    assert len(outline) > 100 and np.nanmax(np.abs(outline[::50, None] - inside).max(-1).min(1)) < 5  # mm: it runs beside them
+    assert (
+        len(outline) > 100 and np.nanmax(np.abs(outline[::50, None] - inside).max(-1).min(1)) < 5
+    )  # mm: it runs beside them
     ax = Figure().subplots()
     dots = draw_cortex(ax, index[6:], values[6:], "inferno", (0, 1))  # none on the map, but the areas' names
     assert len(dots.get_offsets()) == 0 and [text.get_text() for text in ax.texts].count("V1") == 2
@@ -315,7 +320,11 @@ def test_memories_shows_stimulus_memories_and_reconstruction(run, tmp_path, monk
     for clip in clips:
         best = retrieved_by(run, clip)[: min(K, room)]
         shown += [colour_of("gt", clip), colour_of("recon", clip), *(colour_of("film", i) for i in best)]
-        captions += [f"{lines_of_the_test()[clip]['caption']} [{GROUP_OF[clip]}]", "", *(lines[i]["caption"] for i in best)]
+        captions += [
+            f"{lines_of_the_test()[clip]['caption']} [{GROUP_OF[clip]}]",
+            "",
+            *(lines[i]["caption"] for i in best),
+        ]
     np.testing.assert_allclose([video.mean((0, 1, 2)) for video, _ in drawn["draw_video"]], shown, atol=9)
     assert [caption for _, caption in drawn["draw_video"]] == captions
     parts = [scores.W_r * scores.cosines[k] for scores in of.values() for k in range(min(K, room))]
@@ -365,9 +374,15 @@ def test_the_page_holds_all_that_it_shows(own_run, tmp_path):
     file = own_run / "stage2/memories.json"
     file.write_text(file.read_text().replace('"caption": "', '"caption": "</script>'))
     text, page = page_of(own_run, tmp_path / "page.html", "--rows", "4")
-    assert [(clip["clip"], clip["group"]) for clip in page["clips"]] == [(i, GROUP_OF[i]) for i in (0, 3, 2, 4)]
+    assert [(clip["clip"], clip["group"]) for clip in page["clips"]] == [
+        (i, GROUP_OF[i]) for i in (0, 3, 2, 4)
+    ]
     assert (page["height"], page["width"], [*page["modalities"]]) == (32, 48, ["txt", "img", "act"])
-    of, film, videos = memories.Remembered(own_run, dict.fromkeys(range(CLIPS), "")).scores, tmp_path / "film.mp4", {}
+    of, film, videos = (
+        memories.Remembered(own_run, dict.fromkeys(range(CLIPS), "")).scores,
+        tmp_path / "film.mp4",
+        {},
+    )
     for clip in page["clips"]:
         number, line = clip["clip"], lines_of_the_test()[clip["clip"]]
         assert (clip["id"], clip["caption"]) == (line["id"], line["caption"])
@@ -381,7 +396,9 @@ def test_the_page_holds_all_that_it_shows(own_run, tmp_path):
         film.write_bytes(base64.b64decode(uri.removeprefix("data:video/mp4;base64,")))
         frames = read_video(film).frames
         assert frames.shape[1:3] == SIZE[1:] and abs(frames.mean((0, 1, 2)) - wanted).max() < 9
-    assert text.count("</script>") == memories.PAGE.read_text().count("</script>")  # no caption ends the script
+    assert text.count("</script>") == memories.PAGE.read_text().count(
+        "</script>"
+    )  # no caption ends the script
     assert not re.search(r"(src|href)=|https?:|fetch\(", text.replace(json.dumps(page), ""))
 
 
