@@ -111,6 +111,22 @@ def own_run(run, tmp_path) -> Path:
     return shutil.copytree(run, tmp_path / FULL)
 
 
+def spy(monkeypatch, module, name: str) -> list[tuple]:
+    """The arguments of each call of module.name, which goes on as it is."""
+    calls, real = [], getattr(module, name)
+
+    def call(*args, **options):
+        calls.append(args)
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
+def line_of(clip: int) -> dict:
+    return json.loads(Path("data/cc2017/stimuli/test/clips.jsonl").read_text().splitlines()[clip])
+
+
 def draw(*arguments) -> np.ndarray:
     figures.main([*map(str, arguments)])
     return np.array(Image.open(arguments[arguments.index("--out") + 1]).convert("RGB"))
@@ -135,10 +151,7 @@ def in_a_grid(picture: np.ndarray, rows: list[list[np.ndarray]]) -> None:
 
 
 def test_compare_shows_each_clip_and_run_in_its_place(run, tmp_path, capsys, monkeypatch):
-    labels, sheet = [], figures.contact_sheet
-    monkeypatch.setattr(
-        figures, "contact_sheet", lambda *args, **size: (labels.append(args[2:]), sheet(*args, **size))
-    )
+    labels = spy(monkeypatch, figures, "contact_sheet")
     out, second = tmp_path / "picture.png", run.with_name(SECOND)
     picture = draw("compare", run, second, "--clips", "3,0", "--out", out)
     rows = [[colour_of("gt", i), colour_of("recon", i), colour_of("recon", i, SECOND)] for i in (3, 0)]
@@ -147,9 +160,8 @@ def test_compare_shows_each_clip_and_run_in_its_place(run, tmp_path, capsys, mon
     with Image.open(tmp_path / "picture.gif") as gif:
         in_a_grid(np.array(gif.convert("RGB")), rows)
         assert gif.n_frames * gif.info["duration"] == pytest.approx(2000, abs=20)
-    captions = [json.loads(line)["caption"] for line in open("data/cc2017/stimuli/test/clips.jsonl")]
-    texts = [[f"{captions[i]} [shown in training]", "", ""] for i in (3, 0)]
-    assert labels == [(texts, ["stimulus", FULL, SECOND])]
+    texts = [[f"{line_of(i)['caption']} [shown in training]", "", ""] for i in (3, 0)]
+    assert labels[0][2:] == (texts, ["stimulus", FULL, SECOND])
 
 
 def test_clips_are_chosen_by_rule_half_of_each_group(own_run):
@@ -174,13 +186,9 @@ def test_the_rows_of_a_table_are_its_runs(command, titles, runs, tmp_path, monke
         monkeypatch.setattr(figures, name, lambda *args: drawn.append(args))
     figures.main([*command.split(), "--data", "cc2017", "--subject", "2", "--seed", "5"])
     ((pictured, *clips, out),) = drawn
-    assert list(pictured.items()) == [
-        (title, folder / f"{run}-s5") for title, run in zip(titles, runs, strict=True)
-    ]
-    assert out == folder / f"table{command[-1]}-s5-{command[:7]}.png" and clips in (
-        [],
-        [(f"{runs[0]}-s5", None, 6)],
-    )
+    assert list(pictured.items()) == [(title, folder / f"{run}-s5") for title, run in zip(titles, runs)]  # noqa: B905
+    assert out == folder / f"table{command[-1]}-s5-{command[:7]}.png"
+    assert clips == [(f"{runs[0]}-s5", None, 6)] * (command[:7] == "compare")
 
 
 # ---------------------------------------------------------------- weights
@@ -188,35 +196,27 @@ def test_the_rows_of_a_table_are_its_runs(command, titles, runs, tmp_path, monke
 
 def test_weights_are_on_one_scale_for_all_runs(run, tmp_path, capsys, monkeypatch):
     """Norms of the first layer, each with its own grayordinates, on the map and in the table."""
-    drawn, runs = [], [run, run.with_name(SECOND)]
-    monkeypatch.setattr(figures, "draw_cortex", lambda *args: (drawn.append(args), draw_cortex(*args))[1])
+    drawn, runs = spy(monkeypatch, figures, "draw_cortex"), [run, run.with_name(SECOND)]
     picture = draw("weights", *runs, "--out", tmp_path / "picture.png")
     assert picture.shape[1] > 1500 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 300
     norms = []
     for folder in runs:
-        weight = load_file(folder / "stage1/brain_model/model.safetensors")[
-            "regression.contract.weight"
-        ].numpy()
-        norms.append(np.sqrt((weight**2).sum(0)))
-    scaled = (np.array(norms) - np.min(norms)) / (np.max(norms) - np.min(norms))  # (runs, N)
+        weights = load_file(folder / "stage1/brain_model/model.safetensors")
+        norms.append((weights["regression.contract.weight"] ** 2).sum(0).sqrt().numpy())
+    scaled = (np.array(norms) - np.min(norms)) / np.ptp(norms)  # (runs, N)
     for (ax, index, values, *_), title, wanted in zip(drawn, (FULL, SECOND), scaled, strict=True):
         assert ax.get_title().startswith(title) and index.tolist() == [7 * i for i in range(40)]
         np.testing.assert_allclose(values, wanted, atol=1e-5)
     head, *lines = capsys.readouterr().out.splitlines()[:6]
     assert head.split()[-2:] == [FULL, SECOND]
-    names = [
-        "early visual (V1-V4), V1",
-        "lateral occipital, MST",
-        "ventral, FFC",
-        "hippocampus, hippocampus_left",
-        "other areas, 4",
-    ]
-    for line, name, area in zip(
-        lines, names, (0, 2, 1, 3, 4), strict=True
-    ):  # tiny's voxels are of five areas in turn
-        assert line.startswith(f"{name} ")
-        cells = [8, *scaled[:, area::5].mean(1)]
-        assert [float(word) for word in line[42:].split()] == pytest.approx(cells, abs=6e-4)
+    names = "early visual (V1-V4), V1; lateral occipital, MST; ventral, FFC; hippocampus, hippocampus_left; other areas, 4"
+    assert [line[:42].strip() for line in lines] == names.split("; ")
+    cells = [
+        [8, *scaled[:, area::5].mean(1)] for area in (0, 2, 1, 3, 4)
+    ]  # tiny's voxels are of five areas in turn
+    np.testing.assert_allclose(
+        [[float(word) for word in line[42:].split()] for line in lines], cells, atol=6e-4
+    )
 
 
 def test_bars_are_areas_of_enough_voxels_the_greatest_first():
@@ -232,23 +232,15 @@ def test_bars_are_areas_of_enough_voxels_the_greatest_first():
     heights = [bar.get_y() + bar.get_height() / 2 for bar in ax.containers[0]]
     assert np.diff(heights) == pytest.approx([1, 2.3]) and ax.yaxis_inverted()  # a gap between the groups
     (start, end) = ax.collections[0].get_segments()[1]  # V1 by the first run: mean ± deviation
-    assert (start[0], end[0]) == pytest.approx(
-        (0.2 - 0.004**0.5 / 2**0.5 * 2**0.5, 0.2 + 0.004**0.5), abs=1e-6
-    )
+    assert (start[0], end[0]) == pytest.approx((0.2 - 0.004**0.5, 0.2 + 0.004**0.5))
     assert [label.get_text() for label in ax.get_yticklabels()] == ["V2 (5)", "V1 (5)", "PHA1 (6)"]
     texts = {text.get_text(): text.get_position()[1] for text in ax.texts if text.get_text()}
-    assert texts["light"] == pytest.approx(ax.get_yticks()[0]) and {group, "other areas", "driven by"} < set(
-        texts
-    )
+    assert texts["light"] == ax.get_yticks()[0] and {group, "other areas", "driven by"} < set(texts)
 
 
 def test_the_toy_says_what_drives_an_area():
     drives = figures.drives_of("toy")
-    assert [drives[name] for name in ("MT", "p24", "hippocampus_left")] == [
-        "motion",
-        "nothing",
-        "conjunction",
-    ]
+    assert (drives["MT"], drives["p24"], drives["hippocampus_left"]) == ("motion", "nothing", "conjunction")
     assert figures.drives_of("cc2017") == {}
 
 
@@ -266,17 +258,14 @@ def test_voxels_lie_where_the_atlas_has_them():
     np.testing.assert_allclose(dots.get_array(), values[:6][::-1])
     assert (dots.norm.vmin, dots.norm.vmax) == (0.25, 0.75) and dots.get_cmap().name == "inferno"
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [*figures.OUTLINED]
-    np.testing.assert_allclose(
-        [ax.get_xlim(), ax.get_ylim()],
-        [[a - 25, b + 25] for a, b in zip(places.min(0), places.max(0), strict=True)],
-    )
+    limits = np.stack([places.min(0) - 25, places.max(0) + 25], 1)
+    np.testing.assert_allclose([ax.get_xlim(), ax.get_ylim()], limits)
     cortex, labels = flat_cortex(), hcp.cortex_data(hcp.mmp.map_all[:59_412], fill=0).astype(int)
     assert (cortex.area == [hcp.mmp.labels[number][2:] for number in labels]).all()
     inside = cortex.position[np.isin(cortex.area, figures.OUTLINED["lateral occipital"])]
     outline = np.concatenate(ax.collections[-2].get_segments())
-    assert (
-        len(outline) > 100 and np.nanmax(np.abs(outline[::50, None] - inside).max(-1).min(1)) < 5
-    )  # mm: it runs beside them
+    distance = np.abs(outline[::50, None] - inside).max(-1).min(1)
+    assert len(outline) > 100 and np.nanmax(distance) < 5  # mm: it runs beside them
     ax = Figure().subplots()
     dots = draw_cortex(ax, index[6:], values[6:], "inferno", (0, 1))  # none on the map, but the areas' names
     assert len(dots.get_offsets()) == 0 and [text.get_text() for text in ax.texts].count("V1") == 2
@@ -298,10 +287,6 @@ def test_scores_and_attention_are_the_models(run, world):
     assert memories.Remembered(run.with_name(SECOND), {1: ""}).scores[1].attention is None  # without MoM
 
 
-def lines_of_the_test() -> list[dict]:
-    return [json.loads(line) for line in open("data/cc2017/stimuli/test/clips.jsonl")]
-
-
 def retrieved_by(run: Path, clip: int) -> list[int]:
     return json.loads((run / "eval/retrieved.jsonl").read_text().splitlines()[clip])["retrieved"]
 
@@ -321,7 +306,7 @@ def test_memories_shows_stimulus_memories_and_reconstruction(run, tmp_path, monk
         best = retrieved_by(run, clip)[: min(K, room)]
         shown += [colour_of("gt", clip), colour_of("recon", clip), *(colour_of("film", i) for i in best)]
         captions += [
-            f"{lines_of_the_test()[clip]['caption']} [{GROUP_OF[clip]}]",
+            f"{line_of(clip)['caption']} [{GROUP_OF[clip]}]",
             "",
             *(lines[i]["caption"] for i in best),
         ]
@@ -353,11 +338,9 @@ def test_bars_and_curves_are_the_numbers():
     assert colours[0] == colours[1] and len(set(colours[0])) == 3
     weights = np.random.default_rng(0).dirichlet(np.ones(50), 2).T  # (K, 2)
     memories.draw_attention(attention, weights)
-    for line, values, hexadecimal in zip(
-        attention.lines, weights.T, ("#d98324", "#4f9a5b"), strict=True
-    ):  # img, act
-        np.testing.assert_array_equal(line.get_xydata(), np.column_stack([np.arange(1, 51), values]))
-        assert line.get_color() == hexadecimal == memories.COLOURS[("img", "act")[line is attention.lines[1]]]
+    curves = [line.get_xydata() for line in attention.lines]
+    np.testing.assert_array_equal(curves, [np.c_[np.arange(1, 51), values] for values in weights.T])
+    assert [line.get_color() for line in attention.lines] == [memories.COLOURS[m] for m in ("img", "act")]
     memories.draw_attention(without, None)
     assert not without.lines
 
@@ -378,13 +361,10 @@ def test_the_page_holds_all_that_it_shows(own_run, tmp_path):
         (i, GROUP_OF[i]) for i in (0, 3, 2, 4)
     ]
     assert (page["height"], page["width"], [*page["modalities"]]) == (32, 48, ["txt", "img", "act"])
-    of, film, videos = (
-        memories.Remembered(own_run, dict.fromkeys(range(CLIPS), "")).scores,
-        tmp_path / "film.mp4",
-        {},
-    )
+    of = memories.Remembered(own_run, dict.fromkeys(range(CLIPS), "")).scores
+    film, videos = tmp_path / "film.mp4", {}
     for clip in page["clips"]:
-        number, line = clip["clip"], lines_of_the_test()[clip["clip"]]
+        number, line = clip["clip"], line_of(clip["clip"])
         assert (clip["id"], clip["caption"]) == (line["id"], line["caption"])
         assert clip["retrieved"] == retrieved_by(own_run, number) and clip["W_r"] == W_R[number]
         np.testing.assert_allclose(clip["cosines"], of[number].cosines, rtol=1e-5)
@@ -396,9 +376,7 @@ def test_the_page_holds_all_that_it_shows(own_run, tmp_path):
         film.write_bytes(base64.b64decode(uri.removeprefix("data:video/mp4;base64,")))
         frames = read_video(film).frames
         assert frames.shape[1:3] == SIZE[1:] and abs(frames.mean((0, 1, 2)) - wanted).max() < 9
-    assert text.count("</script>") == memories.PAGE.read_text().count(
-        "</script>"
-    )  # no caption ends the script
+    assert text.count("</script>") == memories.PAGE.read_text().count("</script>")  # no caption ends it
     assert not re.search(r"(src|href)=|https?:|fetch\(", text.replace(json.dumps(page), ""))
 
 
@@ -414,9 +392,8 @@ def test_the_page_in_a_browser(browser, run, tmp_path):
         return browser.execute_script(f"return [...document.querySelectorAll('video')].map(v => v.{value})")
 
     wait(lambda: all(time > 0 for time in films("currentTime")))
-    assert (
-        films("src")[:2] == [page["clips"][0]["gt"], page["clips"][0]["recon"]] and len(films("src")) == 2 + K
-    )
+    clip = page["clips"][0]
+    assert films("src")[:2] == [clip["gt"], clip["recon"]] and len(films("src")) == 2 + K
     assert words("where") == "clip 1 of 3" and words("caption").endswith("[shown in training]")
     press(browser, "p")
     wait(lambda: all(films("paused")))
@@ -427,13 +404,10 @@ def test_the_page_in_a_browser(browser, run, tmp_path):
     browser.find_element("id", "next").click()
     press(browser, " ")
     wait(lambda: not any(films("paused")))
-    clip = page["clips"][0]
     for k, figure in enumerate(browser.find_elements("css selector", "#memories figure")):
         text = " ".join(figure.text.split())
-        assert (
-            f"S {np.dot(clip['W_r'], clip['cosines'][k]):.3f}" in text
-            and f"image {clip['attention'][k][0]:.3f}" in text
-        )
+        assert f"S {np.dot(clip['W_r'], clip['cosines'][k]):.3f}" in text
+        assert f"image {clip['attention'][k][0]:.3f}" in text
 
 
 # ---------------------------------------------------------------- what is refused
@@ -496,10 +470,11 @@ def test_memories_that_other_weights_retrieved_are_refused(own_run, world):
 
 
 def test_voxels_of_unknown_place_or_another_number_are_refused(run, monkeypatch):
-    for roi, message in (
-        (["unknown"] * 40, "do not say where their voxels lie"),
-        (["L_V1"] * 39, "40 voxels, its prepared data 39"),
-    ):
+    cases = {
+        "do not say where their voxels lie": ["unknown"] * 40,
+        "40 voxels, its prepared data 39": ["L_V1"] * 39,
+    }
+    for message, roi in cases.items():
         clips = SimpleNamespace(roi=np.array(roi), index=np.arange(len(roi)))
         monkeypatch.setattr(figures.Run, "test_clips", lambda run, clips=clips: clips)
         with pytest.raises(ValueError, match=message):
@@ -533,20 +508,16 @@ def test_a_clips_response_is_the_mean_of_its_volumes_by_showing(tiny):
     np.testing.assert_allclose(response.voxels, fmri[34, :1].mean(1))
     assert show.response_to(splits, "test2-012").voxels.shape == (3, 40)
     r, n = show.showing_correlation(splits["train"])
-    assert n == 30 and r[7] == pytest.approx(
-        np.corrcoef(fmri[:30, 0, 0, 7], fmri[:30, 1, 0, 7])[0, 1], abs=1e-5
-    )
+    x, y = fmri[:30, :2, 0, 7].T  # of a voxel, in the clips with both showings
+    assert n == 30 and r[7] == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-5)
     text = show.title(response)
-    assert text.startswith(
-        "seg3-004 of cc2017 (train), subject 1: seg3.mp4 from 8 s\n\N{LEFT DOUBLE QUOTATION MARK}"
-    )
+    assert text.startswith("seg3-004 of cc2017 (train), subject 1: seg3.mp4 from 8 s\n")
     figure = Figure()
     show.draw_frames(figure, figure.add_gridspec(1, 1)[0], response, tiny / "data/cc2017/raw/stimuli")
     assert [ax.get_title() for ax in figure.axes] == [f"{k / 4 + 0.125:.2f} s" for k in range(8)]
     film = read_video(tiny / "data/cc2017/raw/stimuli/seg3.mp4").frames[80:100]  # 10 frames a second
-    np.testing.assert_array_equal(
-        figure.axes[-1].images[0].get_array(), film[18]
-    )  # the middle of the last eighth
+    last = figure.axes[-1].images[0].get_array()
+    np.testing.assert_array_equal(last, film[18])  # the middle of the last eighth
 
 
 def test_areas_and_maps_show_each_showing_and_voxel(monkeypatch):
@@ -556,24 +527,17 @@ def test_areas_and_maps_show_each_showing_and_voxel(monkeypatch):
     response = show.Response(clips, {}, [0, 2], voxels)
     ax = Figure().subplots()
     show.plot_areas(ax, response)
-    assert [label.get_text() for label in ax.get_yticklabels()] == [
-        "V1  (4)",
-        "4  (2)",
-        "hippocampus left  (1)",
-    ]
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["V1  (4)", "4  (2)", "hippocampus left  (1)"]
     dots = [line.get_xdata().tolist() for line in ax.lines[:2]]
     assert dots == [[1.5, 0, 1], [1, -1.5, 2]]  # of each showing the areas' means
-    bar = [collection for collection in ax.collections if collection.get_label() == "showing 1"][
-        0
-    ].get_segments()[0]
+    bar = ax.get_legend_handles_labels()[0][0].get_segments()[0]
     assert bar[:, 0] == pytest.approx([0.3, 2.7])  # 10 and 90 % of 0, 1, 2, 3
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["showing 1", "showing 3"]
-    drawn, maps = [], Figure().subplots(3)
-    monkeypatch.setattr(
-        show, "draw_cortex", lambda ax, *args: (drawn.append(args), ax.scatter([0], [0], c=[0]))[1]
-    )
+    monkeypatch.setattr(show, "draw_cortex", lambda ax, *args: ax.scatter([0], [0], c=[0]))
+    drawn, maps = spy(monkeypatch, show, "draw_cortex"), Figure().subplots(3)
     show.draw_maps(maps, response, np.linspace(0.2, 0.8, 7), 30)
-    (index, mean, _, limits), (_, r, _, highest) = drawn
+    (_, index, mean, _, limits), (_, _, r, _, highest) = drawn
     assert index is clips.index and mean.tolist() == voxels.mean(0).tolist() and r[0] == 0.2
     assert limits == pytest.approx((-1.97, 1.97), abs=0.05) and highest[1] == pytest.approx(0.8, abs=0.01)
     assert maps[0].get_title().startswith("mean response to this clip over 2 showings")
@@ -585,23 +549,17 @@ def test_areas_and_maps_show_each_showing_and_voxel(monkeypatch):
 
 def test_each_judged_video_is_of_its_own_clip(tiny, tmp_path, monkeypatch):
     """A decoder that paints a video by its caption, guidance and steps: in each batch, in its place."""
-    lines = [json.loads(line) for line in open(tiny / "data/cc2017/stimuli/test/clips.jsonl")][:3]
-    lines = [line | {"caption": "x" * (k + 1)} for k, line in enumerate(lines)]
-    seeds = []
+    monkeypatch.chdir(tiny)
+    lines, seeds = [line_of(k) | {"caption": "x" * (k + 1)} for k in range(3)], []
 
     def generate(captions, empty, size, noise, steps, guidance):
         seeds.extend(generator.initial_seed() for generator in noise)
         assert empty.tolist() == [0] and steps == 7
-        return torch.stack(
-            [
-                torch.full((9, 32, 48, 3), int(30 * c + 20 * guidance), dtype=torch.uint8)
-                for c in captions[:, 0]
-            ]
-        )
+        values = 30 * captions + 20 * guidance  # (B, 1)
+        return values.byte()[..., None, None, None].expand(-1, *SIZE, 3)
 
-    pipe = SimpleNamespace(
-        encode_prompt=lambda texts, **_: (torch.tensor([[len(text)] for text in texts]), None)
-    )
+    encode = lambda texts, **_: (torch.tensor([[len(text)] for text in texts]), None)  # noqa: E731
+    pipe = SimpleNamespace(encode_prompt=encode)
     vae = {"encode_latents": lambda video: 255 - video, "decode_latents": lambda y: y}
     monkeypatch.setattr(judge, "load_pipeline", lambda *_, **__: (pipe, 12, {}))
     monkeypatch.setattr(judge, "VideoDecoder", lambda *_, **__: SimpleNamespace(generate=generate, **vae))
@@ -614,10 +572,8 @@ def test_each_judged_video_is_of_its_own_clip(tiny, tmp_path, monkeypatch):
         frames = {name: read_video(tmp_path / name / f"{k:04d}.mp4").frames.astype(int) for name in names}
         bar = frames["stimulus"].mean((0, 1, 2)).argmax()  # of one of three colours
         assert bar == k and abs(frames["stimulus"] + frames["VAE"] - 255).mean() < 4
-        assert (
-            abs(frames[names[2]] - (30 * (k + 1) + 60)).max() < 5
-            and abs(frames[names[3]] - (30 * (k + 1) + 20)).max() < 5
-        )
+        assert abs(frames[names[2]] - 30 * (k + 1) - 60).max() < 5  # with guidance 3
+        assert abs(frames[names[3]] - 30 * (k + 1) - 20).max() < 5
 
 
 def test_judges_are_right_where_they_see_what_is_shown(tmp_path, monkeypatch, capsys):
@@ -626,13 +582,8 @@ def test_judges_are_right_where_they_see_what_is_shown(tmp_path, monkeypatch, ca
     folder.mkdir(parents=True)
     lines = []
     for i in range(9):  # of which 0, 4 and 8 are judged
-        attributes = {
-            "colour": "rgb"[i % 3],
-            "shape": ("ring", "disc")[i == 4],
-            "action": "moves",
-            "background": ("grey", "blue")[i == 1],
-        }
-        lines.append(attributes | {"caption": str(i)})
+        attributes = {"colour": "rgb"[i % 3], "shape": ("ring", "disc")[i == 4], "action": "moves"}
+        lines.append(attributes | {"background": ("grey", "blue")[i == 1], "caption": str(i)})
     (folder / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def write_videos(config, clips, folder):
@@ -656,14 +607,9 @@ def test_judges_are_right_where_they_see_what_is_shown(tmp_path, monkeypatch, ca
     result = json.loads(Path("judges.json").read_text())
     shares = {"colour": 2 / 3, "shape": 2 / 3, "action": 1, "background": 1, "all of them": 1 / 3}
     assert result["right"] == {"stimulus": dict.fromkeys(shares, 1), "VAE": pytest.approx(shares)}
-    kinds = {
-        "disc moves": {"clips": 1, "stimulus": 1, "VAE": 1},
-        "ring moves": {"clips": 2, "stimulus": 1, "VAE": 0.5},
-    }
-    assert result["shape right, by shape and action"] == kinds and (result["clips"], result["subject"]) == (
-        3,
-        2,
-    )
+    ring, disc = {"clips": 2, "stimulus": 1, "VAE": 0.5}, {"clips": 1, "stimulus": 1, "VAE": 1}
+    assert result["shape right, by shape and action"] == {"disc moves": disc, "ring moves": ring}
+    assert (result["clips"], result["subject"]) == (3, 2)
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["shape", "1.000", "0.667"] in table and ["ring", "moves", "(2)", "1.000", "0.500"] in table
     assert not [row for row in table if row[:1] == ["disc"]]
