@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, pstdev
+from typing import NamedTuple
 
 from metrics.compare import Runs, check_alike, read_runs
 from metrics.report import number
@@ -20,18 +21,19 @@ COLUMNS = ("video_2way", "video_50way", "clip_pcc", "dtc", "ms")  # of the paper
 ALL = "all_attributes"  # toy world: share of the clips whose every attribute is recognised
 OF_GROUPS = ("video_50way", ALL)
 OF_STAGE1 = ("image 50-way", "text 50-way", "action 50-way", "category mAP")  # of the fMRI, before any video
-TITLES = {name: f"{METRICS[name].title} {METRICS[name].better}" for name in METRICS}
+TITLES = {name: f"{metric.title} {metric.better}" for name, metric in METRICS.items()}
 TITLES[ALL] = "all attributes ↑"
 MODEL = "paper's model, shuffled fMRI"
-KEYS = {
-    **dict.fromkeys(("table", "subject", "clips"), int),
-    **dict.fromkeys(("seeds", "rows", "columns"), list),
-    **dict.fromkeys(("data", "quoted_of", "command", "date", "commit"), str),
-    **dict.fromkeys(("groups", "shuffled", "stage1 shuffled", "chance", "versions", "minutes"), dict),
-}
-
 
 # ---------------------------------------------------------------- what is known of a table
+
+
+class Files(NamedTuple):
+    """What the runs of a table write: of each row's label a file a seed."""
+
+    stage1: dict[str, list[Path]]  # test.json of stage 1
+    evaluations: dict[str, list[Path]]  # metrics.json
+    controls: list[Path]  # metrics.json of the paper's model on shuffled fMRI, one a seed
 
 
 def cells(runs: Runs, previous: Runs | None, names: Sequence[str], group: str | None = None) -> dict:
@@ -40,10 +42,10 @@ def cells(runs: Runs, previous: Runs | None, names: Sequence[str], group: str | 
     entries = {}
     for name in names:
         if summary := runs.summary(name, group):
-            entries[name] = dict(zip(("mean", "std"), summary, strict=True))
+            entries[name] = {"mean": summary[0], "std": summary[1]}
             if previous:
-                more = runs.less(name, previous, group)
-                entries[name].update(more=more.mean, ci95=more.ci95)
+                more, ci95 = runs.less(name, previous, group)
+                entries[name] |= {"more": more, "ci95": ci95}
     return entries
 
 
@@ -52,24 +54,17 @@ def stage1_cells(files: list[Path], column: str) -> dict[str, dict]:
     entries, scores = {}, []
     for file in files:
         with reading(file, advice="python train_stage1.py makes it anew"):
-            scores.append(read_json(file, keys={"fmri": dict, "shuffled": dict})[column])
+            scores.append(read_json(file)[column])
     for name in OF_STAGE1:
         if values := [score[name] for score in scores if name in score]:
             entries[name] = {"mean": fmean(values), "std": pstdev(values) if len(values) > 1 else None}
     return entries
 
 
-def result_of(
-    rows: Sequence,
-    tests: dict[str, list[Path]],
-    files: dict[str, list[Path]],
-    controls: list[Path],
-    metrics: list[str],
-) -> dict:
-    """What was measured of a table's rows. tests: row's label -> stage 1's test.json, one a seed; files:
-    likewise metrics.json; controls: of the shuffled runs; metrics: that were asked for."""
-    trained = {row.label: read_runs(row.label, files[row.label]) for row in rows if not row.lacks}
-    shuffled = read_runs(MODEL, controls)
+def result_of(rows: Sequence, files: Files, metrics: list[str]) -> dict:
+    """What was measured of a table's rows by the metrics that were asked for."""
+    trained = {label: read_runs(label, of_seeds) for label, of_seeds in files.evaluations.items()}
+    shuffled = read_runs(MODEL, files.controls)
     check_alike([*trained.values(), shuffled])
     first = next(iter(trained.values())).results[0]
     groups = {name: len(group["clips"]) for name, group in first["groups"].items()}
@@ -77,56 +72,65 @@ def result_of(
     columns += [ALL] * (ALL in first["clips"][0])
     of_groups = [name for name in OF_GROUPS if name in columns]
 
-    def entry(runs: Runs, previous: Runs | None) -> dict:
+    def measured(runs: Runs, previous: Runs | None) -> dict:
         by_group = {group: cells(runs, previous, of_groups, group) for group in groups}
         return {"metrics": cells(runs, previous, columns), "groups": by_group}
 
     entries, previous = [], None
     for row in rows:
-        quoted = row.quoted.split()
+        entry = {"label": row.label, "quoted": row.quoted.split()}
         if row.lacks:
-            entries.append({"label": row.label, "quoted": quoted, "lacks": row.lacks})
-            continue
-        runs = trained[row.label]
-        about = {"label": row.label, "run": runs.results[0]["provenance"]["run"], "quoted": quoted}
-        about["stage1"] = stage1_cells(tests[row.label], "fmri")
-        entries.append(about | entry(runs, previous))
-        previous = runs
+            entry["lacks"] = row.lacks
+        else:
+            runs = trained[row.label]
+            entry["run"] = runs.results[0]["provenance"]["run"]
+            entry["stage1"] = stage1_cells(files.stage1[row.label], "fmri")
+            entry |= measured(runs, previous)
+            previous = runs
+        entries.append(entry)
     return {
         "clips": len(first["clips"]),
         "groups": groups,
         "columns": columns,
         "rows": entries,
-        "shuffled": entry(shuffled, None),
-        "stage1 shuffled": stage1_cells(tests[[*trained][-1]], "shuffled"),
+        "shuffled": measured(shuffled, None),
+        "stage1 shuffled": stage1_cells(files.stage1[[*trained][-1]], "shuffled"),
         "chance": {name: METRICS[name].chance for name in columns if name != ALL and METRICS[name].chance},
     }
 
 
-def made_by(repository: Path) -> dict:
+def provenance(repository: Path) -> dict:
     """Date, commit (with a + where files differ from it) and versions."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=repository, capture_output=True, text=True)
-        return done.stdout.strip()
+        return subprocess.run(["git", *words], cwd=repository, capture_output=True, text=True).stdout.strip()
 
-    commit = git("rev-parse", "HEAD") or "unknown"
-    names = ("torch", "diffusers", "transformers", "numpy")
+    edited = bool(git("status", "--porcelain", "--untracked-files=no"))
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit + "+" * bool(git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {name: version(name) for name in names},
+        "commit": (git("rev-parse", "HEAD") or "unknown") + "+" * edited,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")},
     }
 
 
 # ---------------------------------------------------------------- as text
 
 
+def cell_rows(entries: list[tuple[str, dict]], columns: Sequence[str]) -> list[list[str]]:
+    """Of each label and its `cells` a row, and one of how much more it is than the row before."""
+    rows = []
+    for label, entry in entries:
+        rows.append([label, *(mean(entry.get(name)) for name in columns)])
+        if any("more" in cell for cell in entry.values()):
+            rows.append(["   more than the row before", *(more(entry.get(name)) for name in columns)])
+    return rows
+
+
 def mean(cell: dict | None) -> str:
-    """A cell of `cells`: 0.384±0.012."""
+    """0.384±0.012"""
     if not cell:
         return "-"
-    return number(cell["mean"]) + ("" if cell["std"] is None else f"±{cell['std']:.3f}")
+    return number(cell["mean"]) + ("" if cell.get("std") is None else f"±{cell['std']:.3f}")
 
 
 def more(cell: dict | None) -> str:
@@ -136,73 +140,52 @@ def more(cell: dict | None) -> str:
     return f"{cell['more']:+.3f}" + (" [{:.3f}, {:.3f}]".format(*cell["ci95"]) if cell["ci95"] else "")
 
 
-def judged(columns: Sequence[str], file: Path) -> list[list[str]]:
-    """Rows of what the toy world's judges read right in videos whose content is known (extras/judge.py): no
-    reconstruction can be expected to do better. None where there is no such column or file."""
-    if ALL not in columns or not file.is_file():
-        return []
-    with reading(file, advice="python extras/judge.py makes it anew"):
-        right = read_json(file, keys={"right": dict})["right"]
-    rows = []
-    for name, shares in right.items():
-        texts = [number(shares["all of them"]) if column == ALL else "-" for column in columns]
-        rows.append([f"judges on: {name}", *texts])
-    return rows
-
-
 def lines_of(result: dict) -> list[list[str]]:
     """A table's rows of cells, the titles first; a row with empty cells is a heading."""
-    columns, shuffled = result["columns"], result["shuffled"]
+    columns, judges = result["columns"], RESULTS / "judges.json"
     empty = [""] * len(columns)
-    lines = [["", *(TITLES[name] for name in columns)]]
-
-    def add(label: str, entry: dict) -> None:
-        lines.append([label, *(mean(entry.get(name)) for name in columns)])
-        if any("more" in cell for cell in entry.values()):
-            lines.append(["   more than the row before", *(more(entry.get(name)) for name in columns)])
-
     trained = [row for row in result["rows"] if "metrics" in row]
-    for row in trained:
-        add(row["label"], row["metrics"])
-    for row in result["rows"]:
-        if "lacks" in row:
-            lines.append([f"{row['label']}: {row['lacks']}", *empty])
-    add(MODEL, shuffled["metrics"])
-    chance = result["chance"]
-    lines.append(["chance", *(number(chance[name]) if name in chance else "-" for name in columns)])
-    lines += judged(columns, RESULTS / "judges.json")
+    lines = [["", *(TITLES[name] for name in columns)]]
+    lines += cell_rows([(row["label"], row["metrics"]) for row in trained], columns)
+    lines += [[f"{row['label']}: {row['lacks']}", *empty] for row in result["rows"] if "lacks" in row]
+    controls = [(MODEL, result["shuffled"]["metrics"])]
+    controls.append(("chance", {name: {"mean": value} for name, value in result["chance"].items()}))
+    if ALL in columns and judges.is_file():  # no reconstruction can be expected to do better
+        with reading(judges, advice="python extras/judge.py makes it anew"):
+            for name, share in read_json(judges)["right"].items():
+                controls.append((f"judges on: {name}", {ALL: {"mean": share["all of them"]}}))
+    lines += cell_rows(controls, columns)
     for group, clips in result["groups"].items():
         lines.append([f"{group}, {clips} clips:", *empty])
-        for row in trained:
-            add(row["label"], row["groups"][group])
-        add(MODEL, shuffled["groups"][group])
+        entries = [(row["label"], row["groups"][group]) for row in trained]
+        lines += cell_rows([*entries, (MODEL, result["shuffled"]["groups"][group])], columns)
     lines.append([f"quoted from the paper ({result['quoted_of']}):", *empty])
-    for row in result["rows"]:
-        lines.append([row["label"], *(row["quoted"] + empty)[: len(columns)]])
+    lines += [[row["label"], *(row["quoted"] + empty)[: len(columns)]] for row in result["rows"]]
     return lines
 
 
 def stage1_lines(result: dict) -> list[list[str]]:
     """What the fMRI of each row's stage 1 tells, a row of cells each, the titles first."""
-    rows = [(row["label"], row["stage1"]) for row in result["rows"] if "stage1" in row]
-    lines = [["stage 1", *OF_STAGE1]]
-    for label, entry in [*rows, ("shuffled fMRI", result["stage1 shuffled"])]:
-        lines.append([label, *(mean(entry.get(name)) for name in OF_STAGE1)])
-    return lines
+    entries = [(row["label"], row["stage1"]) for row in result["rows"] if "stage1" in row]
+    entries.append(("shuffled fMRI", result["stage1 shuffled"]))
+    return [["stage 1", *OF_STAGE1], *cell_rows(entries, OF_STAGE1)]
 
 
 def heading(result: dict) -> str:
-    seeds = " ".join(map(str, result["seeds"]))
     table = f"Table {result['table']} on {result['data']}, subject {result['subject']}"
+    seeds = " ".join(map(str, result["seeds"]))
     return f"{table}: {result['clips']} held-out clips, mean ± deviation over the seeds {seeds}"
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[k]) for row in rows if any(row[1:])) + 2 for k in range(len(rows[0]))]
+    """Headings are as long as they are."""
+    widths = [
+        max(map(len, column)) + 2 for column in zip(*(row for row in rows if any(row[1:])), strict=True)
+    ]
     lines = []
     for label, *texts in rows:
-        columns = [f"{text:>{width}}" for text, width in zip(texts, widths[1:], strict=True)]
-        lines.append((f"{label:<{widths[0]}}" + "".join(columns)).rstrip())
+        columns = map(str.rjust, texts, widths[1:])
+        lines.append((label.ljust(widths[0]) + "".join(columns)).rstrip())
     return lines
 
 
@@ -214,9 +197,9 @@ def as_text(result: dict) -> str:
 
 def markdown_table(rows: list[list[str]]) -> list[str]:
     titles, *rows = rows
-    rows = [[f"*{row[0]}*", *row[1:]] if not any(row[1:]) else row for row in rows]
-    rows = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
-    return ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in rows]
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+    lines += [row if any(row[1:]) else [f"*{row[0]}*", *row[1:]] for row in rows]
+    return ["| " + " | ".join(map(str.strip, line)) + " |" for line in lines]
 
 
 def as_markdown(result: dict) -> str:
@@ -232,12 +215,12 @@ def as_markdown(result: dict) -> str:
 def write_page(page: Path = PAGE, results: Path = RESULTS) -> None:
     """The tables of docs/ablations.md between its two marks; the words around them stay. Raises
     FileNotFoundError or ValueError where there is no result, or the page has no marks."""
-    files, tables = sorted(results.glob("table*.json")), []
-    if not files:
-        raise FileNotFoundError(f"{results}/table*.json is not there: python extras/ablations.py makes it")
-    for file in files:
+    tables = []
+    for file in sorted(results.glob("table*.json")):
         with reading(file, advice="python extras/ablations.py makes it anew"):
-            tables.append(as_markdown(read_json(file, keys=KEYS)))
+            tables.append(as_markdown(read_json(file)))
+    if not tables:
+        raise FileNotFoundError(f"{results}/table*.json is not there: python extras/ablations.py makes it")
     text = page.read_text() if page.is_file() else "\n".join((*MARKS, ""))
     start, end = (text.find(mark) for mark in MARKS)
     if not 0 <= start < end:

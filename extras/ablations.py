@@ -25,8 +25,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ sys.path.insert(0, str(REPO))  # run as a script, this file sees the project
 import evaluate  # noqa: E402
 import train_stage1  # noqa: E402
 import train_stage2  # noqa: E402
-from extras.ablation_tables import PAGE, RESULTS, as_text, made_by, result_of, write_page  # noqa: E402
+from extras.ablation_tables import PAGE, RESULTS, Files, as_text, provenance, result_of, write_page  # noqa: E402
 from metrics.held_out import evaluation_folder  # noqa: E402
 from metrics.table import asked  # noqa: E402
 from prepare.facts import ROIS, in_areas, raw_folder  # noqa: E402
@@ -114,10 +115,10 @@ def rows_of(table: int, data: str, subject: int) -> list[Row]:
         if areas is not None and not in_areas(areas, ROIS[region]).any():
             row = row._replace(lacks="not trained: no voxel of this region responds reproducibly")
         if areas is None or not in_areas(areas, names).all():
-            rois = ",".join(regions)
-            is_preset = train_stage1.PRESETS[data].get("rois") == rois
-            run = [] if is_preset else ["--run", "-".join(regions)]
-            row = row._replace(stage1=["--rois", rois, *run])
+            options = ["--rois", ",".join(regions)]
+            if train_stage1.PRESETS[data].get("rois") != options[1]:
+                options += ["--run", "-".join(regions)]
+            row = row._replace(stage1=options)
         rows.append(row)
     return rows
 
@@ -125,10 +126,25 @@ def rows_of(table: int, data: str, subject: int) -> list[Row]:
 # ---------------------------------------------------------------- what is to be run
 
 
+class Script(NamedTuple):
+    file: str
+    parse: Callable[[Sequence[str]], object]
+    last: str  # file that it writes last, or, of an evaluation, when all is measured
+    may_change: Sequence[str] = ()  # settings, in a run that goes on
+
+
+SCRIPTS = {
+    "stage1": Script("train_stage1.py", train_stage1.parse, train_stage1.LAST, training.MAY_CHANGE),
+    "stage2": Script("train_stage2.py", train_stage2.parse, train_stage2.LAST, train_stage2.MAY_CHANGE),
+    "evaluate": Script("evaluate.py", partial(evaluate.parse, doc=evaluate.__doc__), "values/0.jsonl"),
+}
+MODES = {"shuffle", "fmri", "pairs", "compare"}  # of evaluate.py: the table's to choose
+
+
 class Job(NamedTuple):
     """One command, and the folder that shows how far it is."""
 
-    script: str  # stage1, stage2 or evaluate
+    script: Script
     options: list[str]
     folder: Path  # a stage of a run, or its eval
     config: object  # the script's
@@ -138,52 +154,43 @@ class Job(NamedTuple):
         return f"{self.folder.parent.name}-{self.folder.name}"  # full-s0-stage1
 
     @property
-    def file(self) -> str:
-        return "evaluate.py" if self.script == "evaluate" else f"train_{self.script}.py"
-
-    @property
     def command(self) -> str:
-        return shlex.join(["python", self.file, *self.options])
+        return shlex.join(["python", self.script.file, *self.options])
 
     @property
-    def last_file(self) -> Path:
-        """That the script writes last, or, of an evaluation, when all is measured."""
-        names = {"stage1": train_stage1.LAST, "stage2": train_stage2.LAST, "evaluate": "values/0.jsonl"}
-        return self.folder / names[self.script]
-
-    def done(self) -> bool:
-        """Has the script written all that it writes?"""
-        if self.script == "evaluate":
-            file, stage2 = self.folder / "metrics.json", self.folder.with_name("stage2")
-            times = [weights.stat().st_mtime for weights in stage2.glob("*/*.safetensors")]
-            newest = max(times, default=np.inf)
-            return file.is_file() and file.stat().st_mtime >= newest and "groups" in read_json(file)
-        file = self.folder / "config.json"
-        stored = read_json(file) if file.is_file() and self.last_file.is_file() else {}
-        return "step" in stored and stored["step"] == stored.get("steps_in_all")
+    def is_evaluation(self) -> bool:
+        return self.script is SCRIPTS["evaluate"]
 
     def finished(self) -> bool:
-        """Is it done, by these settings? Where they seem to differ, the script is to run, and to say so."""
-        if self.script == "evaluate" or not self.done():
-            return self.done()
-        may_change = train_stage2.MAY_CHANGE if self.script == "stage2" else training.MAY_CHANGE
-        settings = json.loads(json.dumps(settings_of(self.config, *may_change)))
-        stored = read_json(self.folder / "config.json")
-        return all(stored.get(name) == value for name, value in settings.items() if value is not None)
+        """Is all written: an evaluation of the weights as they are, a stage by these settings? Where they
+        seem to differ, the script is to run, and to say so."""
+        if self.is_evaluation:
+            file = self.folder / "metrics.json"
+            weights = self.folder.with_name("stage2").glob("*/*.safetensors")
+            newest = max((part.stat().st_mtime for part in weights), default=np.inf)
+            return file.is_file() and file.stat().st_mtime >= newest and "groups" in read_json(file)
+        file = self.folder / "config.json"
+        if not file.is_file() or not (self.folder / self.script.last).is_file():
+            return False
+        settings = json.loads(json.dumps(settings_of(self.config, *self.script.may_change)))
+        stored = read_json(file)
+        alike = all(stored.get(name) == value for name, value in settings.items() if value is not None)
+        return alike and "step" in stored and stored["step"] == stored.get("steps_in_all")
 
     def minutes(self) -> float | None:
         """How long it took, by the times of the files that it left: a stage from the beginning of its log for
         TensorBoard to its last file, an evaluation from its first stimulus to its last value. None where a
         stage was interrupted, or is not finished."""
-        if self.script == "evaluate":
+        if self.is_evaluation:
             starts = [file.stat().st_mtime for file in self.folder.glob("gt/*.mp4")]
         else:
             logs = [file.name.split(".")[3] for file in self.folder.glob("events.out.tfevents.*")]
             starts = [int(start) for start in logs if start.isdecimal()]
             starts = starts if len(starts) == 1 else []
-        if not starts or not self.last_file.is_file():
+        last = self.folder / self.script.last
+        if not starts or not last.is_file():
             return None
-        return max(0.0, self.last_file.stat().st_mtime - min(starts)) / 60
+        return max(0.0, last.stat().st_mtime - min(starts)) / 60
 
     def estimate(self) -> float | None:
         """Minutes that it will take: the median of finished ones of the same row; else of the same script on
@@ -193,52 +200,40 @@ class Job(NamedTuple):
         every = "sub*/*-s[0-9]*"
         for pattern in (f"{row}[0-9]*/{stage}", f"{every}/{stage}", f"{every}/{stage.split('-')[0]}"):
             minutes = [self._replace(folder=folder).minutes() for folder in runs.glob(pattern)]
-            known = [value for value in minutes if value is not None]
-            if known:
+            if known := [value for value in minutes if value is not None]:
                 return float(np.median(known))
         return None
 
 
-PARSE = {
-    "stage1": train_stage1.parse,
-    "stage2": train_stage2.parse,
-    "evaluate": lambda options: evaluate.parse(options, evaluate.__doc__),
-}
-MODES = {"shuffle", "fmri", "pairs", "compare"}  # of evaluate.py: the table's to choose
-
-
 def flags_of(words: Sequence[str]) -> set[str]:
     """The names of the options: {"data", "action"} of --data toy --no-action."""
-    flags = [word.split("=")[0] for word in words if word.startswith("--")]
-    return {flag.removeprefix("--").removeprefix("no-") for flag in flags}
+    return {word.split("=")[0][2:].removeprefix("no-") for word in words if word.startswith("--")}
 
 
 def job_of(script: str, options: list[str], more: str, stage2: Job | None = None) -> Job:
     """The job of a row's options and `more` of the user; stage2: what an evaluation is of. Raises ValueError
     where the user's options replace what the table sets."""
-    if clash := sorted((flags_of(options) | MODES) & flags_of(shlex.split(more))):
+    words = shlex.split(more)
+    if clash := sorted((flags_of(options) | MODES) & flags_of(words)):
         raise ValueError(f"--{script} '{more}': --{clash[0]} is the table's to set: leave it out")
-    words = [*options, *shlex.split(more)]
-    config = PARSE[script](words)
+    config = SCRIPTS[script].parse([*options, *words])
     folder = run_folder(config.data, config.subject, config.run, config.seed) / script
     if stage2:
         every = asked(evaluate.Config(**evaluate.PRESETS[config.data]))
         settings, complete = settings_of(stage2.config), config.clips is None
         folder = evaluation_folder(folder.parent, config, settings, complete, asked(config), every)
-    return Job(script, words, folder, config)
+    return Job(SCRIPTS[script], [*options, *words], folder, config)
 
 
 class Plan(NamedTuple):
     waves: list[list[Job]]  # each wave needs the previous one
-    stage1: dict[str, list[Path]]  # row's label -> test.json of stage 1, one a seed
-    evaluations: dict[str, list[Path]]  # likewise metrics.json
-    controls: list[Path]  # of the paper's model, likewise
+    files: Files
 
 
 def plan(config: Config, rows: Sequence[Row]) -> Plan:
     """All jobs of a table, each once: stage 1, stage 2, evaluations."""
     waves: list[dict[Path, Job]] = [{}, {}, {}]
-    tests, evaluations, controls = {}, {}, []
+    files = Files({}, {}, [])
     for seed in config.seeds:
         common = ["--data", config.data, "--subject", str(config.subject), "--seed", str(seed)]
         for row in (row for row in rows if not row.lacks):
@@ -246,29 +241,19 @@ def plan(config: Config, rows: Sequence[Row]) -> Plan:
             from_stage1 = ["--stage1", stage1.config.run]
             stage2 = job_of("stage2", [*common, *from_stage1, *row.stage2], config.stage2)
             if stage2.folder in waves[1]:
-                found = f"two rows would be one run, {stage2.folder.parent}"
-                raise ValueError(f"--stage1 '{config.stage1}' --stage2 '{config.stage2}': {found}")
+                clash = f"two rows would be one run, {stage2.folder.parent}"
+                raise ValueError(f"--stage1 '{config.stage1}' --stage2 '{config.stage2}': {clash}")
             options = [*common, "--run", stage2.config.run]
-            scored = job_of("evaluate", options, config.evaluate, stage2)
-            tests.setdefault(row.label, []).append(stage1.folder / train_stage1.LAST)
-            evaluations.setdefault(row.label, []).append(scored.folder / "metrics.json")
-            waves[0].setdefault(stage1.folder, stage1)
-            waves[1][stage2.folder] = stage2
-            waves[2][scored.folder] = scored
+            jobs = [stage1, stage2, job_of("evaluate", options, config.evaluate, stage2)]
+            for wave, job in zip(waves, jobs, strict=True):
+                wave.setdefault(job.folder, job)
+            files.stage1.setdefault(row.label, []).append(stage1.folder / train_stage1.LAST)
+            files.evaluations.setdefault(row.label, []).append(jobs[2].folder / "metrics.json")
             if row is rows[FULL_ROW[config.table]]:
                 control = job_of("evaluate", [*options, "--shuffle"], config.evaluate, stage2)
                 waves[2][control.folder] = control
-                controls.append(control.folder / "metrics.json")
-    return Plan([[*wave.values()] for wave in waves], tests, evaluations, controls)
-
-
-def check_films(config: evaluate.Config) -> None:
-    """Raises FileNotFoundError where the films are not there: before days of training, not after. (The toy
-    world makes its own.)"""
-    films = Path(config.stimuli or raw_folder(config.data, config.subject) / "stimuli")
-    if config.data != "toy" and not films.is_dir():
-        advice = "--evaluate '--stimuli FOLDER'"
-        raise FileNotFoundError(f"{films} is not there, whose films the evaluations need: {advice}")
+                files.controls.append(control.folder / "metrics.json")
+    return Plan([[*wave.values()] for wave in waves], files)
 
 
 def listed(jobs: list[Job], at_once: int) -> str:
@@ -291,110 +276,96 @@ def listed(jobs: list[Job], at_once: int) -> str:
 # ---------------------------------------------------------------- running
 
 
-class Process(NamedTuple):
-    job: Job
-    child: subprocess.Popen
-    log: Path
-    start: float  # seconds, of a clock
+class Process:
+    """A job under way, in a session of its own, which Ctrl-C does not reach."""
 
-    def ended(self) -> str:
-        """The error of a process that has ended, or "" and a line on the terminal."""
+    def __init__(self, job: Job, logs: Path, one_thread: bool):
+        self.job, self.log, self.start = job, logs / f"{job.name}.log", time.monotonic()
+        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
+        logs.mkdir(parents=True, exist_ok=True)
+        print(f"begins: {job.command}", flush=True)
+        command = [sys.executable, str(REPO / job.script.file), *job.options]
+        with open(self.log, "wb") as log:
+            self.child = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+
+    def check(self) -> None:
+        """Of one that has ended: a line on the terminal. Raises ValueError where it failed."""
         status, minutes = self.child.returncode, (time.monotonic() - self.start) / 60
-        if status == 0 and self.job.done() or status == 3 and self.job.script == "evaluate":
-            in_part = f", in part: {self.log} says why" if status else ""
-            print(f"{minutes:7.1f} min: {self.job.name}{in_part}", flush=True)
-            return ""
+        in_part = status == 3 and self.job.is_evaluation
+        if in_part or status == 0 and self.job.finished():
+            remark = f", in part: {self.log} says why" if in_part else ""
+            print(f"{minutes:7.1f} min: {self.job.name}{remark}", flush=True)
+            return
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         message = lines[-1].split("\r")[-1][:300] if lines else "it printed nothing"
         advice = f"all is in {self.log}; what is finished is kept, the same command goes on"
-        return f"{self.job.command} ended with status {status}: {message}; {advice}"
-
-
-def begin(job: Job, logs: Path, one_thread: bool) -> Process:
-    """The job in a session of its own, which Ctrl-C does not reach."""
-    log, environment = logs / f"{job.name}.log", dict(os.environ)
-    if one_thread:
-        environment["OMP_NUM_THREADS"] = "1"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    print(f"begins: {job.command}", flush=True)
-    command = [sys.executable, str(REPO / job.file), *job.options]
-    with open(log, "wb") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
-    return Process(job, child, log, time.monotonic())
+        raise ValueError(f"{self.job.command} ended with status {status}: {message}; {advice}")
 
 
 def run(jobs: list[Job], at_once: int, logs: Path) -> None:
     """Run jobs, some at once. When one fails, or a signal comes, no more begin, and those under way get
     SIGTERM once, and save what they have. Raises ValueError where one fails."""
-    waiting, running, error = [*jobs], [], ""
+    waiting, running = [*jobs], []
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                running.append(begin(waiting.pop(0), logs, at_once > 1))
+                running.append(Process(waiting.pop(0), logs, at_once > 1))
             time.sleep(0.2)
             for process in [process for process in running if process.child.poll() is not None]:
                 running.remove(process)
-                fault = process.ended()
-                if fault and not error:
-                    error, waiting = fault, []
-                    terminate(running)
+                process.check()
     except BaseException:
-        if not error:
-            terminate(running)
+        for process in running:
+            process.child.terminate()
         for process in running:
             process.child.wait()
         raise
-    if error:
-        raise ValueError(error)
-
-
-def terminate(processes: list[Process]) -> None:
-    for process in processes:
-        process.child.terminate()
 
 
 # ---------------------------------------------------------------- the command
 
 
 def main(argv: Sequence[str]) -> None:
-    presets = {data: {} for data in evaluate.PRESETS}
-    config = parse_options(Config, presets, __doc__, "ablations.py", argv)
+    config = parse_options(Config, dict.fromkeys(evaluate.PRESETS, {}), __doc__, "ablations.py", argv)
+    table, data, subject = config.table, config.data, config.subject
     if config.page:
         write_page()
         print(f"written: {PAGE}")
         return
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, config.seeds))}: wanted each once")
-    if config.data == "toy" and not config.dry_run:  # once, before several would at once
+    if data == "toy" and not config.dry_run:  # once, before several would at once
         stage2 = train_stage2.parse(["--data", "toy", *shlex.split(config.stage2)])
         size = (stage2.frames, stage2.height, stage2.width)
-        prepare_toy(decoder=stage2.decoder, size=size, subject=config.subject)
-    rows = rows_of(config.table, config.data, config.subject)
+        prepare_toy(decoder=stage2.decoder, size=size, subject=subject)
+    rows = rows_of(table, data, subject)
     planned = plan(config, rows)
     if config.dry_run:
         print(listed([job for wave in planned.waves for job in wave if not job.finished()], config.jobs))
         return
     scored = planned.waves[2][0].config
-    check_films(scored)
+    films = Path(scored.stimuli or raw_folder(data, subject) / "stimuli")
+    if data != "toy" and not films.is_dir():  # said before days of training, not after
+        advice = "--evaluate '--stimuli FOLDER'"
+        raise FileNotFoundError(f"{films} is not there, whose films the evaluations need: {advice}")
     for wave in planned.waves:
-        logs = run_folder(config.data, config.subject, "full", 0).with_name("ablations")
+        logs = run_folder(data, subject, "full", 0).with_name("ablations")
         run([job for job in wave if not job.finished()], config.jobs, logs)
-    minutes = {}
-    for job in (job for wave in planned.waves for job in wave):
-        value = job.minutes()
-        minutes[job.name] = value and round(value, 2)
+    minutes = {job.name: job.minutes() for wave in planned.waves for job in wave}
     result = {
-        "table": config.table,
-        "data": config.data,
-        "subject": config.subject,
+        "table": table,
+        "data": data,
+        "subject": subject,
         "seeds": config.seeds,
-        "quoted_of": QUOTED_OF[config.table],
+        "quoted_of": QUOTED_OF[table],
         "command": shlex.join(["python", "extras/ablations.py", *argv]),
-        **made_by(REPO),
-        "minutes": minutes,
-        **result_of(rows, planned.stage1, planned.evaluations, planned.controls, asked(scored)),
+        **provenance(REPO),
+        "minutes": {name: value and round(value, 2) for name, value in minutes.items()},
+        **result_of(rows, planned.files, asked(scored)),
     }
-    file = RESULTS / f"table{config.table}-{config.data}-sub{config.subject}.json"
+    file = RESULTS / f"table{table}-{data}-sub{subject}.json"
     write_json(file, result)
     print(f"\n{as_text(result)}\n\nwritten: {file}")
 

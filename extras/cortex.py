@@ -23,10 +23,9 @@ class FlatCortex:
         self.folds = np.clip(hcp.mesh.sulc, -1, 1)  # (vertices,)
         right = hcp.vertex_info.grayr + hcp.vertex_info.num_meshl
         self.vertex = np.concatenate([hcp.vertex_info.grayl, right])  # (CORTEX,) of each grayordinate
-        names = np.array([str(name)[2:] for _, name in sorted(hcp.mmp.labels.items())])
-        self.number = np.zeros(len(points), int)  # (vertices,) of the area; 0: none
-        self.number[self.vertex] = hcp.mmp.map_all[:CORTEX]
-        self.area = names[self.number]  # (vertices,) its name, without the hemisphere
+        self.number = hcp.cortex_data(hcp.mmp.map_all[:CORTEX], fill=0).astype(int)  # (vertices,) of the area
+        names = np.array([hcp.mmp.labels[number][2:] for number in range(len(hcp.mmp.labels))])
+        self.area = names[self.number]  # (vertices,) without the hemisphere
 
     def borders(self, region: np.ndarray) -> np.ndarray:
         """Lines (n, 2, 2) between the vertices whose `region` (vertices,) differs."""
@@ -66,30 +65,29 @@ def draw_cortex(
     from matplotlib.collections import LineCollection
 
     cortex = flat_cortex()
-    x, y = cortex.position.T
-    grey = ax.tripcolor(x, y, cortex.triangles, cortex.folds, shading="gouraud", rasterized=True)
+    grey = ax.tripcolor(
+        *cortex.position.T, cortex.triangles, cortex.folds, shading="gouraud", rasterized=True
+    )
     grey.set(cmap="Greys", clim=(-3, 9))
     place = flat_positions(index)
     order = np.argsort(abs(values), kind="stable")
     order = order[np.isfinite(place[order]).all(1)]
-    x, y = place[order].T
-    dots = ax.scatter(x, y, c=values[order], zorder=3, rasterized=True)
+    dots = ax.scatter(*place[order].T, c=values[order], zorder=3, rasterized=True)
     dots.set(cmap=colours, clim=limits, sizes=[np.clip(40_000 / len(values), 3, 14)])
     dots.set(edgecolors="0.4", linewidths=0.2 if len(values) < 3000 else 0)
     view = place[order] if len(order) else cortex.position
     (left, low), (right, high) = view.min(0) - 25, view.max(0) + 25
-    ax.set(xlim=(left, right), ylim=(low, high))
+    ax.set(xlim=(left, right), ylim=(low, high), aspect="equal")
+    ax.axis("off")
     borders = LineCollection(cortex.borders(cortex.number), colors="0.45", linewidths=0.4, alpha=0.7)
     ax.add_collection(borders)
-    for (name, areas), colour in zip((groups or {}).items(), OUTLINES, strict=False):
+    if not groups:
+        _name_areas(ax, cortex)
+        return dots
+    for (name, areas), colour in zip(groups.items(), OUTLINES, strict=False):
         lines = cortex.borders(np.isin(cortex.area, areas))
         ax.add_collection(LineCollection(lines, colors=colour, linewidths=1.8, zorder=4, label=name))
-    if groups:
-        ax.legend(loc="lower left", fontsize=8, frameon=False)
-    else:
-        _name_areas(ax, cortex)
-    ax.set_aspect("equal")
-    ax.axis("off")
+    ax.legend(loc="lower left", fontsize=8, frameon=False)
     return dots
 
 

@@ -16,7 +16,6 @@ training, half of them others, as evaluate.py tells them apart.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +45,7 @@ GROUPS = {
     "other areas": [],
 }
 LEAST = 5  # voxels that an area needs for a bar
+ROWS = {"compare": 6, "memories": 4}  # clips of a picture
 BARS = ("#b9c0c9", "#33608c", "#c46a2b", "#4d8a57")  # colours of the runs
 
 # ---------------------------------------------------------------- Fig. 3, 4, 6
@@ -69,29 +69,22 @@ def compare(runs: dict[str, Path], clips: dict[int, str], out: Path) -> None:
 # ---------------------------------------------------------------- Fig. 5
 
 
-class Weights(NamedTuple):
-    """Of each of a run's N voxels."""
-
-    norm: np.ndarray  # (N,) of its weights in the first regression layer
-    index: np.ndarray  # (N,) its grayordinate
-    area: np.ndarray  # (N,) text, without the hemisphere
-
-
-def voxel_weights(folder: Path) -> Weights:
-    """Of stage 1, which Fig. 5 is about. Raises ValueError where the recordings do not say where their voxels
-    lie, or are not those the run was trained on."""
+def voxel_weights(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a run's N voxels: the norm of their weights in the first regression layer of stage 1, their
+    grayordinates, their areas without the hemisphere. Raises ValueError where the recordings do not say where
+    their voxels lie, or are not those the run was trained on."""
     run = Run(folder, "stage1")
     with reading(folder, advice="python train_stage1.py makes it"):
         model = load_model(BrainModel, run.stage / "brain_model")
-    weight = model.regression.contract.weight  # (L r, N)
+    norm = model.regression.contract.weight.detach().norm(dim=0).numpy()  # of (L r, N)
     clips = run.test_clips()
     if (np.asarray(clips.roi) == "unknown").all():
         advice = "prepare the CIFTI files (python data.py --help)"
         raise ValueError(f"{folder}: its recordings do not say where their voxels lie: {advice}")
-    if weight.shape[1] != len(clips.index):
-        voxels = f"{weight.shape[1]} voxels, its prepared data {len(clips.index)}"
+    if len(norm) != len(clips.index):
+        voxels = f"{len(norm)} voxels, its prepared data {len(clips.index)}"
         raise ValueError(f"{folder} has {voxels}: train it anew on this data")
-    return Weights(weight.detach().norm(dim=0).numpy(), clips.index, without_side(clips.roi))
+    return norm, clips.index, without_side(clips.roi)
 
 
 def drives_of(data: str) -> dict[str, str]:
@@ -108,44 +101,40 @@ class Area(NamedTuple):
     name: str
     group: str
     voxels: int
-    mean: list[float]  # a run; NaN where it has no voxel there
-    deviation: list[float]
+    weights: np.ndarray  # (runs, 2) mean and deviation; NaN where a run has no voxel there
 
 
 def by_area(values: list[np.ndarray], areas: list[np.ndarray]) -> list[Area]:
     """Every area of at least 5 voxels, group after group, in each the greatest first. values and areas: of
     each run's voxels."""
-    rows = []
+    rows, groups = [], [*GROUPS]
     for name in np.unique(np.concatenate(areas)).tolist():
-        of_runs = [value[area == name] for value, area in zip(values, areas, strict=True)]
-        voxels = max(map(len, of_runs))
+        members = [value[area == name] for value, area in zip(values, areas, strict=True)]
+        voxels = max(map(len, members))
         if voxels >= LEAST:
-            group = next((group for group in GROUPS if name in GROUPS[group]), "other areas")
-            mean = [float(x.mean()) if len(x) else np.nan for x in of_runs]
-            deviation = [float(x.std()) if len(x) else np.nan for x in of_runs]
-            rows.append(Area(name, group, voxels, mean, deviation))
-    order = [*GROUPS]
-    return sorted(rows, key=lambda row: (order.index(row.group), -np.nanmax(row.mean)))
+            group = next((group for group in groups if name in GROUPS[group]), "other areas")
+            moments = [(x.mean(), x.std()) if len(x) else (np.nan, np.nan) for x in members]
+            rows.append(Area(name, group, voxels, np.array(moments)))
+    return sorted(rows, key=lambda row: (groups.index(row.group), -np.nanmax(row.weights[:, 0])))
 
 
 def weights(runs: dict[str, Path], out: Path) -> None:
     """A row a run, {title: folder}: the cortex; beside them a bar an area and run. Prints the areas' means.
     Norms are scaled to [0, 1] over all the runs together, so that they can be compared; the colours span 0.25
     to 0.75, as in the paper."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
-    of_runs = [voxel_weights(run) for run in runs.values()]
-    norms = np.concatenate([run.norm for run in of_runs])
-    low, high = norms.min(), norms.max()
-    values = [(run.norm - low) / (high - low) for run in of_runs]
-    areas = by_area(values, [run.area for run in of_runs])
+    norms, indices, roi = zip(*map(voxel_weights, runs.values()), strict=True)
+    low, high = min(map(np.min, norms)), max(map(np.max, norms))
+    values = [(norm - low) / (high - low) for norm in norms]
+    areas = by_area(values, roi)
     drives = drives_of(Run(next(iter(runs.values())), "stage1").data)
     height = max(4.6 * len(runs), 0.21 * len(areas) + 1.6)
-    figure = plt.figure(figsize=(13, height), layout="constrained")
+    figure = Figure(figsize=(13, height), layout="constrained")
     grid = figure.add_gridspec(len(runs), 2)
     for i, title in enumerate(runs):
         ax = figure.add_subplot(grid[i, 0])
-        dots = draw_cortex(ax, of_runs[i].index, values[i], "inferno", (0.25, 0.75), OUTLINED)
+        dots = draw_cortex(ax, indices[i], values[i], "inferno", (0.25, 0.75), OUTLINED)
         ax.set_title(f"{title} (left, right hemisphere)")
         figure.colorbar(dots, ax=ax, shrink=0.6, extend="both", label="weight")
     draw_areas(figure.add_subplot(grid[:, 1]), areas, [*runs], drives)
@@ -159,17 +148,17 @@ def draw_areas(ax, areas: list[Area], titles: list[str], drives: dict[str, str])
     groups = list(dict.fromkeys(area.group for area in areas))
     y = np.array([i + 1.3 * groups.index(area.group) for i, area in enumerate(areas)])
     for k, title in enumerate(titles):
-        mean, deviation = np.array([(area.mean[k], area.deviation[k]) for area in areas]).T
+        mean, deviation = np.array([area.weights[k] for area in areas]).T
         place = y + (k + 0.5) * height - 0.4
         ax.barh(place, mean, height, label=title, color=BARS[k % len(BARS)])
         ax.errorbar(mean, place, xerr=deviation, fmt="none", ecolor="#777777", lw=0.7)
-    beside = ax.get_yaxis_transform()
+    margin = ax.get_yaxis_transform()
     for i, area in enumerate(areas):
-        if area.group not in [earlier.group for earlier in areas[:i]]:
+        if i == 0 or area.group != areas[i - 1].group:
             ax.text(0, y[i] - 0.55, area.group, fontsize=8, weight="bold", va="bottom")
-        ax.text(1.01, y[i], drives.get(area.name, ""), fontsize=7, va="center", transform=beside)
+        ax.text(1.01, y[i], drives.get(area.name, ""), fontsize=7, va="center", transform=margin)
     if drives:
-        ax.text(1.01, y[0] - 1.1, "driven by", fontsize=7, style="italic", transform=beside)
+        ax.text(1.01, y[0] - 1.1, "driven by", fontsize=7, style="italic", transform=margin)
     ax.set_yticks(y, [f"{area.name.replace('_', ' ')} ({area.voxels})" for area in areas], fontsize=7)
     ax.set(xlabel="weight, mean ± deviation over the voxels (their number in brackets)", xlim=(0, 1))
     ax.set_ylim(y[-1] + 0.8, y[0] - 1.8)
@@ -180,10 +169,10 @@ def draw_areas(ax, areas: list[Area], titles: list[str], drives: dict[str, str])
 def table(areas: list[Area], titles: list[str], drives: dict[str, str]) -> str:
     """The areas' means as text, a line an area."""
     widths = [max(len(title) + 2, 10) for title in titles]
-    head = "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))
+    head = "".join(map(str.rjust, titles, widths))
     lines = [f"{'mean weight, scaled to [0, 1]':<42}{'voxels':>8}{head}"]
     for area in areas:
-        means = "".join(f"{mean:>{width}.3f}" for mean, width in zip(area.mean, widths, strict=True))
+        means = "".join(f"{mean:>{width}.3f}" for (mean, _), width in zip(area.weights, widths, strict=True))
         drive = f"  {drives[area.name]}" if area.name in drives else ""
         lines.append(f"{area.group + ', ' + area.name:<42}{area.voxels:>8}{means}{drive}")
     return "\n".join(lines)
@@ -194,35 +183,31 @@ def table(areas: list[Area], titles: list[str], drives: dict[str, str]) -> str:
 
 def clip_numbers(text: str) -> list[int]:
     """ "3,15,40" -> the numbers, for argparse."""
-    words = text.split(",")
-    if not all(word.strip().isdecimal() for word in words):
-        raise argparse.ArgumentTypeError(f"{text[:60]!r}, wanted numbers of test clips, with commas between")
-    return [int(word) for word in words]
+    return [within(int, least=0)(word) for word in text.split(",")]
 
 
 def file_name(text: str) -> Path:
     """The name of a file that can be written, for argparse."""
-    suffixes = (".png", ".pdf", ".html")
-    if Path(text).suffix.lower() not in suffixes or Path(text).is_dir():
-        names = " or ".join(suffixes)
-        raise argparse.ArgumentTypeError(f"{text[:60]!r}, wanted the name of a file, {names}")
+    if Path(text).suffix.lower() not in (".png", ".pdf", ".html") or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}, wanted the name of a file, .png or .pdf or .html")
     return Path(text)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser("figures.py", description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser.set_defaults(table=None, html=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    tables = {"compare": (4, 5, 6), "weights": (4,)}
-    for name in ("compare", "weights", "memories"):
+    tables = {"compare": (4, 5, 6), "weights": (4,), "memories": ()}
+    for name, numbers in tables.items():
         add = commands.add_parser(name, allow_abbrev=False).add_argument
         folder = "runs/<data>/sub<K>/<NAME>-s<seed>"
-        add("runs", nargs="*" if name in tables else 1, type=Path, metavar="RUN", help=folder)
+        add("runs", nargs="*" if numbers else 1, type=Path, metavar="RUN", help=folder)
         text = "the file, png or pdf [default: COMMAND.png in the first run's folder]"
         add("--out", type=file_name, help=text)
-        if name in tables:
+        if numbers:
             text = "in place of RUN: those of Table 4, of which `weights` takes the first and the last"
-            add("--table", type=int, choices=tables[name], help=text)
+            add("--table", type=int, choices=numbers, help=text)
             add("--data", choices=[*SECONDS], default="toy", help="with --table")
             add("--subject", type=within(int, least=1), default=1, help="with --table")
             add("--seed", type=within(int, least=0), default=0, help="with --table")
@@ -234,12 +219,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if name != "weights":
             text = "numbers of test clips, with commas between [default: spread over the test set]"
             add("--clips", type=clip_numbers, help=text)
-            text = "so many clips, without --clips [default: 6]"
+            text = f"so many clips, without --clips [default: {ROWS[name]}]"
             add("--rows", type=within(int, least=1, most=100), help=text)
     args = parser.parse_args(argv)
-    if args.command in tables and bool(args.runs) == bool(args.table):
+    if tables[args.command] and bool(args.runs) == bool(args.table):
         parser.error(f"{args.command}: wanted RUN ..., or --table")
-    if args.out and (args.out.suffix.lower() == ".html") != getattr(args, "html", False):
+    if args.out and (args.out.suffix.lower() == ".html") != args.html:
         parser.error(f"--out {args.out}: an .html goes with --html, and no other")
     return args
 
@@ -253,30 +238,28 @@ def runs_of(args: argparse.Namespace) -> dict[str, Path]:
     config = ablations.Config(table=args.table, data=args.data, subject=args.subject, seeds=[args.seed])
     plan = ablations.plan(config, ablations.rows_of(config.table, config.data, config.subject))
     if args.command == "compare":
-        return {label: files[0].parents[1] for label, files in plan.evaluations.items()}
+        return {label: files[0].parents[1] for label, files in plan.files.evaluations.items()}
     first, *_, last = [job.folder.parent for job in plan.waves[0]]
     return {"without L_cls, L_action": first, "with": last}
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    os.environ.setdefault("MPLBACKEND", "Agg")  # no window is opened
-    if args.command == "memories":
-        (run,) = args.runs
-        out = args.out or run / ("memories.html" if args.html else "memories.png")
-        clips = choose_clips(run, args.clips, args.rows or (12 if args.html else 4))
-        remembered = memories.Remembered(run, clips, args.stimuli)
-        draw = memories.page if args.html else memories.picture
-        draw(remembered, out)
+    runs = runs_of(args)
+    first = next(iter(runs.values()))
+    out = first / f"{args.command}.{'html' if args.html else 'png'}"
+    if args.table:
+        out = first.parent / f"table{args.table}-s{args.seed}-{args.command}.png"
+    out = args.out or out
+    if args.command == "weights":
+        weights(runs, out)
     else:
-        runs = runs_of(args)
-        first = next(iter(runs.values()))
-        of_table = f"table{args.table}-s{args.seed}-{args.command}.png"
-        out = args.out or (first.parent / of_table if args.table else first / f"{args.command}.png")
+        clips = choose_clips(first, args.clips, args.rows or (12 if args.html else ROWS[args.command]))
         if args.command == "compare":
-            compare(runs, choose_clips(first, args.clips, args.rows or 6), out)
+            compare(runs, clips, out)
         else:
-            weights(runs, out)
+            draw = memories.page if args.html else memories.picture
+            draw(memories.Remembered(first, clips, args.stimuli), out)
     print(f"written: {out}")
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
@@ -55,23 +54,18 @@ def write_videos(config: Config, clips: list[dict], folder: Path, batch: int = 1
     films, size = raw_folder("toy", config.subject) / "stimuli", VIDEO["toy"]  # frames, height, width
     pipe, L, dit = load_pipeline(config.decoder, transformer=True, vae=True, text_encoder=True)
     decoder = VideoDecoder(pipe, L, dit, lora_rank=0)
-
-    def encoded(captions: list[str]) -> Tensor:  # (B, L, D_txt)
-        tokens, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=L)
-        return tokens.float()
-
-    (empty,) = encoded([""])
     guidance_of = {f"guidance {config.guidance:g}": config.guidance, "no guidance": 1.0}
     for first in tqdm(range(0, len(clips), batch), desc="videos", unit="batch"):
-        captions, real = [], []
-        for clip in clips[first : first + batch]:
-            captions.append(clip["caption"])
-            real.append(video_frames(read_clip(films / clip["video"], clip["start_s"]), *size))
+        lines = clips[first : first + batch]
+        prompts = ["", *(clip["caption"] for clip in lines)]
+        tokens, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=L)
+        empty, *captions = tokens.float()  # (L, D_txt) each
+        real = [video_frames(read_clip(films / clip["video"], clip["start_s"]), *size) for clip in lines]
         videos = {"stimulus": torch.from_numpy(np.stack(real))}  # (B, F, H, W, 3)
         videos["VAE"] = decoder.decode_latents(decoder.encode_latents(videos["stimulus"]))
         for name, guidance in guidance_of.items():
-            noise = [noise_generator(0, first + i) for i in range(len(captions))]
-            frames = decoder.generate(encoded(captions), empty, size, noise, config.steps, guidance)
+            noise = [noise_generator(0, first + i) for i in range(len(lines))]
+            frames = decoder.generate(torch.stack(captions), empty, size, noise, config.steps, guidance)
             videos[f"own caption, {name}"] = frames
         for name, frames in videos.items():
             for i, video in enumerate(frames.numpy(), first):

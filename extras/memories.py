@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from brain_model import BrainModel
 from extras.runs import Run, caption_of, frames_of, save_figure, video_file
 from heads import Stage1Heads
-from mixture_of_memories import Integration, MixtureOfMemories
+from mixture_of_memories import MixtureOfMemories
 from prepare.facts import SECONDS, raw_folder
 from support.files import written_whole
 from support.pictures import strip
@@ -38,18 +38,18 @@ class Scores(NamedTuple):
     attention: np.ndarray | None  # (K, 2), of image and action; None without MoM
 
 
-def attention(integration: Integration, f_e: Tensor, e_mem: Tensor, log_w: Tensor) -> Tensor:
+def attention(mom: MixtureOfMemories, f_e: Tensor, e: Tensor, S: Tensor) -> Tensor:
     """How much each memory counts in Eq. 6: the softmax over the K memories, mean over heads and tokens.
 
-    f_e (B, L, D'), e_mem (B, K, 3, D), log_w (B, K) as `Integration.forward` takes them -> (B, K, 2), of
-    image and action; its columns sum to 1."""
-    heads = integration.heads
-    Q = integration.W_Q(f_e).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, L, d)
+    f_e (L, D'), e (K, 3, D) and S (K,) of a clip -> (K, 2), of image and action; its columns sum to 1."""
+    integration, e_mem = mom.integration, e.shape[-1] ** 0.5 * e
+    log_w = (S / mom.tau).log_softmax(-1)  # (K,)
+    Q = integration.W_Q(f_e).unflatten(-1, (integration.heads, -1)).transpose(0, 1)  # (heads, L, d)
     weights = []
     for m, cross_attention in enumerate((integration.img, integration.act), 1):
-        keys = cross_attention.W_K(e_mem[:, :, m]).unflatten(-1, (heads, -1)).transpose(1, 2)
-        logits = Q @ keys.mT / Q.shape[-1] ** 0.5 + log_w[:, None, None]  # (B, heads, L, K)
-        weights.append(logits.softmax(-1).mean((1, 2)))  # (B, K)
+        keys = cross_attention.W_K(e_mem[:, m]).unflatten(-1, (integration.heads, -1)).transpose(0, 1)
+        logits = Q @ keys.mT / Q.shape[-1] ** 0.5 + log_w  # (heads, L, K)
+        weights.append(logits.softmax(-1).mean((0, 1)))  # (K,)
     return torch.stack(weights, -1)
 
 
@@ -65,59 +65,34 @@ class Remembered:
         self.groups = groups
         self.films = films or raw_folder(run.data, run.subject) / "stimuli"
         self.size = (run.settings["frames"], run.settings["height"], run.settings["width"])
-        test, clips = run.test_clips(), [*groups]
+        test, clips, mom = run.test_clips(), [*groups], None
         self.lines = {clip: test.lines[clip] for clip in clips}
-        with reading(run.stage, advice="python train_stage2.py makes it"):
+        file = run.folder / "eval" / "retrieved.jsonl"
+        advice = "python train_stage2.py makes it"
+        with reading(run.stage, advice=advice):
             brain_model = load_model(BrainModel, run.stage / "brain_model").eval()
-            D = brain_model.to_f_c.out_features
-            e, _, _, self.memories = read_memories(run.stage, D)  # (N, 3, D)
+            e, _, _, self.memories = read_memories(run.stage, brain_model.to_f_c.out_features)  # (N, 3, D)
+        rows = read_retrieved(file, clips, len(e))
+        with reading(run.stage, advice=advice):
             heads = load_model(Stage1Heads, run.stage / "heads").eval()
-            self.mom = None
             if run.settings.get("mom", True):
-                self.mom = load_model(MixtureOfMemories, run.stage / "mixture_of_memories").eval()
-        self.file = run.folder / "eval" / "retrieved.jsonl"
-        rows = self._read_retrieved(clips)
-        self.scores: dict[int, Scores] = {}
+                mom = load_model(MixtureOfMemories, run.stage / "mixture_of_memories").eval()
         with torch.inference_mode():
             f_c, f_e = brain_model(test.averaged()[clips])  # (B, D), (B, L, D')
             q = normalize(heads.queries(f_c), dim=-1)  # (B, 3, D)
-            for clip, query, tokens in zip(clips, q, f_e, strict=True):
-                self.scores[clip] = self._compare(rows[clip], query, tokens, e)
-
-    def _read_retrieved(self, clips: list[int]) -> dict[int, dict]:
-        """Of each clip the line that evaluate.py wrote."""
-        advice = "python evaluate.py makes it, on a run with memories (not --no-integration)"
-        with reading(self.file, advice=advice):
-            keys = {"clip": int, "retrieved": list, "W_r": list}
-            rows = {row["clip"]: row for row in read_json_lines(self.file, keys)}
-        missing = sorted(set(clips) - rows.keys())
-        if missing:
-            raise ValueError(f"{self.file} has no line of the clips {missing}: python evaluate.py, once more")
-        N = len(self.memories)
-        for clip in clips:
-            retrieved, W_r = rows[clip]["retrieved"], rows[clip]["W_r"]
-            known = retrieved and all(type(i) is int and 0 <= i < N for i in retrieved)
-            weights = len(W_r) == 3 and all(type(w) in (int, float) and 0 <= w <= 1 for w in W_r)
-            if not known or not weights:
-                expected = f"indices of {N} memories, and three weights"
-                advice = "delete it; python evaluate.py"
-                raise damaged(self.file, f"clip {clip}: {retrieved} {W_r}", expected, advice)
-        return rows
-
-    def _compare(self, row: dict, query: Tensor, tokens: Tensor, e: Tensor) -> Scores:
-        """row: of retrieved.jsonl; query (3, D), tokens (L, D') of the clip; e (N, 3, D)."""
-        retrieved, W_r = row["retrieved"], np.array(row["W_r"], float)
-        cosines = (e[retrieved] * query).sum(-1).numpy()  # (K, 3)
-        S = cosines @ W_r  # (K,)  Eq. 5
-        if (np.diff(S) > 0.01).any():
-            reason = f"the scores of clip {row['clip']} do not fall, so other weights retrieved them"
-            raise ValueError(f"{self.file}: {reason}: python evaluate.py, anew")
-        if self.mom is None:
-            return Scores(retrieved, W_r, cosines, None)
-        e_mem = e[retrieved][None] * e.shape[-1] ** 0.5  # (1, K, 3, D) of unit RMS
-        log_w = (torch.from_numpy(S).float() / self.mom.tau).log_softmax(-1)  # (K,)
-        weights = attention(self.mom.integration, tokens[None], e_mem, log_w[None])
-        return Scores(retrieved, W_r, cosines, weights[0].numpy())
+        self.scores: dict[int, Scores] = {}
+        for clip, query, tokens in zip(clips, q, f_e, strict=True):
+            retrieved, W_r = rows[clip]["retrieved"], np.array(rows[clip]["W_r"], float)
+            cosines = (e[retrieved] * query).sum(-1).numpy()  # (K, 3)
+            S = cosines @ W_r  # (K,)  Eq. 5
+            if (np.diff(S) > 0.01).any():
+                reason = f"the scores of clip {clip} do not fall, so other weights retrieved them"
+                raise ValueError(f"{file}: {reason}: python evaluate.py, anew")
+            weights = None
+            if mom is not None:
+                with torch.inference_mode():
+                    weights = attention(mom, tokens, e[retrieved], torch.from_numpy(S).float()).numpy()
+            self.scores[clip] = Scores(retrieved, W_r, cosines, weights)
 
     def film(self, i: int) -> np.ndarray:
         """The video of memory i, uint8 (F, H, W, 3)."""
@@ -127,29 +102,45 @@ class Remembered:
         return video_frames(clip, *self.size)
 
 
+def read_retrieved(file: Path, clips: list[int], N: int) -> dict[int, dict]:
+    """Of each clip the line that evaluate.py wrote: indices of the N memories, W_r."""
+    advice = "python evaluate.py makes it, on a run with memories (not --no-integration)"
+    with reading(file, advice=advice):
+        rows = read_json_lines(file, {"clip": int, "retrieved": list, "W_r": list})
+    rows = {row["clip"]: row for row in rows}
+    if missing := sorted(set(clips) - rows.keys()):
+        raise ValueError(f"{file} has no line of the clips {missing}: python evaluate.py, once more")
+    for clip in clips:
+        retrieved, W_r = rows[clip]["retrieved"], rows[clip]["W_r"]
+        known = retrieved and all(type(i) is int and 0 <= i < N for i in retrieved)
+        if not known or len(W_r) != 3 or not all(type(w) in (int, float) and 0 <= w <= 1 for w in W_r):
+            expected = f"indices of {N} memories, and three weights"
+            raise damaged(file, f"clip {clip}: {retrieved} {W_r}", expected, "delete it; python evaluate.py")
+    return rows
+
+
 # ---------------------------------------------------------------- the picture
 
 
 def picture(remembered: Remembered, out: Path) -> None:
     """A row a clip: the stimulus, the first PICTURED of its K memories, each with its score and what each
     modality adds to it, the reconstruction, and the attention of Eq. 6 over all K."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     run, n = remembered.run.folder, len(remembered.scores)
     K = min(PICTURED, max(len(scores.retrieved) for scores in remembered.scores.values()))
-    figure = plt.figure(figsize=(2.6 * (K + 2), 2.5 * n), layout="constrained")
+    figure = Figure(figsize=(2.6 * (K + 2), 2.5 * n), layout="constrained")
     axes = figure.subplots(2 * n, K + 2, squeeze=False, height_ratios=(3.2, 1) * n)
-    for row, (clip, scores) in enumerate(remembered.scores.items()):
-        above, below = axes[2 * row : 2 * row + 2]
+    for above, below, (clip, scores) in zip(axes[::2], axes[1::2], remembered.scores.items(), strict=True):
         caption = caption_of(remembered.lines[clip], remembered.groups[clip])
         draw_video(above[0], frames_of(run, "gt", clip), caption)
         draw_video(above[-1], frames_of(run, "recon", clip), "")
         draw_router(below[0], scores.W_r)
         draw_attention(below[-1], scores.attention)
-        for k, i in enumerate(scores.retrieved[:K]):
-            draw_video(above[k + 1], remembered.film(i), remembered.memories[i]["caption"])
-            draw_score(below[k + 1], scores.W_r * scores.cosines[k])
+        for k, i in enumerate(scores.retrieved[:K], 1):
+            draw_video(above[k], remembered.film(i), remembered.memories[i]["caption"])
+            draw_score(below[k], scores.W_r * scores.cosines[k - 1])
     for ax in axes.flat:
         if not ax.has_data():
             ax.axis("off")
@@ -166,21 +157,18 @@ def draw_video(ax, video: np.ndarray, caption: str) -> None:
     moments = strip(video)
     ax.imshow(moments, interpolation="nearest" if len(moments) < 128 else "antialiased")
     ax.set(xticks=[], yticks=[])
-    lines = textwrap.wrap(caption, 36, max_lines=3, placeholder=" ...")
-    ax.set_xlabel("\n".join(lines), fontsize=8, color="#444444")
+    text = "\n".join(textwrap.wrap(caption, 36, max_lines=3, placeholder=" ..."))
+    ax.set_xlabel(text, fontsize=8, color="#444444")
     ax.spines[:].set_visible(False)
 
 
 def draw_score(ax, parts: np.ndarray) -> None:
     """A memory's score S as a bar of three parts, weight x cosine (3,); a negative one is drawn back over the
     others."""
-    start = 0.0
-    for value, colour in zip(parts, COLOURS.values(), strict=True):
-        ax.barh(0, value, left=start, color=colour)
-        start += max(0, value)
+    starts = np.cumsum([0, *np.maximum(parts, 0)])[:3]
+    ax.barh([0] * 3, parts, left=starts, color=[*COLOURS.values()])
     ax.set(xlim=(0, 1), ylim=(-1, 1), yticks=[], xticks=[])
-    text = ax.text(0.99, 0.97, f"S = {parts.sum():.3f}", fontsize=8, transform=ax.transAxes)
-    text.set(ha="right", va="top")
+    ax.text(0.99, 0.97, f"S = {parts.sum():.3f}", fontsize=8, transform=ax.transAxes, ha="right", va="top")
 
 
 def draw_router(ax, W_r: np.ndarray) -> None:
@@ -192,7 +180,6 @@ def draw_router(ax, W_r: np.ndarray) -> None:
 def draw_attention(ax, attention: np.ndarray | None) -> None:
     """Eq. 6's attention (K, 2) over the memories, the best score first; nothing without MoM."""
     if attention is None:
-        ax.axis("off")
         return
     rank = np.arange(1, len(attention) + 1)
     for m, weights in zip(("img", "act"), attention.T, strict=True):

