@@ -1,6 +1,7 @@
 """extras/plan.py: counts against truth at small size, the paper's size within 3 %, what is printed."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def numbers(text: str, *units: str) -> list[float]:
         ("", 34.2, 687.9),
         slow("--no-checkpointing", 140.0, 561.5),
         slow("--micro_batch 8", 21.8, 873.9),  # the 24 GB card
-        ("--micro_batch 8 --no-checkpointing --optimizer adamw8bit", 20.8, 747.4),
+        slow("--micro_batch 8 --no-checkpointing --optimizer adamw8bit", 20.8, 747.4),
     ],
 )
 def test_stage_1_at_the_papers_size(options, peak, flop, tmp_path, monkeypatch, capsys):
@@ -75,7 +76,7 @@ def test_stage_1_at_the_papers_size(options, peak, flop, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--data cc2017 --card H100", [27.3, 16_720, 31.7, 16.1]),
+        slow("--data cc2017 --card H100", [27.3, 16_720, 31.7, 16.1]),
         slow("--data cc2017 --optimizer adamw8bit --card 4090", [20.5, 16_720, 190, 16.1]),
         slow("--data cc2017 --card H100 --processes 8", [26.6, 2090, 4.0, 16.1]),
         slow("--data cinebrain --card H100", [26.4, 6329, 13.4, 8.4]),
@@ -87,6 +88,23 @@ def test_stage_2_at_the_papers_size(options, expected, tmp_path, monkeypatch, ca
     text = printed(capsys, "stage2", *options.split())
     assert numbers(text, "GiB", "TFLOP", "hours", "GB of latents") == pytest.approx(expected, rel=0.03)
     assert "counted, not measured" in text and not list(tmp_path.iterdir())
+
+
+def test_stage_2_at_the_papers_width_takes_as_much_a_layer(monkeypatch):
+    """Of its 30 layers two are counted: all others cost what the second does."""
+    counts = []
+    for layers in (1, 2):
+        monkeypatch.setitem(plan.WAN_1_3B["transformer"], "num_layers", layers)
+        config = train_stage2.parse(["--data", "cc2017"])
+        brain, sizes = plan.stage1_of(config)
+        model = plan.fake_model(settings_of(config), brain | {"layers": layers}, sizes, 4320)
+        counts.append(plan.count_stage2(model, config, sizes))
+    one, two = counts  # 30 layers of both, where the Brain Model has 24
+    block = 4 * (12 * 2048**2 + 13 * 2048)  # bytes of a block of the Brain Model
+    flop, peak = one.flop + 29 * (two.flop - one.flop), one.peak + 29 * (two.peak - one.peak)
+    assert flop / plan.TERA == pytest.approx(16_768, rel=0.005)
+    assert peak / plan.GIB == pytest.approx(27.3 + 6 * 4 * block / plan.GIB, rel=0.02)
+    assert two.trained - one.trained == pytest.approx(block, rel=0.01)  # and LoRA
 
 
 @pytest.mark.slow
@@ -159,6 +177,7 @@ def stage2(root, family: str, *options: str):
     return config, plan.fake_model(settings_of(config), BRAIN, SIZES, 48)
 
 
+@cache
 def count_stage2(root, *options: str, processes: int = 1) -> Count:
     config, model = stage2(root, "wan", *options)
     return plan.count_stage2(model, config, SIZES, processes)
@@ -189,12 +208,12 @@ def test_a_process_has_its_share_of_the_batch_and_recomputes_what_it_is_told(tin
     assert half.flop == pytest.approx(whole.flop / 2, rel=0.01) and half.peak < whole.peak
     kept = count_stage2(tiny, "--no-checkpointing", "--micro_batch", "4")
     again = count_stage2(tiny, "--micro_batch", "4")
-    assert kept.flop < 0.95 * again.flop and kept.peak > 1.05 * again.peak
+    assert kept.flop < 0.95 * again.flop and kept.peak > 1.01 * again.peak
     config = train_stage1.parse(["--data", "cc2017", *SMALL])
     assert plan.count_stage1(config, SIZES, 3) == stage1(*SMALL, "--batch_size", 6, sizes=SIZES)
 
 
-@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+@pytest.mark.parametrize("family", ["wan", slow("cogvideox")])
 def test_of_equal_parts_one_is_counted(family, tiny, monkeypatch):
     """As much as if each ran; and a DiT of a local folder."""
     config, model = stage2(tiny, family, "--micro_batch", "2")
@@ -224,9 +243,7 @@ def test_an_evaluation_takes_what_reconstructing_takes(family, guidance, tiny):
 
 @pytest.mark.parametrize("switch", ["--no-mom", "--no-integration"])
 def test_ablations_are_planned(switch, tiny):
-    config, model = stage2(tiny, "wan", switch)
-    full_config, full = stage2(tiny, "wan")
-    need, of_full = plan.count_stage2(model, config, SIZES), plan.count_stage2(full, full_config, SIZES)
+    need, of_full = count_stage2(tiny, switch), count_stage2(tiny)
     assert need.trained < of_full.trained and need.flop < of_full.flop
 
 

@@ -20,16 +20,7 @@ from transformers import UMT5EncoderModel, VideoMAEForVideoClassification, ViTFo
 from prepare.viclip import ViCLIP
 from support.readers import read_json
 from support.videos import read_clips
-from toy import (
-    fit,
-    pretrain,
-    pretrain_classifiers,
-    pretrain_dino,
-    pretrain_wan,
-    release,
-    subject,
-    world,
-)
+from toy import fit, pretrain, pretrain_classifiers, pretrain_dino, pretrain_wan, release, subject, world
 from toy.world import ACTIONS, BACKGROUNDS, COLOURS, SHAPES, Clip
 
 TOY = REPO / "toy"
@@ -327,6 +318,19 @@ def test_noise_is_autoregressive_shared_in_part_and_drifts_slowly():
     assert not np.array_equal(next(subject.recordings(zeros, 1, [1, 0, 1])), again)
 
 
+def test_the_world_of_this_version_is_the_one_that_was_made_before():
+    """Who draws otherwise raises VERSION, so that prepared data and runs of the older world are refused."""
+    assert subject.VERSION == 2
+    train, test = world.film("train", 0), world.film("test", 0)
+    assert sum(clip.x for clip in train) == pytest.approx(64009.084555, abs=1e-6)
+    assert sum(clip.size for clip in test) == pytest.approx(5203.594374, abs=1e-6)
+    assert world.render(train[0]).mean() == pytest.approx(133.198525, abs=1e-3)
+    response = subject.responses(train[:200], np.load(subject.VOXELS)["roi"], 0)
+    assert np.allclose(response[7, [0, 400, 800, 1200]], [-1.565, -0.548, -1.0537, -1.1133], atol=1e-3)
+    volumes = next(subject.recordings(response[:50], 1, [0, False, 0]))
+    assert np.allclose(volumes[10, ::400], [9581.95, 10183.54, 9865.52, 10026.31, 10104.93], atol=0.1)
+
+
 # ---------------------------------------------------------------- release
 
 
@@ -474,6 +478,16 @@ def test_a_step_moves_the_weights_by_the_clipped_gradient_of_all_optimisers(caps
         ("50", "24.500"),
         ("60", "54.500"),
     ]
+
+
+def test_several_processes_share_their_gradients_and_the_first_one_reports(monkeypatch, capsys):
+    p = nn.Parameter(torch.zeros(2))
+    monkeypatch.setattr(fit.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(fit.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(fit, "average", lambda gradients: [g.mul_(-1) for g in gradients])
+    schedule = fit.flat_then_cosine(torch.optim.SGD([p], 50.0), 2, 1)
+    fit.fit("x", lambda: {"loss": 0.1 * p.sum()}, [schedule], 1)
+    assert p.tolist() == pytest.approx([0.1, 0.1]) and "loss" not in capsys.readouterr().out
 
 
 def test_frames_are_rendered_chosen_and_normalised():
