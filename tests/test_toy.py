@@ -656,8 +656,8 @@ def test_crops_are_squares_of_the_frame():
     area = (spans[0] * 32 / 31 / 64) ** 2
     assert torch.allclose(*spans, atol=1e-3) and 0.195 < area.min() < 0.23 and 0.47 < area.max() < 0.505
     assert part[:, :2].min() >= 0 and part[:, :2].max() <= 63
-    corners = part[:, :2, 0, 0]
-    assert corners.max() > 25 and abs(np.corrcoef(corners.T)[0, 1]) < 0.5
+    centres = part[:, :2].mean((2, 3))  # anywhere within the frame
+    assert (centres.std(0) > 3).all() and abs(np.corrcoef(centres.T)[0, 1]) < 0.2
 
 
 def test_assignments_are_sharp_and_use_all_prototypes():
@@ -693,6 +693,29 @@ def test_dino_learns_from_other_crops_and_its_teacher_follows_slowly(monkeypatch
     for p, q in zip(slow.parameters(), start.parameters(), strict=True):
         assert (p - q).mean().item() == pytest.approx(1 - 0.99 * 0.995, rel=0.05)
     assert 4.5 < seen["loss"].item() < 5.5  # log 128 is 4.85
+
+
+def test_dino_predicts_each_global_crop_from_all_others(monkeypatch, tmp_path):
+    """Each of the six crops of a clip likes a prototype of its own. Those that the teacher's crops like have an
+    eighth of a row's mass, those that none likes 1 / 128; the student's log-probability of what it does not like is -10."""
+    count, losses_seen = iter(range(6)), []
+
+    def forward(self, x):
+        likes = x[:, 0, 0, 0].long() * 8 + torch.arange(len(x)) % 8
+        return nn.functional.one_hot(likes, 128).float() + 0 * self.prototypes.sum()
+
+    monkeypatch.setattr(pretrain_dino.WithHead, "forward", forward)
+    monkeypatch.setattr(pretrain_dino, "Stage", lambda copies: fit.Stage(1))
+    monkeypatch.setattr(
+        pretrain_dino, "crops", lambda x, size, *area: torch.full((len(x), 3, size, size), float(next(count)))
+    )
+    monkeypatch.setattr(
+        pretrain_dino, "fit", lambda name, losses, *rest, **more: losses_seen.append(losses()["loss"])
+    )
+    pretrain_dino.pretrain_dino(tmp_path, steps=2, batch=8)
+    apart = -np.log(1 / (np.exp(10) + 127))  # nats of what is not liked
+    expected = (2 * apart + 8 * (apart - 10 / 128)) / 10
+    assert losses_seen[0].item() == pytest.approx(expected, abs=0.01)
 
 
 def test_the_published_dino_tells_colours_and_backgrounds(monkeypatch, capsys):
