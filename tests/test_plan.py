@@ -50,6 +50,25 @@ def numbers(text: str, *units: str) -> list[float]:
     return [float(re.search(f"([0-9.,]+) {unit}", text)[1].replace(",", "")) for unit in units]
 
 
+def test_seconds_follow_from_the_card(monkeypatch):
+    need = Count(20 * 2**30, 989 * 10**12, 10**9, 3 * 10**9)
+    planned = plan.Plan("x", need, "step", 3600, 0.5, {"of weights": 10**9})
+    text = plan.report(planned, "H100", 1)
+    assert "2.00 s at 50% of 989" in text and "2.0 hours" in text and "fits in 80.0" in text
+    assert "1.0 GB of weights" in text and "no GPU is at hand" not in text
+    assert "DOES NOT FIT" not in text
+    for card, rate, memory in (("4090", 165, 24), ("A100", 312, 80), ("H200", 989, 141)):
+        text = plan.report(planned, card, 8)
+        assert f"for 8 x {card}" in text and f"fits in {memory}.0" in text and f"of {rate} TFLOP/s" in text
+        assert numbers(text, "hours") == pytest.approx([2 * 989 / rate], abs=0.06)
+    assert "DOES NOT FIT in 24.0" in plan.report(
+        planned._replace(need=need._replace(peak=25 * 2**30)), "4090", 1
+    )
+    monkeypatch.setattr(plan, "card_of", lambda name: ("NVIDIA T4", 15 * 2**30, ""))
+    text = plan.report(planned, None, 1)
+    assert "DOES NOT FIT in 15.0" in text and "no estimate of seconds" in text and "hours" not in text
+
+
 # ---------------------------------------------------------------- the paper's size
 
 
@@ -266,17 +285,6 @@ def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, caps
     write_json(run / "stage2" / "config.json", settings)
     BrainModel(**BRAIN).save_pretrained(run / "stage2" / "brain_model")
     assert "1,200 clips of 9 x 32 x 32 by" in printed(capsys, "evaluate", "--data", "cc2017")
-
-
-def test_seconds_follow_from_the_card(monkeypatch):
-    need = Count(20 * plan.GIB, 989 * plan.TERA, plan.GB, 3 * plan.GB)
-    planned = plan.Plan("x", need, "step", 3600, 0.5, {"of weights": plan.GB})
-    text = plan.report(planned, "H100", 1)
-    assert "2.00 s at 50% of 989" in text and "2.0 hours" in text and "fits in 80.0" in text
-    assert "1.0 GB of weights" in text and "no GPU is at hand" not in text
-    monkeypatch.setattr(plan, "card_of", lambda name: ("NVIDIA T4", 15 * plan.GIB, ""))
-    text = plan.report(planned, None, 1)
-    assert "DOES NOT FIT in 15.0" in text and "no estimate of seconds" in text and "hours" not in text
 
 
 @pytest.mark.parametrize(

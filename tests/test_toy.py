@@ -749,6 +749,13 @@ def test_a_clip_at_once_is_encoded_and_decoded_as_chunk_by_chunk(vae, monkeypatc
         assert mean.shape == (2, 8, 9, 8, 8) and abs(mean - posterior.mean).mean() < 0.01 * mean.std()
         assert torch.allclose(logvar, posterior.logvar, atol=0.1)
         assert abs(video - vae.decode(posterior.mean).sample).mean() < 0.01
+        mean, std = (
+            torch.tensor(moment)[:, None, None, None]
+            for moment in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        monkeypatch.setattr(pretrain_wan.WanResample, "forward", pretrain_wan.resample_at_once)
+        latents = pretrain_wan.latents_of(vae, fit.clips_of(UNSEEN[::80], 1, seed=0))
+        assert abs(latents - (posterior.mean - mean) / std).mean() < 0.01
     assert pretrain_wan.psnr(x, x + 0.02).item() == pytest.approx(40)
     assert np.array_equal(
         pretrain_wan.to_pictures(x)[0], fit.rendered(fit.clips_of(UNSEEN[:1], 1, seed=0), 17)[0]
@@ -820,9 +827,14 @@ def test_the_dit_is_trained_to_follow_captions_and_its_average_is_written(vae, m
         "UMT5EncoderModel",
         lambda config: UMT5EncoderModel.from_pretrained(TOY / "wan" / "text_encoder", dtype=torch.float32),
     )
+    averages, averaged = [], pretrain_wan.AveragedModel
+    monkeypatch.setattr(
+        pretrain_wan, "AveragedModel", lambda *a, **b: averages.append(averaged(*a, **b)) or averages[0]
+    )
     (tmp_path / "vae").symlink_to(TOY / "wan" / "vae")
     pretrain_wan.pretrain_dit(0, tmp_path, steps=2, tail=1, batch=24, clips=24)
     loss = printed(capsys)["loss"]
+    assert {p.dtype for p in averages[0].parameters()} == {torch.float32}  # it goes on in fp32
     for part, kind in (("transformer", WanTransformer3DModel), ("text_encoder", UMT5EncoderModel)):
         written, published = kind.from_pretrained(tmp_path / part), kind.from_pretrained(TOY / "wan" / part)
         away = max(
