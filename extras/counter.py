@@ -71,13 +71,12 @@ class Counter(TorchDispatchMode):
     def hold(self, *models: nn.Module) -> None:
         """Tensors of models on the device "meta" -> fake ones, which take memory; counting starts anew."""
         for module in (module for model in models for module in model.modules()):
-            for name, p in module._parameters.items():
-                if p is not None:
-                    fake = torch.empty(p.shape, dtype=p.dtype)
-                    module._parameters[name] = nn.Parameter(fake, p.requires_grad)
-            for name, x in module._buffers.items():
-                if x is not None:
-                    module._buffers[name] = torch.empty(x.shape, dtype=x.dtype)
+            for tensors in (module._parameters, module._buffers):
+                for name, x in tensors.items():
+                    if x is not None:
+                        fake = torch.empty(x.shape, dtype=x.dtype)
+                        is_parameter = isinstance(x, nn.Parameter)
+                        tensors[name] = nn.Parameter(fake, x.requires_grad) if is_parameter else fake
         self.peak, self.flop = self.now, 0
 
     def train(self, models: Iterable[nn.Module], in_8_bit: bool) -> None:

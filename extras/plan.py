@@ -68,25 +68,24 @@ WAN_1_3B = {
 
 def fake_pipeline(name: str) -> diffusers.DiffusionPipeline:
     """The pipeline of a folder or of the Hub's cache, without its text encoder, in the precision of a GPU."""
-    if name == WAN:
-        kind, configs = WAN_1_3B["_class_name"], WAN_1_3B
-    else:
-        kind = diffusers.DiffusionPipeline.load_config(name, local_files_only=True)["_class_name"]
-        configs = {}
-        for part in ("transformer", "vae", "scheduler"):
-            loader = diffusers.DDIMScheduler if part == "scheduler" else diffusers.AutoModel  # of any kind
-            configs[part] = loader.load_config(name, subfolder=part, local_files_only=True)
-    parts = {"tokenizer": None, "text_encoder": None}
+    is_known, parts = name == WAN, {"tokenizer": None, "text_encoder": None}
+    configs = WAN_1_3B if is_known else diffusers.DiffusionPipeline.load_config(name, local_files_only=True)
     for part in ("transformer", "vae", "scheduler"):
+        config, loader = (
+            configs[part],
+            diffusers.DDIMScheduler if part == "scheduler" else diffusers.AutoModel,
+        )
+        if not is_known:  # the loaders read the config of any class
+            config = loader.load_config(name, subfolder=part, local_files_only=True)
         with torch.device("cpu" if part == "scheduler" else "meta"):
-            parts[part] = getattr(diffusers, configs[part]["_class_name"]).from_config(configs[part])
+            parts[part] = getattr(diffusers, config["_class_name"]).from_config(config)
     in_fp32 = parts["transformer"]._keep_in_fp32_modules or ()
     for key, p in parts["transformer"].named_parameters():
         if not any(module in key for module in in_fp32):
             p.data = p.data.bfloat16()
-    if kind != "WanPipeline":  # its VAE has the precision of its DiT
+    if configs["_class_name"] != "WanPipeline":  # its VAE has the precision of its DiT
         parts["vae"].bfloat16()
-    return getattr(diffusers, kind)(**parts)
+    return getattr(diffusers, configs["_class_name"])(**parts)
 
 
 def fake_model(settings: dict, brain: dict, sizes: dict[str, int], memories: int) -> evaluate.CineNeuron:
@@ -154,8 +153,7 @@ def count_stage2(
 ) -> Count:
     """A step of train_stage2.py, in one of the processes. model: of `fake_model`."""
     config.precision = "bf16"
-    B = ceil(config.batch_size / processes)
-    latents = latent_shape(model.decoder, *model.size)
+    B, latents = ceil(config.batch_size / processes), latent_shape(model.decoder, *model.size)
     vae = [model.decoder.pipe.vae] if config.sample_every else []  # it shows samples
     with counting() as counter:
         counter.hold(model, *vae)
@@ -182,8 +180,7 @@ def count_evaluation(model: evaluate.CineNeuron, config: evaluate.Config, sizes:
     steps = model.settings["sampling_steps"] if config.steps is None else config.steps
     guidance = model.settings["guidance"] if config.guidance is None else config.guidance
     passes = 2 if guidance > 1 else 1  # a step: with the prompt, and with the empty one
-    B, vae = config.batch_size, model.decoder.pipe.vae
-    latents = latent_shape(model.decoder, *model.size)
+    B, vae, latents = config.batch_size, model.decoder.pipe.vae, latent_shape(model.decoder, *model.size)
     together = 1 if model.decoder.is_wan else passes  # CogVideoX has both passes in one batch
     if model.size[1] > 256:  # as evaluate.load_decoder
         vae.enable_tiling()
@@ -236,8 +233,7 @@ def stage1_of(config: train_stage2.Config) -> tuple[dict, dict[str, int]]:
 def plan_stage1(options: list[str], processes: int) -> Plan:
     config = train_stage1.parse(options)
     sizes = sizes_of(config, config.rois)
-    need = count_stage1(config, sizes, processes)
-    fmri = f"{sizes['volumes']} x {sizes['voxels']:,} voxels"
+    need, fmri = count_stage1(config, sizes, processes), f"{sizes['volumes']} x {sizes['voxels']:,} voxels"
     title = f"stage 1 of {config.data}, {fmri}, {config.batch_size} clips a step"
     disk = {"of weights": need.trained, "to go on (state/)": need.state}
     return Plan(title, need, "step", config.steps, 0.45, disk)
@@ -273,15 +269,14 @@ def plan_evaluation(options: list[str], processes: int) -> Plan:
         brain, sizes = read_json(folder / "brain_model" / "config.json"), settings["sizes"]
     else:
         untrained = train_stage2.parse(["--data", config.data, "--subject", str(config.subject)])
-        settings = settings_of(untrained)
-        brain, sizes = stage1_of(untrained)
-    train, test = prod(SIZES[config.data]["train"]), prod(SIZES[config.data]["test"])
-    model = fake_model(settings, brain, sizes, train)
-    need = count_evaluation(model, config, sizes)
+        settings, (brain, sizes) = settings_of(untrained), stage1_of(untrained)
+    test = prod(SIZES[config.data]["test"])
+    model = fake_model(settings, brain, sizes, prod(SIZES[config.data]["train"]))
     clips = min(config.clips or test, test)
     video = "{} x {} x {} by {}".format(*model.size, settings["decoder"])
     title = f"evaluation of {config.data}, {clips:,} clips of {video}"
     disk = {"of videos, at most": 2 * clips * prod(model.size)}  # a byte a pixel: H.264 takes less
+    need = count_evaluation(model, config, sizes)
     return Plan(title, need, "clip", ceil(clips / processes), 0.40, disk)
 
 
@@ -321,8 +316,8 @@ def report(plan: Plan, card: str | None, processes: int) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("plan.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser("plan.py", description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("script", choices=PLANS)
     parser.add_argument("--card", choices=CARDS, help="the GPU that the plan is for")
     parser.add_argument("--processes", type=within(int, least=1), default=1, help="one a GPU [default: 1]")

@@ -2,9 +2,10 @@
 
 python tests/benchmark.py             the quick ones, a minute or two on a laptop
 python tests/benchmark.py --stream    also a whole subject of cc2017 and of CineBrain at their true size (4 GB of disk)
+python tests/benchmark.py --search    Eq. 5 against the number of memories
 python tests/benchmark.py --metrics   SSIM, PSNR and n-way of 1,200 pairs of 16 x 256 x 256 against the peers' loops: some minutes
 python tests/benchmark.py --device cuda --out FILE    each part at the paper's size on a GPU, beside what is counted
-python tests/benchmark.py --device cpu                counted alone, and the same code at a small size
+python tests/benchmark.py --device cpu                counted alone, and the same code at the toy's size
 """
 
 import argparse
@@ -24,21 +25,23 @@ from typing import NamedTuple
 import numpy as np
 import open_clip
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch import nn
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+REPO = Path(__file__).parents[1]
+sys.path[:0] = [str(REPO), str(Path(__file__).parent)]
 
-from brain_model import BrainModel  # noqa: E402
-from data import Batch, Clips  # noqa: E402
-from heads import Stage1Heads, stage1_loss  # noqa: E402
+import train_stage1  # noqa: E402
+from data import Clips  # noqa: E402
+from extras import plan  # noqa: E402
+from extras.counter import counting  # noqa: E402
 from prepare.viclip import ViCLIP, ViCLIPConfig  # noqa: E402
+from support.files import add_to_manifest  # noqa: E402
+from support.pipelines import WAN, latent_shape  # noqa: E402
+from support.readers import read_json  # noqa: E402
+from support.training import adamw_onecycle, autocast, update  # noqa: E402
 from video_decoder import VideoDecoder  # noqa: E402
 
-# subject 1 of cc2017 as NeuroClips selects voxels, and the paper's sizes (§4.1)
-N, L, WIDTH, BATCH, LAYERS = 13_447, 512, 2048, 144, 24
+N, L, WIDTH = plan.PUBLISHED["cc2017"]["voxels"], 512, 2048  # the paper's sizes (§4.1)
 
 
 def fastest(function, repeats: int = 5) -> float:
@@ -115,8 +118,6 @@ def reading(batch: int = 144, steps: int = 60, clips: int = 4_320) -> None:
 
 def write_sparse(root: Path, clips: int, filled: int) -> None:
     """Prepared files of subject 3; the first clips are filled."""
-    from support.files import add_to_manifest
-
     rng, folder, stimuli = np.random.default_rng(0), root / "sub3", root / "stimuli"
     embeddings = {f"e_{kind}.npy": (clips, 768) for kind in ("txt", "act")}
     files = {stimuli / "train" / name: (shape, "float32") for name, shape in embeddings.items()}
@@ -313,20 +314,17 @@ def metrics(clips: int = 1200, frames: int = 16, distinct: int = 24) -> None:
 
 
 # ---------------------------------------------------------------- the paper's sizes on a GPU
-# What makes a row yields its modules, then a function that does the work once.
+# What makes a row yields its modules, of "meta" tensors, and then a function that does the work once.
 
 
 class Sizes(NamedTuple):
     """What the table's rows are made of."""
 
-    voxels: int
-    clips: int  # of a step of stage 1
+    stage1: str  # options of train_stage1.py
+    data: dict[str, int]  # as Clips.sizes
     tokens: int  # L
-    brain: tuple  # D', layers, attention heads
-    video: tuple  # frames, height, width
-    text: int  # D_txt
-    dit: dict  # of Wan's transformer
-    vae: dict
+    decoder: str
+    video: tuple[int, int, int]  # frames, height, width
     clip: dict  # of open_clip
     viclip: ViCLIPConfig
     frames: int  # that CLIP sees at once
@@ -334,124 +332,103 @@ class Sizes(NamedTuple):
 
 
 PAPER = Sizes(
-    N, BATCH, L, (WIDTH, LAYERS, 16), (57, 624, 624), 4096,
-    dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30), {},
+    "", plan.PUBLISHED["cc2017"], L, WAN, (57, 624, 624),
     open_clip.get_model_config("ViT-L-14-quickgelu"), ViCLIPConfig(), 128, 16,
 )  # fmt: skip
-TOWER = dict(layers=2, width=32, heads=2)
-SMALL = Sizes(
-    200, 8, 16, (32, 2, 4), (9, 32, 32), 32,
-    dict(num_attention_heads=2, attention_head_dim=16, ffn_dim=64, num_layers=2), dict(base_dim=16),
-    dict(embed_dim=32, vision_cfg=dict(image_size=28, patch_size=14, layers=2, width=64), text_cfg=TOWER),
-    ViCLIPConfig(28, 14, 8, 64, 2, 2, 32, 2, 2), 8, 2,
+TOY = Sizes(
+    "--tokens 16 --width 32 --layers 2 --attention_heads 4 --batch_size 8",
+    dict(volumes=1, voxels=200, frames=8, embed_dim=64, classes=5), 16, str(REPO / "toy" / "wan"), (17, 64, 64),
+    read_json(REPO / "toy" / "clip" / "open_clip_config.json")["model_cfg"],
+    ViCLIP.from_pretrained(REPO / "toy" / "viclip").config, 8, 2,
 )  # fmt: skip
 
 
-def stage_1(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
-    """Eq. 3, forward, backward and AdamW, blocks recomputed."""
-    width, layers, heads = size.brain
-    model = BrainModel(size.voxels, 1, size.tokens, width, layers, heads).train()
-    phi, B = Stage1Heads(), size.clips
-    model.gradient_checkpointing = True
-    yield model, phi
-    parameters = [*model.parameters(), *phi.parameters()]
-    optimiser = torch.optim.AdamW(parameters, 1e-4, fused=True)
-    x, e_img = torch.randn(B, 1, size.voxels), torch.randn(B, 8, 768)
-    batch = Batch(None, x, e_img, e_img[:, 0], e_img[:, 1], torch.ones(B, 12))
+def stage_1(size: Sizes, precision: str) -> Iterator:
+    """A step of train_stage1.py (Eq. 3): forward, backward and AdamW."""
+    config = train_stage1.parse(["--data", "cc2017", "--precision", precision, *size.stage1.split()])
+    model = train_stage1.build(config, size.data)
+    yield model
+    parameters = [p for part in model for p in part.parameters()]
+    optimiser, schedule = adamw_onecycle([(parameters, 1e-4)], config.optimizer, config.weight_decay, 1000)
+    batch = plan.fake_batch(config.batch_size, size.data)
+    for field in batch[1:6]:  # x, e_img, e_txt, e_act, categories
+        field.uniform_()
 
     def step() -> None:
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = stage1_loss(phi, model(x)[0], batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        train_stage1.train_step(*model, batch, config)
+        update(optimiser, schedule, 1.0)
 
     yield step
 
 
-def decoder(size: Sizes, dtype: torch.dtype, dit: bool = True, **options) -> VideoDecoder:
-    """Wan's DiT, or its VAE, of random weights."""
-    vae = transformer = None
-    if dit:
-        transformer = WanTransformer3DModel(text_dim=size.text, cross_attn_norm=True, **size.dit)
-        transformer = transformer if dtype == torch.float32 else transformer.to(dtype)
-    else:
-        vae = AutoencoderKLWan(**size.vae)
-    config = {"text_dim": size.text, "patch_size": (1, 2, 2), "in_channels": 16}
-    with torch.device("cpu"):
-        scheduler = UniPCMultistepScheduler(flow_shift=3.0)
-    pipe = WanPipeline(None, None, vae=vae, scheduler=scheduler, transformer=transformer)
-    return VideoDecoder(pipe, size.tokens, config, **options)
+def decoder(size: Sizes, precision: str) -> VideoDecoder:
+    pipe = plan.fake_pipeline(size.decoder)
+    if precision == "fp32":
+        pipe.transformer.float()
+    return VideoDecoder(pipe, size.tokens, pipe.transformer.config, gradient_checkpointing=True)
 
 
-def random_clip(size: Sizes) -> tuple[Tensor, ...]:
-    """y, f_fuse, noise, u of Eq. 9, of one clip."""
-    F, H, W = size.video
-    shape = 1, 16, (F - 1) // 4 + 1, H // 8, W // 8
-    return torch.randn(shape), torch.randn(1, size.tokens, size.text), torch.randn(shape), torch.rand(1)
-
-
-def stage_2(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
+def stage_2(size: Sizes, precision: str) -> Iterator:
     """Eq. 9 of a clip, forward and backward, to LoRA and f_fuse, blocks recomputed."""
-    model = decoder(size, dtype, gradient_checkpointing=True).train()
+    model = decoder(size, precision).train()
     yield (model.transformer,)
-    y, f_fuse, noise, u = random_clip(size)
-    f_fuse.requires_grad_()
+    y, f_fuse = a_clip(model, size)
 
     def step() -> None:
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = model.diffusion_loss(y, f_fuse, noise, u).sum()
+        with autocast(y, precision):
+            loss = model.diffusion_loss(y, f_fuse.requires_grad_(), torch.randn_like(y), torch.rand(1)).sum()
         loss.backward()
 
     yield step
 
 
-def sampling(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
+def a_clip(model: VideoDecoder, size: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and f_fuse of Eq. 9."""
+    return torch.randn(1, *latent_shape(model, *size.video)), torch.randn(1, size.tokens, model.text_width)
+
+
+def sampling(size: Sizes, precision: str) -> Iterator:
     """A step of sampling of one clip: with f_fuse and with the empty prompt."""
-    model = decoder(size, dtype).eval()
+    model = decoder(size, precision).eval()
     yield (model.transformer,)
-    y, f_fuse, _, u = random_clip(size)
-    yield lambda: [model.predict(y, f, 1000 * u) for f in (f_fuse, 0 * f_fuse)]
+    y, f_fuse = a_clip(model, size)
+    yield lambda: [model.predict(y, f, 1000 * torch.rand(1)) for f in (f_fuse, 0 * f_fuse)]
 
 
-def latents(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
+def latents(size: Sizes, precision: str) -> Iterator:
     """The VAE's encoding of one clip, whole."""
-    model = decoder(size, dtype, dit=False)
+    model = decoder(size, precision)
     yield (model.pipe.vae,)
     video = torch.zeros(1, *size.video, 3, dtype=torch.uint8)
     yield lambda: model.encode_latents(video)
 
 
-def clip_frames(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
+def clip_frames(size: Sizes, precision: str) -> Iterator:
     model, pixels = open_clip.CLIP(**size.clip).eval(), size.clip["vision_cfg"]["image_size"]
     yield (model,)
-    x = torch.randn(size.frames, 3, pixels, pixels)
-
-    def step() -> None:
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            model.encode_image(x)
-
-    yield step
+    yield in_autocast(model.encode_image, torch.randn(size.frames, 3, pixels, pixels), precision)
 
 
-def viclip_clips(size: Sizes, device: str, dtype: torch.dtype) -> Iterator:
+def viclip_clips(size: Sizes, precision: str) -> Iterator:
     model, pixels = ViCLIP(size.viclip).eval(), size.viclip.image_size
     yield (model,)
-    x = torch.randn(size.films, size.viclip.num_frames, 3, pixels, pixels)
+    films = torch.randn(size.films, size.viclip.num_frames, 3, pixels, pixels)
+    yield in_autocast(model.encode_video, films, precision)
 
+
+def in_autocast(encode: Callable, x: torch.Tensor, precision: str) -> Callable:
     def step() -> None:
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            model.encode_video(x)
+        with autocast(x, precision):
+            encode(x)
 
-    yield step
+    return step
 
 
 def rows_of(size: Sizes) -> dict[str, tuple[Callable, bool]]:
     """What a row measures -> what makes it, and whether it has gradients."""
     video = "x".join(map(str, size.video))
     return {
-        f"stage 1: a step of {size.clips} clips, {size.voxels:,} voxels": (stage_1, True),
+        f"stage 1: a step, {size.data['voxels']:,} voxels": (stage_1, True),
         f"stage 2: the DiT on a clip of {video}, both ways": (stage_2, True),
         f"sampling: a step of a clip of {video}, guided": (sampling, False),
         f"latents of a clip of {video}": (latents, False),
@@ -460,39 +437,16 @@ def rows_of(size: Sizes) -> dict[str, tuple[Callable, bool]]:
     }
 
 
-def attention_flops(q, k, v, *others, **options) -> int:  # of shapes; torch counts only a GPU's
-    return sdpa_flop_count(q, k, v)
-
-
-def attention_backward_flops(g, q, k, v, *others, **options) -> int:
-    return sdpa_backward_flop_count(g, q, k, v)
-
-
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-}
-
-
 def counted(make: Callable, size: Sizes, gradients: bool) -> float:
     """Operations of one call, by the shapes alone: no number is computed."""
-    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
     torch.backends.mha.set_fastpath_enabled(False)  # one operation that torch does not count
     with torch.device("meta"):
-        row = make(size, "cpu", torch.float32)
+        row = make(size, "bf16")
         modules = next(row)
-    with FakeTensorMode(), torch.set_grad_enabled(gradients):
-        for module in (part for whole in modules for part in whole.modules()):
-            for name, p in module._parameters.items():
-                if p is not None:
-                    module._parameters[name] = nn.Parameter(torch.empty(p.shape), p.requires_grad)
-            for name, x in module._buffers.items():
-                module._buffers[name] = None if x is None else torch.empty(x.shape, dtype=x.dtype)
-        step = next(row)
-        with counter:
-            step()
-    torch.backends.mha.set_fastpath_enabled(True)
-    return counter.get_total_flops()
+    with counting() as counter, torch.set_grad_enabled(gradients):
+        counter.hold(*modules)
+        next(row)()
+        return counter.flop
 
 
 def measured(make: Callable, size: Sizes, gradients: bool, device: str) -> tuple[float, float]:
@@ -501,9 +455,15 @@ def measured(make: Callable, size: Sizes, gradients: bool, device: str) -> tuple
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with torch.set_grad_enabled(gradients):
-        with torch.device(device):
-            _, step = make(size, device, torch.bfloat16 if cuda else torch.float32)
+    with torch.device("meta"):
+        row = make(size, "bf16" if cuda else "fp32")
+        modules = next(row)
+    for module in modules:
+        module.to_empty(device=device)
+        for x in (*module.parameters(), *module.buffers()):
+            nn.init.normal_(x, std=0.02) if x.is_floating_point() else x.zero_()
+    with torch.device(device), torch.set_grad_enabled(gradients):
+        step = next(row)
 
         def call() -> None:
             step()
@@ -524,7 +484,7 @@ def matrix_rate(device: str) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return 2 * n**3 / fastest(product, 20)
+    return 2 * n**3 / fastest(product, 20 if device == "cuda" else 5)
 
 
 def table(size: Sizes, device: str, measure: bool) -> str:
@@ -560,7 +520,7 @@ if __name__ == "__main__":
     if args.device:
         text = f"The paper's size.\n\n{table(PAPER, args.device, args.device == 'cuda')}\n"
         if args.device == "cpu":
-            text += f"\nThe same code at a small size.\n\n{table(SMALL, 'cpu', True)}\n"
+            text += f"\nThe same code at the toy's size.\n\n{table(TOY, 'cpu', True)}\n"
         print(text)
         if args.out:
             args.out.write_text(text)

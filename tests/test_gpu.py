@@ -14,25 +14,23 @@ import pytest
 import torch
 from conftest import REPO, environment
 from test_train_stage1 import signalled
-from test_train_stage2 import Films
-from tiny import wan_pipeline, write_prepared
+from tiny import SIZE, write_films
 
-from prepare.decoder import prepare_decoder
-from support.videos import read_video, write_video
+from support.videos import read_video
 
 DEVICE = os.environ.get("CINENEURON_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "")
 pytestmark = pytest.mark.skipif(not DEVICE, reason="no CUDA GPU")
 GPUS = torch.cuda.device_count() if DEVICE == "cuda" else 2  # on the CPU two processes stand for them
 
 ALL = ",".join(map(str, range(torch.cuda.device_count())))
-
 RUN = Path("runs/cc2017/sub1/full-s0")
-SIZE = 9, 32, 32  # frames, height, width
 COMMON = "--data cc2017 --log_every 1 --save_every 1000".split()
 STAGE1 = (
     "--steps 40 --tokens 12 --width 32 --layers 2 --attention_heads 4 --batch_size 16 --lr 3e-3 --dropout 0.1"
 )
-STAGE2 = "--decoder models/wan --frames 9 --height 32 --width 32 --epochs 4 --batch_size 8 --micro_batch 4"
+STAGE2 = "--decoder models/wan --frames {} --height {} --width {} --epochs 4 --batch_size 8 --micro_batch 4".format(
+    *SIZE
+)
 STAGE2 += " --attention_heads 4 --lora_rank 4 --lr 1e-3 --lr_lora 1e-3 --sample_every 4 --sampling_steps 2"
 EVALUATE = (
     "--metrics ssim,psnr,epe --flow farneback --size native --clips 6 --batch_size 4 --fps 4.5 --steps 4"
@@ -53,14 +51,8 @@ def visible(device: str) -> dict[str, str]:
 
 
 def run(folder: Path, device: str, argv: list[str], launch: tuple[str, ...] = ()) -> str:
-    how = {
-        "cwd": folder,
-        "env": environment() | visible(device),
-        "capture_output": True,
-        "text": True,
-        "timeout": 900,
-    }
-    done = subprocess.run([sys.executable, *launch, *argv], **how)
+    command, env = [sys.executable, *launch, *argv], environment() | visible(device)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -77,22 +69,11 @@ def agree(found: np.ndarray, wanted: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """A folder with prepared data, films, and a decoder whose output layer is away from zero."""
+    """A folder with the tiny world's data, films and decoder."""
     root = tmp_path_factory.mktemp("gpu")
-    folder, films = write_prepared(root / "data"), Films(root)
-    (folder / "raw" / "stimuli").mkdir(parents=True)
-    for names in films.splits.values():
-        for name in names:
-            bars = np.concatenate(list(films.read_clips(name)))
-            write_video(folder / "raw" / "stimuli" / f"{name}.mp4", bars, 10)
-    torch.manual_seed(0)
-    pipe = wan_pipeline()
-    for p in pipe.transformer.parameters():
-        p.data += 0.05 * torch.randn_like(p)
-    pipe.save_pretrained(root / "models" / "wan")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        prepare_decoder(films, Path("data/cc2017/stimuli"), "models/wan", SIZE)
+        write_films(Path())
     return root
 
 

@@ -1,12 +1,12 @@
 """extras/plan.py: counts against truth at small size, the paper's size within 3 %, what is printed."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
 from accelerate.utils import set_seed
-from conftest import run_script
-from tiny import cogvideox_pipeline, wan_pipeline, write_prepared
+from tiny import write_prepared
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import evaluate
@@ -23,17 +23,22 @@ SMALL = "--tokens 63 --width 256 --layers 3 --attention_heads 4 --batch_size 16"
 SIZES = {"volumes": 1, "voxels": 3000, "frames": 3, "embed_dim": 64, "classes": 4}
 BRAIN = dict(voxels=3000, tokens=12, width=64, layers=2, attention_heads=4, embed_dim=64)
 TINY = "--attention_heads 4 --frames 9 --height 32 --width 32 --lora_rank 2".split()
-aten = torch.ops.aten
-ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
-        sdpa_backward_flop_count(g, q, k, v)
+ATTENTION = {  # of the CPU, which FlopCounterMode does not count
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q, k, v
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)
     ),
 }
 
 
 def stage1(*options: object, sizes: dict = plan.PUBLISHED["cc2017"]) -> Count:
     return plan.count_stage1(train_stage1.parse(["--data", "cc2017", *map(str, options)]), sizes)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def printed(capsys, *options: str) -> str:
@@ -45,41 +50,83 @@ def numbers(text: str, *units: str) -> list[float]:
     return [float(re.search(f"([0-9.,]+) {unit}", text)[1].replace(",", "")) for unit in units]
 
 
+def test_seconds_follow_from_the_card(monkeypatch):
+    need = Count(20 * 2**30, 989 * 10**12, 10**9, 3 * 10**9)
+    planned = plan.Plan("x", need, "step", 3600, 0.5, {"of weights": 10**9})
+    text = plan.report(planned, "H100", 1)
+    assert "2.00 s at 50% of 989" in text and "2.0 hours" in text and "fits in 80.0" in text
+    assert "1.0 GB of weights" in text and "no GPU is at hand" not in text
+    assert "DOES NOT FIT" not in text
+    for card, rate, memory in (("4090", 165, 24), ("A100", 312, 80), ("H200", 989, 141)):
+        text = plan.report(planned, card, 8)
+        assert f"for 8 x {card}" in text and f"fits in {memory}.0" in text and f"of {rate} TFLOP/s" in text
+        assert numbers(text, "hours") == pytest.approx([2 * 989 / rate], abs=0.06)
+    assert "DOES NOT FIT in 24.0" in plan.report(
+        planned._replace(need=need._replace(peak=25 * 2**30)), "4090", 1
+    )
+    monkeypatch.setattr(plan, "card_of", lambda name: ("NVIDIA T4", 15 * 2**30, ""))
+    text = plan.report(planned, None, 1)
+    assert "DOES NOT FIT in 15.0" in text and "no estimate of seconds" in text and "hours" not in text
+
+
 # ---------------------------------------------------------------- the paper's size
 
 
 @pytest.mark.parametrize(
     ("options", "peak", "flop"),
     [
-        ([], 34.2, 687.9),
-        (["--no-checkpointing"], 140.0, 561.5),
-        (["--micro_batch", 8], 21.8, 873.9),  # the 24 GB card
-        (["--micro_batch", 8, "--no-checkpointing", "--optimizer", "adamw8bit"], 20.8, 747.4),
+        ("", 34.2, 687.9),
+        slow("--no-checkpointing", 140.0, 561.5),
+        slow("--micro_batch 8", 21.8, 873.9),  # the 24 GB card
+        slow("--micro_batch 8 --no-checkpointing --optimizer adamw8bit", 20.8, 747.4),
     ],
 )
-def test_stage_1_at_the_papers_size(options, peak, flop):
-    need = stage1(*options)
-    assert need.peak / plan.GIB == pytest.approx(peak, rel=0.03)
-    assert need.flop / plan.TERA == pytest.approx(flop, rel=0.01)
+def test_stage_1_at_the_papers_size(options, peak, flop, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = printed(capsys, "stage1", "--data", "cc2017", "--card", "H100", *options.split())
+    assert numbers(text, "GiB", "TFLOP") == pytest.approx([peak, flop], rel=0.01)
+    seconds, hours = numbers(text, "s at 45% of 989", "hours")
+    steps = train_stage1.parse(["--data", "cc2017"]).steps
+    assert seconds == pytest.approx(flop / 989 / 0.45, rel=0.01)
+    assert hours == pytest.approx(steps * seconds / 3600, abs=0.06)
+    assert ("fits in 80.0" in text) is (peak < 80) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--data", "cc2017"], [27.3, 16_720, 31.7, 16.1]),
-        (["--data", "cc2017", "--optimizer", "adamw8bit", "--card", "4090"], [20.5, 16_720, 190, 16.1]),
-        (["--data", "cc2017", "--processes", "8"], [26.6, 2090, 4.0, 16.1]),
-        (["--data", "cinebrain"], [26.4, 6329, 13.4, 8.4]),
+        slow("--data cc2017 --card H100", [27.3, 16_720, 31.7, 16.1]),
+        slow("--data cc2017 --optimizer adamw8bit --card 4090", [20.5, 16_720, 190, 16.1]),
+        slow("--data cc2017 --card H100 --processes 8", [26.6, 2090, 4.0, 16.1]),
+        slow("--data cinebrain --card H100", [26.4, 6329, 13.4, 8.4]),
     ],
 )
 def test_stage_2_at_the_papers_size(options, expected, tmp_path, monkeypatch, capsys):
     """It needs no data and writes nothing."""
     monkeypatch.chdir(tmp_path)
-    text = printed(capsys, "stage2", *options)
+    text = printed(capsys, "stage2", *options.split())
     assert numbers(text, "GiB", "TFLOP", "hours", "GB of latents") == pytest.approx(expected, rel=0.03)
     assert "counted, not measured" in text and not list(tmp_path.iterdir())
 
 
+def test_stage_2_at_the_papers_width_takes_as_much_a_layer(monkeypatch):
+    """Of its 30 layers two are counted: all others cost what the second does."""
+    counts = []
+    for layers in (1, 2):
+        monkeypatch.setitem(plan.WAN_1_3B["transformer"], "num_layers", layers)
+        config = train_stage2.parse(["--data", "cc2017"])
+        brain, sizes = plan.stage1_of(config)
+        model = plan.fake_model(settings_of(config), brain | {"layers": layers}, sizes, 4320)
+        counts.append(plan.count_stage2(model, config, sizes))
+    one, two = counts  # 30 layers of both, where the Brain Model has 24
+    block = 4 * (12 * 2048**2 + 13 * 2048)  # bytes of a block of the Brain Model
+    flop, peak = one.flop + 29 * (two.flop - one.flop), one.peak + 29 * (two.peak - one.peak)
+    assert flop / plan.TERA == pytest.approx(16_768, rel=0.005)
+    assert peak / plan.GIB == pytest.approx(27.3 + 6 * 4 * block / plan.GIB, rel=0.02)
+    assert two.trained - one.trained == pytest.approx(block, rel=0.01)  # and LoRA
+
+
+@pytest.mark.slow
 def test_an_evaluation_at_the_papers_size(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = printed(capsys, *"evaluate --data cinebrain --clips 60 --processes 4 --card 4090".split())
@@ -107,7 +154,7 @@ def real_step(config):
     return lambda: train_stage1.train_step(*model, batch, config), held
 
 
-@pytest.mark.parametrize("options", [[], ["--no-checkpointing"], ["--micro_batch", "4"]])
+@pytest.mark.parametrize("options", [[], slow(["--no-checkpointing"]), ["--micro_batch", "4"]])
 def test_the_peak_is_that_of_the_allocator(options):
     """torch.profiler sees each allocation of a real step; the count sees the tensors of a fake one."""
     config = train_stage1.parse(["--data", "cc2017", *SMALL, *options])
@@ -133,36 +180,72 @@ def test_the_operations_are_those_of_flop_counter_mode(options):
     assert stage1(*SMALL, *options, sizes=SIZES).flop == pytest.approx(expected, rel=0.001)
 
 
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipelines")
-    wan_pipeline().save_pretrained(root / "wan")
-    cogvideox_pipeline().save_pretrained(root / "cogvideox")
-    return root
-
-
-def tiny(pipelines, family: str, *options: str):
+def stage2(root, family: str, *options: str):
     """A tiny stage 2: its options, and its model on "meta"."""
-    argv = ["--data", "cc2017", "--decoder", str(pipelines / family), "--batch_size", "8", *TINY, *options]
+    argv = [
+        "--data",
+        "cc2017",
+        "--decoder",
+        str(root / "models" / family),
+        "--batch_size",
+        "4",
+        *TINY,
+        *options,
+    ]
     config = train_stage2.parse(argv)
     return config, plan.fake_model(settings_of(config), BRAIN, SIZES, 48)
 
 
-@pytest.mark.parametrize("family", ["wan", "cogvideox"])
-def test_of_equal_parts_one_is_counted(family, pipelines, monkeypatch):
+@cache
+def count_stage2(root, *options: str, processes: int = 1) -> Count:
+    config, model = stage2(root, "wan", *options)
+    return plan.count_stage2(model, config, SIZES, processes)
+
+
+def test_what_is_trained_and_what_goes_on_are_counted_by_the_byte(tiny):
+    """4 bytes a parameter of Brain Model, memories and LoRA, and two moments of 4 bytes, or of 1 and a scale."""
+    _, model = stage2(tiny, "wan")
+    lora = sum(p.numel() for name, p in model.decoder.named_parameters() if "lora" in name)
+    shared = [*model.brain_model.parameters(), *model.mom.parameters()]
+    of_brain = sum(p.numel() for p in model.brain_model.parameters())
+    trained = 4 * (sum(p.numel() for p in shared) + lora)
+    need, in_8_bit = count_stage2(tiny), count_stage2(tiny, "--optimizer", "adamw8bit")
+    assert need.trained == in_8_bit.trained == trained and need.state == 3 * trained
+    assert lora == 2 * 2 * 8 * (
+        24 + 24
+    )  # of rank 2: two blocks' self- and cross-attention, four matrices each
+    large = [p.numel() for p in model.brain_model.parameters() if p.numel() >= 4096]
+    saved = sum(2 * 4 * n - 2 * n - 2 * 4 * -(-n // 256) for n in large)
+    assert sum(large) > 0.8 * of_brain and need.state - in_8_bit.state == saved
+    assert need.peak - in_8_bit.peak == pytest.approx(saved, rel=0.02)
+    # weights, moments, and at the end of a step gradients, take place at once
+    assert need.peak > 4 * trained + sum(p.nbytes for p in model.decoder.parameters())
+
+
+def test_a_process_has_its_share_of_the_batch_and_recomputes_what_it_is_told(tiny):
+    whole, half = count_stage2(tiny), count_stage2(tiny, processes=2)
+    assert half.flop == pytest.approx(whole.flop / 2, rel=0.01) and half.peak < whole.peak
+    kept = count_stage2(tiny, "--no-checkpointing")
+    assert kept.flop < 0.95 * whole.flop
+    config = train_stage1.parse(["--data", "cc2017", *SMALL])
+    assert plan.count_stage1(config, SIZES, 3) == stage1(*SMALL, "--batch_size", 6, sizes=SIZES)
+
+
+@pytest.mark.parametrize("family", ["wan", slow("cogvideox")])
+def test_of_equal_parts_one_is_counted(family, tiny, monkeypatch):
     """As much as if each ran; and a DiT of a local folder."""
-    config, model = tiny(pipelines, family, "--micro_batch", "2")
+    config, model = stage2(tiny, family)
     one = plan.count_stage2(model, config, SIZES)
     monkeypatch.setattr(Repeated, "__call__", lambda self, *inputs: self.call(*inputs))
-    config, model = tiny(pipelines, family, "--micro_batch", "2")
+    config, model = stage2(tiny, family)
     each = plan.count_stage2(model, config, SIZES)
     assert one.flop == pytest.approx(each.flop, rel=0.001) and one.peak == pytest.approx(each.peak, rel=0.01)
 
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox"])
 @pytest.mark.parametrize("guidance", [1, 5])
-def test_an_evaluation_takes_what_reconstructing_takes(family, guidance, pipelines):
-    settings, model = tiny(pipelines, family)
+def test_an_evaluation_takes_what_reconstructing_takes(family, guidance, tiny):
+    settings, model = stage2(tiny, family)
     options = f"--data cc2017 --batch_size 2 --steps 3 --guidance {guidance}"
     config = evaluate.parse(options.split(), "")
     need = plan.count_evaluation(model, config, SIZES)
@@ -177,24 +260,15 @@ def test_an_evaluation_takes_what_reconstructing_takes(family, guidance, pipelin
 
 
 @pytest.mark.parametrize("switch", ["--no-mom", "--no-integration"])
-def test_ablations_are_planned(switch, pipelines):
-    config, model = tiny(pipelines, "wan", switch)
-    full_config, full = tiny(pipelines, "wan")
-    need, of_full = plan.count_stage2(model, config, SIZES), plan.count_stage2(full, full_config, SIZES)
+def test_ablations_are_planned(switch, tiny):
+    need, of_full = count_stage2(tiny, switch), count_stage2(tiny)
     assert need.trained < of_full.trained and need.flop < of_full.flop
 
 
 # ---------------------------------------------------------------- sizes that are there, what is printed
 
 
-def test_plan_is_a_command_that_needs_no_data_and_writes_nothing(tmp_path):
-    done = run_script("extras/plan.py", "stage1", "--data", "cc2017", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "34.2 GiB a process: fits" in done.stdout and "3.4 hours" in done.stdout
-    assert not list(tmp_path.iterdir())
-
-
-def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, capsys, pipelines):
+def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, capsys, tiny):
     monkeypatch.chdir(tmp_path)
     write_prepared(tmp_path / "data")
     assert "1 x 40 voxels" in printed(capsys, "stage1", "--data", "cc2017", *SMALL)
@@ -202,7 +276,7 @@ def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, caps
     run = tmp_path / "runs" / "cc2017" / "sub1" / "full-s0"
     BrainModel(**BRAIN).save_pretrained(run / "stage1" / "brain_model")
     write_json(run / "stage1" / "config.json", {"sizes": SIZES})
-    options = ["--data", "cc2017", "--decoder", str(pipelines / "wan"), *TINY]
+    options = ["--data", "cc2017", "--decoder", str(tiny / "models" / "wan"), *TINY]
     untrained = printed(capsys, "stage2", *options)
     assert untrained.startswith("stage 2 of cc2017, 9 x 32 x 32") and "0.0 GiB" in untrained
 
@@ -211,17 +285,6 @@ def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, caps
     write_json(run / "stage2" / "config.json", settings)
     BrainModel(**BRAIN).save_pretrained(run / "stage2" / "brain_model")
     assert "1,200 clips of 9 x 32 x 32 by" in printed(capsys, "evaluate", "--data", "cc2017")
-
-
-def test_seconds_follow_from_the_card(monkeypatch):
-    need = Count(20 * plan.GIB, 989 * plan.TERA, plan.GB, 3 * plan.GB)
-    planned = plan.Plan("x", need, "step", 3600, 0.5, {"of weights": plan.GB})
-    text = plan.report(planned, "H100", 1)
-    assert "2.00 s at 50% of 989" in text and "2.0 hours" in text and "fits in 80.0" in text
-    assert "1.0 GB of weights" in text and "no GPU is at hand" not in text
-    monkeypatch.setattr(plan, "card_of", lambda name: ("NVIDIA T4", 15 * plan.GIB, ""))
-    text = plan.report(planned, None, 1)
-    assert "DOES NOT FIT in 15.0" in text and "no estimate of seconds" in text and "hours" not in text
 
 
 @pytest.mark.parametrize(

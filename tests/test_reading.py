@@ -131,12 +131,17 @@ def test_the_tracer_sees_what_lines_assign(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     import traced
 
-    tracer = shapes.Tracer([file])
-    before = sys.gettrace()
+    def debugger(*event):
+        return None
+
+    tracer, outer = shapes.Tracer([file]), sys.gettrace()
+    sys.settrace(debugger)
     with tracer.tracing():
         traced.double(torch.zeros(2, 3))
         traced.double(torch.zeros(5, 5))  # the first call alone counts
-    assert sys.gettrace() is before
+    restored = sys.gettrace()
+    sys.settrace(outer)
+    assert restored is debugger
     assert tracer.shapes == {
         ("traced", 4): {"x": "(2, 3)"},
         ("traced", 6): {"B": "2", "T": "3"},

@@ -1,8 +1,7 @@
-"""What the trainings of the toy world's networks share: random clips, an optimiser with its schedule, `fit`,
-and a command line.
+"""What the trainings of the toy world's networks share: random clips, schedules, `fit`, a command line.
 
-pretrain.py (CLIP, ViCLIP), pretrain_classifiers.py, pretrain_dino.py and pretrain_wan.py then say their
-networks, losses and gates. Sizes, tokenizers and image processors stand in the configuration files of toy/.
+The pretrain files say their networks, losses and gates. Sizes, tokenizers and image processors stand in the
+configuration files of toy/.
 """
 
 import argparse
@@ -37,6 +36,12 @@ def random_clips(pool: Sequence[tuple], count: int, rng: np.random.Generator) ->
     return [random_clip(pool[i], rng) for i in rng.integers(len(pool), size=count)]
 
 
+def clips_of(pool: list[tuple], copies: int, seed: int) -> list[Clip]:
+    """Random clips of each combination: the pool, `copies` times over."""
+    rng = np.random.default_rng(seed)
+    return [random_clip(combination, rng) for combination in pool * copies]
+
+
 def values_of(pool: Sequence[tuple]) -> dict[str, Tensor]:
     """Of each attribute the number of its value in each combination, (combinations,)."""
     columns = zip(ATTRIBUTES.items(), zip(*pool, strict=True), strict=True)
@@ -44,7 +49,7 @@ def values_of(pool: Sequence[tuple]) -> dict[str, Tensor]:
 
 
 def rendered(clips: list[Clip], frames: int | Sequence[int]) -> np.ndarray:
-    """uint8 (clips, F, 64, 64, 3): so many uniform frames of each, or those."""
+    """uint8 (clips, F, 64, 64, 3): `frames` uniform ones of each clip, or those numbered so."""
     chosen = uniform_frames(17, frames) if isinstance(frames, int) else frames
     progress = tqdm(clips, desc="rendering", disable=len(clips) < 1000)
     return np.stack([render(clip)[chosen] for clip in progress])
@@ -57,8 +62,7 @@ def pixels(frames: np.ndarray, mean: float | list[float] = MEAN, std: float | li
 
 
 class Stage:
-    """Random clips of given combinations, faster than `render`: each shape and action is covered `copies`
-    times in advance."""
+    """Random clips of given combinations; each shape and action is covered `copies` times in advance."""
 
     def __init__(self, copies: int):
         self.rng, self.copies = np.random.default_rng(1), copies
@@ -169,8 +173,7 @@ def configured(folder: Path, network: str) -> Path:
 
 
 def command(doc: str, networks: Sequence[str] = ()) -> tuple[str | None, Path, dict]:
-    """The command line: which of the networks, the folder for it, and which of steps, batch and lr are not
-    those of the recipe."""
+    """Which of the networks, the folder for it, and what the command line says of steps, batch and lr."""
     parser = parser_of(doc)
     if networks:
         parser.add_argument("network", choices=networks)
@@ -178,9 +181,8 @@ def command(doc: str, networks: Sequence[str] = ()) -> tuple[str | None, Path, d
     parser.add_argument("--lr", type=within(float, above=0), help="the highest learning rate")
     parser.add_argument("--out", type=Path, default=HERE, help="where its folder is written (default: toy/)")
     arguments = parser.parse_args()
-    recipe = {"steps": arguments.steps, "batch": arguments.batch, "lr": arguments.lr}
-    given = {name: value for name, value in recipe.items() if value is not None}
-    return getattr(arguments, "network", None), arguments.out, given
+    recipe = {name: getattr(arguments, name) for name in ("steps", "batch", "lr") if getattr(arguments, name)}
+    return getattr(arguments, "network", None), arguments.out, recipe
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:

@@ -1,14 +1,12 @@
-"""Trains the tiny frozen encoders of the toy world, of the same classes as the real ones, and writes them
-beside this file.
+"""Trains the toy world's encoders, of the same classes as the real ones, and writes them beside this file.
 
     python -m toy.pretrain clip      open_clip CLIP: a frame and its caption              -> toy/clip/
     python -m toy.pretrain viclip    ViCLIP: eight frames and their caption               -> toy/viclip/
     python -m toy.pretrain gates     what both recognise
 
-Both learn from the 752 combinations of attributes that training clips may show and are tested on the 160 held
-out: which of the captions is the clip's? A frame does not show what its object does, so CLIP is asked for
-shape, colour and background only. On two cores, about five minutes each. The seed is fixed; another machine's
-rounding may change the last digit.
+Both learn from the 752 combinations that training clips may show and are tested on the 160 held out: which of
+the captions is the clip's? A frame does not show what its object does, so CLIP is asked for shape, colour and
+background only. On two cores, about five minutes each.
 """
 
 from pathlib import Path
@@ -23,14 +21,8 @@ from torch import Tensor, nn
 from prepare.encoders import encode_actions, encode_images, encode_texts, load_clip
 from prepare.viclip import ViCLIP
 from support.readers import read_json
-from toy.fit import HELD_OUT, HERE, SEEN, command, configured, fit, one_cycle, pixels, rendered
-from toy.world import ACTIONS, Clip, random_clip
-
-
-def clips_of(pool: list[tuple], copies: int, seed: int) -> list[Clip]:
-    """Random clips of each combination: the pool, `copies` times over."""
-    rng = np.random.default_rng(seed)
-    return [random_clip(combination, rng) for combination in pool * copies]
+from toy.fit import HELD_OUT, HERE, SEEN, clips_of, command, configured, fit, one_cycle, pixels, rendered
+from toy.world import ACTIONS
 
 
 def contrast(video: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
@@ -73,8 +65,8 @@ def pretrain_viclip(out: Path, steps: int = 700, batch: int = 96, lr: float = 1e
     config = ViCLIP.from_pretrained(HERE / "viclip").config
     torch.manual_seed(0)
     model = ViCLIP(config)
-    time = model.vision_encoder.temporal_positional_embedding
-    nn.init.normal_(time, std=0.3)  # at 0 no frame is before another
+    # at 0 no frame is before another
+    nn.init.normal_(model.vision_encoder.temporal_positional_embedding, std=0.3)
     rng = np.random.default_rng(0)
     clips = clips_of(SEEN, 12, seed=2)
     frames = rendered(clips, 8)
@@ -89,8 +81,7 @@ def pretrain_viclip(out: Path, steps: int = 700, batch: int = 96, lr: float = 1e
         text = model.encode_text(torch.cat([actions, captions[i % len(SEEN)]]))  # (8 + B, D)
         action, caption = text.split([len(ACTIONS), batch])
         logits = log_scale.exp() * F.normalize(video, dim=-1) @ F.normalize(action, dim=-1).T  # (B, 8)
-        loss = F.cross_entropy(logits, action_of[i]) + 0.3 * contrast(video, caption, log_scale)
-        return {"loss": loss}
+        return {"loss": F.cross_entropy(logits, action_of[i]) + 0.3 * contrast(video, caption, log_scale)}
 
     fit("viclip", losses, [one_cycle([*model.parameters(), log_scale], lr, steps)], steps)
     model.temp.data = 1 / log_scale.data.exp()
@@ -109,8 +100,8 @@ def clip_gate(out: Path) -> None:
     e_text = encode_texts(clip, tokenizer, [clip.caption for clip in clips[:160]])
     looks = [(clip.shape, clip.colour, clip.background) for clip in clips]
     right = top_1(encode_images(clip, rendered(clips, 8)).mean(1), e_text, looks, looks[:160])
-    question = "shape, colour, background of the nearest of 160 captions right (chance 1.2%: 80 looks)"
-    print(f"CLIP, held-out clips: {question} in {right:.1%}")
+    print("CLIP, held-out clips: shape, colour, background of the nearest of 160 captions right ", end="")
+    print(f"(chance 1.2%: 80 looks) in {right:.1%}")
 
 
 @torch.inference_mode()

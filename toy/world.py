@@ -39,8 +39,7 @@ TEST_SEGMENTS, TEST_CLIPS, TEST_REPEATS = 2, 80, 10
 
 @dataclass(frozen=True)
 class Clip:
-    """What a clip shows (`shape` ... `background`) and how (`x`, `y`, `size` in pixels, `angle` in radians,
-    `turn` +1 or -1)."""
+    """What a clip shows and how: `x`, `y`, `size` in pixels, `angle` in radians, `turn` +1 or -1."""
 
     shape: str
     colour: str
@@ -62,10 +61,8 @@ class Clip:
 
 
 def combinations() -> tuple[list[tuple], list[tuple]]:
-    """The 752 combinations (shape, colour, action, background) that training may show, and the 160 held out.
-
-    Held out are two actions of each of 80 pairs of an object (shape and colour) and a background.
-    """
+    """The 752 combinations that training may show, and the 160 held out: two actions of each of 80 pairs of
+    an object (shape and colour) and a background."""
     rng = np.random.default_rng(2017)
     objects = list(product(SHAPES, COLOURS, BACKGROUNDS))
     with_held_out = set(rng.permutation(len(objects))[:80].tolist())
@@ -86,8 +83,7 @@ def random_clip(combination: tuple[str, str, str, str], rng: np.random.Generator
 
 
 def motion(clip: Clip, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """x, y, size (pixels) and angle (radians) of the object at the times u (0 = start of the clip, 1 =
-    end)."""
+    """x, y, size (pixels) and angle (radians) of the object at the times u, from 0 (start) to 1 (end)."""
     x, y, size, angle = (np.full(len(u), start) for start in (clip.x, clip.y, clip.size, clip.angle))
     path = 24 * (u - 0.5)
     match clip.action:
@@ -151,8 +147,9 @@ def film(split: str, seed: int) -> list[Clip]:
     for held_out, pool in enumerate(combinations()):
         for shape, colour, action, background in pool:
             actions.setdefault((shape, colour, background), ([], []))[held_out].append(action)
-    objects = [o for o in actions if split == "train" or len(actions[o][1]) == 2]
-    scenes = (TRAIN_SEGMENTS * TRAIN_CLIPS if split == "train" else TEST_SEGMENTS * TEST_CLIPS) // 4
+    test = split == "test"
+    objects = [o for o in actions if not test or actions[o][1]]
+    scenes = (TEST_SEGMENTS * TEST_CLIPS if test else TRAIN_SEGMENTS * TRAIN_CLIPS) // 4
     order = []
     while len(order) < scenes:
         order += rng.permutation(len(objects)).tolist()
@@ -160,6 +157,6 @@ def film(split: str, seed: int) -> list[Clip]:
     for i in order[:scenes]:
         shape, colour, background = objects[i]
         seen, unseen = actions[objects[i]]
-        chosen = [*rng.permutation(seen)[:2], *unseen] if split == "test" else rng.permutation(seen)[:4]
+        chosen = [*rng.permutation(seen)[:2], *unseen] if test else rng.permutation(seen)[:4]
         clips += [random_clip((shape, colour, str(a), background), rng) for a in rng.permutation(chosen)]
     return clips

