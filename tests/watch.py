@@ -192,13 +192,13 @@ def watch_evaluation(arguments: list) -> Evaluated:
         seen.processes.append(processes)
         return [work(0, 1)]
 
-    def report(evaluation: Evaluation) -> tuple[dict, str]:
+    def report(evaluation: Evaluation) -> str:
         seen.evaluation, seen.values = evaluation, known_values(evaluation.out)
         for file in evaluation.out.glob("*/0000.mp4"):
             video = read_video(file)
             seen.videos[file.parent.name] = video.frames.astype(int)
             seen.fps.append(video.fps)
-        return {}, "the table"
+        return "the table"
 
     def classifier(weights: str, device: str):
         if weights == "nowhere":
@@ -220,7 +220,6 @@ def watch_evaluation(arguments: list) -> Evaluated:
         patch.setattr(score, "in_processes", in_processes)
         patch.setattr(evaluate, "report", report)
         patch.setattr(evaluate, "compare", lambda runs, data: f"compared: {runs} {data}")
-        patch.setattr(evaluate, "pictures", lambda evaluation, results: None)
         patch.setitem(LOADERS, "video_classifier", classifier)
         evaluate.main(evaluate.parse([str(word) for word in arguments], evaluate.__doc__))
     seen.printed = printed.getvalue()
