@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, VideoMAEForVideoClassification, ViTForImageClassification
 
-from metrics.attributes import class_probabilities
+from metrics.classes import Classifier
+from support.videos import uniform_frames
 from toy.fit import (
     HELD_OUT,
     HERE,
@@ -85,8 +86,10 @@ def pretrain_classifier(kind: str, out: Path, steps: int, batch: int, lr: float 
 
 def recognised(videos: np.ndarray, pool: Sequence[tuple], folder: Path) -> dict[str, Tensor]:
     """Is the class, is each attribute of it right? Each (clips,). videos uint8 (clips, F, 64, 64, 3)."""
-    p, names = class_probabilities(videos, folder)
-    p, classes = torch.from_numpy(p), [class_of(combination, folder.name) for combination in pool]
+    judge = Classifier(folder)
+    frames = [uniform_frames(len(video), 16) for video in videos]
+    p = torch.from_numpy(np.stack([judge(video[k]).mean(0) for video, k in zip(videos, frames, strict=True)]))
+    names, classes = judge.names, [class_of(combination, folder.name) for combination in pool]
     right = {"class": p.argmax(1) == torch.tensor([names.index(name) for name in classes])}
     for attribute, table in classes_of_values(names).items():
         right[attribute] = (p @ table).argmax(1) == values_of(pool)[attribute]
