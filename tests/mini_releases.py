@@ -211,6 +211,7 @@ def write_cinebrain(
     planted, areas = planted_voxels(16)
     deep = np.isin(areas, ["10r", "d32", "hippocampus_left", "hippocampus_right"])
     planted = np.sort(np.concatenate([planted, np.flatnonzero(deep)[::4]]))
+    columns = np.concatenate([planted, planted_voxels(1)[0][1:3]])  # one that is constant, one that is broken
     pattern = rng.standard_normal((12, len(planted)))
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     for k, (frames, _, _) in enumerate(clips):
@@ -232,14 +233,15 @@ def write_cinebrain(
         response += 0.3 * rng.standard_normal(response.shape)
         first = 10 + run  # the first volume that begins 4 s or more after the film
         start = 0.8 * first - 4 - 0.3
-        volumes = np.full((first + len(response) + 4, len(planted)), 9_000.0)
-        volumes[first : first + len(response)] += 100 * response
+        volumes = np.full((first + len(response) + 4, len(planted) + 2), 9_000.0)
+        volumes[first : first + len(response), :-2] += 100 * response
+        volumes[first, -1] = np.nan
         files = folder / f"sub_{subject:04d}"
         (files / "beh_data").mkdir(parents=True, exist_ok=True)
         times = f"videoStartTime,videoStopTime\n{start},{start + 4 * length + 0.1}\n"
         (files / "beh_data" / f"sub_{subject:04d}_{run}.csv").write_text(times)
         name = f"sub-{subject:04d}_task-shape_run-{run}_space-fsLR_den-91k_bold.dtseries.nii"
-        write_cifti(files / "dtseries" / name, volumes, cifti_header(len(volumes), 0.8), planted)
+        write_cifti(files / "dtseries" / name, volumes, cifti_header(len(volumes), 0.8), columns)
     rng.shuffle(captions)  # they are found by the video's name
     (folder / "captions-qwen-2.5-vl-7b.json").write_text(json.dumps(captions))
     return Mini(folder, folder / "captions-qwen-2.5-vl-7b.json", planted, pattern)
