@@ -215,10 +215,10 @@ def test_frames_are_encoded_as_open_clip_does(clip, frames):
     images = torch.stack([transform(Image.fromarray(frame)) for frame in frames[3]])
     with torch.no_grad():
         theirs = model.encode_image(images, normalize=True).numpy()
-    assert abs(e_img[3] - theirs).max() < 0.01
+    assert abs(e_img[3] - theirs).max() < 1e-3
     others = prepare_frames(torch.from_numpy(frames[3]), 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.no_grad():  # by ViCLIP's statistics they would be others
-        assert abs(model.encode_image(others, normalize=True).numpy() - theirs).max() > 0.02
+        assert abs(model.encode_image(others, normalize=True).numpy() - theirs).max() > 2e-3
 
 
 def test_captions_are_read_at_their_end_token(clip):
