@@ -128,6 +128,8 @@ def test_the_rate_rises_and_comes_down_and_the_log_tells_the_norm_before_clippin
         3e-3
     )  # of 10 steps
     assert len(rates) == 10 and rates[-1] < 1e-6
+    moved = {p for group in run.optimiser.param_groups for p in group["params"]}
+    assert moved == {p for model in run.models for p in model.parameters()}
     rows = log(OUT)
     assert all(row["norm"] > 0.5 for row in rows) and run.norms == pytest.approx([0.5] * 10, rel=1e-4)
     assert [row["lr"] for row in rows[:9]] == pytest.approx(rates[1:])  # of the step that follows
@@ -201,6 +203,7 @@ def test_the_table_is_of_the_trained_weights_and_the_averaged_fmri(trained, link
     )
 
 
+@pytest.mark.slow
 def test_one_batch_is_learnt_by_heart(linked):
     train("--batch_size", 45, "--steps", 300, "--width", 64, "--tau", 0.07, "--dropout", 0)
     last, clips = log(OUT)[-1], Clips("cc2017", 1, "train").targets()
