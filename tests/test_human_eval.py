@@ -231,7 +231,7 @@ def vote_file(folder: Path, file: Path, participant: str, answers, **change) -> 
     return file
 
 
-EVERY = [(f"{i:04d}", q, METHODS[0]) for i in range(3) for q in QUESTIONS]
+EVERY = [(f"{i:04d}", q, METHODS[1]) for i in range(3) for q in QUESTIONS]
 
 
 def test_tally_against_a_count_by_hand(study, tmp_path, capsys):
@@ -324,7 +324,7 @@ def test_a_damaged_file_of_votes_is_named_and_nothing_is_written(study, tmp_path
     good = vote_file(study, tmp_path / "good.json", "p1", EVERY)
     bad = vote_file(study, tmp_path / "bad.json", "p2", EVERY)
     first, second, _ = key_of(study)["groups"]
-    own = next(video for video, method in first["videos"].items() if method == METHODS[0])
+    own = next(video for video, method in first["videos"].items() if method == METHODS[1])
     bad.write_text(BAD_VOTES[problem](bad.read_text(), first["id"], own, next(iter(second["videos"]))))
     text = refused("tally", tmp_path, good, bad)
     assert str(bad) in text and (problem in text or problem == "is not JSON")
