@@ -63,12 +63,23 @@ def qwen(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_batch_answers_as_each_clip_alone(qwen):
+def test_a_batch_answers_as_each_clip_alone(qwen, monkeypatch):
     """Sizes differ, so prompts do in length: what is padded, and whose frames are whose, must not matter."""
     captioner, rng = caption.Captioner(str(qwen), 112 * 112), np.random.default_rng(0)
     shapes = ((4, 64, 64, 3), (8, 64, 128, 3), (4, 128, 64, 3))
     clips = [rng.integers(0, 255, shape, np.uint8) for shape in shapes]
     questions = [caption.CAPTION, "What?", caption.CAPTION]
+    inputs, kind = [], type(captioner.processor)
+    call = kind.__call__
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "__call__", lambda self, **words: inputs.append(words) or call(self, **words))
+        together = captioner.ask(questions, clips, 3.0, tokens=12)
+    for clip, video, times in zip(
+        clips, inputs[0]["videos"], inputs[0]["videos_kwargs"]["video_metadata"], strict=True
+    ):
+        assert video.shape == (len(clip), 3, *clip.shape[1:3]) and times["fps"] == 3.0
+        np.testing.assert_array_equal(video[2, 1], clip[2, :, :, 1])
+    assert not any(answer.startswith("\n") for answer in together)  # as the question ends
     together = captioner.ask(questions, clips, tokens=12)
     alone = [captioner.ask([q], [clip], tokens=12)[0] for q, clip in zip(questions, clips, strict=True)]
     assert together == alone and len(set(together)) == 3

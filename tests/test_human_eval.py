@@ -38,7 +38,10 @@ def write_runs(root: Path, clips: int = 3, names=METHODS) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[Path]:
-    return write_runs(tmp_path_factory.mktemp("runs") / "toy" / "sub1")
+    runs = write_runs(tmp_path_factory.mktemp("runs") / "toy" / "sub1")
+    for i in range(3):  # beside recon/ may lie videos of another kind
+        write_video(runs[0] / "eval" / "memory" / f"{i:04d}.mp4", PLAIN, 8)
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +349,7 @@ def test_votes_that_cannot_be_counted(study, tmp_path):
         {"groups": [3]},
         {"methods": METHODS[:1]},
         {"groups": [{"id": "a", "videos": {"b": ["c"]}}]},
+        {"groups": [{"id": "a", "videos": {"b": METHODS[0], "c": METHODS[0], "d": METHODS[1]}}]},
     ):
         (tmp_path / "key.json").write_text(json.dumps(key_of(study) | change))
         with pytest.raises(FileFault, match="key.json.*human_eval.py make"):
