@@ -63,12 +63,23 @@ def qwen(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_batch_answers_as_each_clip_alone(qwen):
+def test_a_batch_answers_as_each_clip_alone(qwen, monkeypatch):
     """Sizes differ, so prompts do in length: what is padded, and whose frames are whose, must not matter."""
     captioner, rng = caption.Captioner(str(qwen), 112 * 112), np.random.default_rng(0)
     shapes = ((4, 64, 64, 3), (8, 64, 128, 3), (4, 128, 64, 3))
     clips = [rng.integers(0, 255, shape, np.uint8) for shape in shapes]
     questions = [caption.CAPTION, "What?", caption.CAPTION]
+    inputs, kind = [], type(captioner.processor)
+    call = kind.__call__
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "__call__", lambda self, **words: inputs.append(words) or call(self, **words))
+        together = captioner.ask(questions, clips, 3.0, tokens=12)
+    for clip, video, times in zip(
+        clips, inputs[0]["videos"], inputs[0]["videos_kwargs"]["video_metadata"], strict=True
+    ):
+        assert video.shape == (len(clip), 3, *clip.shape[1:3]) and times["fps"] == 3.0
+        np.testing.assert_array_equal(video[2, 1], clip[2, :, :, 1])
+    assert not any(answer.startswith("\n") for answer in together)  # as the question ends
     together = captioner.ask(questions, clips, tokens=12)
     alone = [captioner.ask([q], [clip], tokens=12)[0] for q, clip in zip(questions, clips, strict=True)]
     assert together == alone and len(set(together)) == 3
@@ -89,12 +100,12 @@ def grey_film(file: Path, first: int, clips: int) -> None:
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Path:
-    """The toy's layout: films of four and three clips."""
+    """The toy's layout: films of three and four clips."""
     folder = tmp_path_factory.mktemp("release")
-    rows = [{"split": "train", "segment": "seg1"}] * 4 + [{"split": "test", "segment": "test1"}] * 3
+    rows = [{"split": "train", "segment": "seg1"}] * 3 + [{"split": "test", "segment": "test1"}] * 4
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    grey_film(folder / "stimuli" / "seg1.mp4", 0, 4)
-    grey_film(folder / "stimuli" / "test1.mp4", 4, 3)
+    grey_film(folder / "stimuli" / "seg1.mp4", 0, 3)
+    grey_film(folder / "stimuli" / "test1.mp4", 3, 4)
     return folder
 
 
@@ -114,10 +125,10 @@ class Model:
         Model.batches.append(len(questions))
         if len(Model.batches) > Model.dies_after:
             raise KeyboardInterrupt
-        assert set(questions) == {caption.CAPTION} and fps == 2.0
-        for clip in clips:  # 4 of the 8 frames: the middles of equal parts
+        assert set(questions) == {caption.CAPTION} and fps == 2.5
+        for clip in clips:  # 5 of the 8 frames: the middles of equal parts
             steps = clip.mean((1, 2, 3)) - 30 * round(clip.mean() // 30)
-            np.testing.assert_allclose(steps, [3, 9, 15, 21], atol=1.5)
+            np.testing.assert_allclose(steps, [0, 6, 12, 15, 21], atol=1.5)
         return [f'"clip {int(clip.mean() // 30)}"\n' for clip in clips]
 
 
@@ -129,7 +140,7 @@ def model(request, monkeypatch):
 
 
 def run(*words: object) -> None:
-    sizes = ["--frames", 4, "--pixels", 3136, "--batch", 2, "--model", "grey"]
+    sizes = ["--frames", 5, "--pixels", 3136, "--batch", 2, "--model", "grey"]
     caption.main([str(word) for word in [*sizes, *words]])
 
 
@@ -137,8 +148,8 @@ def test_each_clip_gets_its_caption_and_the_objects_it_names(release, tmp_path, 
     run("--data", "toy", "--raw", release, "--out", tmp_path / "captions.jsonl")
     rows = [json.loads(line) for line in open(tmp_path / "captions.jsonl")]
     places = [(row["segment"], row["clip"], row["split"], row["video"], row["by"]) for row in rows]
-    expected = [("seg1", k, "train", "seg1.mp4", "grey") for k in range(4)]
-    assert places == expected + [("test1", k, "test", "test1.mp4", "grey") for k in range(3)]
+    expected = [("seg1", k, "train", "seg1.mp4", "grey") for k in range(3)]
+    assert places == expected + [("test1", k, "test", "test1.mp4", "grey") for k in range(4)]
     assert [row["caption"] for row in rows] == [f"clip {k}" for k in range(7)]
     tags = ["person dog", "car", "kite bench", "", "", "kite unicorn", ""]
     assert [" ".join(row["tags"]) for row in rows] == tags
@@ -150,7 +161,7 @@ def test_each_clip_gets_its_caption_and_the_objects_it_names(release, tmp_path, 
     assert "7 clips, captioned by grey; 0 captions are empty" in page and "sports           2" in page
     assert "2 answers were no list of names" in page and "without a category: unicorn (1)" in page
     test = read_captions(tmp_path / "captions.jsonl", ["test1"])
-    assert [row["caption"] for row in test] == ["clip 4", "clip 5", "clip 6"]
+    assert [row["caption"] for row in test] == ["clip 3", "clip 4", "clip 5", "clip 6"]
 
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(release, tmp_path, monkeypatch):
@@ -167,7 +178,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(release, tmp_path, monke
     with open(part, "ab") as file:  # as if killed in the third batch: one line of two, and half the second
         file.write(lines[4] + lines[5][:20])
     before = part.read_bytes()
-    message = "part.jsonl was begun with frames = 4, but frames = 6 is asked for; delete it"
+    message = "part.jsonl was begun with frames = 5, but frames = 6 is asked for; delete it"
     with pytest.raises(ValueError, match=message):
         run(*source, out, "--frames", 6)
     assert part.read_bytes() == before
@@ -200,10 +211,10 @@ def test_which_films_and_clips(release, tmp_path):
         films = caption.films_of_videos(str(videos), seconds)
         return [(film.segment, film.split, film.clips, round(film.seconds, 2)) for film in films]
 
-    assert films_of(stimuli) == [("seg1", None, 1, 8.0), ("test1", None, 1, 6.0)]
-    assert films_of(stimuli, 2.0) == [("seg1", None, 4, 2.0), ("test1", None, 3, 2.0)]
-    assert films_of(stimuli, 2.5) == [("seg1", None, 3, 2.5), ("test1", None, 2, 2.5)]
-    assert films_of(stimuli / "t*.mp4") == films_of(stimuli / "test1.mp4") == [("test1", None, 1, 6.0)]
+    assert films_of(stimuli) == [("seg1", None, 1, 6.0), ("test1", None, 1, 8.0)]
+    assert films_of(stimuli, 2.0) == [("seg1", None, 3, 2.0), ("test1", None, 4, 2.0)]
+    assert films_of(stimuli, 3.0) == [("seg1", None, 2, 3.0), ("test1", None, 2, 3.0)]
+    assert films_of(stimuli / "t*.mp4") == films_of(stimuli / "test1.mp4") == [("test1", None, 1, 8.0)]
     with pytest.raises(FileNotFoundError, match=r"stimuli: no video of 60.0 s or more"):
         films_of(stimuli, 60.0)
     for name in ("seg1.mov", "seg1.mp4"):

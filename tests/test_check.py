@@ -41,7 +41,7 @@ def save(file: Path, array: np.ndarray) -> None:
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
     """cc2017 with 40 real voxels, standardised by run, and files of a decoder."""
-    folder = write_prepared(tmp_path_factory.mktemp("sound"), clips=(45, 120), N=N, T=T, D=20, F=5)
+    folder = write_prepared(tmp_path_factory.mktemp("sound"), clips=(45, 120), N=N, T=T, D=20, F=5, copies=3)
     table = np.load(VOXELS)
     chosen = np.linspace(0, len(table["index"]) - 1, N).astype(int)
     np.savez(folder / "sub1" / "voxels.npz", index=table["index"][chosen], roi=table["roi"][chosen])
@@ -98,7 +98,9 @@ def test_a_sound_dataset_passes(sound, capsys):
     p = check.Prepared("cc2017", 1, sound.parent)
     e_img = [mean_frames(p.array(split, "e_img.npy")) for split in ("train", "test")]
     threshold, best = near_copy_threshold(e_img[0], [clip["segment"] for clip in p.clips["train"]], e_img[1])
+    e_act = [np.linalg.norm(p.array(split, "e_act.npy").mean(0)) for split in ("train", "test")]
     for text in (
+        f"e_act.npy: unit vectors, |mean| {max(e_act):.2f} (1: all alike)",
         "warning fMRI values        train: showings that were not recorded are masked: seg3 has 1 of 2",
         "ok      clip counts        45 train clips, 15 of each of 3 segments",
         "T = 2 volumes of N = 40 voxels, F = 5 frames of D = 20, 4 classes",
@@ -137,7 +139,7 @@ FAULTS = [
     ("stimuli/train/e_img.npy", put((20, 1, 4), np.nan), FAIL, "embeddings", "train/e_img.npy: not unit vectors from seg2-005 on (off by 8;"),
     ("stimuli/train/e_act.npy", lambda e, _: np.repeat(e[:1], 45, 0), FAIL, "embeddings", "e_act.npy: unit vectors, |mean| 1.00"),
     ("stimuli/test/e_img.npy", put(slice(10, 11), slice(20, 21), "stimuli/train/e_img.npy"), WARNING, "leakage, frames", "1 of 120 test clips have bit-equal frames in training (e_img); seg2-005 = test1-010"),
-    ("stimuli/test/e_img.npy", put(slice(10, 12), slice(20, 22), "stimuli/train/e_img.npy"), FAIL, "leakage, frames", "2 of 120 test clips"),
+    ("stimuli/test/e_img.npy", put(slice(10, 12), slice(30, 32), "stimuli/train/e_img.npy"), FAIL, "leakage, frames", "2 of 120 test clips have bit-equal frames in training (e_img); seg1-000 = test1-010"),
     ("stimuli/test/categories.npy", lambda k, _: put(67, 1 - k[67])(k, _), FAIL, "categories", "test/categories.npy is not what clips.jsonl says: 1 clips, the first test2-007"),
     ("stimuli/test/categories.npy", put((slice(None), slice(2)), 0), WARNING, "categories", "test: no clip is of person, animal"),
     (LATENTS, put((17, 0, 0, 0, 0), np.inf), FAIL, "decoder", "latents.npy: not finite"),
@@ -145,8 +147,9 @@ FAULTS = [
     (LATENTS, lambda z, _: z * 5, WARNING, "decoder", "-0.13 +- 5.00"),
     (LATENTS, lambda z, _: z[:-1], FAIL, "decoder", "latents of 44 clips, offsets of 45, wanted 45"),
     (TEXT.format("tokens"), lambda e, _: e[:-1], FAIL, "decoder", "offsets of 120, wanted 120, rising to 239"),
+    (TEXT.format("tokens"), lambda e, _: np.concatenate([e, e]), FAIL, "decoder", "offsets of 120, wanted 120, rising to 480"),
     (TEXT.format("tokens"), put((3, 3), np.nan), FAIL, "decoder", "text_tokens.npy: not finite"),
-    (TEXT.format("offsets"), put(7, 0), FAIL, "decoder", "offsets of 120, wanted 120"),
+    (TEXT.format("offsets"), put(7, 12), FAIL, "decoder", "offsets of 120, wanted 120"),
     ("stimuli/tiny-wan/empty_prompt.npy", None, FAIL, "decoder", "empty_prompt.npy not there; python data.py cc2017 --raw RAW --subject 1 --decoder ID"),
 ]  # fmt: skip
 
@@ -282,10 +285,14 @@ def test_a_subject_that_is_another(copy):
     assert f"{text}, the voxels in another order" in line
 
 
-def test_captions_that_recur_or_are_empty(copy):
+def test_captions_and_categories_are_counted(copy):
+    edit(copy, "stimuli/test/categories.npy", lambda k, _: np.eye(4, dtype=np.uint8)[k[:, 0] * 0])
+    test = copy / "stimuli" / "test" / "clips.jsonl"
+    test.write_text(re.sub(r'"categories": \[.*?\]', '"categories": ["person"]', test.read_text()))
     file = copy / "stimuli" / "train" / "clips.jsonl"
     file.write_text(file.read_text().replace('"clip 5"', '" "').replace('"clip 20"', '"Clip 3."'))
     prepare_copies(copy / "stimuli")
+    assert page_of(copy, "^ok categories: those of clips.jsonl, in 4 classes")  # of training
     first, second, *_ = page_of(copy, "near-copies")
     assert "captions: 4.4% of training clips" in first  # clips 3 and 20, of 45
     assert "35.8% of test clips in training" in first and "1 captions are empty" in second  # 43 of 120

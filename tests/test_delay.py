@@ -71,6 +71,11 @@ def test_the_correlation_is_that_of_a_regression_without_the_segment():
 def test_regions_restrict_the_voxels_and_the_best_are_chosen(folder):
     assert run("--rois", "hippocampus")["voxels"] == 8
     few, every = run("--best", 32), run()
+    fmri, x = (np.load(folder / name) for name in ("sub1/train/fmri.npy", "stimuli/train/e_img.npy"))
+    x = x.mean(1) / np.linalg.norm(x.mean(1), axis=1, keepdims=True)
+    y, segments = np.nanmean(fmri, (1, 2)), np.repeat(np.arange(4), 40)
+    expected = delay.correlations(x - x.mean(0), y, segments, 0, 10.0)
+    assert every["mean_r"][4] == pytest.approx(expected.mean(), abs=1e-5)
     assert every["voxels"] == 40 and few["mean_r"][4] > 0.85 > 0.75 > every["mean_r"][4]
 
 

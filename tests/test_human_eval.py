@@ -38,7 +38,10 @@ def write_runs(root: Path, clips: int = 3, names=METHODS) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[Path]:
-    return write_runs(tmp_path_factory.mktemp("runs") / "toy" / "sub1")
+    runs = write_runs(tmp_path_factory.mktemp("runs") / "toy" / "sub1")
+    for i in range(3):  # beside recon/ may lie videos of another kind
+        write_video(runs[0] / "eval" / "memory" / f"{i:04d}.mp4", PLAIN, 8)
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +234,7 @@ def vote_file(folder: Path, file: Path, participant: str, answers, **change) -> 
     return file
 
 
-EVERY = [(f"{i:04d}", q, METHODS[0]) for i in range(3) for q in QUESTIONS]
+EVERY = [(f"{i:04d}", q, METHODS[1]) for i in range(3) for q in QUESTIONS]
 
 
 def test_tally_against_a_count_by_hand(study, tmp_path, capsys):
@@ -324,7 +327,7 @@ def test_a_damaged_file_of_votes_is_named_and_nothing_is_written(study, tmp_path
     good = vote_file(study, tmp_path / "good.json", "p1", EVERY)
     bad = vote_file(study, tmp_path / "bad.json", "p2", EVERY)
     first, second, _ = key_of(study)["groups"]
-    own = next(video for video, method in first["videos"].items() if method == METHODS[0])
+    own = next(video for video, method in first["videos"].items() if method == METHODS[1])
     bad.write_text(BAD_VOTES[problem](bad.read_text(), first["id"], own, next(iter(second["videos"]))))
     text = refused("tally", tmp_path, good, bad)
     assert str(bad) in text and (problem in text or problem == "is not JSON")
@@ -346,6 +349,7 @@ def test_votes_that_cannot_be_counted(study, tmp_path):
         {"groups": [3]},
         {"methods": METHODS[:1]},
         {"groups": [{"id": "a", "videos": {"b": ["c"]}}]},
+        {"groups": [{"id": "a", "videos": {"b": METHODS[0], "c": METHODS[0], "d": METHODS[1]}}]},
     ):
         (tmp_path / "key.json").write_text(json.dumps(key_of(study) | change))
         with pytest.raises(FileFault, match="key.json.*human_eval.py make"):
