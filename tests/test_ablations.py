@@ -356,6 +356,8 @@ def test_the_table_has_rows_controls_groups_and_what_is_quoted(table_4, tmp_path
     assert text in printed and head.endswith("80 held-out clips, mean ± deviation over the seeds 0 1")
     end = titles.index("50-way video ↑") + len("50-way video ↑")
     assert rest[0][end - 11 : end] == f"{mean:.3f}±0.020"  # flush right
+    printed_cells = [re.split(" {2,}", line.strip()) for line in [titles, *rest][: len(lines)]]
+    assert printed_cells == [[cell for cell in row if cell] for row in lines]
 
     def rows(word: str, **changes) -> list[list[str]]:
         return [row for row in ablation_tables.lines_of(result | changes) if word in row[0]]
@@ -436,8 +438,10 @@ def test_the_toy_is_prepared_once_for_the_decoder_of_stage_2(tmp_path, monkeypat
     monkeypatch.setattr(ablations, "prepare_toy", lambda **options: prepared.append(options))
     monkeypatch.setattr(ablations, "run", lambda jobs, at_once, logs: prepared.append(len(jobs)))
     with pytest.raises(FileNotFoundError):  # nothing was run
-        ablations.main(shlex.split("--table 6 --subject 2 --stage2 '--decoder else/where --frames 9'"))
-    assert prepared == [{"decoder": "else/where", "size": (9, 64, 64), "subject": 2}, 3, 6, 9]
+        ablations.main(
+            shlex.split("--table 6 --subject 2 --stage2 '--decoder else/where --frames 9 --height 32'")
+        )
+    assert prepared == [{"decoder": "else/where", "size": (9, 32, 64), "subject": 2}, 3, 6, 9]
 
 
 # ---------------------------------------------------------------- as a reader runs it
