@@ -14,7 +14,7 @@ import train_stage1
 import train_stage2
 from brain_model import BrainModel
 from extras import plan
-from extras.counter import Count, Repeated
+from extras.counter import Count, Repeated, counting
 from support.files import write_json
 from support.options import settings_of
 from support.runs import door
@@ -67,6 +67,17 @@ def test_seconds_follow_from_the_card(monkeypatch):
     monkeypatch.setattr(plan, "card_of", lambda name: ("NVIDIA T4", 15 * 2**30, ""))
     text = plan.report(planned, None, 1)
     assert "DOES NOT FIT in 15.0" in text and "no estimate of seconds" in text and "hours" not in text
+
+
+def test_memory_is_what_lives_at_once_in_blocks_of_512_bytes():
+    with counting() as counter:
+        x = torch.empty(100)  # 400 bytes
+        y = torch.empty(2, 129)  # 1,032
+        view = x.view(10, 10)
+        assert (counter.now, counter.peak) == (512 + 1536, 512 + 1536)
+        del y
+        z = view @ view
+        assert (counter.now, counter.peak, counter.flop) == (1024, 2048, 2 * 10**3) and z.shape == (10, 10)
 
 
 # ---------------------------------------------------------------- the paper's size
@@ -225,6 +236,9 @@ def test_what_is_trained_and_what_goes_on_are_counted_by_the_byte(tiny):
 def test_a_process_has_its_share_of_the_batch_and_recomputes_what_it_is_told(tiny):
     whole, half = count_stage2(tiny), count_stage2(tiny, processes=2)
     assert half.flop == pytest.approx(whole.flop / 2, rel=0.01) and half.peak < whole.peak
+    for switch in ("--checkpointing", "--no-checkpointing"):
+        _, model = stage2(tiny, "wan", switch)
+        assert model.brain_model.gradient_checkpointing is (switch == "--checkpointing")
     kept = count_stage2(tiny, "--no-checkpointing")
     assert kept.flop < 0.95 * whole.flop
     config = train_stage1.parse(["--data", "cc2017", *SMALL])
@@ -285,6 +299,13 @@ def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, caps
     write_json(run / "stage2" / "config.json", settings)
     BrainModel(**BRAIN).save_pretrained(run / "stage2" / "brain_model")
     assert "1,200 clips of 9 x 32 x 32 by" in printed(capsys, "evaluate", "--data", "cc2017")
+    some = plan.plan_evaluation("--data cc2017 --clips 60".split(), 4)
+    assert some.number == 15 and [*some.disk.values()] == [2 * 60 * 9 * 32 * 32]
+    shown = plan.plan_stage2(
+        [*options, "--epochs", "2", "--batch_size", "4", "--sample_every", "500", "--samples", "3"], 1
+    )
+    assert shown.number == 2 * 1080 and shown.disk["of latents (data/), fp16"] == 2 * 5520 * 4 * 3 * 4 * 4
+    assert shown.disk["of samples, at most"] == 5 * 3 * 9 * 2 * 128 * 128
 
 
 @pytest.mark.parametrize(
