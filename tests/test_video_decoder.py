@@ -115,6 +115,13 @@ def test_lora_is_on_every_attention_projection_and_all_else_is_frozen(folder, fa
     assert not any(p.requires_grad for p in load(folder, rank=0).parameters())
 
 
+def test_all_that_is_loaded_moves(folder):
+    decoder = load(folder, vae=True, text_encoder=True)
+    assert decoder.to("meta") is decoder  # shows what a GPU would
+    for part in (decoder.pipe.transformer, decoder.pipe.vae, decoder.pipe.text_encoder):
+        assert part.device.type == "meta"
+
+
 def test_lora_starts_as_nothing_and_adds_alpha_over_rank_of_its_product(folder, batch):
     pipe, text_length, config = load_pipeline(folder, transformer=True)
     plain = VideoDecoder(pipe, text_length, config, lora_rank=0).diffusion_loss(*batch)
@@ -238,6 +245,10 @@ def test_cogvideox_loss_is_the_weighted_error_of_the_clean_latents(tiny, batch):
         y_hat = a.sqrt() * y_t - (1 - a).sqrt() * prediction.sample[0].transpose(0, 1)
         expected.append((y_hat - y[i]).square().mean() / (1 - a))
     torch.testing.assert_close(decoder.diffusion_loss(*batch), torch.stack(expected), rtol=1e-3, atol=1e-4)
+    prepared, inputs = y.half(), batch[1:]  # as latents are kept: noised in float32 all the same
+    assert torch.equal(
+        decoder.diffusion_loss(prepared, *inputs), decoder.diffusion_loss(prepared.float(), *inputs)
+    )
 
 
 @pytest.mark.parametrize("kind", ["velocity", "v_prediction", "epsilon", "sample"])
