@@ -467,6 +467,6 @@ def test_the_real_scripts_make_a_table(tiny_copy, capsys, monkeypatch):
     assert [row["run"] for row in result["rows"]] == ["full-no-integration", "full"]
     assert len(result["minutes"]) == 6 and None not in result["minutes"].values()
     assert not Path("runs/cc2017/sub1/full-no-integration-s0/stage1").exists()  # it has that of `full`
-    assert "without a near-copy, 6 clips" in capsys.readouterr().out
+    assert "shown in training, 6 clips" in capsys.readouterr().out
     ablations.main([*words, "--dry-run"])
     assert capsys.readouterr().out == "0 commands are left\n"
