@@ -37,7 +37,7 @@ import metrics.options
 import metrics.pairs
 import metrics.score
 from evaluate import Config, main
-from metrics import card, features, motion, pixels
+from metrics import card, features, motion, pixels, retrieval
 from metrics.classes import Classifier, n_way_top_k
 from metrics.pairs import Source, Watched, find_pairs, other_scenes, watch
 from metrics.report import Evaluation, blocks_of, estimate, report
@@ -807,6 +807,36 @@ def test_runs_that_cannot_be_compared(four_runs, tmp_path):
 
 
 # -- stage 1's table, and the card's ---------------------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """A Brain Model and heads that read the embeddings out of the fMRI."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x, e_img=None):
+        if e_img is None:
+            return x[:, 0], None
+        return e_img.mean(1), x.roll(1, 1), x[:, :3]  # e_img, f_a, logits
+
+
+def test_stage_1s_table_holds_the_fmri_another_clips_and_chance():
+    n, g = 70, torch.Generator().manual_seed(1)
+    f_c = nn.functional.normalize(torch.randn(n, 8, generator=g), dim=1)
+    noisy, labels = f_c + 0.2 * torch.randn(n, 8, generator=g), f_c[:, :3] > torch.tensor([0.1, 0.3, 9.0])
+    images, actions, far = f_c[:, None].repeat(1, 3, 1), f_c.roll(1, 1), ~np.eye(n, dtype=bool)
+    targets = SimpleNamespace(e_img=images, e_txt=noisy, e_act=actions, categories=labels.to(torch.uint8))
+    columns = retrieval.with_controls(Reader(), Reader(), f_c[:, None], targets, far)
+    fmri, shuffled, chance = columns.values()
+    for name in ("image top-1", "image 50-way", "action top-5", "category mAP"):
+        assert fmri[name] == pytest.approx(1) and shuffled[name] < 0.6, name
+    expected = retrieval.retrieval(f_c, noisy, far)
+    assert (fmri["text top-1"], fmri["text top-5"], fmri["text 50-way"]) == expected and expected[0] < 1
+    assert (chance["text top-1"], chance["image top-5"], chance["action 50-way"]) == (1 / n, 5 / n, 1 / 50)
+    occurring = labels[:, :2].float().mean().item()  # the third does not occur
+    assert chance["category mAP"] == pytest.approx(occurring)
 
 
 def test_the_cards_numbers_stand_below_their_heads():
