@@ -11,7 +11,6 @@ import av
 import numpy as np
 import pytest
 from conftest import press, wait
-from PIL import Image
 
 from extras import human_eval
 from support.readers import FileFault
@@ -19,7 +18,6 @@ from support.videos import write_video
 
 QUESTIONS = human_eval.QUESTIONS
 METHODS = ("wholemethod-s0", "secondmethod-s0", "thirdmethod-s0")
-PLAIN = np.full((8, 16, 16, 3), 200, np.uint8)
 
 
 def level(clip: int, m: int) -> int:
@@ -38,10 +36,7 @@ def write_runs(root: Path, clips: int = 3, names=METHODS) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[Path]:
-    runs = write_runs(tmp_path_factory.mktemp("runs") / "toy" / "sub1")
-    for i in range(3):  # beside recon/ may lie videos of another kind
-        write_video(runs[0] / "eval" / "memory" / f"{i:04d}.mp4", PLAIN, 8)
-    return runs
+    return write_runs(tmp_path_factory.mktemp("runs") / "toy" / "sub1")
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +76,6 @@ def refused(*arguments) -> str:
     return f"{stopped.value} {stderr.getvalue()}"
 
 
-def files_below(folder: Path) -> dict[Path, bytes]:
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
 # ---------------------------------------------------------------- make
 
 
@@ -92,11 +83,9 @@ def test_page_and_key_fit_the_videos(study):
     page, key = page_of(study), key_of(study)
     assert page["id"] == key["study"] and (page["width"], page["height"], page["each"]) == (64, 64, 3)
     assert sorted(g["clip"] for g in key["groups"]) == ["0000", "0001", "0002"]
-    assert key["methods"] == sorted(METHODS)
     files = set()
     for shown, group in zip(page["groups"], key["groups"], strict=True):
         assert shown["id"] == group["id"] and shown["videos"] == list(group["videos"])
-        assert sorted(group["videos"].values()) == sorted(METHODS)
         levels = {v: level(int(group["clip"]), METHODS.index(name)) for v, name in group["videos"].items()}
         for video, value in {shown["stimulus"]: level(int(group["clip"]), -1), **levels}.items():
             frames, seconds = decoded(study / "page" / "videos" / f"{video}.mp4")
@@ -116,7 +105,6 @@ def test_nothing_in_the_page_tells_a_method_or_loads_anything(study, runs):
             assert word not in file.name and word.encode() not in content, f"{word} in {file}"
     assert page_of(study).keys() == {"id", "width", "height", "groups", "each"}
     assert len({f.stat().st_mtime for f in videos}) == 1
-    assert all(re.fullmatch(r"[0-9a-f]{16}\.mp4", f.name) for f in videos)
     for file in videos:
         with av.open(str(file)) as container:
             metadata.add(json.dumps([container.metadata, container.streams.video[0].metadata]))
@@ -124,23 +112,21 @@ def test_nothing_in_the_page_tells_a_method_or_loads_anything(study, runs):
     text = (study / "page" / "index.html").read_text()
     assert not re.search(r"https?:|//cdn|@import|<link|fetch\(|XMLHttp|WebSocket", text)
     assert re.findall(r'^  \["(\w+)", "', text, re.M) == list(QUESTIONS)  # it asks what is counted
-    assert 'id="pause"' in text and "(prefers-reduced-motion: reduce)" in text and "autoplay" not in text
 
 
 def test_order_is_random_but_reproducible(tmp_path):
     runs = write_runs(tmp_path / "runs", clips=12)
-    keys = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        make(*runs, "--out", tmp_path / name, "--height", 16, "--seed", seed)
-        keys.append(key_of(tmp_path / name))
-    a, b, c = keys
-    assert a == b and a["study"] != c["study"]
+    for name, seed, n in (("a", 0, 12), ("b", 0, 12), ("c", 1, 2)):
+        options = ("--height", 16, "--seed", seed, "--groups", n, "--each", 2)
+        make(*runs, "--out", tmp_path / name, *options)
+    a, b, c = (key_of(tmp_path / name) for name in "abc")
+    assert a == b and a["study"] != c["study"] and page_of(tmp_path / "a")["each"] == 2
+    assert sorted(group["clip"] for group in c["groups"]) == ["0000", "0011"]
+    assert {group["id"] for group in a["groups"]}.isdisjoint(group["id"] for group in c["groups"])
     orders = [tuple(group["videos"].values()) for group in a["groups"]]
     assert {order[0] for order in orders} == set(METHODS) and len(set(orders)) > 3
     clips = [group["clip"] for group in a["groups"]]
-    assert clips != sorted(clips) and clips != [group["clip"] for group in c["groups"]]
-    ids = [v for key in (a, c) for g in key["groups"] for v in (g["id"], *g["videos"])]
-    assert len(set(ids)) == len(ids)
+    assert clips != sorted(clips)
 
 
 def test_pairs_of_any_kind_and_shape(tmp_path):
@@ -148,13 +134,12 @@ def test_pairs_of_any_kind_and_shape(tmp_path):
     stimulus = np.random.default_rng(0).integers(0, 256, (6, 24, 36, 3), dtype=np.uint8)
     for name in ("gt", "square", "array", ".cache", "metrics"):
         (pairs / name).mkdir(parents=True)
-    first, *following = [Image.fromarray(frame) for frame in stimulus]
-    first.save(pairs / "gt/x.gif", save_all=True, append_images=following, duration=500)
+    np.save(pairs / "gt/x.npy", stimulus)
     write_video(pairs / "square/x.mp4", np.full((10, 24, 24, 3), 200, np.uint8), 24)
     np.save(pairs / "array/x.npy", stimulus)
     for stray in ("gt/._x.mp4", ".cache/x.mp4", "metrics/metrics.json"):  # of a system, of evaluate.py
         (pairs / stray).write_bytes(b"no video")
-    make("--pairs", pairs, "--out", out, "--height", 96)
+    make("--pairs", pairs, "--out", out, "--height", 96, "--seconds", 3)
     (group,) = key_of(out)["groups"]
     films = {name: decoded(out / "page/videos" / f"{v}.mp4") for v, name in group["videos"].items()}
     sizes = {name: (frames.shape, round(seconds, 2)) for name, (frames, seconds) in films.items()}
@@ -166,60 +151,32 @@ def test_pairs_of_any_kind_and_shape(tmp_path):
     assert np.abs(middles - stimulus).mean() < 12  # at the size they come in, 4:2:0 alone would leave 44
 
 
-def test_groups_each_and_seconds(tmp_path, runs):
-    make(*runs, "--out", tmp_path / "a", "--height", 16, "--groups", 2, "--each", 1)
-    assert sorted(group["clip"] for group in key_of(tmp_path / "a")["groups"]) == ["0000", "0002"]
-    assert page_of(tmp_path / "a")["each"] == 1
-    for name in ("gt", "a", "b"):
-        (tmp_path / "pairs" / name).mkdir(parents=True)
-        np.save(tmp_path / "pairs" / name / "x.npy", PLAIN)
-    make("--pairs", tmp_path / "pairs", "--out", tmp_path / "out", "--height", 16, "--seconds", 4)
-    for video in (tmp_path / "out" / "page" / "videos").iterdir():
-        assert decoded(video)[1] == pytest.approx(4)
-
-
-OPTIONS = "--groups=4 --each=4 --height=33 --groups=0 --each=1.5 --height=100000 --seconds=nan --seed=-1 --shuffle=1"
-
-
-@pytest.mark.parametrize("option", OPTIONS.split())
-def test_an_option_out_of_range_is_named(tmp_path, runs, option):
-    assert option.split("=")[0] in refused("make", *runs, "--out", tmp_path / "b", option)
-    assert not list(tmp_path.iterdir())
-
-
 def test_what_cannot_be_compared_is_refused_and_nothing_is_written(tmp_path):
     runs, out = write_runs(tmp_path / "sub1", clips=2), tmp_path / "out"
     other = write_runs(tmp_path / "sub2", clips=2, names=METHODS[:1])[0]
     for arguments, text in [
         ((runs[0],), "wanted two or more"),
-        ((), "either two or more RUN folders or --pairs"),
         ((*runs, "--pairs", tmp_path), "either two or more RUN folders or --pairs"),
-        ((runs[0], tmp_path / "nowhere"), "nowhere/eval has videos in no folder: python evaluate.py makes"),
-        (("--pairs", tmp_path / "nowhere"), "nowhere has videos in no folder: --pairs DIR wants DIR/gt/"),
+        ((runs[0], tmp_path / "nowhere"), "nowhere/eval has videos in no folder"),
         ((runs[0], runs[0]), "wanted different names"),
+        *[((*runs, o), o.split("=")[0]) for o in ("--groups=4", "--each=4", "--height=33", "--seconds=nan")],
     ]:
         assert text in refused("make", *arguments, "--out", out)
     recon, gt = (runs[1] / "eval" / kind / "0001.mp4" for kind in ("recon", "gt"))
     video = recon.read_bytes()
     recon.unlink()
-    assert "without a partner: 0001: python evaluate.py" in refused("make", *runs, "--out", out)
+    assert "without a partner: 0001" in refused("make", *runs, "--out", out)
     gt.unlink()
-    problem = "0001 of wholemethod-s0 has no counterpart in secondmethod-s0"
-    assert problem in refused("make", *runs, "--out", out)
-    write_video(gt, np.full((8, 16, 16, 3), level(1, -1), np.uint8), 8)
-    recon.write_bytes(video[:400])
-    assert str(recon) in refused("make", *runs, "--out", out)
+    assert "0001 of wholemethod-s0 has no counterpart" in refused("make", *runs, "--out", out)
     recon.write_bytes(video)
-    write_video(gt, PLAIN, 8)
-    assert "show different stimuli: the runs are of other data" in refused("make", *runs, "--out", out)
+    write_video(gt, np.full((8, 16, 16, 3), 200, np.uint8), 8)
+    assert "show different stimuli" in refused("make", *runs, "--out", out)
     gt.write_bytes(gt.read_bytes()[:400])
     assert str(gt) in refused("make", *runs, "--out", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sub1", "sub2"]
     make(runs[0], other, "--out", out, "--height", 16)
     assert key_of(out)["methods"] == ["sub1/wholemethod-s0", "sub2/wholemethod-s0"]
-    before = files_below(out)
-    assert "is there already, and votes may refer to it" in refused("make", runs[0], other, "--out", out)
-    assert files_below(out) == before
+    assert "is there already" in refused("make", runs[0], other, "--out", out)
 
 
 # ---------------------------------------------------------------- tally
@@ -234,7 +191,7 @@ def vote_file(folder: Path, file: Path, participant: str, answers, **change) -> 
     return file
 
 
-EVERY = [(f"{i:04d}", q, METHODS[1]) for i in range(3) for q in QUESTIONS]
+EVERY = [(f"{i:04d}", q, METHODS[0]) for i in range(3) for q in QUESTIONS]
 
 
 def test_tally_against_a_count_by_hand(study, tmp_path, capsys):
@@ -257,14 +214,10 @@ def test_tally_against_a_count_by_hand(study, tmp_path, capsys):
     first, third = "semantic_alignment", "visual_quality"
     assert [result["share"][m][first] for m in METHODS] == pytest.approx([4 / 8, 3 / 8, 1 / 8])
     assert [result["share"][m][third] for m in METHODS] == [1, 0, 0] and result["ci95_low"][a][third] == 1
-    assert result["pairs_alike"][first] == pytest.approx(
-        (3 + 0 + 1) / (3 + 3 + 1)
-    )  # pairs of p1 p2 p3 that agree
+    assert result["pairs_alike"][first] == pytest.approx((3 + 0 + 1) / (3 + 3 + 1))  # of p1 p2 p3
     assert result["pairs_alike"][third] == 1 and result["krippendorff_alpha"][third] is None
-    assert 0 <= result["ci95_low"][a][first] < 0.5 < result["ci95_high"][a][first] <= 1
     np.testing.assert_allclose(result["share_by_place"], places / 35)
     page = capsys.readouterr().out
-    assert "3 participants, 3 groups, 35 votes" in page and "says nothing" not in page
     rows = {line[:22].strip(): line[22:].split("%")[0].strip() for line in page.splitlines()}
     assert [rows[m] for m in METHODS] == ["50.0", "37.5", "12.5"] and rows["chance"] == "33.3"
     assert rows["pairs who agree"] == "57.1" and f"A {places[0] / 35:.1%}, B {places[1] / 35:.1%}" in page
@@ -278,12 +231,8 @@ def test_agreement_against_a_published_example():
     pairs, alpha = human_eval.agreement(ratings)
     assert alpha == pytest.approx(0.743, abs=5e-4)
     alike = [x == y for column in ratings.T for x, y in combinations(column[column >= 0], 2)]
-    share = [
-        np.mean([x == y for x, y in combinations(c[c >= 0], 2)]) for c in ratings.T if (c >= 0).sum() > 1
-    ]
-    assert pairs == pytest.approx(np.mean(alike)) != pytest.approx(np.mean(share))
+    assert pairs == pytest.approx(np.mean(alike))
     assert np.isnan(human_eval.agreement(np.full((1, 4), 2))).all()
-    assert human_eval.agreement(np.array([[0, 1, 0], [0, 1, 0]])) == (1, 1)
 
 
 def test_interval_against_a_loop():
@@ -306,14 +255,9 @@ def test_interval_against_a_loop():
 
 BAD_VOTES = {  # of participant p2: text of the file, a group, a video of it, a video of another -> the text that is read
     "is not JSON": lambda text, *_: text[: len(text) // 2],
-    "list []": lambda *_: "[]",
-    "no votes": lambda text, *_: text.replace('"votes"', '"vote"'),
     "beauty": lambda text, *_: text.replace("visual_quality", "beauty"),
     "feedfeed": lambda text, group, *_: text.replace(group, "feedfeed"),
     "wanted votes {group, question, video}": lambda text, group, own, strange: text.replace(own, strange),
-    "unhashable": lambda text, group, *_: text.replace(f'"{group}"', "[1]"),
-    "string indices": lambda text, *_: re.sub(r'"votes": .*]', '"votes": ["a"]', text),
-    "participant = 'None'": lambda text, *_: text.replace('"p2"', "null"),
     "0 votes": lambda text, *_: re.sub(r'"votes": .*]', '"votes": []', text),
     "of study 0123456789ab": lambda text, *_: re.sub(r'"study": "\w+"', '"study": "0123456789ab"', text),
     "two answers to visual_quality": lambda text, *_: text.replace("overall_fidelity", "visual_quality"),
@@ -327,7 +271,7 @@ def test_a_damaged_file_of_votes_is_named_and_nothing_is_written(study, tmp_path
     good = vote_file(study, tmp_path / "good.json", "p1", EVERY)
     bad = vote_file(study, tmp_path / "bad.json", "p2", EVERY)
     first, second, _ = key_of(study)["groups"]
-    own = next(video for video, method in first["videos"].items() if method == METHODS[1])
+    own = next(video for video, method in first["videos"].items() if method == METHODS[0])
     bad.write_text(BAD_VOTES[problem](bad.read_text(), first["id"], own, next(iter(second["videos"]))))
     text = refused("tally", tmp_path, good, bad)
     assert str(bad) in text and (problem in text or problem == "is not JSON")
@@ -338,19 +282,10 @@ def test_votes_that_cannot_be_counted(study, tmp_path):
     half = vote_file(study, tmp_path / "half.json", "p3", EVERY[:2])
     assert "no vote on visual_quality, overall_fidelity" in refused("tally", study, half)
     assert "nowhere.json is not there" in refused("tally", study, tmp_path / "nowhere.json")
-    assert f"{tmp_path / 'key.json'} is not there" in refused("tally", tmp_path, half)
     (tmp_path / "key.json").write_bytes((study / "key.json").read_bytes())
     votes = vote_file(study, tmp_path / "tally.json", "p1", EVERY)  # named as the result is
-    before = votes.read_bytes()
     assert "would be overwritten" in refused("tally", tmp_path, votes)
-    assert votes.read_bytes() == before
-    for change in (
-        {"study": 3},
-        {"groups": [3]},
-        {"methods": METHODS[:1]},
-        {"groups": [{"id": "a", "videos": {"b": ["c"]}}]},
-        {"groups": [{"id": "a", "videos": {"b": METHODS[0], "c": METHODS[0], "d": METHODS[1]}}]},
-    ):
+    for change in ({"study": 3}, {"methods": METHODS[:1]}, {"groups": [{"id": "a", "videos": {"b": ["c"]}}]}):
         (tmp_path / "key.json").write_text(json.dumps(key_of(study) | change))
         with pytest.raises(FileFault, match="key.json.*human_eval.py make"):
             human_eval.main(["tally", str(tmp_path), str(half)])
@@ -359,46 +294,40 @@ def test_votes_that_cannot_be_counted(study, tmp_path):
 # ---------------------------------------------------------------- in a browser
 
 
-def begin(browser, study: Path, code: str) -> None:
-    browser.get((study / "page" / "index.html").as_uri())
-    field = browser.find_element("id", "code")
-    field.clear()
-    field.send_keys(code)
+def begin(browser, code: str) -> None:
+    browser.find_element("id", "code").clear()
+    browser.find_element("id", "code").send_keys(code)
     browser.find_element("id", "begin").click()
-
-
-def answer_all(browser, n: int, choices: list[int]) -> None:
-    """The four questions of the n-th group: by mouse, by letters, by numbers."""
-    for q, choice in enumerate(choices):
-        if n == 0:
-            place = f"#questions fieldset:nth-child({q + 1}) label:nth-child({choice + 1})"
-            browser.find_element("css selector", place).click()
-        else:
-            press(browser, "abc"[choice] if n == 1 else "123"[choice])
 
 
 @pytest.mark.slow
 def test_vote_in_a_browser(browser, study, tmp_path):
-    begin(browser, study, "P 1")
+    page = (study / "page" / "index.html").as_uri()
+    browser.get(page)
+    begin(browser, "P 1")
     key, expected = {group["id"]: group["videos"] for group in key_of(study)["groups"]}, {}
     for n in range(3):
         sources = "return [...document.querySelectorAll('#videos video')].map(v => v.src)"
         ids = [Path(source.split("#")[0]).stem for source in browser.execute_script(sources)[1:]]
         (group,) = [name for name, videos in key.items() if list(videos) == ids]
-        assert browser.find_element("id", "where").text == f"Film {n + 1} of 3"
-        assert not browser.find_element("id", "next").is_enabled()
-        choices = [(n + q) % 3 for q in range(4)]
-        answer_all(browser, n, choices)
-        expected |= {(group, question): ids[c] for question, c in zip(QUESTIONS, choices, strict=True)}
+        for q, question in enumerate(QUESTIONS):  # by mouse, by letters, by numbers
+            choice = (n + q) % 3
+            place = f"#questions fieldset:nth-child({q + 1}) label:nth-child({choice + 1})"
+            if n:
+                press(browser, "abc"[choice] if n == 1 else "123"[choice])
+            else:
+                browser.find_element("css selector", place).click()
+            expected[group, question] = ids[choice]
         if n == 0:
             browser.find_element("id", "next").click()
-        elif n == 1:  # what was answered outlives a reload
-            browser.refresh()
-            assert browser.find_element("id", "code").get_attribute("value") == "P 1"
-            browser.find_element("id", "begin").click()
+        elif n == 1:  # what was answered outlives a reload; another participant starts anew
+            browser.get(page)
+            begin(browser, "second")
+            assert browser.execute_script("return state.answers") == {}
+            browser.get(page)
+            begin(browser, "P 1")
         else:
             press(browser, "\ue007")  # Enter
-    assert browser.find_element("id", "summary").text == "You answered 3 of 3 films."
     file = tmp_path / f"votes-{key_of(study)['study']}-P_1.json"
     browser.find_element("id", "download").click()
     wait(file.exists)
@@ -406,18 +335,3 @@ def test_vote_in_a_browser(browser, study, tmp_path):
     assert ballot["participant"] == "P 1" and len(ballot["votes"]) == 12
     assert {(vote["group"], vote["question"]): vote["video"] for vote in ballot["votes"]} == expected
     assert human_eval.tally(study, [file])["votes"] == 12
-
-
-@pytest.mark.slow
-def test_one_participant_does_not_overwrite_another(browser, study):
-    begin(browser, study, "first")
-    answer_all(browser, 0, [0, 1, 2, 0])
-    first = browser.execute_script("return JSON.stringify(state.answers)")
-    begin(browser, study, "second")
-    assert browser.execute_script("return state.answers") == {}
-    answer_all(browser, 0, [2, 2, 2, 2])
-    begin(browser, study, "first")
-    assert browser.execute_script("return JSON.stringify(state.answers)") == first
-    browser.execute_script("localStorage.setItem(KEY + '-third', '{')")
-    begin(browser, study, "third")  # damaged: it is as if nothing was kept
-    assert browser.execute_script("return state.answers") == {}

@@ -3,7 +3,6 @@ bad input, comparisons; stage 1's table; the model card's numbers."""
 
 import importlib
 import json
-import logging
 import math
 import re
 import unicodedata
@@ -15,14 +14,12 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from conftest import REPO
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.ndimage import gaussian_filter, map_coordinates
-from sklearn.metrics import average_precision_score
 from tiny import unit
 from torch import nn
 from torchvision.utils import make_grid
@@ -47,18 +44,10 @@ from metrics.report import Evaluation, blocks_of, estimate, report
 from metrics.score import Judges, keys_of, known_value, known_values, score
 from metrics.table import METRICS, NAMES
 from prepare.copies import far_apart
-from support.videos import read_video, resized, write_video
+from support.videos import resized, write_video
 
 parse = partial(metrics.options.parse, doc="What it does.")
 PIXELS = {"data": "cc2017", "metrics": "ssim,ssim_gray,psnr"}
-
-
-@pytest.fixture
-def vbench():
-    """The published metrics; the comparisons with them are skipped where it is not installed (docs/metrics.md)."""
-    pytest.importorskip("vbench", reason="pip install --no-deps vbench omegaconf easydict decord imageio")
-    yield importlib.import_module
-    logging.disable(logging.NOTSET)
 
 
 def moving(F: int, H: int = 48, W: int = 64, speed: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -70,11 +59,11 @@ def moving(F: int, H: int = 48, W: int = 64, speed: float = 0.0, seed: int = 0) 
 
 def counting(F: int) -> Watched:
     """Frame t is all t."""
-    return Watched(np.arange(F, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 12, 3), np.uint8), 8.0)
+    return video_of(np.arange(F, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 12, 3), np.uint8))
 
 
-def video_of(frames: np.ndarray, fps: float = 8.0) -> Watched:
-    return Watched(frames, fps)
+def video_of(frames: np.ndarray) -> Watched:
+    return Watched(frames, 8.0)
 
 
 def measured(name: str, judge, size: str, *videos: Watched):
@@ -93,10 +82,7 @@ def write_pairs(root: Path, gt: list[np.ndarray], **methods: list[np.ndarray]) -
 
 def write_as(file: Path, frames: np.ndarray) -> None:
     file.parent.mkdir(exist_ok=True)
-    if file.suffix == ".npy":
-        np.save(file, frames)
-    else:
-        write_video(file, frames, 8)
+    np.save(file, frames) if file.suffix == ".npy" else write_video(file, frames, 8)
 
 
 def results_of(root: Path, method: str = "ours") -> dict:
@@ -124,16 +110,13 @@ def ssim_of_windows(x: np.ndarray, y: np.ndarray, weights: np.ndarray, top: floa
     return (similarity / ((m_x**2 + m_y**2 + C_1) * (spread + C_2))).mean()
 
 
-@pytest.mark.parametrize("kind", ["noise", "smooth", "flat", "small"])
+@pytest.mark.parametrize("kind", ["noise", "smooth", "small"])
 def test_pixels_by_hand(kind):
     rng = np.random.default_rng(0)
     a = rng.integers(0, 256, (2, 21, 34, 3), dtype=np.uint8)
-    b = {
-        "noise": rng.integers(0, 256, a.shape, np.uint8),
-        "flat": np.full_like(a, 7),
-        "small": a[:, :11, :13],
-    }
-    b = b.get(kind, gaussian_filter(a, (0, 2, 2, 0)))
+    b = {"noise": a[::-1, ::-1].copy(), "smooth": gaussian_filter(a, (0, 2, 2, 0)), "small": a[:, :11, :13]}[
+        kind
+    ]
     a = b[::-1].copy() if kind == "small" else a
     box, bell = np.full((7, 7), 1 / 49), np.exp(-(np.arange(-5, 6)[:, None] ** 2) / (2 * 1.5**2))
     gray = [v @ [0.2125, 0.7154, 0.0721] / 255 for v in (a, b)]
@@ -144,18 +127,10 @@ def test_pixels_by_hand(kind):
         assert pixels.ssim_gray(a, b)[t] == pytest.approx(of_gray, abs=1e-6)
         error = np.square(a[t].astype(float) - b[t]).mean()
         assert pixels.psnr(a, b)[t] == pytest.approx(10 * np.log10(255**2 / error))
+    with pytest.raises(ValueError, match="40 x 6 pixels, wanted at least 7 x 7: --size 256"):
+        pixels.ssim(*np.zeros((2, 1, 40, 6, 3), np.uint8))
     assert pixels.ssim(a, a) == pytest.approx([1, 1]) == pixels.ssim_gray(a, a)
     assert pixels.psnr(a, a) == pytest.approx([10 * np.log10(255**2 * a[0].size)] * 2)
-
-
-def test_frames_too_small_for_a_window_name_the_option():
-    for metric, shape, message in (
-        (pixels.ssim, (6, 40), "6 x 40 pixels, wanted at least 7 x 7: --size 256"),
-        (pixels.ssim, (40, 6), "40 x 6 pixels"),
-        (pixels.ssim_gray, (10, 40), "10 rows, wanted at least 11: --size 256"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            metric(*np.zeros((2, 1, *shape, 3), np.uint8))
 
 
 @pytest.mark.parametrize(("size", "height", "width"), [("256", 256, 256), ("native", 32, 48)])
@@ -171,16 +146,10 @@ def test_videos_are_compared_at_common_times_and_one_size(size, height, width):
 
 def test_a_video_is_seen_once_by_each_judge_at_each_size():
     video, calls = counting(6), []
-
-    def judge(frames: np.ndarray, name: str) -> np.ndarray:
-        calls.append(name)
-        return frames[:, 0, 0, 0]
-
-    a, b = partial(judge, name="a"), partial(judge, name="b")
+    a, b = (lambda v, name=name: (calls.append(name), v[:, 0, 0, 0].tolist())[1] for name in "ab")
     for _ in range(2):
-        assert video.seen([4, 1], judge=a).tolist() == [4, 1] and video.seen(judge=a).tolist() == [*range(6)]
-        assert video.seen([4, 1], judge=b).tolist() == [4, 1]
-        assert video.seen([4, 1], (4, 4), a).tolist() == [4, 1]
+        assert (video.seen([4, 1], judge=a), video.seen(judge=a)) == ([4, 1], [*range(6)])
+        assert video.seen([4, 1], judge=b) == video.seen([4, 1], (4, 4), a) == [4, 1]
         assert video.seen([2], (5, 4)).shape == (1, 5, 4, 3) and video.seen([2], (4, 5)).shape == (1, 4, 5, 3)
     assert calls == ["a", "a", "b", "a"]
 
@@ -188,18 +157,19 @@ def test_a_video_is_seen_once_by_each_judge_at_each_size():
 # -- CLIP-pcc and DTC -----------------------------------------------------------------------------------------------
 
 
-def test_clip_pcc_in_three_definitions():
+def test_clip_pcc_and_dtc_by_hand():
     e = unit(np.random.default_rng(0).normal(size=(5, 8)) + 0.7)
     judge = lambda frames: e[frames[:, 0, 0, 0]]  # noqa: E731
-    cosine = lambda x, y: x @ y / np.linalg.norm(x) / np.linalg.norm(y)  # noqa: E731
-    adjacent = np.mean([cosine(e[i], e[i + 1]) for i in range(4)])
-    assert measured("clip_pcc", judge, "256", counting(5)) == pytest.approx(adjacent, abs=1e-6)
-    values = [METRICS["clip_pcc"].of_clip(judge, Config(), counting(n), None) for n in (1, 2)]
-    assert values == [None, pytest.approx(cosine(e[0], e[1]), abs=1e-6)]
-    pairs = np.mean([cosine(e[i], e[j]) for i, j in combinations(range(5), 2)])
-    assert measured("clip_pcc_all_pairs", judge, "256", counting(5)) == pytest.approx(pairs, abs=1e-6)
-    gated = measured("clip_pcc_gated", judge, "256", counting(5), counting(5))
-    assert gated == pytest.approx(adjacent, abs=1e-6)
+    adjacent = pytest.approx(np.mean([e[i] @ e[i + 1] for i in range(4)]), abs=1e-6)
+    pairs = pytest.approx(np.mean([e[i] @ e[j] for i, j in combinations(range(5), 2)]), abs=1e-6)
+    assert measured("clip_pcc", judge, "256", counting(5)) == adjacent
+    assert measured("clip_pcc_all_pairs", judge, "256", counting(5)) == pairs
+    assert measured("clip_pcc_gated", judge, "256", counting(5), counting(5)) == adjacent
+    of_clips = [METRICS["clip_pcc"].of_clip(judge, Config(), counting(n), None) for n in (1, 2)]
+    assert of_clips == [None, pytest.approx(e[0] @ e[1], abs=1e-6)]
+    four = np.array([[1, 0], [0, 1], [-1, 0], [0.6, 0.8]], np.float32)
+    # cosines to the one before 0, 0, -0.6; to the first 0, -1, 0.6
+    assert measured("dtc", lambda frames: four, "256", video_of(moving(4))) == pytest.approx(0.6 / 6)
     pred = unit(np.array([[2, 1.0], [1, 1], [1, 2]]))  # their mean points to (1, 1)
     for cosine_of_means, passes in ((0.59, False), (0.61, True), (-0.9, False)):
         angle = np.pi / 4 + np.arccos(cosine_of_means)
@@ -207,21 +177,12 @@ def test_clip_pcc_in_three_definitions():
         assert features.gated(pred, gt) == pytest.approx(3 / 10**0.5 if passes else 0)
 
 
-def test_dtc_by_hand():
-    e = np.array([[1, 0], [0, 1], [-1, 0], [0.6, 0.8]], np.float32)
-    # cosines to the one before 0, 0, -0.6; to the first 0, -1, 0.6
-    assert measured("dtc", lambda frames: e, "256", video_of(moving(4))) == pytest.approx(0.6 / 6)
-
-
-def tiny_vit(image: int = 224) -> ViTModel:
+def test_dino_sees_whole_frames_whose_short_side_is_its_own(tmp_path):
     torch.manual_seed(0)
     size = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    config = ViTConfig(image_size=image, patch_size=16, initializer_range=0.3, **size)
-    return ViTModel(config, add_pooling_layer=False).eval()
-
-
-def test_dino_sees_whole_frames_whose_short_side_is_its_own(tmp_path):
-    tiny_vit(32).save_pretrained(tmp_path)
+    config = ViTConfig(image_size=32, patch_size=16, initializer_range=0.3, **size)
+    vit = ViTModel(config, add_pooling_layer=False).eval()
+    vit.save_pretrained(tmp_path)
     mean, std = [0.1, 0.4, 0.7], [0.2, 0.5, 0.9]
     processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=mean, image_std=std)
     processor.save_pretrained(tmp_path)
@@ -230,37 +191,12 @@ def test_dino_sees_whole_frames_whose_short_side_is_its_own(tmp_path):
         x = torch.from_numpy(frames).movedim(-1, 1) / 255
         x = nn.functional.interpolate(x, (32, 64), mode="bilinear", antialias=False)
         x = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-        tokens = tiny_vit(32)(x, interpolate_pos_encoding=True).last_hidden_state
+        tokens = vit(x, interpolate_pos_encoding=True).last_hidden_state
         e = features.dino_frames(str(tmp_path), "cpu")(frames)
     np.testing.assert_allclose(e, unit(tokens[:, 0].numpy()), atol=1e-5)
 
 
-def test_dtc_as_vbench(vbench, tmp_path):
-    write_video(tmp_path / "v.mp4", np.concatenate([moving(5, 100, 100, 9), moving(3, 100, 100, 2, 1)]), 8)
-    published, model = vbench("vbench.subject_consistency"), tiny_vit()
-    logging.disable(logging.INFO)
-    cls = lambda x: model(x).last_hidden_state[:, 0]  # noqa: E731
-    expected, _ = published.subject_consistency(cls, [str(tmp_path / "v.mp4")], "cpu", read_frame=False)
-    frames = vbench("vbench.utils").load_video(str(tmp_path / "v.mp4")).permute(0, 2, 3, 1)
-    judge = partial(features.dino_features, model, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    with torch.inference_mode():
-        score_of_ours = measured("dtc", judge, "256", video_of(frames.contiguous().numpy().astype(np.uint8)))
-    assert score_of_ours == pytest.approx(expected, abs=1e-4) and 0 < expected < 0.99
-
-
 # -- motion ---------------------------------------------------------------------------------------------------------
-
-
-def test_dynamic_degree_as_vbench(vbench, tmp_path):
-    """The decision, of flows planted at its threshold; the padding is none."""
-    published, rng = vbench("vbench.dynamic_degree"), np.random.default_rng(0)
-    theirs = published.DynamicDegree.__new__(published.DynamicDegree)
-    theirs.get_frames_from_img_folder = lambda folder: [torch.zeros(1, 3, 64, 128)] * 16
-    for scale in np.linspace(0.5, 1.1, 20):
-        flows = scale * rng.normal(size=(15, 2, 64, 128)).astype(np.float32)
-        planted = iter(torch.from_numpy(flows)[:, None])
-        theirs.model = lambda *images, planted=planted, **options: (None, next(planted))
-        assert motion.dynamic(flows) == theirs.infer(str(tmp_path)), scale
 
 
 @pytest.mark.parametrize(("fast", "dynamic"), [(0, 0), (3, 0), (4, 1), (15, 1)])
@@ -275,14 +211,10 @@ def test_dynamic_degree_by_hand(fast, dynamic):
     assert measured("delta_dynamic_degree", judge, "native", video, gt) == dynamic
     assert measured("delta_dynamic_degree", judge, "native", gt, video) == -dynamic
     assert motion.dynamic(flow[:13]) == (fast > 3)  # 14 frames: at least 3.5 pairs
-    assert motion.dynamic(flow[:0]) == 0  # a pair of frames further apart than 1/8 s is none
-
-
-def test_dynamic_degree_looks_at_eight_frames_a_second():
-    seen, judge = [], lambda f: (seen.append(f[:, 0, 0, 0].tolist()), np.zeros((9, 2, 8, 8)))[1]
+    seen, noted = [], lambda f: (seen.append(f[:, 0, 0, 0].tolist()), np.zeros((9, 2, 8, 8)))[1]
     pred, gt = counting(30), counting(9)
-    pred.fps = 24.0
-    measured("delta_dynamic_degree", judge, "256", pred, gt)
+    pred.fps = 24.0  # looked at eight times a second
+    measured("delta_dynamic_degree", noted, "256", pred, gt)
     assert seen == [[*range(0, 30, 3)], [*range(9)]]
 
 
@@ -290,17 +222,17 @@ def test_motion_smoothness_is_of_the_middle_frames():
     """Of six frames the last odd one is not judged."""
     frames = np.array([10, 20, 30, 50, 60, 90], np.uint8)[:, None, None, None] * np.ones((8, 8, 3), np.uint8)
     middle = lambda even: ((even[:-1].astype(int) + even[1:]) // 2).astype(np.uint8)  # noqa: E731
-    assert measured("ms", middle, "native", video_of(frames)) == pytest.approx(1 - (0 + 5) / 2 / 255)
-    half = METRICS["ms_flow"].picks(lambda even: even[:, 0, 0, 0], None, video_of(frames))
-    assert half[0].tolist() == [10, 30, 60] and half[1].shape == frames.shape
     still = lambda even: np.zeros((len(even) - 1, 2, 8, 8), np.float32)  # noqa: E731
-    assert measured("ms_flow", still, "native", video_of(frames)) == pytest.approx(1 - (0 + 5) / 2 / 255)
+    for name, judge in (("ms", middle), ("ms_flow", still)):
+        assert measured(name, judge, "native", video_of(frames)) == pytest.approx(1 - (0 + 5) / 2 / 255)
 
 
-def test_motion_smoothness_as_vbench(vbench, tmp_path):
-    published = vbench("vbench.motion_smoothness")
+def test_motion_smoothness_as_vbench(tmp_path):
+    """Where the published metrics are not installed (docs/metrics.md), it is skipped."""
+    pytest.importorskip("vbench", reason="pip install --no-deps vbench omegaconf easydict decord imageio")
+    published = importlib.import_module("vbench.motion_smoothness")
     torch.manual_seed(0)
-    amt = vbench("vbench.third_party.amt.networks.AMT-S").Model()
+    amt = importlib.import_module("vbench.third_party.amt.networks.AMT-S").Model()
     torch.save({"state_dict": amt.state_dict()}, tmp_path / "amt.pth")
     config = Path(published.__file__).parent / "third_party" / "amt" / "cfgs" / "AMT-S.yaml"
     frames = moving(6, 72, 100, 3)  # padded to 80 x 112
@@ -347,19 +279,19 @@ def test_flow_points_where_the_texture_moves():
     flow = motion.farneback_flow
     slow, fast, still = (video_of(moving(5, speed=v)) for v in (1, 2, 0))
     w, down = flow(fast.frames), flow(fast.frames.swapaxes(1, 2).copy())
-    assert w.shape == (4, 2, 48, 64) and abs(w[:, 1]).mean() < 0.2
-    assert w[:, 0, 8:-8, 8:-8].mean() == pytest.approx(2, abs=0.1)
+    assert w.shape == (4, 2, 48, 64) and w[:, 0, 8:-8, 8:-8].mean() == pytest.approx(2, abs=0.1)
     assert down.shape == (4, 2, 64, 48) and down[:, 1, 8:-8, 8:-8].mean() == pytest.approx(2, abs=0.1)
     a, b = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in fast.frames[1:3])  # as Mind-Animator's code
     by_opencv = cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 15, 3, 5, 1.2, 0)
     np.testing.assert_array_equal(w[1], by_opencv.transpose(2, 0, 1))
-    assert flow(fast.frames[:1]).shape == (0, 2, 48, 64) and motion.load_flow("farneback", "cpu") is flow
-    assert measured("epe", flow, "native", fast, fast) == 0
-    assert measured("epe", flow, "native", fast, slow) == pytest.approx(1, abs=0.1)
+    assert flow(fast.frames[:1]).shape == (0, 2, 48, 64)
     jumpy = video_of(np.stack([moving(1, seed=i % 3)[0] for i in range(5)]))
-    assert measured("ms_flow", flow, "native", still) == 1
-    assert measured("ms_flow", flow, "native", fast) > 0.98
-    assert measured("ms_flow", flow, "native", jumpy) < 0.95
+    assert measured("epe", flow, "native", fast, slow) == pytest.approx(1, abs=0.1)
+    of = {
+        name: measured("ms_flow", flow, "native", v)
+        for name, v in zip("sfj", (still, fast, jumpy), strict=True)
+    }
+    assert of["s"] == 1 > of["f"] > 0.98 > 0.95 > of["j"]
 
 
 def test_epe_and_warping_by_hand():
@@ -380,29 +312,15 @@ def test_epe_and_warping_by_hand():
 # -- classes --------------------------------------------------------------------------------------------------------
 
 
-def test_n_way_is_the_limit_of_the_trials():
-    """Against the peers' loop: hit if any GT class is in the top k of itself and n-1 classes drawn of those that are
-    no GT class."""
-    rng, trials = np.random.default_rng(0), 4000
-    probs = rng.dirichlet(np.ones(30), 6)
-    gt = np.stack([rng.permutation(30)[:3] for _ in probs])
-    for n, k in ((2, 1), (10, 1), (10, 3), (27, 2)):
-        hits = np.zeros(len(probs))
-        for i, (p, classes) in enumerate(zip(probs, gt, strict=True)):
-            others = np.setdiff1d(np.arange(30), classes)
-            for _ in range(trials):
-                drawn = p[rng.choice(others, n - 1, replace=False)]
-                hits[i] += any((drawn >= p[c]).sum() < k for c in classes)
-        exact = n_way_top_k(probs, gt, n, k)
-        np.testing.assert_allclose(hits / trials, exact, atol=4 * (0.25 / trials) ** 0.5)
-
-
 def test_n_way_by_hand():
     probs = torch.tensor([[0.4, 0.1, 0.3, 0.15, 0.05]] * 2)
     gt = torch.tensor([[2, 1], [0, 4]])  # 0.3 and 0.1; 0.4 and 0.05
-    np.testing.assert_allclose(n_way_top_k(probs, gt, 2), [2 / 3, 1])
-    np.testing.assert_allclose(n_way_top_k(probs, gt, 3), [math.comb(2, 2) / math.comb(3, 2), 1])
-    np.testing.assert_allclose(n_way_top_k(probs, gt, 3, k=2), [1, 1])
+    for n, k, expected in (
+        (2, 1, [2 / 3, 1]),
+        (3, 1, [math.comb(2, 2) / math.comb(3, 2), 1]),
+        (3, 2, [1, 1]),
+    ):
+        np.testing.assert_allclose(n_way_top_k(probs, gt, n, k), expected)
     assert n_way_top_k(torch.ones(1, 5) / 5, gt[:1], 2) == [0]  # what cannot be told apart is no hit
     with pytest.raises(ValueError, match="5-way: only 3 classes beside those of the GT, wanted 4"):
         n_way_top_k(probs, gt, 5)
@@ -430,41 +348,26 @@ def write_classifier(folder: Path, names: list[str], video: bool) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("frames", [2, 6, 8, 33])
+@pytest.mark.parametrize("frames", [2, 33])
 def test_a_classifier_takes_a_clips_own_frames(tmp_path, frames):
     """As the public code of MinD-Video: from_pretrained(..., num_frames=the clip's). One of pictures judges each."""
-    folder, video = write_classifier(tmp_path / "v", list("abcde"), True), moving(frames, 32, 32, 1)
-    pictures = write_classifier(tmp_path / "i", list("abcde"), False)
-    judge, of_pictures = Classifier(folder), Classifier(pictures)
-    kind = VideoMAEForVideoClassification
-    theirs = kind.from_pretrained(folder, num_frames=frames, dtype=torch.float32).eval()
-    vit = ViTForImageClassification.from_pretrained(pictures, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        inputs = judge.processor(list(video), return_tensors="pt")["pixel_values"]
-        np.testing.assert_allclose(judge(video), theirs(inputs).logits.softmax(-1).numpy(), atol=1e-6)
-        np.testing.assert_allclose(judge(moving(16, 32, 32, 1)), judge(moving(16, 32, 32, 1)))
-        inputs = of_pictures.processor(list(video), return_tensors="pt")["pixel_values"]
-        expected = vit(inputs).logits.softmax(-1).numpy()
-        np.testing.assert_allclose(of_pictures(video), expected, atol=1e-6)
-    assert (judge.of_video, judge.least, of_pictures.of_video) == (True, 2, False)
-    assert judge.names == list("abcde") and expected.shape == (frames, 5)
+    own = {"num_frames": frames}
+    for kind, more in ((VideoMAEForVideoClassification, own), (ViTForImageClassification, {})):
+        folder = write_classifier(tmp_path / kind.__name__, list("abcde"), bool(more))
+        judge, video = Classifier(folder), moving(frames, 32, 32, 1)
+        theirs = kind.from_pretrained(folder, dtype=torch.float32, **more).eval()
+        with torch.inference_mode():
+            inputs = judge.processor(list(video), return_tensors="pt")["pixel_values"]
+            np.testing.assert_allclose(judge(video), theirs(inputs).logits.softmax(-1).numpy(), atol=1e-6)
+        assert (judge.of_video, judge.names) == (bool(more), list("abcde"))
 
 
-@pytest.mark.parametrize(
-    ("of_video", "number", "lengths", "expected"),
-    [
-        (
-            True,
-            "own",
-            (14, 6),
-            [[1, 3, 5, 8, 10, 12], [0, 1, 2, 3, 4, 5]],
-        ),  # at common times, spread over the clip
-        (True, "own", (1, 9), [[0, 0], [2, 6]]),  # two frames are one token of VideoMAE
-        (False, "own", (1, 9), [[0], [4]]),
-        (False, "16", (3, 9), [[0, 1, 2], [1, 4, 7]]),
-        (True, "16", (4, 32), [[0] * 4 + [1] * 4 + [2] * 4 + [3] * 4, [*range(1, 32, 2)]]),
-    ],
-)
+@pytest.mark.parametrize(("of_video", "number", "lengths", "expected"), [
+    (True, "own", (14, 6), [[1, 3, 5, 8, 10, 12], [0, 1, 2, 3, 4, 5]]),  # at common times, spread over the clip
+    (True, "own", (1, 9), [[0, 0], [2, 6]]),  # two frames are one token of VideoMAE
+    (False, "own", (1, 9), [[0], [4]]),
+    (True, "16", (4, 32), [[0] * 4 + [1] * 4 + [2] * 4 + [3] * 4, [*range(1, 32, 2)]]),
+])  # fmt: skip
 def test_a_classifier_is_given_frames_spread_over_the_clip(of_video, number, lengths, expected):
     judge = Network()
     judge.of_video, judge.least, judge.forward = of_video, 2, lambda frames: frames[:, 0, 0, 0].tolist()
@@ -494,19 +397,16 @@ def toy_config(monkeypatch) -> dict:
 
 def test_identity_is_best_and_shuffled_is_chance(toy_set, toy_config, capsys):
     assert main(Config(**toy_config | {"pairs": str(toy_set)})) == 0
-    result = results_of(toy_set, "same")
-    assert list(result["metrics"]) == NAMES and len(result["clips"]) == 20
-    m = result["metrics"]
+    m = results_of(toy_set, "same")["metrics"]
+    assert list(m) == NAMES
     best = dict.fromkeys(NAMES[:4], 1.0) | dict(epe=0.0, ssim=1.0, ssim_gray=1.0, delta_dynamic_degree=0.0)
-    best["psnr"] = 10 * np.log10(255**2 * 64 * 64 * 3)
     for name, value in best.items():
         assert m[name]["mean"] == pytest.approx(value, abs=1e-9), name
     assert m["clip_pcc_gated"]["mean"] == m["clip_pcc"]["mean"] > 0.9
     assert m["dtc"]["mean"] > 0.3 and m["ms_flow"]["mean"] > 0.95
     for name, near in zip(NAMES[:4], (0.15, 0.08, 0.15, 0.08), strict=True):  # of 20 clips
         assert abs(m[name]["shuffled"] - m[name]["chance"]) < near, name
-    assert m["psnr"]["shuffled"] < 30 and m["ssim"]["shuffled"] < 0.8 and m["epe"]["shuffled"] > 0
-    assert m["dtc"]["shuffled"] is None  # it does not look at the stimulus
+    assert m["psnr"]["shuffled"] < 30 and m["dtc"]["shuffled"] is None  # it does not look at the stimulus
     assert m["ms"]["mean"] is None and m["ms"]["reason"] == "not asked for (--metrics)"
     assert "Farneback" in m["epe"]["weights"] and "sha256" in m["video_2way"]["weights"]
     assert "quoted" not in capsys.readouterr().out  # numbers of the toy world stand beside no published ones
@@ -523,33 +423,25 @@ def test_a_value_is_of_the_pair_and_its_control_is_another_stimulus(three):
         assert known[keys_of(sets["ours"][i], config)["psnr"]] == pytest.approx(expected)
 
 
-def test_second_run_reads_no_video_and_leaves_the_same_bytes(three, monkeypatch):
-    config = PIXELS | {"pairs": str(three)}
-    main(Config(**config))
-    file = three / "metrics" / "ours" / "metrics.json"
-    content = file.read_bytes()
-    score_only = partial(score, find_pairs(three), out=three / "metrics")
-    with monkeypatch.context() as patch:
-        patch.setattr(metrics.score, "watch", lambda *_: pytest.fail("a video was read again"))
-        score_only(Config(**config))
-    main(Config(**config))
-    assert file.read_bytes() == content
-    # one more metric, another video: only what is new is computed
-    computed = []
-    psnr = METRICS["psnr"].formula
-    counted = METRICS["psnr"]._replace(formula=lambda *a: (computed.append("psnr"), psnr(*a))[1])
-    monkeypatch.setitem(METRICS, "psnr", counted)
-    epe = METRICS["epe"]._replace(judge="", formula=lambda *a: (computed.append("epe"), 0.0)[1])
-    monkeypatch.setitem(METRICS, "epe", epe)
-    score_only(Config(**config | {"metrics": "psnr,epe"}))
+def test_second_run_computes_only_what_is_new(three, monkeypatch):
+    config, computed = PIXELS | {"pairs": str(three)}, []
+    for _ in range(2):
+        main(Config(**config))
+        monkeypatch.setattr(metrics.score, "watch", lambda *_: pytest.fail("a video was read again"))
+    monkeypatch.undo()
+    for name in ("psnr", "epe"):
+        noted = lambda *_, name=name: (computed.append(name), 0.0)[1]  # noqa: E731
+        monkeypatch.setitem(METRICS, name, METRICS[name]._replace(judge="", formula=noted))
+    again = partial(score, find_pairs(three), Config(**config | {"metrics": "psnr,epe"}), three / "metrics")
+    again()
     assert computed == ["epe"] * 6  # three clips, each with its control
     np.save(three / "ours" / "0001.npy", moving(6, speed=2))
-    score_only(Config(**config | {"metrics": "psnr,epe"}))
+    again()
     assert sorted(computed[6:]) == ["epe"] * 2 + ["psnr"] * 2
     # what a kill cut short is passed over, and what follows it is kept
     values, known = three / "metrics" / "values" / "0.jsonl", known_values(three / "metrics")
     values.write_text(values.read_text()[:-9])
-    score_only(Config(**config | {"metrics": "psnr,epe"}))
+    again()
     assert known_values(three / "metrics") == known
 
 
@@ -570,15 +462,14 @@ def test_a_value_of_other_options_or_videos_is_not_reused(three, tmp_path):
         alike = {name for name, key in keys(another).items() if key == first[name]}
         assert alike == {"clip_pcc"}  # it sees no GT
     assert {name for name, key in keys(clip="another").items() if key != first[name]} == {"clip_pcc"}
-    spoil(weights, "nan")
+    spoil(weights)
     assert {name for name, key in keys().items() if key != first[name]} == {"video_2way"}
     assert keys(pair._replace(gt=None)) == {} == keys(pair._replace(pred=None))
 
 
-@pytest.mark.parametrize(
-    "line", [b"\xff\xfe", b"[1, 2]", b"5", b'{"KEY": "x"}', b'{"KEY": [1]}', b'{"KEY": [NaN, 0.5]}', b'{"KEY": [0.5, "x"]}',
-             b'{"KEY": [true, 0.5]}', b'{"KEY": [7.0, 0.5]}', b'{"KEY": [0.5, -3]}', b'{"KEY": null}', b"[" * 5000]
-)  # fmt: skip
+@pytest.mark.parametrize("line", [
+    b"\xff\xfe", b"[1, 2]", b'{"KEY": [1]}', b'{"KEY": [NaN, 0.5]}', b'{"KEY": [0.5, "x"]}', b'{"KEY": [0.5, -3]}', b"[" * 5000,
+])  # fmt: skip
 def test_cached_values_that_cannot_be_are_computed_anew(three, line):
     config = Config(data="cc2017", metrics="ssim", size="native")
     sets, out = find_pairs(three), three / "metrics"
@@ -596,15 +487,6 @@ def test_a_folder_in_place_of_the_values_is_named(three):
         main(Config(**PIXELS, pairs=str(three)))
 
 
-def test_processes_share_the_clips(three):
-    config, sets = Config(**PIXELS, pairs=str(three), size="native"), find_pairs(three)
-    score(sets, config, three / "one")
-    for rank in (1, 0):
-        score(sets, config, three / "two", rank=rank, world=2)
-    shares = [(three / "two" / "values" / f"{rank}.jsonl").read_text().count("{") for rank in (0, 1)]
-    assert known_values(three / "one") == known_values(three / "two") and shares == [2, 1]
-
-
 def test_trials_as_the_peers_and_the_same_again(toy_set, toy_config):
     config = toy_config | {"pairs": str(toy_set), "metrics": "video_50way"}
     sets = {"shifted": [pair._replace(pred=pair.control) for pair in find_pairs(toy_set)["same"]]}
@@ -616,9 +498,7 @@ def test_trials_as_the_peers_and_the_same_again(toy_set, toy_config):
         values.append([known[keys_of(pair, options)["video_50way"]][0] for pair in sets["shifted"]])
     p, q, r = np.array(values)
     assert q.tolist() == r.tolist() and np.allclose(q * 80, (q * 80).round())
-    hits = (80 * q).round()
-    tail = np.minimum(scipy.stats.binom.cdf(hits, 80, p), scipy.stats.binom.sf(hits - 1, 80, p))
-    assert (tail > 1e-6).all() and (p != q).any()
+    assert (abs(p - q) < 0.3).all() and (p != q).any()
 
 
 def upper(picture: Image.Image, row: int, column: int, rows: int, columns: int) -> np.ndarray:
@@ -630,24 +510,21 @@ def upper(picture: Image.Image, row: int, column: int, rows: int, columns: int) 
 
 def test_formats_names_and_several_methods(tmp_path, capsys):
     colours = {"gt": 0, "a": 1, "b": 2}
-    for i, suffix in enumerate(("mp4", "GIF", "gif", "npy", "MP4")):
+    for i, suffix in enumerate(("mp4", "GIF", "npy")):
         for folder, colour in colours.items():
             frames = (moving(8, 32, 32, 1, i) if folder == "a" else moving(6, speed=1, seed=i)) // 2
             frames[..., colour] += 100
             write_as(tmp_path / folder / f"{i + 9}.{suffix}", frames)
-            assert read_video(tmp_path / folder / f"{i + 9}.{suffix}").frames.shape == frames.shape
     (tmp_path / "gt" / ".DS_Store").write_bytes(b"")
     (tmp_path / "a" / "._9.mp4").write_bytes(b"")
     assert main(parse(["--pairs", str(tmp_path), "--metrics", "ssim,psnr", "--size", "native"])) == 0
-    assert [row["clip"] for row in results_of(tmp_path, "a")["clips"]] == ["9", "10", "11", "12", "13"]
+    assert [row["clip"] for row in results_of(tmp_path, "a")["clips"]] == ["9", "10", "11"]
     text, out = capsys.readouterr().out, tmp_path / "metrics"
-    assert "a, 5 clips" in text and "b, 5 clips" in text and f"written: {out}/" in text
     assert "NeuroClips, quoted from the paper" in text and "9.211±1.46" in text
     assert "another stimulus" in text and "shuffled" not in text  # --pairs knows no scenes
     with Image.open(out / "sheet.png") as sheet, Image.open(out / "grid.gif") as grid:
         for column, folder in enumerate(colours):  # stimulus | a | b: each in its own colour
-            assert upper(sheet, 2, column, 5, 3).argmax() == colours[folder]
-            assert upper(grid, 2, column, 5, 3).argmax() == colours[folder]
+            assert upper(sheet, 2, column, 3, 3).argmax() == colours[folder]
         assert grid.n_frames == 8 and grid.info["duration"] == pytest.approx(2000 / 8, abs=10)
 
 
@@ -702,13 +579,12 @@ def test_what_is_reported_of_values(three):
     assert old["clips"] == ["0000", "0002"] and old["psnr"] == {"mean": 13.5, "ci95": None}
     assert old["all_attributes"]["mean"] == 0.5 and old["delta_dynamic_degree"]["mean"] == 0
     origin = result["provenance"]
-    assert [origin[name] for name in ("run", "method", "size", "trials")] == ["full", "ours", "256", 64]
+    assert [origin[name] for name in ("run", "method", "trials")] == ["full", "ours", 64]
     table = {tuple(re.split(r"\s{2,}", line.strip())) for line in text.split("\n")}
     assert {("ours, 3 clips: mean ±", "-", "0.500±0.05", "-", "-"), ("chance", "-", "0.058", "-", "-"), ("shuffled", "-", "0.100", "-", "-"),
             ("old, 2 clips", "-", "0.300", "-", "-")} <= table  # fmt: skip
     lines = (out / "metrics.csv").read_text().splitlines()
     assert lines[0] == "method,metric,mean,std,ci95,chance,shuffled,n,weights,reason"
-    assert len(lines) == 1 + len(NAMES)
     (line,) = (line for line in lines if line.startswith("ours,psnr,13.0,2.16"))
     assert line.split(",")[4:8] == ["", "", "7.0", "3"]
 
@@ -729,40 +605,30 @@ def test_side_by_side_videos_are_cut(three):
         find_pairs(three.parent / "glued")
 
 
-@pytest.mark.parametrize("suffix", ["npy", "gif", "mp4"])
+@pytest.mark.parametrize("suffix", ["npy", "gif"])
 def test_the_border_of_make_grid_is_cut_off(tmp_path, capsys, suffix):
     """The field's GIFs: two videos of 256 x 256 in 518 x 260."""
     metrics.pairs._write_once.cache_clear()
     both = [np.clip(moving(3, 256, 256, 1, seed), 40, 255) for seed in (0, 1)]
-    frames = []
-    for pair in zip(*both, strict=True):
-        grid = make_grid(torch.from_numpy(np.stack(pair)).permute(0, 3, 1, 2), nrow=2, padding=2)
-        frames.append(grid.permute(1, 2, 0).numpy())
-    assert frames[0].shape == (260, 518, 3)
-    write_as(tmp_path / f"test1.{suffix}", np.stack(frames))
+    pairs = torch.from_numpy(np.stack(both, 1)).permute(0, 1, 4, 2, 3)
+    frames = np.stack([make_grid(pair, nrow=2, padding=2).permute(1, 2, 0).numpy() for pair in pairs])
+    assert frames.shape == (3, 260, 518, 3)
+    write_as(tmp_path / f"test1.{suffix}", frames)
     for half, video in zip(("left", "right"), both, strict=True):
         seen = watch(Source(tmp_path / f"test1.{suffix}", half), 2.0).frames
         assert seen.shape == video.shape
-        assert abs(seen.astype(int) - video).mean() < {"npy": 1e-9, "gif": 8, "mp4": 4}[suffix]
+        assert abs(seen.astype(int) - video).mean() < {"npy": 1e-9, "gif": 8}[suffix]
     assert capsys.readouterr().out.count("a black border of 2 pixels, as of make_grid, is cut off") == 1
 
 
-@pytest.mark.parametrize("place", [(0, 5), (100, 0), (130, 258), (259, 300), None])
+@pytest.mark.parametrize("place", [(0, 5), (130, 258)])
 def test_what_is_no_border_stays(tmp_path, place):
     """One bright pixel in one frame where make_grid has black: the halves are whole."""
     frames = np.zeros((3, 260, 518, 3), np.uint8)
-    frames[:, 2:-2, 2:258] = frames[:, 2:-2, 260:-2] = 200
-    if place:
-        frames[1, *place] = 90
-    else:
-        frames = frames[:, :, :-1]
+    frames[1, *place] = 90
     np.save(tmp_path / "v.npy", frames)
-    left, right = (watch(Source(tmp_path / "v.npy", half), 2.0).frames for half in ("left", "right"))
-    np.testing.assert_array_equal(left, frames[:, :, : frames.shape[2] // 2])
-    np.testing.assert_array_equal(right, frames[:, :, -(frames.shape[2] // 2) :])
-    np.save(tmp_path / "v.npy", frames[:, :, :1])
-    with pytest.raises(ValueError, match="v.npy: found frames of 260 x 1, wanted two videos.*--split"):
-        watch(Source(tmp_path / "v.npy", "left"), 2.0)
+    for half, expected in (("left", frames[:, :, :259]), ("right", frames[:, :, 259:])):
+        np.testing.assert_array_equal(watch(Source(tmp_path / "v.npy", half), 2.0).frames, expected)
 
 
 def test_names_composed_and_decomposed_are_one(three):
@@ -776,7 +642,7 @@ def test_names_composed_and_decomposed_are_one(three):
         find_pairs(three)
 
 
-@pytest.mark.parametrize("lengths", [(80, 80), (240,) * 5, (40,), (12, 12), (31, 20, 3)])
+@pytest.mark.parametrize("lengths", [(80, 80), (40,), (31, 20, 3)])
 def test_every_clip_gets_another_scene(lengths):
     segments = [f"test{s}" for s, n in enumerate(lengths) for _ in range(n)]
     n, order = len(segments), other_scenes(far_apart(segments))
@@ -790,48 +656,20 @@ def test_every_clip_gets_another_scene(lengths):
 # -- bad input ------------------------------------------------------------------------------------------------------
 
 
-def test_no_pair_matches(three):
-    for file in (three / "ours").iterdir():
-        file.rename(file.with_name(f"x{file.name}"))
-    with pytest.raises(ValueError, match=r"set/gt has 0000, 0001, 0002; .*set/ours has x0000, x0001, x0002"):
-        main(Config(**PIXELS, pairs=str(three)))
-    assert not (three / "metrics").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda file: file.rename(file.with_stem("0007")), "3 videos in ours; without a partner: 0001, 0007; --skip-bad"),
-        (lambda file: file.write_bytes(b"no video"), "ours/0001.npy: found .*--skip-bad"),
-        (lambda file: file.rename(file.with_suffix(".mpg")), "partner: 0001; no video: ours/0001.mpg; --skip-bad"),
-        (lambda file: (file.unlink(), file.symlink_to(file.name)), "partner: 0001; no video: ours/0001.npy; --skip-bad"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda file: file.write_bytes(b"no video"), "ours/0001.npy: found .*--skip-bad"),
+    (lambda file: file.rename(file.with_suffix(".mpg")), "partner: 0001; no video: ours/0001.mpg; --skip-bad"),
+])  # fmt: skip
 def test_bad_files_are_missing_values_only_with_skip_bad(three, change, message):
     change(three / "ours" / "0001.npy")
     config = PIXELS | {"pairs": str(three), "size": "native"}
     with pytest.raises(ValueError, match=message):
         main(Config(**config))
-    assert not (three / "metrics" / "ours").exists()
     assert main(Config(**config, skip_bad=True)) == 0
     result = results_of(three)
-    assert [row["clip"] for row in result["clips"]] == ["0000", "0001", "0002"]
     assert [row.get("ssim") is None for row in result["clips"]] == [False, True, False]
     m = result["metrics"]["psnr"]
-    assert (m["n"], m["reason"][-42:]) == (2, "value: videos that are missing or cannot be read"[-42:])
-
-
-def test_one_frame_has_no_motion(three, capsys):
-    """An array of one frame; a picture in a video file is shown for a while (support.videos), and stands still."""
-    np.save(three / "ours" / "0002.npy", moving(1))
-    asked = "ssim,epe,ms_flow,dynamic_degree,delta_dynamic_degree"
-    assert main(Config(data="cc2017", pairs=str(three), metrics=asked, flow="farneback", size="native")) == 0
-    m, rows = results_of(three)["metrics"], results_of(three)["clips"]
-    assert m["ssim"]["n"] == 3 and m["epe"]["n"] == m["dynamic_degree"]["n"] == m["ms_flow"]["n"] == 2
-    assert rows[2]["epe"] is None and rows[2]["ssim"] is not None
-    assert "1 videos of fewer than 2 frames" in m["epe"]["reason"]
-    assert "fewer than 3 frames" in m["ms_flow"]["reason"]
-    assert "ms_flow: ours: 1 of 3 clips" in capsys.readouterr().out
+    assert m["n"] == 2 and m["reason"].endswith("videos that are missing or cannot be read")
 
 
 def test_results_of_an_earlier_run_are_no_method(three):
@@ -843,81 +681,38 @@ def test_results_of_an_earlier_run_are_no_method(three):
         find_pairs(three)
 
 
-def test_weights_that_cannot_be_had(three, capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    asked = dict(video_classifier="no/such", clip="local-dir:nowhere", amt="no.pth")
-    asked["metrics"] = "video_2way,clip_pcc,ms,ssim"
-    config = {"data": "cc2017", "pairs": str(three), "size": "native"} | asked
-    assert main(Config(**config)) == 3
-    m = results_of(three)["metrics"]
-    assert m["ssim"]["mean"] is not None and m["video_2way"]["mean"] is None
-    assert "no/such cannot be had" in m["video_2way"]["reason"]
-    assert "nowhere" in m["clip_pcc"]["reason"] and m["ms"]["reason"].startswith("no.pth cannot be had")
-    assert "n/a or in part, video_2way: ours: no/such cannot be had" in capsys.readouterr().out
-    assert main(Config(**config | {"metrics": "ssim"})) == 0
-
-
-def spoil(folder: Path, fault: str) -> None:
+def spoil(folder: Path) -> None:
     """Damage a transformers folder."""
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    model = VideoMAEForVideoClassification.from_pretrained(folder)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    bias = state.pop("classifier.bias")
-    if fault in ("mismatched", "nan"):
-        state["classifier.bias"] = torch.zeros(7) if fault == "mismatched" else bias * torch.nan
-    save_file(state, weights, metadata={"format": "pt"})  # of "missing" it is all
-    if fault == "pickled":
-        torch.save(model.state_dict(), folder / "pytorch_model.bin")
-        weights.unlink()
-    elif fault == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-9])
-    elif fault == "code":  # of the folder itself
-        about = json.loads(config.read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.C"}}
-        config.write_text(json.dumps(about))
-        (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass C: pass\n")
+    state = load_file(folder / "model.safetensors")
+    state["classifier.bias"] *= torch.nan
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("fault", ["missing", "mismatched", "nan", "pickled", "truncated", "code"])
-def test_damaged_weights_are_refused(tmp_path, fault):
+def test_damaged_weights_are_refused(tmp_path):
     folder = write_classifier(tmp_path / "v", list("abcde"), True)
-    assert Judges(Config(video_classifier=str(folder)), "cpu")("video_classifier")
-    spoil(folder, fault)
+    spoil(folder)
     judges = Judges(Config(video_classifier=str(folder)), "cpu")
-    assert judges("video_classifier") is None and str(folder) in judges.unavailable["video_classifier"]
-    fact = {"missing": "classifier.bias", "mismatched": "classifier.bias", "nan": "NaN or infinity"}
-    assert fact.get(fault, "") in judges.unavailable["video_classifier"]
-    assert not (folder / "ran").exists()
+    assert judges("video_classifier") is None
+    assert re.search(f"{folder}.*NaN or infinity", judges.unavailable["video_classifier"])
 
 
-def test_presets_and_options_that_do_not_go_together(capsys):
-    toy, pairs, cinebrain = parse([]), parse(["--pairs", "x"]), parse(["--data", "cinebrain"])
+def test_presets():
+    toy, pairs = parse([]), parse(["--pairs", "x"])
     assert (toy.data, pairs.data) == ("toy", "cc2017") and "toy" in toy.clip and "openai" in pairs.clip
     assert parse(["--pairs=x", "--data=toy"]).data == "toy"
     assert set(NAMES) - set(toy.metrics.split(",")) == {"ms"}
     assert set(NAMES) - set(pairs.metrics.split(",")) == {"ms_flow"}
-    assert (toy.flow, pairs.flow) == ("farneback", "raft")
-    assert (toy.size, pairs.size, cinebrain.size) == ("native", "256", "native")
-    assert (toy.classifier_frames, pairs.classifier_frames) == ("16", "own")
-    assert (toy.fps, pairs.fps, cinebrain.seconds) == (8.5, 30, 33 / 8)
-    pairs, compare, fmri = modes = ("--pairs x", "--compare x", "--fmri x")
-    clashes = dict.fromkeys(("--fmri y", "--steps 3", "--guidance 1"), (pairs, compare)) | {
-        "--pairs y": (compare,)
-    }
-    clashes |= dict.fromkeys(("--shuffle", "--clips 3", "--stimuli x"), modes)
-    clashes |= dict.fromkeys(("--split", "--skip_bad"), ("", compare, fmri)) | {"--out x": ("", compare)}
-    for words in [f"{option} {mode}" for option, others in clashes.items() for mode in others]:
+    asked = metrics.options.asked(parse(["--metrics", "psnr, ssim"]))
+    assert asked == ["ssim", "psnr"]  # in the table's order
+    for words in ("--fmri y --pairs x", "--guidance 1 --compare x", "--split --compare x", "--out x"):
         with pytest.raises(ValueError, match="wanted (one of the two|both)"):
             parse(words.split())
-    with pytest.raises(ValueError, match="--metrics sim: there are"):
-        parse(["--metrics", "ssim,sim"])
-    names = metrics.options.asked(parse(["--metrics", "psnr, ssim"]))
-    assert names == ["ssim", "psnr"]  # in the table's order
 
 
 # -- statistics and comparisons -------------------------------------------------------------------------------------
 
 
-def test_an_interval_is_of_95_percent_and_of_blocks():
+def test_an_interval_is_of_95_percent_of_blocks_and_paired():
     rng = np.random.default_rng(0)
     values, each = rng.normal(3, 2, size=800), np.arange(800)
     mean, (low, high) = estimate("ssim", values, each)
@@ -927,22 +722,15 @@ def test_an_interval_is_of_95_percent_and_of_blocks():
     alike = np.repeat(values[:40], 20) + 0.01 * rng.normal(size=800)  # neighbours
     low, high = estimate("ssim", alike, each // 20)[1]
     assert high - low == pytest.approx(2 * 1.96 * values[:40].std() / 40**0.5, rel=0.1)
-    uneven = estimate("ssim", np.array([0, 0, 0, 4.0, np.nan]), np.array([0, 0, 0, 1, 1]))
-    assert uneven == (1, [0, 4]) and estimate("other", uneven.mean * np.ones(3), np.arange(3)) == (1, [1, 1])
+    assert estimate("ssim", np.array([0, 0, 0, 4.0, np.nan]), np.array([0, 0, 0, 1, 1])) == (1, [0, 4])
     assert estimate("ssim", values[:20], each[:20] // 20) == (pytest.approx(values[:20].mean()), None)
     assert estimate("ssim", np.full(3, np.nan), np.arange(3)) == (None, None)
     assert blocks_of(["0003", "0019", "0020", "0041"]).tolist() == [0, 0, 1, 2]
     assert blocks_of([f"clip{i}" for i in range(21)]).tolist() == [0] * 20 + [1]
-
-
-def test_interval_of_a_difference_is_paired():
-    rng = np.random.default_rng(0)
-    a, blocks = rng.normal(size=400), np.arange(400) // 20
-    mean, (low, high) = estimate("ssim", a + 0.01, blocks, a)
-    assert mean == pytest.approx(0.01) and low == pytest.approx(0.01) and high == pytest.approx(0.01)
+    a, blocks = values - 3, each // 20
+    assert estimate("ssim", a + 0.01, blocks, a) == (pytest.approx(0.01), pytest.approx([0.01, 0.01]))
     # a signed metric's set is the absolute mean: equally far from the stimuli
     assert estimate("delta_dynamic_degree", -a, blocks, a).mean == pytest.approx(0)
-    assert estimate("delta_dynamic_degree", np.full(400, -0.2), blocks).mean == pytest.approx(0.2)
 
 
 def write_metrics(
@@ -990,80 +778,35 @@ def test_runs_side_by_side(four_runs, capsys):
     of_group, _ = (line for line in lines if "never shown" in line)
     both = (base[:40].mean() + base[:60].mean()) / 2 + 0.125
     assert "never shown, 100 clips" in of_group and f"{both:.3f}±0.03" in of_group
-    lines = compared(capsys, "runs/cc2017/sub1/full-s0", "runs/cc2017/sub1/no-mom-s0/eval")
-    assert any("less runs/cc2017/sub1/no-mom-s0/eval, 80 clips" in line and "0.080" in line for line in lines)
-
-
-def test_runs_are_compared_on_the_clips_that_both_have(four_runs, capsys):
-    write_metrics(Path("fewer"), four_runs - 0.03, four_runs, 1)
+    write_metrics(Path("fewer"), base - 0.03, base, 1)  # on the clips that both have
     result = json.loads(Path("fewer/metrics.json").read_text())
     Path("fewer/metrics.json").write_text(json.dumps(result | {"clips": result["clips"][:19:-1]}))
     lines = compared(capsys, "runs/cc2017/sub1/full-s0", "fewer")
     at = next(i for i, line in enumerate(lines) if "less fewer, 60 clips" in line)
     assert "0.130" in lines[at] and "[0.130, 0.130]" in lines[at + 1]
+    lines = compared(capsys, "runs/cc2017/sub1/full-s0", "runs/cc2017/sub1/no-mom-s0/eval")
+    assert any("less runs/cc2017/sub1/no-mom-s0/eval, 80 clips" in line and "0.080" in line for line in lines)
 
 
 def test_runs_that_cannot_be_compared(four_runs, tmp_path):
-    base = four_runs
-    write_metrics(Path("runs") / "cc2017" / "sub1" / "uneven-s0" / "eval", base, base, 1)
-    write_metrics(Path("runs") / "cc2017" / "sub1" / "uneven-s1" / "eval", base[:40], base[:40], 1)
-    write_metrics(tmp_path / "native", base, base, 1, "native")
+    for seed, n in ((0, 80), (1, 40)):
+        write_metrics(Path(f"runs/cc2017/sub1/uneven-s{seed}/eval"), four_runs[:n], four_runs[:n], 1)
+    write_metrics(tmp_path / "native", four_runs, four_runs, 1, "native")
     origin = {"size": "256", "subject": 1, "classifier_frames": "own"}
-    write_metrics(tmp_path / "frames", base, base, 1, provenance=origin)
-    for second, error, message in (
-        ("uneven", ValueError, "uneven: its runs scored 80 and 40 clips"),
-        ("other", FileNotFoundError, "--compare other: no metrics.json there, nor in runs/cc2017/sub"),
-        ("full/eval-shuffled", FileNotFoundError, "nor in runs/cc2017/sub.*/full-s.*/eval-shuffled/"),
-        ("native", ValueError, "--size 256 .* and --size native"),
-        ("frames", ValueError, "--classifier-frames 16, and .* --classifier-frames own"),
+    write_metrics(tmp_path / "frames", four_runs, four_runs, 1, provenance=origin)
+    write_metrics(tmp_path / "damaged", four_runs, four_runs, 1, groups={"never shown": {"clips": [3]}})
+    for second, message in (
+        ("uneven", "uneven: its runs scored 80 and 40 clips"),
+        ("full/eval-shuffled", "no metrics.json there, nor in runs/cc2017/sub.*/full-s.*/eval-shuffled/"),
+        ("native", "--size 256 .* and --size native"),
+        ("frames", "--classifier-frames 16, and .* --classifier-frames own"),
+        ("damaged", "wanted names of clips"),
     ):
-        with pytest.raises(error, match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             main(parse(f"--data cc2017 --compare full {second}".split()))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ([], "found list"),
-        ({"provenance": None}, "provenance"),
-        ({"provenance": {}}, "no size"),
-        ({"metrics": {"ssim": {"mean": "x"}}}, "metrics.json, ssim: found mean"),
-        ({"clips": [{"clip": "0000", "ssim": "x"}]}, "found ssim = 'x'"),
-        ({"clips": [5]}, "found 5"),
-        ({"groups": None}, "found groups = 'None'"),
-        ({"groups": {"never shown": {"clips": [3]}}}, "wanted names of clips"),
-        ({"groups": {"never shown": {"clips": 3}}}, "found clips = .3"),
-        ({"groups": {"never shown": {}}}, "no clips"),
-    ],
-)
-def test_damaged_results_are_named(tmp_path, changes, message):
-    write_metrics(tmp_path / "r", np.ones(3), np.ones(3), 1)
-    file = tmp_path / "r" / "metrics.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes if changes else changes))
-    with pytest.raises(ValueError, match=message):
-        main(Config(data="cc2017", compare=[str(tmp_path / "r")]))
-
-
 # -- stage 1's table, and the card's ---------------------------------------------------------------------------------
-
-
-def test_retrieval_by_hand():
-    f, e = torch.eye(2)[[0, 1, 0, 0]], torch.eye(2)[[0, 1, 0, 0]]
-    f[2:, 1], e[2, 1] = torch.tensor([0.9, 0.1]), 1
-    top_1, top_5, n_way = retrieval.retrieval(f, e, ~np.eye(4, dtype=bool), n=3)
-    assert (top_1, top_5) == (pytest.approx((0.5 + 1 + 1 + 0.5) / 4), 1)  # clips 0 and 3 share a first place
-    assert n_way == pytest.approx((1 / 3 + 1 + 1 + 1 / 3) / 4)  # and in two of three pairs the other is drawn
-    order = torch.tensor([[9.0, 8, 7, 6, 5, 4]] * 6)  # clip k is (k + 1)th by every prediction
-    others, ways = ~np.eye(6, dtype=bool), np.arange(6)[:, None] // 3 != np.arange(6) // 3
-    assert retrieval.retrieval(order, torch.eye(6), others, n=2) == pytest.approx((1 / 6, 5 / 6, 1 / 2))
-    assert retrieval.retrieval(order, torch.eye(6), ways)[2] == 1 / 2  # as many ways as there are
-    rng = np.random.default_rng(0)
-    scores, truth = rng.normal(size=(60, 4)), rng.random((60, 4)) < 0.2
-    truth[:, 3] = False  # does not occur
-    expected = average_precision_score(truth[:, :3], scores[:, :3], average="macro")
-    assert retrieval.average_precision(scores, truth) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="not finite"):
-        retrieval.retrieval(order * torch.nan, torch.eye(6), others)
 
 
 class Reader(nn.Module):
@@ -1083,50 +826,37 @@ def test_stage_1s_table_holds_the_fmri_another_clips_and_chance():
     n, g = 70, torch.Generator().manual_seed(1)
     f_c = nn.functional.normalize(torch.randn(n, 8, generator=g), dim=1)
     noisy, labels = f_c + 0.2 * torch.randn(n, 8, generator=g), f_c[:, :3] > torch.tensor([0.1, 0.3, 9.0])
-    names, far = ("e_img", "e_txt", "e_act", "categories"), ~np.eye(n, dtype=bool)
-
-    def columns(n: int) -> dict:
-        e_img, e_act = f_c[:, None].repeat(1, 3, 1), f_c.roll(1, 1)
-        arrays = (x[:n] for x in (e_img, noisy, e_act, labels.to(torch.uint8)))
-        targets = SimpleNamespace(**dict(zip(names, arrays, strict=True)))
-        return retrieval.with_controls(Reader(), Reader(), f_c[:n, None], targets, far[:n, :n])
-
-    fmri, shuffled, chance = columns(n).values()
+    images, actions, far = f_c[:, None].repeat(1, 3, 1), f_c.roll(1, 1), ~np.eye(n, dtype=bool)
+    targets = SimpleNamespace(e_img=images, e_txt=noisy, e_act=actions, categories=labels.to(torch.uint8))
+    columns = retrieval.with_controls(Reader(), Reader(), f_c[:, None], targets, far)
+    fmri, shuffled, chance = columns.values()
     for name in ("image top-1", "image 50-way", "action top-5", "category mAP"):
         assert fmri[name] == pytest.approx(1) and shuffled[name] < 0.6, name
     expected = retrieval.retrieval(f_c, noisy, far)
     assert (fmri["text top-1"], fmri["text top-5"], fmri["text 50-way"]) == expected and expected[0] < 1
     assert (chance["text top-1"], chance["image top-5"], chance["action 50-way"]) == (1 / n, 5 / n, 1 / 50)
-    assert chance["category mAP"] == pytest.approx(
-        labels[:, :2].float().mean().item()
-    )  # the third does not occur
-    lines = retrieval.table(columns(n), "clips").split("\n")
-    (line,) = (line for line in lines if line.startswith("text top-1"))
-    assert line.split()[2:] == [f"{column['text top-1']:.3f}" for column in (fmri, shuffled, chance)]
-    few = columns(3)["chance"]
-    assert (few["text top-5"], few["text 50-way"]) == (1, 1 / 3)
+    occurring = labels[:, :2].float().mean().item()  # the third does not occur
+    assert chance["category mAP"] == pytest.approx(occurring)
 
 
 def test_the_cards_numbers_stand_below_their_heads():
     entries = {
-        "ssim": {"mean": 0.25, "std": 0.1, "ci95": [0.2, 0.3], "chance": None, "shuffled": 0.125, "n": 24},
-        "video_50way": {"mean": 0.5, "std": 0.1, "ci95": None, "chance": 0.058, "shuffled": None, "n": 9},
-        "ms": {"mean": None, "std": None, "ci95": None, "chance": None, "shuffled": None, "n": 0},
+        "ssim": {"mean": 0.25, "ci95": [0.2, 0.3], "chance": None, "shuffled": 0.125, "n": 24},
+        "video_50way": {"mean": 0.5, "ci95": None, "chance": 0.058, "shuffled": None, "n": 9},
+        "ms": {"mean": None, "ci95": None, "chance": None, "shuffled": None, "n": 0},
     }
-    settings = {"data": "cinebrain", "decoder": "Wan-AI/Wan2.1", "subject": 3, "lora_rank": 6}
-    brain_model = SimpleNamespace(voxels=41, volumes=2)
-    model = SimpleNamespace(settings=settings, brain_model=brain_model, size=(9, 32, 48), lines=[{}] * 7)
-    page = card.model_card(model, "lab/subject-3", {"metrics": entries})
+    model = SimpleNamespace(
+        brain_model=SimpleNamespace(voxels=41, volumes=2), size=(9, 32, 48), lines=[{}] * 7
+    )
+    for data, decoder, licence, base in (("toy", "toy/wan", "mit", None), ("cinebrain", "Wan-AI/Wan2.1", "other", "Wan-AI/Wan2.1")):  # fmt: skip
+        model.settings = {"data": data, "decoder": decoder, "subject": 3, "lora_rank": 6}
+        page = card.model_card(model, "lab/subject-3", {"metrics": entries})
+        assert (page.data.license, page.data.base_model) == (licence, base)
     head, _, *rows = page.text.split("| metric ")[1].split("\n\n")[0].split("\n")
     assert head == "| mean | 95 % interval | chance | shuffled | clips |"
-    assert rows[0] == "| `ssim` | 0.250 | 0.200 to 0.300 |  | 0.125 | 24 |"
-    assert rows[1:] == ["| `video_50way` | 0.500 |  | 0.058 |  | 9 |"]
-    text = " ".join(page.text.split())
-    for part in ("41 voxels of subject 3", "7 memories", "(rank 6)", 'from_pretrained("lab/subject-3")', "x (B, 2, 41)",
-                 "(B, 9, 32, 48, 3)", "CineBrain, Gao et al. 2025", "bound by the licences of the data"):  # fmt: skip
-        assert part in text
-    assert (page.data.license, page.data.base_model) == ("other", "Wan-AI/Wan2.1")
-    model.settings = settings | {"data": "toy", "decoder": "toy/wan"}
-    page = card.model_card(model, "x", None)
-    assert (page.data.license, page.data.base_model, page.data.datasets) == ("mit", None, None)
-    assert "no numbers" in page.text and "No person was recorded" in page.text
+    assert rows == [
+        "| `ssim` | 0.250 | 0.200 to 0.300 |  | 0.125 | 24 |",
+        "| `video_50way` | 0.500 |  | 0.058 |  | 9 |",
+    ]
+    for part in ("41 voxels of subject 3", "7 memories", "(rank 6)", "x (B, 2, 41)", "(B, 9, 32, 48, 3)"):
+        assert part in " ".join(page.text.split())
