@@ -94,7 +94,6 @@ def fake_model(settings: dict, brain: dict, sizes: dict[str, int], memories: int
     D = sizes["embed_dim"]
     with torch.device("meta"):
         brain_model = BrainModel(**brain)
-        brain_model.gradient_checkpointing = settings["checkpointing"]
         _, positions, width = brain_model.position.shape
         L = positions - 1  # text tokens
         rank, alpha = settings["lora_rank"], settings["lora_alpha"]
