@@ -59,7 +59,7 @@ from tests.test_parallel import ALONE, in_processes
 from support.runs import door
 
 def work(k, n):
-    os.write(1, f"{os.getpid()}\\n".encode())  # in one piece: two write at once
+    os.write(1, b"%d\\n" % os.getpid())  # in one piece: two write at once
     signal.pause()
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
