@@ -136,7 +136,7 @@ def planted_voxels(step: int) -> tuple[np.ndarray, np.ndarray]:
 
 def write_purdue(
     folder: Path, train_segments: int = 4, test_segments: int = 1, test_repeats: int = 2,
-    as_unpacked: bool = False, subject: int = 1, size: int = 64,
+    as_unpacked: bool = False, size: int = 64,
 ) -> Mini:  # fmt: skip
     """The Purdue release, and captions.jsonl beside it. as_unpacked: in the folders of the publisher's archives.
 
@@ -166,7 +166,7 @@ def write_purdue(
             run[trimmed + 2 : trimmed + 2 + CLIPS, : len(planted)] += 100 * pattern[order]  # 2 volumes: 4 s
             run[:, -len(broken) :] = 5_000
             run[100, -1] = np.nan
-            path = subjects / f"subject{subject}" / "fmri" / name / "cifti"
+            path = subjects / "subject1" / "fmri" / name / "cifti"
             write_cifti(path / f"{name}_{repeat + 1}_Atlas.dtseries.nii", run, columns=columns)
     captions = folder / "captions.jsonl"
     captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -174,21 +174,21 @@ def write_purdue(
 
 
 def write_neuroclips(
-    folder: Path, subject: int = 1, train_segments: int = 2, test_segments: int = 1, voxels: int = 96,
-    size: int = 32, like: Mini | None = None,
+    folder: Path, train_segments: int = 2, test_segments: int = 1, voxels: int = 96,
+    size: int = 32,
 ) -> Mini:  # fmt: skip
-    """The NeuroClips release, its captions in a NumPy array as published. like: a release of the same response."""
+    """The NeuroClips release, its captions in a NumPy array as published."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
     rng, clips = np.random.default_rng(0), contents(size)
-    pattern = like.pattern if like else rng.standard_normal((12, voxels))
+    pattern = rng.standard_normal((12, voxels))
     numbers = {"train": range(train_segments), "test": range(train_segments, train_segments + test_segments)}
     for split, repeats in {"train": 2, "test": 10}.items():
         order = np.concatenate([shown(number) for number in numbers[split]])
         fmri = pattern[order][:, None] + 0.5 * rng.standard_normal((len(order), repeats, pattern.shape[1]))
         frames = np.stack([clips[k][0] for k in order]).transpose(0, 1, 4, 2, 3)  # (clips, 6, 3, size, size)
-        torch.save(torch.from_numpy(fmri).float(), folder / f"subj{subject:02d}_{split}_fmri.pt")
+        torch.save(torch.from_numpy(fmri).float(), folder / f"subj01_{split}_fmri.pt")
         torch.save(torch.from_numpy(frames).half() / 255, folder / f"GT_{split}_3fps.pt")
         torch.save(np.array([clips[k][1] for k in order]), folder / f"GT_{split}_caption.pt")
     return Mini(folder, folder / "GT_train_caption.pt", np.arange(pattern.shape[1]), pattern)

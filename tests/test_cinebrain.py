@@ -26,7 +26,6 @@ from prepare.cinebrain import CineBrainRelease
 from prepare.command import main
 from prepare.decoder import prepare_decoder
 from prepare.facts import AUDITORY_AND_LANGUAGE, ROIS, in_areas
-from prepare.fmri import refuse_twins
 from support.videos import read_video
 
 diffusers.utils.logging.set_verbosity_error()
@@ -43,14 +42,8 @@ def test_the_regions_have_the_published_sizes_on_the_real_atlas():
     assert all(n > 0 for names in sizes.values() for n in names.values())  # every name is one of the atlas
     published = {"visual": 8_405, "hippocampus": 1_559, "mpfc": 3_240}
     assert {roi: sum(n.values()) for roi, n in sizes.items()} == published
-    assert sizes["visual"]["V1"] == 1_618 and sizes["visual"]["MT"] == 100 and sizes["mpfc"]["25"] == 117
-    assert len(ROIS["visual"]) == 29 and len(ROIS["mpfc"]) == 15
-    assert sizes["hippocampus"] == {"hippocampus_left": 764, "hippocampus_right": 795}
     # values of a published volume of visual, auditory and language areas
     assert in_areas(areas, ROIS["visual"] + AUDITORY_AND_LANGUAGE.split()).sum() == 18_946
-
-
-# ---------------------------------------------------------------- in short
 
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
@@ -148,9 +141,8 @@ def test_preprocessed_volumes_are_taken_as_they_are(short, stimuli, tmp_path):
     with pytest.warns(UserWarning, match="no CIFTI runs of subject 3: visual areas only, and no hippocampus"):
         main(command)
     data = tmp_path / "data" / "cinebrain" / "sub3"
-    assert np.array_equal(
-        np.load(data / "voxels.npz")["index"], np.flatnonzero(in_areas(mmp_areas(), ROIS["visual"]))
-    )
+    visual = np.flatnonzero(in_areas(mmp_areas(), ROIS["visual"]))
+    assert np.array_equal(np.load(data / "voxels.npz")["index"], visual)
     for split, runs in (("train", (1, 2)), ("test", (19,))):  # each volume is 1,000 x run + its number
         fmri = np.load(data / split / "fmri.npy")
         assert fmri.shape == (6 * len(runs), 1, 5, 8_405) and np.ptp(fmri, axis=3).max() == 0
@@ -166,9 +158,7 @@ def test_preprocessed_volumes_are_taken_as_they_are(short, stimuli, tmp_path):
     areas = mmp_areas()
     wide = np.flatnonzero(in_areas(areas, ROIS["visual"] + AUDITORY_AND_LANGUAGE.split()))  # (18946,)
     np.save(folder / "37.npy", wide / 4.0)  # the grayordinates' numbers: the visual ones are picked
-    assert np.array_equal(
-        source.load_run("episode02", 0)[7] * 4, np.flatnonzero(in_areas(areas, ROIS["visual"]))
-    )
+    assert np.array_equal(source.load_run("episode02", 0)[7] * 4, visual)
     for bad, message in (
         (np.zeros(8_404), "8,404 numbers, wanted 8,405 or 18,946"),
         (np.full(8_405, np.nan), "nan at .0,., wanted finite .*"),
@@ -183,12 +173,8 @@ def test_preprocessed_volumes_are_taken_as_they_are(short, stimuli, tmp_path):
         CineBrainRelease(tmp_path / "raw", 3, None, 2, 1)
     folder.rename(tmp_path / "raw" / "sub_003")  # another name of the folder, and no visual_audio/
     with pytest.warns(UserWarning, match="no CIFTI"):
-        assert (
-            CineBrainRelease(tmp_path / "raw", 3, None, 1, 1).files("episode01")[4].parent.name == "sub_003"
-        )
-
-
-# ---------------------------------------------------------------- which clips, and what is missing
+        again = CineBrainRelease(tmp_path / "raw", 3, None, 1, 1)
+    assert again.files("episode01")[4].parent.name == "sub_003"
 
 
 def tree(folder, *subjects: int, films: str = "videos"):
@@ -199,10 +185,8 @@ def tree(folder, *subjects: int, films: str = "videos"):
     length = facts.EPISODE_VOLUMES * 0.8
     for subject in subjects:
         for run in range(1, 21):
-            for name, text in (
-                (RUN, f"{run}"),
-                (CSV, f"videoStartTime,videoStopTime\n12.0,{12.05 + length}\n"),
-            ):
+            times = f"videoStartTime,videoStopTime\n12.0,{12.05 + length}\n"
+            for name, text in ((RUN, f"{run}"), (CSV, times)):
                 file = folder / name.format(subject, run)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(text)
@@ -227,20 +211,14 @@ def test_the_clips_of_the_test_set_are_those_of_the_authors(tmp_path):
         assert source.window(source.splits["test"][1]) == (21, 1_350) and source.clips_of("episode01") == 270
     sizes = CineBrainRelease(tmp_path, 5, None, 3, 1).splits
     assert sizes == {"train": ["episode01", "episode02", "episode03"], "test": ["episode29"]}
-    ninth = [
-        subject for subject in range(1, 7) if facts.stimuli_folder("cinebrain", subject).name != "stimuli"
-    ]
-    assert ninth == [1, 2, 6] and facts.stimuli_folder("cinebrain", 2).name == "stimuli-1-2-6"
+    folders = [facts.stimuli_folder("cinebrain", subject).name for subject in range(1, 7)]
+    assert [k for k, name in enumerate(folders, 1) if name == "stimuli-1-2-6"] == [1, 2, 6]
 
 
 @pytest.mark.parametrize(
     ("start", "delay", "first"),
     [
-        (
-            12.0,
-            None,
-            21,
-        ),  # 16 s after the run's start ends volume 19 and begins volume 20; the script takes the next
+        (12.0, None, 21),  # volume 20 begins 16 s after the run's start; the script takes the next
         (12.7, None, 21),  # 16.7 s lie in volume 20
         (12.9, None, 22),  # 16.9 s lie in volume 21
         (0.0, 3, 4),  # 2.4 s, though in floating-point numbers 3 x 0.8 is more
@@ -250,9 +228,8 @@ def test_the_clips_of_the_test_set_are_those_of_the_authors(tmp_path):
 )
 def test_a_film_begins_with_the_first_volume_after_its_delay(short, tmp_path, start, delay, first):
     tree(tmp_path, 4)
-    (tmp_path / CSV.format(4, 3)).write_text(
-        f"other,videoStopTime,videoStartTime\n1,{start + 24.1},{start}\n2,3,4\n"
-    )
+    times = f"other,videoStopTime,videoStartTime\n1,{start + 24.1},{start}\n2,3,4\n"
+    (tmp_path / CSV.format(4, 3)).write_text(times)
     assert CineBrainRelease(tmp_path, 4, delay).window("episode03") == (first, 30)
 
 
@@ -274,7 +251,7 @@ def test_what_is_missing_or_there_twice_is_named(short, tmp_path):
         CineBrainRelease(tmp_path, 5, None, 1, 1)
 
 
-@pytest.mark.parametrize("films", ["clips", "videos/clips", "video_annos/clips"])
+@pytest.mark.parametrize("films", ["clips", "video_annos/clips"])
 def test_the_clips_may_lie_in_another_folder(short, tmp_path, films):
     tree(tmp_path, 6, films=films)
     assert CineBrainRelease(tmp_path, 6).stimulus("episode02")[1] == tmp_path / films / "000007.mp4"
@@ -287,10 +264,7 @@ def test_the_clips_may_lie_in_another_folder(short, tmp_path, films):
         ("-9.0,15.0", "the video lasts 24.0 s from -9.0 s on, wanted 24.0 s: is it the CSV of this run"),
         ("12.0,34.3", "the video lasts 22.3 s from 12.0 s on, wanted 24.0 s"),
         ("12.0,37.7", "the video lasts 25.7 s"),
-        ("12.0,inf", "the video lasts inf s"),
         ("12.0", "wanted a line of numbers videoStartTime"),
-        ("", "wanted a line of numbers videoStartTime"),
-        ("a,b", "wanted a line of numbers videoStartTime"),
     ],
 )
 def test_times_that_are_none_name_the_csv_file(short, tmp_path, line, message):
@@ -298,26 +272,6 @@ def test_times_that_are_none_name_the_csv_file(short, tmp_path, line, message):
     (tmp_path / CSV.format(5, 3)).write_text(f"videoStartTime,videoStopTime\n{line}\n")
     with pytest.raises(ValueError, match=f"sub_0005_3.csv: .*{message}"):
         CineBrainRelease(tmp_path, 5).window("episode03")
-
-
-def test_identical_recordings_of_two_subjects_are_an_error_that_names_both(short, tmp_path):
-    source, data = CineBrainRelease(tree(tmp_path, 1, 5), 5), tmp_path / "data" / "cinebrain" / "sub5"
-    message = "subjects 5 and 1 have identical recordings, .*sub-0005.* and .*sub-0001.*sub_005.*--allow-dup"
-    with pytest.raises(ValueError, match=message):
-        refuse_twins(source, data)
-    (tmp_path / RUN.format(1, 1)).write_text("another run")
-    refuse_twins(source, data)
-
-
-def test_captions_of_other_clips_are_an_error(short, release, tmp_path):
-    source = CineBrainRelease(release[3].folder, 3, None, 2, 1)
-    rows = json.loads(release[3].captions.read_text())
-    (tmp_path / "captions.json").write_text(json.dumps([row for row in rows if "000169" not in row["video"]]))
-    with pytest.raises(ValueError, match="captions.json has no caption of 000169.mp4 and 0 other test clips"):
-        describe_clips(source, "test", tmp_path / "captions.json")
-
-
-# ---------------------------------------------------------------- from end to end
 
 
 @pytest.mark.slow

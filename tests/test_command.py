@@ -15,12 +15,9 @@ RAW = ["--raw", "."]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["cc2017", *RAW, "--window", "0"], "--window 0: wanted at least 1 and at most 240"),
         (["cc2017", *RAW, "--window", "241"], "--window 241: wanted at least 1 and at most 240"),
         (["cc2017", *RAW, "--delay", "-1"], "--delay -1: wanted at least 0"),
-        (["cc2017", *RAW, "--train-segments", "0"], "--train_segments 0: wanted at least 1"),
         (["cc2017", *RAW, "--test-segments", "two"], "argument --test_segments/--test-segments: invalid int"),
-        (["cinebrain", *RAW, "--caption-sentences", "0"], "--caption_sentences 0: wanted at least 1"),
         (["nothing"], "--data nothing: there are toy, cc2017, cinebrain"),
         (["cc2017", *RAW, "--win", "2"], "unrecognized arguments: --win"),
     ],
@@ -38,15 +35,9 @@ def test_wrong_options_end_in_one_line(options, message, capsys):
     [
         ([], "which dataset.*python data.py toy or cc2017 or cinebrain"),
         (["cinebrain", *RAW, "--subject", "7"], "--subject 7: cinebrain has subjects 1 to 6"),
-        (["cc2017", *RAW, "--subject", "4"], "--subject 4: cc2017 has subjects 1 to 3"),
-        (["toy", "--subject", "0"], "--subject 0: toy has subjects 1 to 9"),
-        (["cc2017", *RAW, "--train-segments", "19"], "--train_segments 19: cc2017 has 18"),
-        (["cc2017", *RAW, "--test-segments", "6"], "--test_segments 6: cc2017 has 5"),
         (["cinebrain", *RAW, "--test-segments", "3"], "--test_segments 3: cinebrain has 2"),
         (["cc2017", *RAW, "--captions", "a", "b", "c"], "--captions: 3 files are given, wanted one, or"),
         (["cinebrain", "--fmri-release", "."], "--fmri_release: cinebrain does not use it"),
-        (["toy", *RAW], "--raw: toy does not use it"),
-        (["cc2017", "--raw", "nowhere"], "nowhere is not there: give the folder"),
         (["cc2017", *RAW, "--fmri-release", "nowhere"], "nowhere is not there: give the folder"),
         (["cc2017", *RAW], "has no subject1/fmri below it, the recordings of the subject: download it"),
     ],
@@ -63,16 +54,6 @@ def test_without_a_release_the_guide_is_printed(name, either):
     wanted = f"(?s)give --raw .the release.{either}.*data/{name} is not prepared for subject 2.*"
     with pytest.raises(MissingData, match=wanted + f"python data.py {name} --raw RAW --subject 2"):
         command.main([name, "--subject", "2"])
-
-
-def test_help_shows_all_options(capsys):
-    for argv in (["--help"], ["cinebrain", "--help"]):
-        with pytest.raises(SystemExit):
-            command.main(argv)
-        text = " ".join(capsys.readouterr().out.split())
-        assert "--caption-sentences" in text and "CLIP sees the first 77 tokens" in text
-        assert "--fmri-release" in text and "cinebrain: 5]" in text
-        assert "(cc2017: 2, of 2 s; cinebrain: 5, of 0.8 s; none if preprocessed)" in text
 
 
 def test_the_toy_world_is_prepared_for_its_subject(monkeypatch):
@@ -97,25 +78,18 @@ def test_the_folders_say_which_release_is_read(options, kind, folders, sizes, tm
     for folder in "ab":
         Path(folder).mkdir()
     calls = []
-    monkeypatch.setattr(
-        command, "prepare", lambda config: calls.append((config.window, command.open_release(config)))
-    )
+    record = lambda config: calls.append((config.window, command.open_release(config)))  # noqa: E731
+    monkeypatch.setattr(command, "prepare", record)
     command.main([*options, "--subject", "2", "--delay", "3"])
     window = 5 if options[0] == "cinebrain" else 1
     assert calls == [(window, (*map(Path, folders), 2, 3, *sizes))]
 
 
-# ---------------------------------------------------------------- facts
-
-
 def test_the_sizes_are_those_of_table_1_and_the_publications():
     assert facts.SIZES["cc2017"] == {"train": (18, 240), "test": (5, 240)}  # 4,320 and 1,200 clips
     assert facts.SIZES["cinebrain"] == {"train": (18, 270), "test": (2, 270)}  # 4,860 and 540
-    assert (facts.SEGMENT_VOLUMES, facts.CC2017_TR) == (
-        240,
-        2.0,
-    )
-    assert (facts.CC2017_DELAY, facts.CC2017_FPS) == (2, 30.0)
+    cc2017 = (facts.SEGMENT_VOLUMES, facts.CC2017_TR, facts.CC2017_DELAY, facts.CC2017_FPS)
+    assert cc2017 == (240, 2.0, 2, 30.0)
     assert (facts.EPISODE_CLIPS, facts.EPISODE_VOLUMES, facts.CLIP_VOLUMES) == (270, 1350, 5)
     assert (facts.CINEBRAIN_TR, facts.CINEBRAIN_DELAY, facts.CINEBRAIN_FPS) == (0.8, 5, 8.0)
     assert facts.SECONDS == {"toy": 2.0, "cc2017": 2.0, "cinebrain": 4.125}  # 33 frames at 8 a second
@@ -123,14 +97,9 @@ def test_the_sizes_are_those_of_table_1_and_the_publications():
 
 
 def test_each_subject_of_the_toy_world_has_films_of_its_own():
-    places = {(name, subject): (facts.stimuli_folder(name, subject).as_posix(), facts.raw_folder(name, subject).as_posix())
-              for name, subject in (("toy", 1), ("toy", 2), ("cc2017", 2), ("cinebrain", 3))}  # fmt: skip
-    assert places == {
-        ("toy", 1): ("data/toy/stimuli", "data/toy/raw"),
-        ("toy", 2): ("data/toy/stimuli-2", "data/toy/raw-2"),
-        ("cc2017", 2): ("data/cc2017/stimuli", "data/cc2017/raw"),
-        ("cinebrain", 3): ("data/cinebrain/stimuli", "data/cinebrain/raw"),
-    }
+    for name, subject, end in (("toy", 1, ""), ("toy", 2, "-2"), ("cc2017", 2, ""), ("cinebrain", 3, "")):
+        assert facts.stimuli_folder(name, subject) == Path(f"data/{name}/stimuli{end}")
+        assert facts.raw_folder(name, subject) == Path(f"data/{name}/raw{end}")
 
 
 def test_areas_are_found_with_and_without_their_hemisphere():
@@ -141,13 +110,9 @@ def test_areas_are_found_with_and_without_their_hemisphere():
     folder = Path("data/cinebrain/sub1")
     assert facts.voxels_of("visual", voxels, folder).tolist() == [1, 4]
     assert facts.voxels_of("mpfc,visual", voxels, folder).tolist() == [1, 3, 4]
-    with pytest.raises(
-        ValueError, match=r"--rois visual,V1: \['V1'\] unknown; there are visual, hippocampus, mpfc"
-    ):
+    with pytest.raises(ValueError, match=r"--rois visual,V1: \['V1'\] unknown"):
         facts.voxels_of("visual,V1", voxels, folder)
-    message = (
-        "none of the voxels of data/{0}/sub1 lies in mpfc, they are in L_V1, R_4, R_FFC ...{1} leave it out"
-    )
+    message = "none of the voxels of data/{0}/sub1 lies in mpfc, they are in L_V1, R_4, R_FFC ...{1}"
     for name, advice in (("cinebrain", "; prepare the CIFTI runs, or"), ("cc2017", ":")):
         with pytest.raises(ValueError, match=message.format(name, advice)):
             facts.voxels_of("visual,mpfc", voxels[[0, 1, 4]], Path(f"data/{name}/sub1"))
@@ -174,25 +139,18 @@ def test_what_is_not_prepared_is_named_with_the_way_to_it(tmp_path):
     gone = tmp_path / "gone.npy"
     facts.check_prepared("cc2017", 2, [there], [there])
     for name, files, derived, message in (
-        (
-            "cc2017",
-            [there, gone],
-            [there],
-            "(?s)data/cc2017 is not prepared for subject 2.*gone.npy is not there.",
-        ),
+        ("cc2017", [there, gone], [there], "(?s)data/cc2017 is not prepared for subject 2.*gone.npy is not"),
         (
             "cc2017",
             [there],
             [gone],
-            "gone.npy is not there: python data.py cc2017 --raw DIR --subject 2 makes it",
+            "gone.npy is not there: python data.py cc2017 --raw DIR --subject 2 makes",
         ),
         ("toy", [gone], [], "gone.npy is not there: train_stage1.py and train_stage2.py make"),
         ("toy", [there], [gone], "gone.npy is not there: train_stage1.py makes it"),
     ):
         with pytest.raises(MissingData, match=message):
             facts.check_prepared(name, 2, files, derived)
-    with pytest.raises(ValueError, match="--subject 5: cc2017 has subjects 1 to 3"):
-        facts.check_prepared("cc2017", 5, [gone], [])
     with_decoder = facts.prepare_command("cinebrain", 3, "wan")
     assert with_decoder == "python data.py cinebrain --raw DIR --subject 3 --decoder wan"
     assert facts.prepare_command("toy", 1, "wan") == "train_stage2.py"

@@ -21,8 +21,6 @@ from prepare.copies import (
     prepare_recorded,
 )
 
-# ---------------------------------------------------------------- scenes and near-copies
-
 
 def test_far_apart_are_clips_of_other_segments_or_sixteen_clips_apart():
     segments = ["b"] * 20 + ["a"] * 20 + ["c"] * 3
@@ -102,9 +100,6 @@ def test_the_memory_of_the_threshold_is_linear_in_the_clips(monkeypatch):
     assert peaks[1] < 2.2 * peaks[0] and peaks[1] < 2000**2  # bytes: a quarter of one matrix of all clips
 
 
-# ---------------------------------------------------------------- what is prepared
-
-
 def write_captions(folder: Path, caption, *splits: str) -> None:
     for split in splits or ("train", "test"):
         file = folder / split / "clips.jsonl"
@@ -133,13 +128,9 @@ def test_near_copies_are_those_above_the_threshold(with_copies):
     assert alike[range(8), range(40, 48)].all() and not alike[np.ix_(range(20), range(20, 40))].any()
     assert np.array_equal(train.recall.copies_of(np.arange(60)), alike)
     copies = (held_out @ frames.T > values["threshold"]).any(1)
-    assert (
-        np.array_equal(has_near_copy(test.stimuli, np.arange(30)), copies) and copies[4] and not copies.all()
-    )
+    assert np.array_equal(has_near_copy(test.stimuli, np.arange(30)), copies)
+    assert copies[4] and not copies.all()
     assert np.array_equal(has_near_copy(test.stimuli, np.array([29, 4])), copies[[29, 4]])
-    assert values["percent"] == [0, 5, 25, 50, 75, 95, 100] and values["best_match"].keys() == {
-        "held out", "training, all", "training, left",
-    }  # fmt: skip
     assert (folder / "train" / "near_copies.png").stat().st_size > 1000
     recall = Clips("cc2017", 1, "train", root=with_copies, val_segments="seg3").recall
     assert recall.held_out.tolist() == [*range(40, 60)] and recall.trained.tolist() == [*range(8, 40)]
@@ -193,9 +184,6 @@ def test_which_showings_were_recorded_is_written_once_and_anew_for_other_recordi
         prepare_recorded(folder)
 
 
-# ---------------------------------------------------------------- train as one tests
-
-
 @pytest.fixture
 def recall_of(tmp_path):
     """FairRecall of two segments of 50 clips, of pairs that are near-copies, and of these captions."""
@@ -243,10 +231,7 @@ def test_training_clips_find_their_caption_as_seldom_as_held_out_clips(recall_of
     assert recall.test_share == 0.4 and recall.p_hidden == pytest.approx(1 - 0.4 / 0.6)
     # clip 0 may retrieve all but its scene of 16; clip 70 not those of 31 in its scene, nor the one of its caption
     assert (recall.most, recall.fewest) == (84, 68)
-    assert "100 clips and memories" in recall.describe() and "(test clips: 40.0%)" in recall.describe()
-    assert (
-        "may retrieve 68 to 84 of them" in recall.describe() and "in 66.7% of the steps" in recall.describe()
-    )
+    assert "may retrieve 68 to 84 of them" in recall.describe()
     seen = recall_of(captions=captions, share=1.0)  # no caption is ever hidden
     assert (seen.most, seen.fewest) == (84, 69)
 

@@ -67,9 +67,6 @@ def equal(a: Batch, b: Batch) -> bool:
     return all(x is y or torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-# ---------------------------------------------------------------- clips
-
-
 def test_the_clips_read_what_was_prepared(read):
     train, test = read(), read("test")
     assert (len(train), len(test)) == (45, 26) and test.recall is None and test.trained is None
@@ -95,13 +92,6 @@ def test_a_batch_has_one_recorded_showing_of_each_clip_and_the_targets_of_that_c
             assert np.array_equal(getattr(batch, name), stored(f"{TRAIN}/{name}.npy")[batch.clips])
     assert (count.sum(1) == 60).all() and (count[:30] > 15).all()  # both showings, about as often
     assert (count[30:, 1] == 0).all()  # shown twice, but recorded once
-
-
-def test_targets_are_those_of_the_clips_asked_for(read, stored):
-    part = read().targets(np.array([40, 3]))
-    assert part.clips.tolist() == [40, 3] and part.x is None
-    assert np.array_equal(part.e_act, stored(f"{TRAIN}/e_act.npy")[[40, 3]])
-    assert read().targets(slice(3, 5)).clips.tolist() == [3, 4]
 
 
 def test_a_batch_moves_and_is_cut(read):
@@ -157,9 +147,6 @@ def test_without_segments_held_out_all_clips_are_trained_on(read, nothing):
         read(val_segments="seg1,seg9")
 
 
-# ---------------------------------------------------------------- what is drawn
-
-
 def test_hidden_voxels_are_zero_and_the_others_scaled(read):
     options = dict(batch_size=45, seed=1)
     batch, plain = read(voxel_dropout=0.4, **options).batch(7), read(**options).batch(7)
@@ -175,10 +162,8 @@ def test_what_is_drawn_belongs_to_seed_step_and_clip_alone(recurring, field):
     """Whatever else is in the batch. Over other seeds and steps it changes."""
 
     def draws(batch_size: int, step: int, seed: int = 3) -> dict[int, torch.Tensor]:
-        train = recurring(
-            batch_size=batch_size, seed=seed, voxel_dropout=0.4, condition_dropout=0.4, caption_share=0.5
-        )
-        batch = train.batch(step)
+        chances = dict(voxel_dropout=0.4, condition_dropout=0.4, caption_share=0.5)
+        batch = recurring(batch_size=batch_size, seed=seed, **chances).batch(step)
         return dict(zip(batch.clips.tolist(), getattr(batch, field), strict=True))
 
     everything, few = draws(45, 0), draws(9, 0)
@@ -244,9 +229,6 @@ def test_the_own_caption_is_hidden_as_often_as_asked_for(recurring):
         assert np.mean(finds) == pytest.approx(share, abs=0.02) and np.std(finds) < 0.1
 
 
-# ---------------------------------------------------------------- recordings
-
-
 def test_averaged_is_the_mean_of_the_recorded_showings_z_scored_over_the_clips(read, stored):
     x = read().averaged().numpy()
     mean = np.nanmean(stored(FMRI), 1)
@@ -276,7 +258,7 @@ def test_rois_restrict_the_voxels(read, stored):
         read(rois="mpfc")
 
 
-@pytest.mark.parametrize(("value", "voxels"), [(np.nan, [0, 5, 9]), (np.inf, [7]), (-np.inf, [9])])
+@pytest.mark.parametrize(("value", "voxels"), [(np.nan, [0, 5, 9]), (-np.inf, [9])])
 def test_a_nan_or_infinity_at_a_recorded_showing_names_clip_and_voxel(prepared, value, voxels):
     fmri = np.load(prepared / FMRI)
     fmri[17, :, 1, voxels] = value
@@ -287,20 +269,15 @@ def test_a_nan_or_infinity_at_a_recorded_showing_names_clip_and_voxel(prepared, 
     for draws in ({}, {"voxel_dropout": 0.9}):
         train = Clips("cc2017", 1, "train", root=prepared.parent, batch_size=48, **draws)
         for read in (lambda train=train: train.batch(0), train.averaged):
-            with pytest.raises(
-                ValueError, match=f"fmri.npy: found {place}.*delete it and run python data.py"
-            ):
+            with pytest.raises(ValueError, match=f"fmri.npy: found {place}"):
                 read()
-
-
-# ---------------------------------------------------------------- memories
 
 
 def test_memories_are_the_clips_trained_on(read):
     train = read(decoder="wan", val_segments="seg1")
-    e, captions = memories(
-        train, lambda e_img: 2 * e_img[:, 1] + e_img[:, 3]
-    )  # no plain mean, no unit vector
+    two = torch.tensor(2.0, requires_grad=True)  # no gradient flows into the memories
+    e, captions = memories(train, lambda e_img: two * e_img[:, 1] + e_img[:, 3])  # no mean, no unit vector
+    assert not e.requires_grad
     assert train.trained.min() >= 15 and len(e) == len(captions) == len(train.trained) > 10
     for n, clip in enumerate(train.trained):
         e_img = 2 * train.e_img[clip, 1] + train.e_img[clip, 3]
@@ -308,14 +285,6 @@ def test_memories_are_the_clips_trained_on(read):
         np.testing.assert_allclose(e[n], np.stack(kinds), atol=1e-6)
         assert np.array_equal(captions[n], train.texts[clip])
     assert e.dtype == torch.float32 and not torch.allclose(e[:, 0], e[:, 2])
-
-
-def test_no_gradient_flows_into_the_memories(read):
-    e, _ = memories(read(decoder="wan"), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(100, 20)))
-    assert not e.requires_grad
-
-
-# ---------------------------------------------------------------- files that are damaged, or not there
 
 
 def resave(change):
@@ -337,43 +306,24 @@ def rewrite(old: str, new: str):
     return lambda file: file.write_text(file.read_text().replace(old, new, 1))
 
 
-def cut_off(size: int):
-    return lambda file: os.truncate(file, size)
-
-
 FAULTS = {
     "fmri of float64": (FMRI, resave(lambda x: x.astype(np.float64)), "float64"),
-    "fmri of whole numbers": (FMRI, resave(lambda x: np.nan_to_num(x).astype(int)), "int64"),
-    "fmri of three axes": (FMRI, resave(lambda x: x[:, 0]), "shape"),
     "fmri of other voxels": (FMRI, resave(lambda x: x[..., :-1]), "48, any, any, 10"),
-    "fmri without a showing": (FMRI, resave(lambda x: x[:, :0]), "as manifest.json beside it says"),
-    "fmri cut off": (FMRI, cut_off(3000), "a whole .npy file"),
+    "fmri cut off": (FMRI, lambda file: os.truncate(file, 3000), "a whole .npy file"),
     "recorded of one showing": (RECORDED, resave(lambda x: x[:, :1]), r"\(48, 2\)"),
     "near_copies of fewer clips": (f"{TRAIN}/near_copies.npy", resave(lambda x: x[:-1]), r"\(48, 6\)"),
     "captions of fewer clips": (f"{TRAIN}/captions.npy", resave(lambda x: x[:-1]), r"\(48\)"),
     "e_img with NaN": (f"{TRAIN}/e_img.npy", with_value(np.nan, (5, 1, 2)), r"nan at \(5, 1, 2\)"),
     "e_txt with infinity": (f"{TRAIN}/e_txt.npy", with_value(np.inf), r"inf at \(5, 0\)"),
     "e_act with NaN": (f"{TRAIN}/e_act.npy", with_value(np.nan), r"nan at \(5, 0\)"),
-    "e_txt of fewer clips": (f"{TRAIN}/e_txt.npy", resave(lambda x: x[:-1]), r"\(47, 16\), wanted .*48, 16"),
-    "e_act of another D": (f"{TRAIN}/e_act.npy", resave(lambda x: x[:, :8]), "48, 16"),
-    "e_img of text": (f"{TRAIN}/e_img.npy", resave(lambda x: x.astype("U3")), "floating-point"),
     "categories of another K": (f"{TRAIN}/categories.npy", resave(lambda x: x[:, :3]), "48, 4"),
     "categories of 2": (f"{TRAIN}/categories.npy", with_value(2), "wanted 0 and 1"),
-    "categories of 0.5": (f"{TRAIN}/categories.npy", resave(lambda x: x / 2), "whole numbers"),
-    "classes that are no list": (
-        MANIFEST,
-        rewrite('"classes": [', '"classes": "x", "y": ['),
-        "a list of names",
-    ),
     "classes that are no names": (MANIFEST, rewrite('"person"', "1"), "a list of names"),
-    "a manifest without them": (MANIFEST, lambda file: file.write_text("{}"), "a list of names"),
-    "a manifest that is no JSON": (MANIFEST, cut_off(40), "JSON"),
-    "a start that is no number": (LINES, rewrite('"start_s": 4.0', '"start_s": "4"'), "start_s"),
+    "a manifest that is no JSON": (MANIFEST, lambda file: os.truncate(file, 40), "JSON"),
     "a start that is NaN": (LINES, rewrite('"start_s": 4.0', '"start_s": NaN'), "start_s"),
     "a clip without a video": (LINES, rewrite('"video": "seg1.mp4", ', ""), "no video"),
-    "a caption that is a list": (LINES, rewrite('"caption": "clip 2"', '"caption": ["a"]'), "caption"),
-    "lines cut off": (LINES, cut_off(310), "JSON"),
-    "voxels cut off": (VOXELS, cut_off(100), "an .npz file of index, roi"),
+    "lines cut off": (LINES, lambda file: os.truncate(file, 310), "JSON"),
+    "voxels cut off": (VOXELS, lambda file: os.truncate(file, 100), "an .npz file of index, roi"),
 }
 
 
@@ -400,11 +350,10 @@ def test_a_damaged_file_is_named(prepared, fault):
     assert str(error.value).startswith(str(prepared / name))
 
 
-FILES = [f"{TRAIN}/{name}.npy" for name in ("categories", "e_img", "e_txt", "e_act")]
-DERIVED = [f"{TRAIN}/near_copies.npy", f"{TRAIN}/captions.npy", RECORDED]
+DERIVED = [f"{TRAIN}/captions.npy", RECORDED]
 
 
-@pytest.mark.parametrize("name", [VOXELS, FMRI, LINES, *FILES, *DERIVED])
+@pytest.mark.parametrize("name", [VOXELS, LINES, f"{TRAIN}/e_img.npy", *DERIVED])
 def test_what_is_not_prepared_is_named_with_the_way_to_it(prepared, name):
     (prepared / name).unlink()
     with pytest.raises(MissingData) as missing:
@@ -417,27 +366,12 @@ def test_what_is_not_prepared_is_named_with_the_way_to_it(prepared, name):
         assert "python data.py cc2017 --raw RAW --subject 1" in str(missing.value)
 
 
-def test_the_toy_world_is_not_made_by_reading_it(tmp_path):
-    makes = "train_stage1.py and train_stage2.py make and prepare the toy world"
-    with pytest.raises(MissingData, match=makes):
-        Clips("toy", 1, "train", root=tmp_path)
-    with pytest.raises(ValueError, match="--subject 10: toy has subjects 1 to 9"):
-        Clips("toy", 10, "train", root=tmp_path)
-    assert not any(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(("name", "damage", "message"), [
-    ("latents.npy", resave(lambda y: y[:, 0]), "45, any, any, any, any"),
     ("latents.npy", resave(lambda y: y[:-1]), "found float16 of shape .44, 4"),
-    ("text_tokens.npy", resave(lambda tokens: tokens[:, :-1]), "floating-point"),
     ("text_tokens.npy", resave(lambda tokens: tokens[:-1]), r"shape .\d+, 16., wanted .*\d+, 16"),
     ("text_tokens.npy", with_value(np.nan), r"nan at \(\d, 0\)"),
-    ("text_offsets.npy", resave(lambda offsets: offsets[::-1].copy()), "numbers that rise"),
-    ("text_offsets.npy", resave(lambda offsets: offsets + 1), "numbers that rise"),
-    ("text_offsets.npy", with_value(3, 5), "numbers that rise"),
     ("text_offsets.npy", with_value(0, slice(0, 2)), "numbers that rise by 1 to 12, from 0"),
     ("text_offsets.npy", with_value([0, 13, 14, 15], slice(0, 4)), "numbers that rise by 1 to 12"),
-    ("text_offsets.npy", resave(lambda offsets: offsets * 0.5), "whole numbers"),
     ("text_offsets.npy", resave(lambda offsets: offsets[1:]), "shape .45,., wanted .*46"),
     ("../../wan/empty_prompt.npy", with_value(np.inf), "inf at"),
 ])  # fmt: skip
@@ -453,17 +387,13 @@ def test_damaged_latents_and_text_are_named(copied, name, damage, message):
 def test_what_a_decoder_needs_is_named_with_the_command(copied, tiny, name):
     read, folder = copied
     (folder / name).unlink()
-    with pytest.raises(
-        MissingData, match="for .*wan, is not there: run python data.py cc2017 .* --decoder .*wan"
-    ):
+    with pytest.raises(MissingData, match="for .*wan, is not there: run python data.py cc2017 .* --decoder"):
         read()
 
 
 def test_what_was_prepared_for_another_size_or_decoder_is_an_error(copied, tiny, tmp_path):
     read, _ = copied
-    with pytest.raises(
-        ValueError, match="latents.npy was made with height = 32, but height = 48 is asked for"
-    ):
+    with pytest.raises(ValueError, match="latents.npy was made with height = 32, but height = 48 is"):
         read(size=(SIZE[0], SIZE[2], SIZE[1]))
     with pytest.raises(MissingData, match="other/latents.npy, for .*other, is not there"):
         read(tmp_path / "other")

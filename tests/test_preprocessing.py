@@ -12,13 +12,11 @@ import scipy.stats
 from conftest import sha256
 
 from prepare import fmri
-from prepare.fmri import fisher_z, load_response, prepare_fmri, preprocess_run, reproducible_voxels
+from prepare.fmri import fisher_z, prepare_fmri, preprocess_run, reproducible_voxels
 from prepare.release import Release
 from support.videos import read_clip, read_clips
 from toy.release import ToyRelease, make_toy, toy_recipe
 from toy.subject import VERSION
-
-# ---------------------------------------------------------------- preprocessing
 
 
 def bold(volumes=245, voxels=300, seed=0):
@@ -38,7 +36,7 @@ def polyfit(run, start, length, order):
     return np.stack(columns, axis=1)
 
 
-@pytest.mark.parametrize(("start", "length", "order"), [(3, 240, 4), (0, 245, 2), (4, 100, 0)])
+@pytest.mark.parametrize(("start", "length", "order"), [(3, 240, 4), (4, 100, 0)])
 @pytest.mark.parametrize("layout", ["C", "F"])
 def test_preprocess_run_equals_polyfit_per_voxel(start, length, order, layout):
     run = np.array(bold(voxels=1500), order=layout)
@@ -75,13 +73,10 @@ def test_preprocess_run_needs_little_beyond_its_result():
     assert peak < response.nbytes + 10e6
 
 
-@pytest.mark.parametrize(("seconds", "degree"), [(480, 4), (200, 2), (149, 1), (150, 2), (1080, 8)])
+@pytest.mark.parametrize(("seconds", "degree"), [(480, 4), (149, 1), (150, 2)])
 def test_the_degree_of_the_trend_is_afnis(seconds, degree):
     """3dDetrend -polort A: 1 + floor(seconds / 150); 4 at cc2017's 480 s (§4.1)."""
     assert fmri.detrending_degree(seconds) == degree
-
-
-# ---------------------------------------------------------------- selection
 
 
 def showings(segments=18, volumes=240, voxels=2000, planted=100, seed=0):
@@ -124,9 +119,6 @@ def test_selection_says_when_it_has_nothing_to_test():
         reproducible_voxels(z[:1])
     with pytest.raises(ValueError, match="each of the 5 voxels"):
         reproducible_voxels([one * np.nan for one in z])
-
-
-# ---------------------------------------------------------------- fmri.npy
 
 
 class Film(Release):
@@ -266,14 +258,6 @@ def test_a_file_a_volume_is_one_entry_of_the_manifest(film, tmp_path):
     assert len(np.load(tmp_path / "out" / "voxels.npz")["index"]) == 9
 
 
-def test_a_run_is_freed_of_the_trend_of_its_own_length(film):
-    start, length = film.window("seg2")
-    response = load_response(film, "seg2", 1, np.array([1, 8]))
-    assert response.shape == (60, 2)
-    np.testing.assert_allclose(response, polyfit(film.load_run("seg2", 1)[:, [1, 8]], 4, 60, 3), atol=1e-4)
-    assert load_response(film, "seg3", 1) is None
-
-
 def test_the_recording_of_another_subject_is_refused(tmp_path):
     """In the release, or prepared beside it; a release with one subject alone is none."""
 
@@ -283,13 +267,8 @@ def test_the_recording_of_another_subject_is_refused(tmp_path):
 
     source, data = Subjects(tmp_path, 2), tmp_path / "data" / "sub2"
     fmri.refuse_twins(source, data)  # nothing there
-    for name, content in (
-        ("2-a", "run"),
-        ("2-b", "and run"),
-        ("6-a", "run"),
-        ("6-b", "or run"),
-        ("3-a", "another"),
-    ):
+    files = {"2-a": "run", "2-b": "and run", "6-a": "run", "6-b": "or run", "3-a": "another"}
+    for name, content in files.items():
         (tmp_path / name).write_text(content)
     fmri.refuse_twins(source, data)  # the first of 6 is equal, the second is not
     (tmp_path / "6-b").write_text("and run")
@@ -303,9 +282,6 @@ def test_the_recording_of_another_subject_is_refused(tmp_path):
     (sub1 / "manifest.json").write_text(json.dumps({"fmri.npy": entry}))
     with pytest.raises(ValueError, match="subjects 2 and 1 .*/2-a and .*sub1/train/fmri.npy: .*--allow"):
         fmri.refuse_twins(source, data)
-
-
-# ---------------------------------------------------------------- the toy world's release
 
 
 def test_the_toy_world_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -335,13 +311,8 @@ def test_the_toy_world_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
     assert toy_recipe(1)["world"] == VERSION
     for older in ('{"version": 1}', None):
         (raw / "version.json").unlink() if older is None else (raw / "version.json").write_text(older)
-        with pytest.raises(
-            ValueError, match=f"of another version of the toy world, wanted {VERSION}: delete"
-        ):
+        with pytest.raises(ValueError, match=f"of another version of the toy world, wanted {VERSION}"):
             make_toy(raw)
-
-
-# ---------------------------------------------------------------- films
 
 
 def write_ramp(path: Path, frames: int, rate: Fraction | int, faststart: bool = True) -> None:
@@ -378,8 +349,6 @@ def test_a_video_that_is_too_short_or_damaged_is_an_error_that_names_it(tmp_path
         video.write_bytes(content[: int(len(content) * part)])
         with pytest.raises(ValueError, match=damage):
             list(read_clips(video, 5))
-    with pytest.raises(ValueError, match=damage):
-        read_clip(video, 8)
     write_ramp(video, 300, 30, faststart=False)  # the index stands at the end
     os.truncate(video, video.stat().st_size - 2000)
     with pytest.raises(ValueError, match="seg1.mp4: found .*, wanted a whole video: download it again"):
