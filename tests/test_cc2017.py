@@ -3,13 +3,17 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from fractions import Fraction
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, run_script, sha256
+from conftest import REPO, environment, run_script, sha256
 from mini_releases import contents, shown, write_neuroclips, write_purdue, write_video
 from test_preprocessing import polyfit
 from tiny import L, cogvideox_pipeline, wan_pipeline
@@ -68,6 +72,9 @@ def raw_run(path, volumes: int) -> np.ndarray:
     return np.memmap(path, "<f4", "r", offset, (volumes, 91_282), "F")
 
 
+# ---------------------------------------------------------------- the Purdue release
+
+
 @pytest.mark.filterwarnings("ignore:Precision loss", "ignore:.*showing of test. is masked")
 def test_the_command_prepares_each_volume_of_the_release(purdue, stimuli, tmp_path, monkeypatch, capsys):
     """Trimmed by 1 volume (2 of test2), delayed by 2; eight of the ten showings are not in the miniature."""
@@ -77,8 +84,10 @@ def test_the_command_prepares_each_volume_of_the_release(purdue, stimuli, tmp_pa
     data = tmp_path / "data" / "cc2017"
     voxels, kept = np.load(data / "sub1" / "voxels.npz"), purdue.planted[purdue.planted < 2_000]
     assert np.array_equal(voxels["index"], kept) and np.array_equal(voxels["roi"], mmp_areas()[kept])
-    for split, n, repeats in (("train", 3, 2), ("test", 2, 10)):
-        segments = [f"{split.replace('train', 'seg')}{k}" for k in range(1, n + 1)]
+    for split, segments, repeats in (
+        ("train", ["seg1", "seg2", "seg3"], 2),
+        ("test", ["test1", "test2"], 10),
+    ):
         fmri = np.load(data / "sub1" / split / "fmri.npy")
         assert fmri.shape == (240 * len(segments), repeats, 1, len(kept))
         assert np.isnan(fmri[:, 2:]).all()
@@ -133,7 +142,7 @@ def test_the_films_of_a_segment_are_its_own(purdue):
     source.check()
 
 
-@pytest.mark.parametrize(("fps", "frames", "n"), [(25, 50, 240), (30, 60, 250)])
+@pytest.mark.parametrize(("fps", "frames", "n"), [(25, 50, 240), (30, 60, 200), (30, 60, 250)])
 def test_a_film_of_another_rate_or_length_is_refused_beforehand(empty_release, fps, frames, n):
     options = {"train_segments": 1, "test_segments": 1}
     source, clips = PurdueRelease(empty_release, 1, **options), [contents(32)[0][0]]
@@ -154,8 +163,9 @@ def test_windows_keep_240_volumes_after_trimming_and_delay(empty_release):
     assert windows == dict.fromkeys(source.segments, (3, 240)) | late
     assert PurdueRelease(empty_release, 1, delay=0).window("test5") == (2, 240)
     assert PurdueRelease(empty_release, 1, delay=4).window("seg1") == (5, 240)
-    with pytest.raises(ValueError, match="--delay 5: wanted 0 to 4 volumes of 2 s"):
-        PurdueRelease(empty_release, 1, 5)
+    for delay in (5, -1):
+        with pytest.raises(ValueError, match=f"--delay {delay}: wanted 0 to 4 volumes of 2 s"):
+            PurdueRelease(empty_release, 1, delay)
 
 
 def test_what_is_missing_is_named(empty_release):
@@ -171,6 +181,8 @@ def test_what_is_missing_is_named(empty_release):
     (empty_release / "stimuli" / "seg18.mp4").unlink()
     with pytest.raises(FileNotFoundError, match="seg18.mp4, the stimulus, is not there: download it"):
         PurdueRelease(empty_release, subject=1, test_segments=1)
+    with pytest.raises(FileNotFoundError, match="no subject2/fmri below it"):
+        PurdueRelease(empty_release, subject=2)
     (empty_release / "part").mkdir()
     (empty_release / "part" / "bundle.zip").touch()
     with pytest.raises(FileNotFoundError, match="no subject2/fmri below it.*unpack .*part/bundle.zip"):
@@ -208,6 +220,9 @@ def test_the_archives_are_read_where_they_were_unpacked(purdue, empty_release, t
         PurdueRelease(empty_release, 1)
 
 
+# ---------------------------------------------------------------- the NeuroClips release
+
+
 def test_the_neuroclips_release_is_read_segment_by_segment(neuroclips):
     source = NeuroClipsRelease(neuroclips.folder, 1, **FEW)
     files = {split: neuroclips.folder / f"subj01_{split}_fmri.pt" for split in ("train", "test")}
@@ -237,6 +252,9 @@ def test_a_delay_of_the_neuroclips_recordings_shifts_them_within_a_segment(neuro
     for segment in ("seg2", "test1"):
         a, b = plain.load_run(segment, 1), late.load_run(segment, 1)
         assert np.array_equal(b[:-2], a[2:]) and np.array_equal(b[-2:], a[[-1, -1]])
+    assert (plain.recipe["delay"], late.recipe["delay"]) == (None, 2)
+    with pytest.raises(ValueError, match="--delay 9: wanted 0 to 4 volumes of 2 s"):
+        NeuroClipsRelease(neuroclips.folder, 1, 9, **FEW)
 
 
 def test_recordings_of_neuroclips_go_with_the_films_of_purdue(purdue, neuroclips, stimuli, tmp_path):
@@ -285,7 +303,9 @@ def test_bad_input_of_the_neuroclips_release_is_named(neuroclips, stimuli, tmp_p
         torch.save(value, folder / name)
 
     for segments, clips in ((18, 4320), (2, 480)):
-        with pytest.raises(ValueError, match=f"subj01_train_fmri.pt has 720 clips, wanted {clips}"):
+        with pytest.raises(
+            ValueError, match=f"subj01_train_fmri.pt has 720 clips, wanted {clips} .{segments} seg"
+        ):
             source(train_segments=segments)
     with pytest.raises(FileNotFoundError, match="subj02_train_fmri.pt is not there"):
         source(2)
@@ -302,25 +322,49 @@ def test_bad_input_of_the_neuroclips_release_is_named(neuroclips, stimuli, tmp_p
         next(source().read_clips("test1"))
     replace("GT_test_3fps.pt", torch.full((480, 6, 3, 8, 8), 127, dtype=torch.uint8))
     assert (next(source().read_clips("test1")) == 127).all()
-    for shape in ((480, 3, 6, 8, 8), (480, 6, 3, 8)):
+    replace("GT_test_3fps.pt", torch.full((480, 6, 3, 8, 8), 127, dtype=torch.int32))
+    with pytest.raises(ValueError, match="GT_test_3fps.pt: found torch.int32, wanted uint8, or"):
+        next(source().read_clips("test1"))
+    for shape in ((480, 3, 6, 8, 8), (480, 5, 3, 8, 8), (480, 6, 3, 8)):
         replace("GT_test_3fps.pt", torch.zeros(shape))
-        with pytest.raises(ValueError, match=r"GT_test_3fps.pt has the shape \(480, .*, wanted .clips"):
+        with pytest.raises(
+            ValueError, match=r"GT_test_3fps.pt has the shape \(480, .*, wanted .clips, 6, 3, H, W"
+        ):
             main(["cc2017", "--fmri-release", str(folder), "--train-segments", "3", "--test-segments", "2"])
     replace("subj01_test_fmri.pt", torch.zeros(480, 10, 95))
-    with pytest.raises(ValueError, match=r"recordings of \(720, 2, 96\) and \(480, 10, 95\), wanted"):
+    with pytest.raises(
+        ValueError, match=r"recordings of \(720, 2, 96\) and \(480, 10, 95\), wanted .* of one N"
+    ):
         source()
+    replace("subj01_test_fmri.pt", ["a list"])
+    with pytest.raises(ValueError, match="subj01_test_fmri.pt: found list, wanted a tensor"):
+        source()
+
+
+class Unsafe:
+    """Its pickle runs code when it is loaded."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (str(self.marker), "w"))
 
 
 def test_what_is_no_pt_file_or_needs_pickle_is_named(tmp_path):
     path = tmp_path / "GT_test_caption.pt"
-    for content in (b"<html>not here</html>", b"PK"):
+    for content in (b"<html>not here</html>", b"", b"PK", b"\x80\x02."):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="GT_test_caption.pt: found [0-9]+ bytes, truncated or"):
             load_pt(path)
-    torch.save(np.array(["a", Fraction(1)], dtype=object), path)
-    with pytest.raises(ValueError, match="GT_test_caption.pt needs pickle.*weights_only=False"):
-        load_pt(path)
+    for value in (Unsafe(tmp_path / "ran"), np.array(["a", Fraction(1)], dtype=object)):
+        torch.save(value, path)
+        with pytest.raises(ValueError, match="GT_test_caption.pt needs pickle.*weights_only=False"):
+            load_pt(path)
+    assert not (tmp_path / "ran").exists()
 
+
+# ---------------------------------------------------------------- from end to end
 
 ENCODERS = ("--clip", f"local-dir:{REPO / 'toy' / 'clip'}", "--viclip", REPO / "toy" / "viclip")
 SMALL = "--steps 150 --batch_size 96 --lr 1e-3 --width 64 --layers 2 --attention_heads 4".split()
@@ -335,10 +379,24 @@ def run(script: str, *args: object, cwd) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """The preparation killed with SIGKILL in the middle of the encoding, and run again; and a stage 1."""
     folder = tmp_path_factory.mktemp("cc2017")
     release = write_purdue(folder / "raw", as_unpacked=True)
     options = ("cc2017", "--train-segments", 4, "--test-segments", 1, *ENCODERS, "--raw", "raw")
-    run("data.py", *options, cwd=folder)
+    command = [sys.executable, str(REPO / "data.py"), *map(str, options)]
+    first = subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.DEVNULL)
+    fmri = folder / "data" / "cc2017" / "sub1" / "test" / "fmri.npy"
+    train, deadline = folder / "data" / "cc2017" / "stimuli" / "train", time.monotonic() + 600
+    while not (state := train / ".e_img.part.json").is_file() or json.loads(state.read_text())["done"] < 64:
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    written, begun = fmri.stat().st_mtime_ns, (train / ".e_img.part.npy").stat().st_ino
+    encoded = json.loads(state.read_text())["done"]
+    assert f"| {encoded}/960 [" in run("data.py", *options, cwd=folder)
+    assert fmri.stat().st_mtime_ns == written  # what was complete stays
+    assert (train / "e_img.npy").stat().st_ino == begun  # what was begun is gone on with
     run("train_stage1.py", "--data", "cc2017", *SMALL, cwd=folder)
     return folder, release
 
@@ -382,3 +440,13 @@ def test_stage_2_and_evaluation_run_on_it(trained, monkeypatch, model):
     assert len([*(out / "recon").glob("*.mp4")]) == 4
     assert 0 < scores["psnr"]["mean"] < 40 and scores["ssim"]["n"] == 4
     assert (out / "sheet.png").is_file() and (out / "grid.gif").is_file()
+
+
+@pytest.mark.slow
+def test_the_neuroclips_release_through_both_scripts(tmp_path):
+    write_neuroclips(tmp_path / "release")
+    few = ("--train-segments", 2, "--test-segments", 1)
+    run("data.py", "cc2017", "--fmri-release", "release", *few, *ENCODERS, cwd=tmp_path)
+    fmri = np.load(tmp_path / "data" / "cc2017" / "sub1" / "test" / "fmri.npy", mmap_mode="r")
+    assert fmri.shape == (240, 10, 1, 96)
+    run("train_stage1.py", "--data", "cc2017", *SMALL, cwd=tmp_path)
