@@ -212,13 +212,11 @@ def test_frames_are_encoded_as_open_clip_does(clip, frames):
     assert e_img.shape == (5, 3, 64)
     check_vectors(partial(encode_images, model), frames, e_img)
     transform = open_clip.image_transform(64, is_train=False, mean=stats["mean"], std=stats["std"])
+    frames = frames[:, :, :64, :80]  # no side is resized: PIL rounds to grey levels
     images = torch.stack([transform(Image.fromarray(frame)) for frame in frames[3]])
     with torch.no_grad():
-        theirs = model.encode_image(images, normalize=True).numpy()
-    assert abs(e_img[3] - theirs).max() < 0.01
-    others = prepare_frames(torch.from_numpy(frames[3]), 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    with torch.no_grad():  # by ViCLIP's statistics they would be others
-        assert abs(model.encode_image(others, normalize=True).numpy() - theirs).max() > 0.02
+        theirs = model.encode_image(images, normalize=True)
+    np.testing.assert_allclose(encode_images(model, frames)[3], theirs, atol=1e-5)
 
 
 def test_captions_are_read_at_their_end_token(clip):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import packaging.version
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
@@ -65,6 +66,29 @@ def test_both_towers_equal_the_published_ones(published, tmp_path):
     assert (ours.encode_video(frames) - e_act).abs().max() < 1e-5
     assert (ours.encode_text(tokens) - e_txt).abs().max() < 1e-5
     assert e_act.std() > 0.1 and e_txt.std() > 0.1  # the comparison is of something
+
+
+def test_the_video_tower_by_hand():
+    """Patches of all frames, frame by frame, behind one class token; attention and MLP of each block spelled out."""
+    tower, frames = randomise(ViCLIP(TINY)).vision_encoder, torch.randn(2, 3, 3, 28, 28)
+    patches = frames.reshape(2, 3, 3, 2, 14, 2, 14).permute(0, 1, 3, 5, 2, 4, 6).reshape(2, 3, 4, -1)
+    x = patches @ tower.conv1.weight.flatten(1).T + tower.positional_embedding[1:]
+    x = x + tower.temporal_positional_embedding[0][:, None]
+    first = (tower.class_embedding + tower.positional_embedding[0]).expand(2, 1, 64)
+    x = tower.ln_pre(torch.cat([first, x.reshape(2, 12, 64)], 1))
+    for block in tower.transformer.resblocks:
+        q, k, v = (
+            part.reshape(2, 13, 4, 16).transpose(1, 2)
+            for part in F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(
+                3, -1
+            )
+        )
+        heads = (q @ k.mT / 4).softmax(-1) @ v
+        x = x + block.attn.out_proj(heads.transpose(1, 2).reshape(2, 13, 64))
+        hidden = block.mlp.c_fc(block.ln_2(x))
+        x = x + block.mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden))
+    e = tower.ln_post(x[:, 0]) @ tower.proj
+    torch.testing.assert_close(tower(frames), e, atol=1e-5, rtol=1e-5)
 
 
 def test_names_and_shapes_of_the_published_checkpoint():
