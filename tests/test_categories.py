@@ -56,6 +56,8 @@ def test_synonyms_are_single_meanings():
         ("a man holding a sword while another man watches", None, "person"),
         ("people gathering to watch an airplane", None, "person vehicle"),
         ("a person wearing a watch", None, "accessory person"),
+        ("a man holding a sword while another man watches", ["man", "watch"], "accessory person"),
+        ("a dog and a cat watch the tv", None, "animal electronic"),
         ("a boy ducks under a bridge", None, "person"),
         ("ducks swimming in a pond", None, "animal"),
         ("soldiers train a dog in a park", None, "animal person"),
@@ -72,6 +74,8 @@ def test_synonyms_are_single_meanings():
         ("a toy car on the floor", ["car"], "indoor"),
         ("a baby elephant", ["elephant", "baby"], "animal"),
         ("a bird's-eye view of a city", None, ""),
+        ("a bird\u2019s-eye view of a city", None, ""),
+        ("a statue with its face in shadow", None, ""),
         ("a woman wearing a bow tie", ["woman", "bow"], "accessory person"),
         # plurals
         ("men, women and children with knives", None, "kitchen person"),

@@ -296,8 +296,9 @@ def test_a_nan_or_infinity_at_a_recorded_showing_names_clip_and_voxel(prepared, 
 # ---------------------------------------------------------------- memories
 
 
-def test_memories_are_the_clips_trained_on(read):
+def test_memories_are_the_clips_trained_on(read, stored):
     train = read(decoder="wan", val_segments="seg1")
+    tokens, offsets = (stored(f"{TRAIN}/wan/text_{name}.npy") for name in ("tokens", "offsets"))
     e, captions = memories(
         train, lambda e_img: 2 * e_img[:, 1] + e_img[:, 3]
     )  # no plain mean, no unit vector
@@ -306,7 +307,7 @@ def test_memories_are_the_clips_trained_on(read):
         e_img = 2 * train.e_img[clip, 1] + train.e_img[clip, 3]
         kinds = [train.e_txt[clip], e_img / np.linalg.norm(e_img), train.e_act[clip]]
         np.testing.assert_allclose(e[n], np.stack(kinds), atol=1e-6)
-        assert np.array_equal(captions[n], train.texts[clip])
+        assert np.array_equal(captions[n], tokens[offsets[clip] : offsets[clip + 1]])
     assert e.dtype == torch.float32 and not torch.allclose(e[:, 0], e[:, 2])
 
 

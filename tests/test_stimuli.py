@@ -108,6 +108,7 @@ class Preparation:
         return embedded(frames[..., 1, 0, 0])
 
     def encode_actions(self, model, frames, batch):
+        self.frames.add(tuple(frames[0, :, 0, 0, 0].tolist()))
         return embedded(255 - frames[:, 0, 1, 0, 0])
 
     def encode_texts(self, model, tokenizer, captions):
@@ -277,35 +278,33 @@ def latents_by_diffusers(pipe, video: torch.Tensor) -> torch.Tensor:
     return z * config.scaling_factor
 
 
+def text_by_transformers(pipe, caption: str, L: int) -> torch.Tensor:
+    """(n, D_txt): of Wan's the real tokens, of CogVideoX's the padding, too."""
+    words = pipe.tokenizer(caption, return_tensors="pt", padding="max_length", max_length=L)
+    mask = words.attention_mask if "Wan" in type(pipe).__name__ else None
+    with torch.no_grad():
+        tokens = pipe.text_encoder(words.input_ids, attention_mask=mask).last_hidden_state[0]
+    return tokens if mask is None else tokens[: mask.sum()]
+
+
 @pytest.mark.parametrize("decoder", ["wan", "cogvideox"])
-def test_latents_and_text_are_those_of_each_clip(tiny, decoder):
+@pytest.mark.parametrize(("split", "length"), [("train", 15), ("test", 13)])
+def test_latents_and_text_are_those_of_each_clip(tiny, decoder, split, length):
     name = str(tiny / "models" / decoder)
     pipe, L, _ = load_pipeline(name, vae=True, text_encoder=True)
-    for split in SEGMENTS:
-        clips = Clips("cc2017", 1, split, decoder=name, size=SIZE, root=tiny / "data")
-        length = {"train": 15, "test": 13}[split]
-        films = [
-            clip for segment in SEGMENTS[split] for clip in Bars(tiny, {split: length}).read_clips(segment)
-        ]
-        for k in (0, length + 3, len(clips) - 1):
-            video = torch.from_numpy(video_frames(films[k], *SIZE))
-            np.testing.assert_allclose(clips.latents[k], latents_by_diffusers(pipe, video), atol=2e-3)
-            with torch.no_grad():
-                words = pipe.tokenizer(
-                    clips.lines[k]["caption"], return_tensors="pt", padding="max_length", max_length=L
-                )
-                tokens = pipe.text_encoder(
-                    words.input_ids, attention_mask=words.attention_mask if decoder == "wan" else None
-                )
-            n = int(words.attention_mask.sum()) if decoder == "wan" else L
-            np.testing.assert_allclose(clips.texts[k], tokens.last_hidden_state[0, :n], atol=2e-3)
-        assert clips.latents.dtype == clips.texts[0].dtype == np.float16 and clips.empty.dtype == np.float32
-        assert (
-            abs(clips.latents[0] - clips.latents[length + 3]).max() > 0.02
-        )  # or the comparison says nothing
-        assert clips.empty.shape == (L, clips.texts[0].shape[1]) and (len(clips.texts[0]) == L) == (
-            decoder != "wan"
-        )
+    clips = Clips("cc2017", 1, split, decoder=name, size=SIZE, root=tiny / "data")
+    source = Bars(tiny, {split: length})
+    films = [clip for segment in SEGMENTS[split] for clip in source.read_clips(segment)]
+    for k in (0, length + 3, len(clips) - 1):
+        video = torch.from_numpy(video_frames(films[k], *SIZE))
+        np.testing.assert_allclose(clips.latents[k], latents_by_diffusers(pipe, video), atol=2e-3)
+        text = text_by_transformers(pipe, clips.lines[k]["caption"], L)
+        np.testing.assert_allclose(clips.texts[k], text, atol=2e-3)
+    assert abs(clips.latents[0] - clips.latents[length + 3]).max() > 0.02  # or the comparison says nothing
+    assert clips.latents.dtype == clips.texts[0].dtype == np.float16 and clips.empty.dtype == np.float32
+    empty = text_by_transformers(pipe, "", L)
+    np.testing.assert_allclose(clips.empty[: len(empty)], empty, atol=1e-5)
+    assert clips.empty.shape == (L, 16) and not clips.empty[len(empty) :].any()
 
 
 @pytest.fixture
@@ -331,7 +330,7 @@ def test_the_first_sentences_of_a_caption_go_to_the_text_encoder(described, tmp_
         file.write_text("".join(json.dumps(line) + "\n" for line in texts))
     folder = described(sentences=1)
     offsets = np.load(folder / "train" / "wan" / "text_offsets.npy")
-    assert (np.diff(offsets) == np.diff(offsets)[0]).all()  # "a red square.", all
+    assert (np.diff(offsets) == 5).all()  # a, red, square, the stop and the end
     with pytest.raises(ValueError, match="caption_sentences = 1, but caption_sentences = None"):
         described()
 

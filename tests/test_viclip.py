@@ -104,6 +104,8 @@ def test_names_and_shapes_of_the_published_checkpoint():
     assert shapes["text_encoder.transformer.resblocks.11.attn.in_proj_weight"] == (2304, 768)
     assert shapes["text_encoder.text_projection"] == (768, 768)
     assert shapes["temp"] == ()
+    assert ViCLIPConfig().image_mean == (0.485, 0.456, 0.406)
+    assert ViCLIPConfig().image_std == (0.229, 0.224, 0.225)
 
 
 def test_order_of_frames_matters():
