@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import sha256
 from tiny import SEGMENTS, SIZE, Films as Bars, unit
 from tqdm import tqdm
 
@@ -20,30 +19,8 @@ from prepare.decoder import prepare_decoder
 from prepare.facts import VIDEO
 from prepare.release import Release
 from prepare.stimuli import clips_from, encode_all, first_sentences, plan, prepare_stimuli
-from support.files import hashes, is_made_by, writing_array
 from support.pipelines import load_pipeline
 from support.videos import video_frames
-
-
-def test_the_manifest_says_what_made_each_array(tmp_path):
-    film, file = tmp_path / "film.mp4", tmp_path / "e.npy"
-    film.write_bytes(b"film")
-    for name in ("e", "f"):
-        recipe = {"clip": name, "sizes": (1, 2)}
-        with writing_array(tmp_path / f"{name}.npy", (3, 2), "float32", recipe, hashes([[film]])) as array:
-            array[:] = 7
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest.keys() == {"e.npy", "f.npy"} and (np.load(file) == 7).all()
-    entry = manifest["e.npy"]
-    assert entry["shape"] == [3, 2] and entry["dtype"] == "float32"
-    assert entry["recipe"] == {"clip": "e", "sizes": [1, 2]} and entry["inputs"] == {"film.mp4": sha256(film)}
-    assert entry["versions"]["numpy"] == np.__version__
-    assert is_made_by(file, {"clip": "e", "sizes": (1, 2)})  # a tuple comes back as a list
-    with pytest.raises(ValueError, match="made with window = None, but window = 2 is asked for; delete it"):
-        is_made_by(file, {"window": 2})
-    file.unlink()
-    assert not is_made_by(file, {"clip": "e"})  # described, but gone
-
 
 # ---------------------------------------------------------------- embeddings
 
