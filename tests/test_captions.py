@@ -181,9 +181,10 @@ def test_rows_keep_their_tags_and_categories(tmp_path):
     assert [line["categories"] for line in described] == [["food"]] + [["animal", "vehicle"]] * 3
     assert [line["tags"] for line in described] == [[]] + [["car"]] * 3
     assert described[0]["mood"] == "calm" and "idx" not in described[0]
-    (tmp_path / "a.json").write_text(json.dumps(rows[:3]).replace("idx", "at"))
-    with pytest.raises(ValueError, match="a.json has 3 captions for the 4 train clips of 2 segments"):
-        describe_clips(Films(one_film=True), "train", tmp_path / "a.json")
+    for n in (3, 5):
+        (tmp_path / "a.json").write_text(json.dumps(["a dog"] * n))
+        with pytest.raises(ValueError, match=f"a.json has {n} captions for the 4 train clips of 2 segments"):
+            describe_clips(Films(one_film=True), "train", tmp_path / "a.json")
 
 
 def of(*pairs: tuple[str, str]) -> list[dict]:

@@ -118,8 +118,11 @@ def with_copies(tmp_path) -> Path:
 def test_near_copies_are_those_above_the_threshold(with_copies):
     folder = with_copies / "cc2017" / "stimuli"
     e_img = np.load(folder / "test" / "e_img.npy")
-    e_img[4] = np.load(folder / "train" / "e_img.npy")[30]
+    in_training = np.load(folder / "train" / "e_img.npy")
+    e_img[4] = in_training[30]
+    in_training[:8] = unit(in_training[:8] + 0.02 * np.random.default_rng(0).normal(size=24))
     np.save(folder / "test" / "e_img.npy", e_img)
+    np.save(folder / "train" / "e_img.npy", in_training)
     prepare_copies(folder)
     train, test = (Clips("cc2017", 1, split, root=with_copies) for split in ("train", "test"))
     values = json.loads((folder / "train" / "near_copies.json").read_text())
@@ -219,6 +222,9 @@ def test_a_clip_whose_caption_is_hidden_retrieves_none_like_it(recall_of):
     hidden, visible = recall.excluded(clips, np.array([True, False]))
     assert np.array_equal(visible, recall.excluded(clips)[0])
     assert {*np.flatnonzero(hidden)} == {*range(26), 35, 60, 85}
+    recall = recall_of(captions=np.arange(100) % 25, val_segments="0")  # memories are clips 50 to 99
+    hidden = recall.excluded(np.array([60]), np.array([True]))[0]
+    assert {*recall.trained[hidden]} == {*range(50, 76), 85}
 
 
 def test_training_clips_find_their_caption_as_seldom_as_held_out_clips(recall_of):
@@ -226,7 +232,8 @@ def test_training_clips_find_their_caption_as_seldom_as_held_out_clips(recall_of
     captions[:20], captions[50:70] = np.arange(100, 120), np.arange(200, 220)  # 40 clips: once
     shares = {0.6: 0, 1.0: 0, 0.06: 0.9, 0.0: 1}  # 60 % have theirs: a tenth are 6 % of all
     for share, hidden in shares.items():
-        assert recall_of(captions=captions, share=share).p_hidden == pytest.approx(hidden)
+        recall = recall_of(captions=captions, share=share, in_test=[49, -1])
+        assert recall.p_hidden == pytest.approx(hidden)
     recall = recall_of(captions=captions, in_test=[49, -1, -1, 100, -1], share=None)
     assert recall.test_share == 0.4 and recall.p_hidden == pytest.approx(1 - 0.4 / 0.6)
     # clip 0 may retrieve all but its scene of 16; clip 70 not those of 31 in its scene, nor the one of its caption
