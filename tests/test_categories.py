@@ -1,6 +1,7 @@
 """Categories: nouns of captions and tags -> COCO supercategories -> classes of the category head (§3.1)."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -93,15 +94,15 @@ def test_nothing_rare_gives_no_other():
 
 
 def test_agreement_with_hand_labels():
-    """190 of the 200 clips of cc2017 labelled by hand get exactly the same set; nine in ten from the tags alone and
-    the caption alone."""
-    clips = json.loads(HAND_LABELS.read_text(encoding="utf-8"))["clips"]
-    labels = [clip_categories(clip["caption"], clip["tags"]) for clip in clips]
-    wrong = [
-        clip | {"ours": label}
-        for clip, label in zip(clips, labels, strict=True)
-        if label != clip["categories"]
-    ]
-    assert len(clips) == 200 and len(wrong) == 10, "\n".join(map(str, wrong))
-    same = [clip_categories("", clip["tags"]) == clip_categories(clip["caption"], None) for clip in clips]
-    assert 0.85 < np.mean(same) < 1
+    """At least 95 % of the clips labelled by hand get exactly the same set. The published captions and tags are not
+    ours to publish: CINENEURON_CAPTIONS names the folder of captions_train.json and captions_test.json."""
+    if "CINENEURON_CAPTIONS" not in os.environ:
+        pytest.skip("CINENEURON_CAPTIONS does not name the folder of the published captions")
+    hand, wrong = json.loads(HAND_LABELS.read_text(encoding="utf-8")), []
+    for split in ("train", "test"):
+        rows = json.loads(Path(os.environ["CINENEURON_CAPTIONS"], f"captions_{split}.json").read_text())
+        for clip, labels in hand[split].items():
+            row = rows[int(clip)]
+            if clip_categories(row["caption"], row["tags"]) != labels:
+                wrong.append((split, clip, row, labels))
+    assert len(hand["train"]) + len(hand["test"]) == 200 and len(wrong) == 10, wrong
