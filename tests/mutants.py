@@ -1,6 +1,6 @@
 """Wrong edits, made one at a time, that the fast tests must notice.
 
-    python tests/mutants.py                        every line of tests/mutants.txt; about half an hour
+    python tests/mutants.py                        every line of tests/mutants.txt; most of an hour
     python tests/mutants.py --only heads.py        those of one file, or whose line holds this text
     python tests/mutants.py --processes 2          two at once
 
