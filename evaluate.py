@@ -247,8 +247,9 @@ def evaluate_run(config: Config) -> int:
     model = load_run(config, accelerator)
     test = Clips(config.data, config.subject, "test", model.settings["stage1_config"]["rois"])
     clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))
-    run, complete, every = model.folder.parent, len(clips) == len(test), Config(**PRESETS[config.data])
-    out = held_out.evaluation_folder(run, config, model.settings, complete, asked(config), asked(every))
+    run = run_folder(config.data, config.subject, config.run, config.seed)
+    complete, every = len(clips) == len(test), asked(Config(**PRESETS[config.data]))
+    out = held_out.evaluation_folder(run, config, model.settings, complete, asked(config), every)
     lines = {int(clip): test.lines[clip] for clip in clips}
     films = held_out.Films(config, model.size, [*lines.values(), *model.lines])
     held_out.claim(out, held_out.made_by(config, model.settings, model.folder), accelerator.is_main_process)
@@ -262,7 +263,6 @@ def evaluate_run(config: Config) -> int:
 
     in_processes(make, accelerator, config.processes)
     accelerator.wait_for_everyone()
-    # numbers and pictures
     sets = held_out.pairs_of(out, lines, "from shuffled fMRI" if config.shuffle else "reconstruction")
     unavailable = score_all(sets, config, out, accelerator)
     if accelerator.is_main_process:

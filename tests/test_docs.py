@@ -305,6 +305,12 @@ def changes(text: str) -> Iterator[tuple[str, str, str]]:
                 yield file, old, new
 
 
+def test_the_reading_order_says_how_long_each_file_is():
+    rows = re.findall(r"^\d  (\w+\.py) +(\d+)", (REPO / "README.md").read_text(encoding="utf-8"), re.M)
+    lengths = {file: len((REPO / file).read_text(encoding="utf-8").splitlines()) for file, _ in rows}
+    assert len(rows) == 8 and {file: int(lines) for file, lines in rows} == lengths
+
+
 def test_the_lines_that_exercises_change_are_those_of_the_code():
     found = [*changes((REPO / "docs" / "exercises.md").read_text())]
     assert len(found) == 6

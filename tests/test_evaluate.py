@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from test_metrics import upper, write_classifier
 from tiny import COLOURS, D_TXT, LATENT, SETTINGS, SHAPES, SIZE, Films, L, N, T
+from watch import EVALUATE, watch_evaluation
 
 import evaluate
 from brain_model import BrainModel
@@ -465,3 +466,10 @@ def test_table_of_recognised_attributes(out, judge, capsys):
     columns["shuffled fMRI"] = control["shares"]["shuffled fMRI"]
     order = ["reconstruction", "top-1 memory", "shuffled fMRI", "stimulus", "chance"]
     assert row[1:] == [f"{columns[name]['colour']:.3f}" for name in order]
+
+
+def test_a_shared_folder_in_the_place_of_a_run_is_evaluated_there(tiny_copy):
+    runs = Path("runs/cc2017/sub1")
+    shutil.copytree(runs / "full-s0" / "stage2", runs / "given-s0")
+    seen = watch_evaluation([*EVALUATE, "--clips", 2, "--run", "given"])
+    assert seen.out.parent == runs / "given-s0" and not (runs / "eval-2-clips-ssim").exists()

@@ -383,7 +383,7 @@ TABLE = [
     # a finished model
     (load_run, f"{RUN}/stage2/config.json", raw("null"), "config.json: found NoneType null.*train stage 2 anew, or download"),
     (load_run, f"{RUN}/stage2/config.json", setting(decoder=None), "found decoder = 'None', wanted decoder as str"),
-    (load_run, f"{RUN}/stage2/config.json", setting(decoder="/home/someone/wan"), "config.json: found decoder = '/home/someone/wan'.*write into"),
+    (load_run, f"{RUN}/stage2/config.json", setting(decoder="/elsewhere/wan"), "config.json: found decoder = '/elsewhere/wan'.*write into"),
     (load_run, f"{RUN}/stage2/config.json", setting(frames="9"), "found frames = '9', wanted frames as int"),
     (load_run, f"{RUN}/stage2/config.json", setting(mom="yes"), "found mom = 'yes', wanted mom as bool"),
     (load_run, f"{RUN}/stage2/config.json", setting(guidance=float("nan")), "found guidance = nan"),
