@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 def in_processes(work: Callable[[int, int], object], accelerator: Accelerator, processes: int) -> list:
@@ -23,6 +24,8 @@ def in_processes(work: Callable[[int, int], object], accelerator: Accelerator, p
         return [work(accelerator.process_index, accelerator.num_processes)]
     fork = multiprocessing.get_context("fork")
     copies, receivers = [], []
+    # Until a copy has handlers of its own, a signal waits: this process's would raise here, in the copy.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         for k in range(processes):
             receiver, sender = fork.Pipe(duplex=False)
@@ -30,16 +33,19 @@ def in_processes(work: Callable[[int, int], object], accelerator: Accelerator, p
             copies[k].start()
             sender.close()  # a copy that is killed then ends the pipe
             receivers.append(receiver)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return [_result(receiver, copy) for receiver, copy in zip(receivers, copies, strict=True)]
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for copy in copies:
             copy.terminate()
             copy.join()
 
 
 def _copy(work: Callable[[int, int], object], k: int, processes: int, sender: Connection) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, lambda *_: sys.exit(1))  # without a word: the parent speaks
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     torch.set_num_threads(1)  # more would hang: OpenMP's threads are not copied
     try:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +45,15 @@ def chatter(done: subprocess.CompletedProcess) -> list[str]:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """door() and Stopping.listen() set handlers, and a test's process lives on."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking

@@ -48,6 +48,27 @@ def test_an_error_in_a_copy_is_raised_here_and_ends_the_others():
     assert not multiprocessing.active_children()
 
 
+def test_a_copy_that_is_ended_as_it_starts_ends():
+    """The handler of the door raises: in a copy that has none of its own yet, it raised in the caller's code."""
+
+    def terminated(*_) -> None:
+        raise KeyboardInterrupt
+
+    def work(k: int, n: int) -> None:
+        if k == 0:
+            raise ValueError("0007.mp4: found nothing")
+        time.sleep(20)
+
+    before, forks, parent = signal.signal(signal.SIGTERM, terminated), [], os.getpid()
+    os.register_at_fork(before=lambda: forks.append(0), after_in_child=lambda: len(forks) == 2 and time.sleep(1))
+    try:
+        with pytest.raises(ValueError, match="0007.mp4: found nothing"):
+            in_processes(work, ALONE, 2)
+        assert os.getpid() == parent and not multiprocessing.active_children()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_copy_that_is_killed_is_an_error():
     with pytest.raises(RuntimeError, match="status -9"):
         in_processes(lambda k, n: os.kill(os.getpid(), signal.SIGKILL), ALONE, 2)
