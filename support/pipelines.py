@@ -17,7 +17,7 @@ from support.readers import read_tensors, reading
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 PIPELINES = {"WanPipeline": WanPipeline, "CogVideoXPipeline": CogVideoXPipeline}
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
-WANTED = "a WanPipeline with one transformer or a CogVideoXPipeline 1.0, all of it, in safetensors"
+WANTED = "a WanPipeline with one transformer or a CogVideoXPipeline 1.0, all of it, in safetensors of no variant"
 ADVICE = f"download it again, or choose another --decoder, e.g. {WAN}"
 
 
@@ -45,9 +45,11 @@ def load_pipeline(
         if kind == "WanPipeline":  # no config of Wan's DiT has L: the pipeline is called with 512
             tokenizer = get_tokenizer_config(name, subfolder="tokenizer")
             L = min(512, int(tokenizer.get("model_max_length", 512)))  # a tiny model says less here
-            dtypes = {"default": dtype, "vae": torch.float32}  # this VAE is meant to run in fp32
-        else:
-            L, dtypes = config["max_text_seq_length"], dtype  # this pipeline wants one dtype throughout
+            D_txt, vae_dtype = config["text_dim"], torch.float32  # this VAE is meant to run in fp32
+        else:  # DiT and VAE want one dtype
+            L, D_txt, vae_dtype = config["max_text_seq_length"], config["text_embed_dim"], dtype
+        text_dtype = torch.bfloat16 if D_txt >= 4096 else dtype  # T5-XXL takes 11 GB, in fp32 23
+        dtypes = {"default": dtype, "vae": vae_dtype, "text_encoder": text_dtype}
         parts = dict(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=text_encoder)
         absent = {part: None for part, load in parts.items() if not load}
         pipe = PIPELINES[kind].from_pretrained(name, dtype=dtypes, use_safetensors=True, **absent)

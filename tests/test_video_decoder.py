@@ -103,6 +103,16 @@ def test_only_the_parts_asked_for_are_loaded_in_the_dtype_that_the_family_wants(
         assert load_pipeline(tmp_path)[1] == 512
 
 
+def test_a_text_encoder_of_t5_xxls_width_is_in_bf16_on_a_cpu_too(folder, family, tmp_path):
+    wide = shutil.copytree(folder, tmp_path / "wide")
+    config = json.loads((wide / "transformer/config.json").read_text())
+    config["text_dim" if family == "wan" else "text_embed_dim"] = 4096
+    (wide / "transformer/config.json").write_text(json.dumps(config))
+    for name, dtype in ((folder, torch.float32), (wide, torch.bfloat16)):
+        pipe = load_pipeline(name, vae=True, text_encoder=True)[0]
+        assert (pipe.text_encoder.dtype, pipe.vae.dtype) == (dtype, torch.float32)
+
+
 def test_lora_is_on_every_attention_projection_and_all_else_is_frozen(folder, family):
     decoder = load(folder, dtype=torch.bfloat16)
     trained = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
