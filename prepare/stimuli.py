@@ -20,6 +20,7 @@ from prepare.encoders import Tokenizer, encode_actions, encode_images, encode_te
 from prepare.release import Release
 from prepare.viclip import ViCLIP
 from support.files import hashes, is_made_by, resumable_arrays, writing_array, written_whole
+from support.training import device_type
 from support.videos import uniform_frames
 
 BETWEEN = re.compile(  # of two sentences; "Dr." ends none
@@ -46,7 +47,7 @@ def plan(title: str, encode: Callable[[], object], clips: int, on_cpu: int) -> i
     """Encode one clip to see what it takes, and print it. Returns how many to encode at once: as many as fit
     into half of the GPU's free memory, 64 at most; `on_cpu` where there is no GPU."""
     encode()  # the first takes longer
-    gpu = torch.cuda.is_available()
+    gpu = device_type() == "cuda"
     if gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -155,7 +156,7 @@ def _report(file: Path, table: str, rows: dict[str, list[dict]]) -> None:
 
 def _load(clip_name: str, viclip_name: str) -> tuple[nn.Module, Tokenizer, ViCLIP]:
     """CLIP, its tokenizer and ViCLIP, on the GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     clip, _, tokenizer = load_clip(clip_name)
     return clip.to(device), tokenizer, ViCLIP.from_pretrained(viclip_name).to(device)
 

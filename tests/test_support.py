@@ -466,6 +466,7 @@ def test_processes_precision_and_compilation(monkeypatch):
         "micro_batch",
         "compile",
         "precision",
+        "device",
         "save_every",
         "log_every",
     }
@@ -477,11 +478,44 @@ def test_processes_precision_and_compilation(monkeypatch):
     training.compile_blocks([block, block])
     training.compile_blocks([], dit)
     assert calls == ["block", "block", "dit"]
-    assert training.start().num_processes == 1
-    monkeypatch.setattr(
-        training, "Accelerator", lambda **_: SimpleNamespace(distributed_type=DistributedType.FSDP)
-    )
-    with pytest.raises(ValueError, match="wanted plain data parallelism"):
+
+
+def test_a_run_is_on_cuda_or_the_cpu_unless_another_is_asked_for(monkeypatch):
+    calls = {}
+
+    def of_a_machine(cpu: bool, **_):
+        """As accelerate chooses on Apple silicon, or with CUDA."""
+        present = "cpu" if cpu else "cuda" if torch.cuda.is_available() else "mps"
+        calls["kind"] = present
+        return SimpleNamespace(distributed_type=DistributedType.NO, device=torch.device(present))
+
+    assert training.start("cpu").num_processes == 1 and training.device_type() == "cpu"
+    monkeypatch.setattr(training, "Accelerator", of_a_machine)
+    monkeypatch.setattr(training, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for cuda, best, other in ((False, "cpu", "mps"), (True, "cuda", "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert training.device_type() == best
+        for device, present in ((None, best), (best, best), (other, other)):
+            training.start(device)
+            assert calls["kind"] == present
+    with pytest.raises(ValueError, match="--device mps: this process has cuda: leave the option out"):
+        training.start("mps")
+
+
+@pytest.mark.parametrize(("variable", "value", "message"), [
+    ("ACCELERATE_USE_DEEPSPEED", "true", "not installed .DeepSpeed.*wanted plain"),
+    ("ACCELERATE_MIXED_PRECISION", "fp16", "accelerate is set to fp16: wanted plain .* --precision bf16 or fp32"),
+    ("ACCELERATE_MIXED_PRECISION", "fp8", "fp8: wanted plain"),
+])  # fmt: skip
+def test_what_accelerate_is_set_to_and_is_not_done_is_one_line(variable, value, message, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=message):
+        training.start()
+    monkeypatch.delenv(variable)
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP, device=torch.device("cpu"))
+    monkeypatch.setattr(training, "Accelerator", lambda **_: sharded)
+    with pytest.raises(ValueError, match="FSDP: wanted plain data parallelism"):
         training.start()
 
 
