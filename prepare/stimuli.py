@@ -19,7 +19,7 @@ from prepare.categories import category_matrix, category_table, merge_rare
 from prepare.encoders import Tokenizer, encode_actions, encode_images, encode_texts, load_clip
 from prepare.release import Release
 from prepare.viclip import ViCLIP
-from support.files import hashes, is_made_by, resumable_arrays, writing_array, written_whole
+from support.files import find_weights, hashes, is_made_by, resumable_arrays, writing_array, written_whole
 from support.training import device_type
 from support.videos import uniform_frames
 
@@ -157,8 +157,8 @@ def _report(file: Path, table: str, rows: dict[str, list[dict]]) -> None:
 def _load(clip_name: str, viclip_name: str) -> tuple[nn.Module, Tokenizer, ViCLIP]:
     """CLIP, its tokenizer and ViCLIP, on the GPU where there is one."""
     device = device_type()
-    clip, _, tokenizer = load_clip(clip_name)
-    return clip.to(device), tokenizer, ViCLIP.from_pretrained(viclip_name).to(device)
+    clip, _, tokenizer = load_clip(find_weights(clip_name))
+    return clip.to(device), tokenizer, ViCLIP.from_pretrained(find_weights(viclip_name)).to(device)
 
 
 def _encode_split(
