@@ -230,7 +230,7 @@ def read_stage1(config: Config) -> tuple[Path, dict]:
     runs = Path("runs") / config.data / f"sub{config.subject}"
     places = [runs / f"{config.stage1}-s{config.seed}" / "stage1", Path(config.stage1) / "stage1"]
     options = f"--data {config.data} --subject {config.subject} --seed {config.seed} --run {config.stage1}"
-    advice = f"in {Path.cwd()} python train_stage1.py {options}, or another --stage1"
+    advice = f"python train_stage1.py {options}, in {Path.cwd()}, or another --stage1"
     settings = {"data": config.data, "subject": config.subject}
     return shared.finished_run(places, settings, shared.STAGE1, advice)
 

@@ -76,7 +76,13 @@ def autocast(x: Tensor, precision: str) -> torch.autocast:
 
 
 def compile_blocks(blocks: Iterable[nn.Module], dit: nn.Module | None = None) -> None:
-    """Have torch.compile see to blocks, and to those of a DiT of diffusers, at their first call."""
+    """Have torch.compile see to blocks, and to those of a DiT of diffusers, at their first call. Raises
+    ValueError where this machine cannot compile."""
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device_type()))
+    except Exception as error:  # no compiler, no triton, no headers of Python
+        fault, advice = str(error).split("\n")[0], "install a C++ compiler (for a GPU triton, too)"
+        raise ValueError(f"--compile: {fault}: {advice}, or leave the option out") from error
     for block in blocks:
         block.compile()
     if dit is not None:

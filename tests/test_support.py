@@ -499,6 +499,10 @@ def test_processes_precision_and_compilation(monkeypatch):
         SimpleNamespace(compile=lambda: calls.append("block")),
         SimpleNamespace(compile_repeated_blocks=lambda: calls.append("dit")),
     )
+    monkeypatch.setattr(torch, "compile", lambda _: lambda x: throw(RuntimeError("No compiler\nmore")))
+    with pytest.raises(ValueError, match="--compile: No compiler: install .*, or leave the option out$"):
+        training.compile_blocks([block])
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     training.compile_blocks([block, block])
     training.compile_blocks([], dit)
     assert calls == ["block", "block", "dit"]
