@@ -64,10 +64,10 @@ def plan(title: str, encode: Callable[[], object], clips: int, on_cpu: int) -> i
         at_once = int(np.clip(free / 2 / memory, 1, 64))
         room = f"{memory / 1e9:.2f} GB of GPU memory a clip, beside {weights / 1e9:.1f} GB of weights"
     else:
-        import resource  # not on Windows
+        import psutil  # comes with accelerate, and knows each system
 
         at_once = on_cpu
-        room = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory in all"
+        room = f"{psutil.Process().memory_info().rss / 1e9:.1f} GB of memory in all"
     tqdm.write(f"{title}: {room}; {clips:,} clips take about {minutes:,.1f} minutes; {at_once} at once")
     return at_once
 
