@@ -2,9 +2,9 @@
 
 import errno
 import json
-import sys
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
