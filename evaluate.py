@@ -216,7 +216,7 @@ def evaluate_recording(config: Config) -> int:
     """--fmri: one recording -> one video. Returns the exit status, as all commands."""
     file = Path(config.out or "out.mp4")
     check_writable(file)
-    accelerator = start()
+    accelerator = start(config.device)
     if not accelerator.is_main_process:
         return 0
     model = load_run(config, accelerator)
@@ -230,7 +230,7 @@ def evaluate_recording(config: Config) -> int:
 
 def evaluate_pairs(config: Config) -> int:
     """--pairs: score anyone's videos."""
-    accelerator, folder = start(), Path(config.pairs)
+    accelerator, folder = start(config.device), Path(config.pairs)
     out = Path(config.out or folder / "metrics")
     sets = find_pairs(folder, config.split, config.skip_bad, out)
     unavailable = score_all(sets, config, out, accelerator)
@@ -243,7 +243,7 @@ def evaluate_pairs(config: Config) -> int:
 
 def evaluate_run(config: Config) -> int:
     """The held-out clips of a run: reconstruct, score, report."""
-    accelerator = start()
+    accelerator = start(config.device)
     model = load_run(config, accelerator)
     test = Clips(config.data, config.subject, "test", model.settings["stage1_config"]["rois"])
     clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))

@@ -6,8 +6,7 @@
 
 fMRI x, and of the clip watched e_img, e_txt (CLIP), e_act (ViCLIP) and its categories  ->  Brain Model and
 heads in runs/<data>/sub<K>/<run>-s<seed>/stage1/, a table of what can be retrieved from the fMRI of the
-held-out clips, a picture of the losses. After Ctrl-C, or a kill, the same command goes on where it was.
-"""
+held-out clips, a picture of the losses. After Ctrl-C, or a kill, the same command goes on where it was."""
 
 import sys
 from dataclasses import dataclass
@@ -64,6 +63,7 @@ class Config:
     micro_batch: int | None = option(None, "clips in the Brain Model at once; none: all of a step", least=1)
     optimizer: str = option("adamw", "adamw, or adamw8bit of bitsandbytes", choices=training.OPTIMIZERS)
     precision: str | None = option(None, "bf16 or fp32; none: by device", choices=training.PRECISIONS)
+    device: str | None = option(None, "cpu, cuda or mps; none: cuda, else cpu", choices=training.DEVICES)
     compile: bool = option(False, "compile the blocks of the Brain Model")
 
     save_every: int = option(500, "steps between checkpoints", least=1)
@@ -134,7 +134,7 @@ def train_step(brain_model: BrainModel, heads: Stage1Heads, batch: Batch, config
 
 def main(config: Config) -> None:
     """The clips and the folder of the run; `learn` does the rest where the run is not finished."""
-    accelerator = training.start()
+    accelerator = training.start(config.device)
     training.check_processes(config.batch_size, accelerator)
     config.precision = training.precision_of(config, accelerator.device)
     if config.data == "toy":

@@ -60,6 +60,7 @@ class Config:
     checkpointing: bool = option(True, "recompute blocks in the backward pass, in less memory")
     optimizer: str = option("adamw", "adamw, or adamw8bit for the Brain Model", choices=training.OPTIMIZERS)
     precision: str | None = option(None, "bf16 or fp32; none: by device", choices=training.PRECISIONS)
+    device: str | None = option(None, "cpu, cuda or mps; none: cuda, else cpu", choices=training.DEVICES)
     compile: bool = option(False, "compile the blocks of Brain Model and DiT")
     lr: float = option(1e-6, "highest learning rate of OneCycle, of Brain Model and router", above=0)
     lr_fusion: float | None = option(None, "of Eq. 6-7, or of --no-integration's Linear (none: lr)", above=0)
@@ -165,9 +166,8 @@ def measures(model: CineNeuron, batch: Batch, recalled: Recalled, clips: Clips) 
 @torch.no_grad()
 def sample(model: CineNeuron, config: Config, accelerator: Accelerator, clips: Clips, file: Path) -> None:
     """A GIF of held-out clips, a row each: the stimulus after the VAE's round trip, the reconstruction."""
-    places = (
-        np.linspace(0, len(clips.held_out) - 1, min(config.samples, len(clips.held_out))).round().astype(int)
-    )
+    n = len(clips.held_out)
+    places = np.linspace(0, n - 1, min(config.samples, n)).round().astype(int)
     x = clips.averaged(clips.held_out)[places]  # (samples, T, N)
     numbers, rows = clips.held_out[places], []
     shares = np.array_split(np.arange(len(places)), accelerator.num_processes)
@@ -188,7 +188,7 @@ def sample(model: CineNeuron, config: Config, accelerator: Accelerator, clips: C
 
 def main(config: Config) -> None:
     """Stage 1, the clips and the folder of the run; `learn` does the rest where the run is not finished."""
-    accelerator = training.start()
+    accelerator = training.start(config.device)
     training.check_processes(config.batch_size, accelerator)
     config.precision = training.precision_of(config, accelerator.device)
     stage1, stage1_config = read_stage1(config)
@@ -230,7 +230,7 @@ def read_stage1(config: Config) -> tuple[Path, dict]:
     runs = Path("runs") / config.data / f"sub{config.subject}"
     places = [runs / f"{config.stage1}-s{config.seed}" / "stage1", Path(config.stage1) / "stage1"]
     options = f"--data {config.data} --subject {config.subject} --seed {config.seed} --run {config.stage1}"
-    advice = f"python train_stage1.py {options}, or another --stage1"
+    advice = f"python train_stage1.py {options}, in {Path.cwd()}, or another --stage1"
     settings = {"data": config.data, "subject": config.subject}
     return shared.finished_run(places, settings, shared.STAGE1, advice)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from metrics.table import TOY, Judging, asked
 from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS
 from support.options import check_together, option, parse as parse_options
+from support.training import DEVICES
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Config(Judging):
     out: str | None = option(None, "with --fmri the video (out.mp4), with --pairs the folder (DIR/metrics)")
     clips: int | None = option(None, "so many, spread over the test set (default: all)", least=1)
     batch_size: int = option(1, "clips that are in the decoder at once", least=1)
+    device: str | None = option(None, "cpu, cuda or mps; none: cuda, else cpu", choices=DEVICES)
     processes: int = option(1, "on a CPU, a thread each: for small networks", least=1)
     steps: int | None = option(None, "of sampling (default: the run's)", least=1)
     guidance: float | None = option(None, "classifier-free guidance (default: the run's)", least=0)
@@ -44,6 +46,7 @@ UNUSED = {  # option: the modes that do not use it
     "pairs": ("compare",),
     "steps": ("pairs", "compare"),
     "guidance": ("pairs", "compare"),
+    "device": ("compare",),
     "shuffle": MODES,
     "clips": MODES,
     "stimuli": MODES,

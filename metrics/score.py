@@ -21,7 +21,7 @@ from metrics.motion import FLOWS
 from metrics.pairs import Pair, Source, Watched, watch
 from metrics.parallel import in_processes
 from metrics.table import LOADERS, METRICS, Metric, asked
-from support.files import sha256
+from support.files import find_weights, sha256
 from support.readers import damaged
 
 LIBRARIES = "numpy scipy scikit-image av torch torchvision transformers open_clip_torch"
@@ -48,7 +48,7 @@ def weights_of(metric: Metric, config) -> str:
     """A metric's weights as metrics.json names them; of local files with their sha256."""
     weights = getattr(config, metric.judge) if metric.judge else "none"
     weights = FLOWS.get(weights, weights)
-    path = Path(weights.removeprefix("local-dir:")).expanduser()
+    path = Path(find_weights(weights).removeprefix("local-dir:")).expanduser()
     return weights + (f" (sha256 {digest(path)[:12]})" if path.exists() else "") + metric.note
 
 
@@ -165,7 +165,7 @@ class Judges:
         if name not in self.loaded:
             weights = getattr(self.config, name)
             try:
-                self.loaded[name] = LOADERS[name](weights, self.device)
+                self.loaded[name] = LOADERS[name](find_weights(weights), self.device)
             except Exception as error:  # no network, no such folder, a package is missing, a damaged file
                 self.loaded[name] = None
                 first, *_ = (str(error).strip() or type(error).__name__).splitlines()

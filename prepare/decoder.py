@@ -18,6 +18,7 @@ from prepare.stimuli import clips_from, encode_all, first_sentences, plan
 from support.files import hashes, is_made_by, resumable_arrays, writing_array
 from support.pipelines import latent_shape, load_pipeline
 from support.readers import read_json_lines
+from support.training import device_type
 from support.videos import video_frames
 from video_decoder import VideoDecoder
 
@@ -56,7 +57,8 @@ def prepare_decoder(
 
 def _load(decoder: str, **parts: bool) -> VideoDecoder:
     """Text encoder or VAE, on the GPU where there is one."""
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device = device_type()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipe, text_length, config = load_pipeline(decoder, dtype, **parts)
     loaded = VideoDecoder(pipe, text_length, config).to(device)
     if device == "cpu" and loaded.pipe.vae is not None:  # convolutions are quicker there with channels last

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.files import MissingData, read_manifest
+from support.files import MissingData, find_weights, read_manifest
 from support.readers import FileFault, damaged
 
 # ---------------------------------------------------------------- clips
@@ -129,7 +129,8 @@ MISSING = {
 def guide(name: str, subject: int) -> str:
     """How to prepare a dataset: one screen."""
     steps = MISSING.get(name, "").format(subject=subject)
-    return f"data/{name} is not prepared for subject {subject}.\n{steps}"
+    missing = f"{Path('data', name).absolute()} is not prepared for subject {subject}"
+    return f"{missing}: data/ and runs/ are those of the current folder.\n{steps}"
 
 
 def decoder_recipes(decoder: str, size: Sequence[int]) -> tuple[dict, dict]:
@@ -137,7 +138,7 @@ def decoder_recipes(decoder: str, size: Sequence[int]) -> tuple[dict, dict]:
 
     Each recipe has the decoder's name and, where it is a local folder, a digest of its VAE or text encoder.
     """
-    folder = Path(decoder)
+    folder = Path(find_weights(decoder))
     name = folder.resolve().name if folder.is_dir() else decoder
     latents = {"decoder": name, "vae": _digest(folder / "vae")}
     latents |= zip(("frames", "height", "width"), size, strict=True)

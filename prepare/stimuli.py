@@ -19,7 +19,8 @@ from prepare.categories import category_matrix, category_table, merge_rare
 from prepare.encoders import Tokenizer, encode_actions, encode_images, encode_texts, load_clip
 from prepare.release import Release
 from prepare.viclip import ViCLIP
-from support.files import hashes, is_made_by, resumable_arrays, writing_array, written_whole
+from support.files import find_weights, hashes, is_made_by, resumable_arrays, writing_array, written_whole
+from support.training import device_type
 from support.videos import uniform_frames
 
 BETWEEN = re.compile(  # of two sentences; "Dr." ends none
@@ -46,7 +47,7 @@ def plan(title: str, encode: Callable[[], object], clips: int, on_cpu: int) -> i
     """Encode one clip to see what it takes, and print it. Returns how many to encode at once: as many as fit
     into half of the GPU's free memory, 64 at most; `on_cpu` where there is no GPU."""
     encode()  # the first takes longer
-    gpu = torch.cuda.is_available()
+    gpu = device_type() == "cuda"
     if gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -63,10 +64,10 @@ def plan(title: str, encode: Callable[[], object], clips: int, on_cpu: int) -> i
         at_once = int(np.clip(free / 2 / memory, 1, 64))
         room = f"{memory / 1e9:.2f} GB of GPU memory a clip, beside {weights / 1e9:.1f} GB of weights"
     else:
-        import resource  # not on Windows
+        import psutil  # comes with accelerate, and knows each system
 
         at_once = on_cpu
-        room = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB of memory in all"
+        room = f"{psutil.Process().memory_info().rss / 1e9:.1f} GB of memory in all"
     tqdm.write(f"{title}: {room}; {clips:,} clips take about {minutes:,.1f} minutes; {at_once} at once")
     return at_once
 
@@ -155,9 +156,9 @@ def _report(file: Path, table: str, rows: dict[str, list[dict]]) -> None:
 
 def _load(clip_name: str, viclip_name: str) -> tuple[nn.Module, Tokenizer, ViCLIP]:
     """CLIP, its tokenizer and ViCLIP, on the GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    clip, _, tokenizer = load_clip(clip_name)
-    return clip.to(device), tokenizer, ViCLIP.from_pretrained(viclip_name).to(device)
+    device = device_type()
+    clip, _, tokenizer = load_clip(find_weights(clip_name))
+    return clip.to(device), tokenizer, ViCLIP.from_pretrained(find_weights(viclip_name)).to(device)
 
 
 def _encode_split(

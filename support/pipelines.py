@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from support.files import find_weights
 from support.readers import read_tensors, reading
 
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -33,6 +34,7 @@ def load_pipeline(
 
     What is not loaded is not downloaded either. tiling: the VAE works in tiles and clip by clip, in less
     memory. Raises ValueError where the pipeline is of another kind or damaged."""
+    name = find_weights(name)
     with reading(name, WANTED, ADVICE):  # whatever damage makes diffusers, transformers and safetensors say
         index = DiffusionPipeline.load_config(name)  # model_index.json
         kind, second = index["_class_name"], index.get("transformer_2", [None])[0]  # Wan2.2 has two

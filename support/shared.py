@@ -57,7 +57,7 @@ def locate(name: Path | str) -> Path:
         data, subject = folder.absolute().parts[-3:-1]
         options = f" --data {data} --subject {subject[3:]}" if re.fullmatch(r"sub\d+", subject) else ""
         comes_first = f"python train_stage2.py{options} comes first; trained here: {trained}"
-        raise FileNotFoundError(f"{folder}/stage2/config.json is not there: {comes_first}")
+        raise FileNotFoundError(f"{folder.absolute()}/stage2/config.json is not there: {comes_first}")
     return folder / "stage2"
 
 
@@ -71,11 +71,12 @@ def read_settings(folder: Path) -> dict:
 
 
 def decoder_at(name: str, folder: Path) -> str:
-    """A decoder: a folder here or in the project (toy/wan), or a name on the Hub. Raises ValueError for a
-    folder that another machine had."""
-    for place in (Path(name), PROJECT / name):
-        if place.is_dir():
-            return str(place)
+    """A decoder: a folder here, in the project (toy/wan) or where the run in `folder` was trained, or a name
+    on the Hub. Raises ValueError for a folder that another machine had."""
+    origin = folder.absolute().parents[4:5] if folder.name == "stage2" else ()  # ORIGIN/runs/data/sub1/run/
+    for place in (Path(), PROJECT, *origin):
+        if (place / name).is_dir():
+            return str(place / name)
     if not re.fullmatch(HUB_ID, name):
         content, advice = f"decoder = {name!r}", "write into that file where this decoder lies here"
         raise damaged(folder / "config.json", content, "a folder here, or a name on the Hub", advice)

@@ -1,12 +1,14 @@
 """What a step of both training scripts shares: precision, optimiser, gradients over the processes."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate.state import is_initialized
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,18 +18,43 @@ MESSAGE = 1 << 26  # numbers in a message between processes, about: 256 MB
 SMALL = 4096  # a parameter of fewer numbers keeps 32-bit moments
 OPTIMIZERS = ("adamw", "adamw8bit")
 PRECISIONS = ("bf16", "fp32")
+DEVICES = ("cpu", "cuda", "mps")
 # options that may change while a run goes on, in both stages
-MAY_CHANGE = ("checkpointing", "micro_batch", "compile", "precision", "save_every", "log_every")
+MAY_CHANGE = ("checkpointing", "micro_batch", "compile", "precision", "device", "save_every", "log_every")
 
 
-def start() -> Accelerator:
-    """One process or several, on GPUs or the CPU."""
+def best_device() -> str:
+    """CUDA where there is one, else the CPU: Apple's mps lacks operators."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_type() -> str:
+    """That of this process since `start`, the best before."""
+    return PartialState().device.type if is_initialized() else best_device()
+
+
+def start(device: str | None = None) -> Accelerator:
+    """One process or several, on a device of DEVICES; None: on the best. Raises ValueError where it is not
+    there, and where accelerate is set to what this program does not do."""
     patient = InitProcessGroupKwargs(timeout=timedelta(days=30))  # one process may have far more left to do
-    cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
-    kind = accelerator.distributed_type
+    cpu = (device or best_device()) == "cpu"
+    plain = "wanted plain data parallelism: accelerate launch --multi_gpu --mixed_precision no"
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch sets it
+    if precision not in ("no", "bf16"):
+        raise ValueError(
+            f"accelerate is set to {precision}: {plain}, and --precision bf16 or fp32 in training"
+        )
+    try:
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
+    except ImportError as error:  # of DeepSpeed, Megatron
+        raise ValueError(f"accelerate is set to what is not installed ({error}): {plain}") from error
+    kind, present = accelerator.distributed_type, accelerator.device.type
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(f"{kind}: wanted plain data parallelism: accelerate launch --multi_gpu")
+        raise ValueError(f"{kind}: {plain}")
+    if device and device != present:
+        raise ValueError(
+            f"--device {device}: this process has {present}: leave the option out, or choose that"
+        )
     return accelerator
 
 
@@ -49,7 +76,13 @@ def autocast(x: Tensor, precision: str) -> torch.autocast:
 
 
 def compile_blocks(blocks: Iterable[nn.Module], dit: nn.Module | None = None) -> None:
-    """Have torch.compile see to blocks, and to those of a DiT of diffusers, at their first call."""
+    """Have torch.compile see to blocks, and to those of a DiT of diffusers, at their first call. Raises
+    ValueError where this machine cannot compile."""
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device_type()))
+    except Exception as error:  # no compiler, no triton, no headers of Python
+        fault, advice = str(error).split("\n")[0], "install a C++ compiler (for a GPU triton, too)"
+        raise ValueError(f"--compile: {fault}: {advice}, or leave the option out") from error
     for block in blocks:
         block.compile()
     if dit is not None:

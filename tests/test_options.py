@@ -102,6 +102,7 @@ BOTH = {
     "log_every": (2, lambda a, b: (a.logged, b.logged) == ([0, 1, 2], [0, 2])),
     "save_every": (2, lambda a, b: (a.saved, b.saved) == ([], [2])),
     "optimizer": ("adamw8bit", "no bitsandbytes"),
+    "device": ("mps", "--device mps: this process has cpu"),
     "compile": (True, lambda a, b: not a.compiled and b.compiled[:2] == [*b.brain_model.blocks]),
     "precision": (
         "bf16",
@@ -201,6 +202,7 @@ OF_EVALUATE = {
     "out": ("elsewhere --pairs pairs", lambda a, b: b.out == Path("elsewhere") and b.values),
     "clips": (6, lambda a, b: [clip for _, clip in b.keys()] == [0, 5, 10, 15, 20, 25] and len(a.keys()) == 4),
     "batch_size": (3, lambda a, b: [row["clips"] for row in a.made + b.made] == [2, 2, 3, 1]),
+    "device": ("mps", "--device mps: this process has cpu"),
     "processes": (2, lambda a, b: (set(a.processes), set(b.processes)) == ({1}, {2})),
     "steps": (3, lambda a, b: [row["steps"] for row in a.made + b.made] == [2, 2, 3, 3] and "steps3" in b.out.name),
     "guidance": (0, lambda a, b: [row["guidance"] for row in a.made + b.made] == [2, 2, 0, 0]),
@@ -330,13 +332,13 @@ def test_help_lists_each_option_with_its_default(script, capsys):
 
 OUT_OF_RANGE = {
     train_stage1: "--stepz=3 --steps=many --lr=0 --lr=nan --tau=1e-4 --seed=-1 --seed=4294967296 --steps=0 --batch_size=0 "
-    "--tokens=0 --width=0 --layers=0 --micro_batch=0 --optimizer=sgd --precision=fp16 --attention_heads=0 --rank=0 "
+    "--tokens=0 --width=0 --layers=0 --micro_batch=0 --optimizer=sgd --precision=fp16 --device=gpu --attention_heads=0 --rank=0 "
     "--dropout=1 --dropout=-0.1 --save_every=0 --log_every=0 --weight_decay=-1 --lambda_1=-1 --lambda_2=-1 --max_norm=0 "
     "--subject=0 --data=cc2018",
     train_stage2: "--lr=0 --lr_fusion=0 --lr_lora=-1 --K=0 --micro_batch=0 --lora_rank=0 --lora_alpha=0 --sampling_steps=0 "
     "--epochs=0 --batch_size=0 --condition_dropout=1.5 --frames=0 --height=0 --width=0 --alpha=nan --save_every=0 "
     "--samples=0 --seed=-1 --own_captions=2 --noise_shift=0 --guidance=-1 --sample_every=-1 --weight_decay=-1",
-    evaluate: "--clips=0 --batch_size=0 --processes=0 --steps=0 --guidance=-1 --seconds=0 --fps=0 --fps=1001 --size=128 "
+    evaluate: "--clips=0 --device=gpu --batch_size=0 --processes=0 --steps=0 --guidance=-1 --seconds=0 --fps=0 --fps=1001 --size=128 "
     "--classifier_frames=8 --trials=-1 --flow=none --seed=-1 --subject=0",
 }
 CASES = [(script, option) for script, options in OUT_OF_RANGE.items() for option in options.split()]

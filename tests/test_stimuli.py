@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,7 @@ def test_encode_all_fills_side_by_side_from_where_it_was(monkeypatch, silent):
 
 def test_a_plan_encodes_one_clip_and_says_how_long_all_take(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
     times = iter([100.0, 103.0])
     monkeypatch.setattr(stimuli, "perf_counter", lambda: next(times))
     assert plan("latents", lambda: None, 1200, on_cpu=5) == 5

@@ -27,7 +27,10 @@ from torch import nn
 
 from brain_model import BrainModel
 from metrics.held_out import claim
-from support import files, runs, training
+from metrics.score import Judges, weights_of
+from metrics.table import METRICS, TOY
+from prepare.facts import decoder_recipes
+from support import files, runs, shared, training
 from support.files import MissingData, read_manifest, resumable_arrays, save_folder, write_json, written_whole
 from support.options import check_name, check_together, option, parse, within
 from support.readers import (
@@ -248,6 +251,27 @@ def test_the_manifest_says_what_made_an_array(tmp_path):
         files.read_prepared(tmp_path / "c.npy", "f", (None, 2))
 
 
+def test_the_networks_beside_the_code_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("toy/wan", "toy/nowhere", "lab/model", "local-dir:toy/clip", "farneback", "C:\\toy", ""):
+        schema, folder = name[: name.find(":") + 1], REPO / name.removeprefix("local-dir:")
+        beside = name.startswith("toy/w") or "clip" in name
+        assert files.find_weights(name) == (f"{schema}{folder}" if beside else name)
+    recipes = decoder_recipes("toy/wan", (17, 64, 64))
+    assert recipes == decoder_recipes(str(REPO / "toy" / "wan"), (17, 64, 64)) and recipes[0]["vae"]
+    assert "sha256" in weights_of(METRICS["clip_pcc"], SimpleNamespace(**TOY))
+    assert Judges(SimpleNamespace(**TOY), "cpu")("dino")
+    (tmp_path / "toy" / "wan").mkdir(parents=True)
+    assert files.find_weights("toy/wan") == "toy/wan"
+    stage2 = tmp_path / "runs" / "toy" / "sub1" / "full-s0" / "stage2"
+    monkeypatch.chdir("/")  # a decoder of the folder where the run was trained
+    assert shared.decoder_at("toy/wan", tmp_path / "shared") == str(REPO / "toy" / "wan")
+    (tmp_path / "models").mkdir()
+    assert shared.decoder_at("models", stage2) == str(tmp_path / "models")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/runs/stage2/config.json is not there"):
+        shared.locate(tmp_path / "runs")
+
+
 # ---------------------------------------------------------------- options
 
 
@@ -466,6 +490,7 @@ def test_processes_precision_and_compilation(monkeypatch):
         "micro_batch",
         "compile",
         "precision",
+        "device",
         "save_every",
         "log_every",
     }
@@ -474,14 +499,51 @@ def test_processes_precision_and_compilation(monkeypatch):
         SimpleNamespace(compile=lambda: calls.append("block")),
         SimpleNamespace(compile_repeated_blocks=lambda: calls.append("dit")),
     )
+    monkeypatch.setattr(torch, "compile", lambda _: lambda x: throw(RuntimeError("No compiler\nmore")))
+    with pytest.raises(ValueError, match="--compile: No compiler: install .*, or leave the option out$"):
+        training.compile_blocks([block])
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     training.compile_blocks([block, block])
     training.compile_blocks([], dit)
     assert calls == ["block", "block", "dit"]
-    assert training.start().num_processes == 1
-    monkeypatch.setattr(
-        training, "Accelerator", lambda **_: SimpleNamespace(distributed_type=DistributedType.FSDP)
-    )
-    with pytest.raises(ValueError, match="wanted plain data parallelism"):
+
+
+def test_a_run_is_on_cuda_or_the_cpu_unless_another_is_asked_for(monkeypatch):
+    calls = {}
+
+    def of_a_machine(cpu: bool, **_):
+        """As accelerate chooses on Apple silicon, or with CUDA."""
+        present = "cpu" if cpu else "cuda" if torch.cuda.is_available() else "mps"
+        calls["kind"] = present
+        return SimpleNamespace(distributed_type=DistributedType.NO, device=torch.device(present))
+
+    assert training.start("cpu").num_processes == 1 and training.device_type() == "cpu"
+    monkeypatch.setattr(training, "Accelerator", of_a_machine)
+    monkeypatch.setattr(training, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for cuda, best, other in ((False, "cpu", "mps"), (True, "cuda", "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert training.device_type() == best
+        for device, present in ((None, best), (best, best), (other, other)):
+            training.start(device)
+            assert calls["kind"] == present
+    with pytest.raises(ValueError, match="--device mps: this process has cuda: leave the option out"):
+        training.start("mps")
+
+
+@pytest.mark.parametrize(("variable", "value", "message"), [
+    ("ACCELERATE_USE_DEEPSPEED", "true", "not installed .DeepSpeed.*wanted plain"),
+    ("ACCELERATE_MIXED_PRECISION", "fp16", "accelerate is set to fp16: wanted plain .* --precision bf16 or fp32"),
+    ("ACCELERATE_MIXED_PRECISION", "fp8", "fp8: wanted plain"),
+])  # fmt: skip
+def test_what_accelerate_is_set_to_and_is_not_done_is_one_line(variable, value, message, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=message):
+        training.start()
+    monkeypatch.delenv(variable)
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP, device=torch.device("cpu"))
+    monkeypatch.setattr(training, "Accelerator", lambda **_: sharded)
+    with pytest.raises(ValueError, match="FSDP: wanted plain data parallelism"):
         training.start()
 
 

@@ -348,7 +348,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(prepared, monke
     np.save(e_txt, np.load(e_txt)[1:])
     with pytest.raises(ValueError, match=r"e_txt.npy: found .*\(23, 16\), wanted .*\(24, 16\)"):
         train()
-    monkeypatch.setattr(training, "start", lambda: SimpleNamespace(num_processes=3))
+    monkeypatch.setattr(training, "start", lambda device: SimpleNamespace(num_processes=3))
     with pytest.raises(ValueError, match="--batch_size 8: wanted a multiple of the 3 processes"):
         train()
     assert not Path("runs").exists()

@@ -551,7 +551,7 @@ def test_a_stage_1_trained_again_and_a_batch_that_processes_cannot_share_are_ref
     write_stage1(world, tau=0.21)
     with pytest.raises(ValueError, match="stage1_config"):
         train("--save_every", 1)
-    monkeypatch.setattr(train_stage2.training, "start", lambda: SimpleNamespace(num_processes=3))
+    monkeypatch.setattr(train_stage2.training, "start", lambda device: SimpleNamespace(num_processes=3))
     with pytest.raises(ValueError, match="--batch_size 8: wanted a multiple of the 3 processes"):
         train()
 

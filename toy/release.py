@@ -21,7 +21,6 @@ from toy import world
 from toy.subject import VERSION, VOLUMES_BEFORE, VOXELS, recordings, responses
 from toy.world import FRAMES, SECONDS, combinations, film, render
 
-HERE = Path(__file__).parent
 ANEW = "delete the folder and run the command again: it makes the toy world anew"
 
 
@@ -150,7 +149,7 @@ def prepare_toy(
         prepare_fmri(release, folder, recipe)
         prepare_recorded(folder)
         lists = {"train": captions, "test": captions}
-        prepare_stimuli(release, stimuli, lists, f"local-dir:{HERE / 'clip'}", str(HERE / "viclip"))
+        prepare_stimuli(release, stimuli, lists, "local-dir:toy/clip", "toy/viclip")
         prepare_copies(stimuli)
     if decoder is not None and not _decoder_is_prepared(stimuli, decoder, size):
         from prepare.decoder import prepare_decoder
