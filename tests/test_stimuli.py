@@ -151,7 +151,7 @@ def test_encodings_are_in_the_order_of_the_clips(films):
 
 @pytest.mark.parametrize(
     ("error", "message"),
-    [(KeyboardInterrupt(), None), (OSError(errno.ENOSPC, os.strerror(28)), "the disk is full")],
+    [(KeyboardInterrupt(), None), (OSError(errno.ENOSPC, os.strerror(28)), "no room on the disk")],
 )
 def test_an_encoding_that_stopped_goes_on_where_it_was(films, error, message):
     films.error = error

@@ -74,6 +74,7 @@ MACHINE = [
     ConnectionError(),
     TimeoutError(),
     RuntimeError("<a>: Too many open files (24)"),
+    RuntimeError("DefaultCPUAllocator: not enough memory"),
 ]
 
 
@@ -166,24 +167,30 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 @pytest.mark.parametrize("error", [
     OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EFBIG, "File too large"),  # for such a file system
     OSError("Not enough free space to write 32000000 bytes after offset 128"),  # numpy
+    OSError("4000 requested and 512 written"),  # numpy, too
     SafetensorError("I/O error: No space left on device (os error 28)"),
     RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),  # torch.save
 ])  # fmt: skip
 def test_a_full_disk_is_one_error_whatever_a_library_says(error, tmp_path, monkeypatch):
-    path, free = tmp_path / "a.pt", 5_000_000
-    if isinstance(error, RuntimeError):
-        free = 0
-        with pytest.raises(RuntimeError, match="unexpected pos"), written_whole(path):
-            raise error  # another disk has room
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-    message = f"a.pt takes 0.002 GB, but the disk is full, with {free / 1e9:.3f} GB free: make room"
-    with pytest.raises(OSError, match=message), written_whole(tmp_path / "b"), written_whole(path) as part:
-        part.write_bytes(bytes(2_000_000))
-        raise error
-    with pytest.raises(OSError, match="m takes 0.000 GB, but the disk is full"):
+    path = tmp_path / "a.pt"
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=500_000))
+    for old in (0, 3_000_000):  # the last one says how much the next will take
+        path.write_bytes(bytes(old))
+        message = (
+            f"a.pt: no room on the disk: it takes {max(old, 2e6) / 1e6} MB or more, 0.5 MB are free: make"
+        )
+        with (
+            pytest.raises(OSError, match=message),
+            written_whole(tmp_path / "b"),
+            written_whole(path) as part,
+        ):
+            part.write_bytes(bytes(2_000_000))
+            raise error
+    with pytest.raises(OSError, match="m: no room on the disk: it takes 0.0 MB"):
         save_folder(tmp_path / "m", lambda folder: (_ for _ in ()).throw(error))
-    assert not list(tmp_path.iterdir())
+    assert [*tmp_path.iterdir()] == [path] and path.stat().st_size == 3_000_000
 
 
 @pytest.mark.parametrize("damage", ["none", "state", "array", "recipe", "input"])
@@ -708,6 +715,8 @@ def throw(error: BaseException):
     (MemoryError("8 GB\nmore"), 1, "error: out of memory (8 GB): python extras/plan.py counts what options need; "
         "try --micro_batch 1, --checkpointing or --optimizer adamw8bit\n"), (MemoryError(), 1, "error: out of memory (no more memory): "),
     (torch.OutOfMemoryError("x"), 1, "error: out of memory (x): "), (KeyboardInterrupt(), 130, "interrupted; the same command goes on where it was\n"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory ("),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "error: out of memory ("), (RuntimeError("<a>: Too many open files (24)"), 1, "error: <a>: Too many"),
     (Stopped(signal.SIGINT, "saved"), 130, "saved\n"), (Stopped(signal.SIGTERM, "saved"), 0, "saved\n"),
 ])  # fmt: skip
 def test_bad_input_and_signals_are_said_in_few_lines(error, status, message, at_the_door):
