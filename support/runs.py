@@ -63,8 +63,8 @@ def read_settings(file: Path, settings: dict, may_change: Sequence[str], advice:
 
 
 class FolderLock:
-    """One process group at a time works in a folder. The lock leaves no file, and ends with the process. There
-    is none where `take` is false (one process of a launch takes it), and where a system or a disk has none."""
+    """One process group at a time works in a folder: one process of it is to `take` the lock. That leaves no
+    file, ends with the process, and is none where the system or the disk has none."""
 
     def __init__(self, folder: Path, advice: str = "wait for it", take: bool = True):
         self.folder, self.handle = folder, None
@@ -155,9 +155,8 @@ class RunFolder:
             for name, part in state.items():
                 if all(isinstance(value, Tensor) for value in stored[name].values()):
                     check_tensors(stored[name], file)
-                part.load_state_dict(
-                    copy.deepcopy(stored[name])
-                )  # an optimiser keeps what it is given: the file
+                values = copy.deepcopy(stored[name])  # an optimiser keeps what it gets: no piece of the file
+                part.load_state_dict(values)
             if not 0 < stored["step"] <= self.total:
                 raise damaged(file, f"step {stored['step']}", f"a step of 1 to {self.total}")
         self.first_step = stored["step"]
@@ -301,12 +300,13 @@ def door(main: Callable[[], int | None]) -> typing.NoReturn:
     signal.signal(signal.SIGTERM, terminated)
     status, message = 1, ""
     try:
-        status = main() or 0
+        end = main() or 0
         sys.stdout.flush()
+        status = end
     except (*BAD_INPUT, MemoryError, RuntimeError) as error:
         if not (isinstance(error, BAD_INPUT) or is_of_machine(error)):
             raise
-        if heard() or not isinstance(error, BrokenPipeError):
+        if not isinstance(error, BrokenPipeError) or heard("\n"):
             message = f"error: {brief(error)}"
     except Stopped as stopped:
         status, message = stopped.status, str(stopped)
@@ -318,10 +318,10 @@ def door(main: Callable[[], int | None]) -> typing.NoReturn:
     sys.exit(status)
 
 
-def heard() -> bool:
-    """Can stdout be written to? If not, what is left of it goes nowhere."""
+def heard(text: str = "") -> bool:
+    """Can stdout be written to? If not, what is left for it goes nowhere."""
     try:
-        sys.stdout.flush()
+        print(text, end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False

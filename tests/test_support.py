@@ -3,6 +3,7 @@ files: test_faults.py."""
 
 import errno
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -430,7 +431,7 @@ def test_gradients_travel_in_few_messages_of_one_type(monkeypatch):
     torch.testing.assert_close(gradients, expected)
 
 
-def test_bitsandbytes_keeps_all_but_the_first_group_in_32_bits(monkeypatch):
+def test_bitsandpagekeeps_all_but_the_first_group_in_32_bits(monkeypatch):
     parameters = [nn.Parameter(torch.ones(n)) for n in (1, 2, 3)]
     groups = [([p], 0.1 * (k + 1)) for k, p in enumerate(parameters)]
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
@@ -732,6 +733,29 @@ def test_the_door(at_the_door):
     with pytest.raises(KeyError):  # a bug keeps its traceback
         door(lambda: throw(KeyError("bug")))
     assert len(brief(ValueError("long " * 999))) <= 600
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii"])
+def test_what_a_code_page_lacks_is_replaced(encoding: str, at_the_door, monkeypatch):
+    page = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(page, encoding))
+    assert at_the_door(lambda: print("100 ↑ 視")) == (0, "") and page.getvalue() == b"100 ? ?\n"
+
+
+@pytest.mark.parametrize(("opened", "status", "error"), [
+    (lambda: None, 0, ""),  # closed by >&-
+    (lambda: open("/dev/full", "w"), 1, "error: [Errno 28] No space left on device\n"),
+    (lambda: os.fdopen(pipe_without_reader(), "w"), 1, ""), (lambda: os.fdopen(pipe_without_reader(), "w", 1), 1, ""),
+])  # fmt: skip
+def test_a_stdout_that_nobody_reads_is_no_traceback(opened, status, error, at_the_door, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", opened())
+    assert at_the_door(lambda: print("a table")) == (status, error)
+
+
+def pipe_without_reader() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
 
 
 def test_one_error_of_several_processes_is_printed_once(monkeypatch, tmp_path, capsys):
