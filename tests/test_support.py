@@ -1,12 +1,14 @@
 """support/: files written whole, options with ranges, runs that go on as if nothing had happened, the door. Damage to
 files: test_faults.py."""
 
+import ast
 import errno
 import hashlib
 import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -254,6 +256,26 @@ def test_the_manifest_says_what_made_an_array(tmp_path):
     np.save(tmp_path / "c.npy", x[:0])
     with pytest.raises(FileFault, match="c.npy: found float32 of shape .0, 2."):
         files.read_prepared(tmp_path / "c.npy", "f", (None, 2))
+
+
+def test_every_text_file_is_opened_as_utf8():
+    """Windows takes its code page for what does not say."""
+    rooms = "prepare metrics support toy extras extras/page".split()
+    for file in [path for room in (".", *rooms) for path in (REPO / room).glob("*.py")]:
+        for call in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(call, ast.Call) and (words := ast.unparse(call.func).split("."))[0] not in (
+                "os",
+                "av",
+            ):
+                arguments = [ast.unparse(value) for value in (*call.args, *(k.value for k in call.keywords))]
+                opened = {*words} & {"open", "read_text", "write_text"} and words not in (
+                    ["read_text"],
+                    ["write_text"],
+                )
+                binary = any(re.fullmatch("'[rwax+]*b[+]?'", argument) for argument in arguments)
+                assert not opened or binary or any("'utf-8" in argument for argument in arguments), (
+                    f"{file}:{call.lineno}"
+                )
 
 
 # ---------------------------------------------------------------- options

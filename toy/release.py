@@ -75,7 +75,7 @@ def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
     clips = film("train", seed) + film("test", seed)
     response = responses(clips, np.load(VOXELS)["roi"], seed)
     start = 0
-    with open(folder / "captions.jsonl", "w") as captions:
+    with open(folder / "captions.jsonl", "w", encoding="utf-8") as captions:
         for split, prefix, segments, length, repeats in (
             ("train", "seg", world.TRAIN_SEGMENTS, world.TRAIN_CLIPS, world.TRAIN_REPEATS),
             ("test", "test", world.TEST_SEGMENTS, world.TEST_CLIPS, world.TEST_REPEATS),
