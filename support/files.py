@@ -25,16 +25,15 @@ class DiskFull(OSError):
 
 @contextmanager
 def written_whole(path: Path, keep: bool = False) -> Iterator[Path]:
-    """A temporary name to write a file or a folder to. It becomes `path` when the block ends; of a folder,
-    file by file. If the block fails, it is removed, unless to `keep`."""
+    """A temporary name to write a file or a folder to. It becomes `path` when the block ends; where a
+    folder is there, file by file. If the block fails, it is removed, unless to `keep`."""
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if part.is_dir():  # of an earlier start
         shutil.rmtree(part)
     try:
         yield part
-        if part.is_dir():
-            path.mkdir(exist_ok=True)
+        if part.is_dir() and path.is_dir():
             for file in part.iterdir():
                 file.replace(path / file.name)
         else:
