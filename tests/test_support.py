@@ -196,8 +196,38 @@ def test_a_full_disk_is_one_error_whatever_a_library_says(error, tmp_path, monke
     assert [*tmp_path.iterdir()] == [path] and path.stat().st_size == 3_000_000
 
 
+@pytest.fixture
+def windows(monkeypatch):
+    """As there, what is mapped is neither replaced nor removed."""
+
+    def refusing(change):
+        def refuse(*paths, **options):
+            mapped = Path("/proc/self/maps").read_text()
+            for path in paths:
+                if re.search(rf" {re.escape(os.path.realpath(path))}$", mapped, re.M):
+                    raise PermissionError(errno.EACCES, "in use", str(path))
+            return change(*paths, **options)
+
+        return refuse
+
+    for name in ("replace", "rename", "unlink"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+
+
+def test_nothing_is_replaced_or_removed_while_it_is_mapped(windows, tmp_path):
+    fit(tmp_path, 3)
+    fit(tmp_path)  # goes on from its state.pt, and writes the next
+    with pytest.raises(KeyError), files.writing_array(tmp_path / "a.npy", (4,), "float32", {}):
+        raise KeyError  # itself, and not that a part of it stays
+    np.save(tmp_path / "a.npy", np.ones(9))
+    with pytest.raises(PermissionError), written_whole(tmp_path / "a.npy") as part:
+        part.touch()
+        array = read_array(tmp_path / "a.npy")
+    del array
+
+
 @pytest.mark.parametrize("damage", ["none", "state", "array", "recipe", "input"])
-def test_arrays_go_on_after_a_kill(damage: str, tmp_path):
+def test_arrays_go_on_after_a_kill(damage: str, windows, tmp_path):
     shapes = {tmp_path / "a.npy": (4, 2), tmp_path / "b.npy": (4,)}
     start = partial(resumable_arrays, shapes, "float32")
     with pytest.raises(KeyboardInterrupt), start({"by": "test"}, {"x": "1"}) as (arrays, done, filled):
