@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from support.readers import FileFault, MissingFile, check_keys, damaged, read_array, read_json, reading
 
@@ -21,6 +23,14 @@ class MissingData(MissingFile):
 
 class DiskFull(OSError):
     """Its message names the file that was written, its size and the room on the disk."""
+
+
+class NoRoom(OSError):
+    """For so many bytes; inside `written_whole`, which makes it DiskFull."""
+
+    def __init__(self, size: int):
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.size = size
 
 
 @contextmanager
@@ -54,10 +64,19 @@ def _raise_if_full(path: Path, part: Path, error: Exception) -> None:
     texts += ["Not enough free space", "requested and", "fail at inline_container"]
     if not isinstance(error, DiskFull) and any(text in str(error) for text in texts):
         sizes = [sum(f.stat().st_size for f in [p, *p.rglob("*")] if f.is_file()) for p in (part, path)]
+        sizes.append(getattr(error, "size", 0))
         takes, free = max(sizes) / 1e6, shutil.disk_usage(path.parent).free / 1e6
         advice = "make room, or take another disk, and run the command again; it keeps what is whole"
         fault = f"{path}: no room on the disk: it takes {takes:,.1f} MB or more, {free:,.1f} MB are free"
         raise DiskFull(f"{fault}: {advice}") from error
+
+
+def check_room(folder: Path, content: object) -> None:
+    """Raises NoRoom where tensors, in dicts and lists of any depth, are larger than what the disk has free:
+    libraries say of a full disk neither what they write nor how much."""
+    size = sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, Tensor))
+    if size > shutil.disk_usage(folder).free:
+        raise NoRoom(size)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,6 +90,7 @@ def write_json(path: Path, value: object) -> None:
 
 def save_model(model, folder: Path) -> None:
     """config.json and model.safetensors of a PyTorchModelHubMixin, without its card, which says nothing."""
+    check_room(folder, model.state_dict())
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
 

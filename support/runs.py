@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from support.files import MissingData, save_folder, write_json, write_text, written_whole
+from support.files import MissingData, check_room, save_folder, write_json, write_text, written_whole
 from support.options import check_name
 from support.readers import (
     advising,
@@ -206,6 +206,7 @@ class RunFolder:
             save_folder(self.folder / name, write)
         with written_whole(self.state_file) as part:
             state = {name: member.state_dict() for name, member in self.state.items()}
+            check_room(part.parent, state)
             torch.save(state | {"step": step}, part)
         write_json(self.folder / "config.json", self.settings | {"step": step, "steps_in_all": self.total})
 

@@ -193,6 +193,8 @@ def test_a_full_disk_is_one_error_whatever_a_library_says(error, tmp_path, monke
             raise error
     with pytest.raises(OSError, match="m: no room on the disk: it takes 0.0 MB"):
         save_folder(tmp_path / "m", lambda folder: (_ for _ in ()).throw(error))
+    with pytest.raises(OSError, match="m: no room on the disk: it takes 4.8 MB or more, 0.5 MB"):
+        save_folder(tmp_path / "m", lambda folder: files.check_room(folder, {"a": [torch.ones(1_200_000)]}))
     assert [*tmp_path.iterdir()] == [path] and path.stat().st_size == 3_000_000
 
 
