@@ -54,7 +54,7 @@ from prepare.copies import far_apart, has_near_copy
 from support import shared
 from support.pipelines import latent_shape, load_lora, load_pipeline
 from support.readers import advising, load_model
-from support.runs import door, run_folder
+from support.runs import FolderLock, door, run_folder
 from support.training import start
 from support.videos import check_writable, write_video
 from video_decoder import VideoDecoder
@@ -233,10 +233,11 @@ def evaluate_pairs(config: Config) -> int:
     accelerator, folder = start(config.device), Path(config.pairs)
     out = Path(config.out or folder / "metrics")
     sets = find_pairs(folder, config.split, config.skip_bad, out)
-    unavailable = score_all(sets, config, out, accelerator)
-    if accelerator.is_main_process:
-        source = {"pairs": folder.resolve().name, "data": config.data}
-        print(report(Evaluation(sets, out, config, unavailable, source)))
+    with FolderLock(out, take=accelerator.is_main_process):
+        unavailable = score_all(sets, config, out, accelerator)
+        if accelerator.is_main_process:
+            source = {"pairs": folder.resolve().name, "data": config.data}
+            print(report(Evaluation(sets, out, config, unavailable, source)))
     accelerator.end_training()
     return 3 if unavailable else 0
 
@@ -252,7 +253,7 @@ def evaluate_run(config: Config) -> int:
     out = held_out.evaluation_folder(run, config, model.settings, complete, asked(config), every)
     lines = {int(clip): test.lines[clip] for clip in clips}
     films = held_out.Films(config, model.size, [*lines.values(), *model.lines])
-    held_out.claim(out, held_out.made_by(config, model.settings, model.folder), accelerator.is_main_process)
+    made_by = held_out.made_by(config, model.settings, model.folder)
     x = test.averaged()  # (test clips, T, N)
     if config.shuffle:
         x = x[other_scenes(far_apart([line["segment"] for line in test.lines]))]
@@ -261,16 +262,18 @@ def evaluate_run(config: Config) -> int:
         films.write(out / "gt", {clip: lines[clip] for clip in clips[rank::world].tolist()}, silent=rank > 0)
         held_out.reconstruct(model, x, clips, out / "recon", config, rank, world)
 
-    in_processes(make, accelerator, config.processes)
-    accelerator.wait_for_everyone()
-    sets = held_out.pairs_of(out, lines, "from shuffled fMRI" if config.shuffle else "reconstruction")
-    unavailable = score_all(sets, config, out, accelerator)
-    if accelerator.is_main_process:
-        top_1 = held_out.write_retrieved(model, x[clips], lines, out / "retrieved.jsonl")
-        near_copy = has_near_copy(test.stimuli, clips)
-        source = {name: getattr(config, name) for name in ("data", "subject", "run", "seed", "shuffle")}
-        evaluation = Evaluation(sets, out, config, unavailable, source)
-        print(report(held_out.describe(evaluation, lines, model.lines, top_1, near_copy, films)))
+    with FolderLock(out, take=accelerator.is_main_process):
+        held_out.claim(out, made_by, accelerator.is_main_process)
+        in_processes(make, accelerator, config.processes)
+        accelerator.wait_for_everyone()
+        sets = held_out.pairs_of(out, lines, "from shuffled fMRI" if config.shuffle else "reconstruction")
+        unavailable = score_all(sets, config, out, accelerator)
+        if accelerator.is_main_process:
+            top_1 = held_out.write_retrieved(model, x[clips], lines, out / "retrieved.jsonl")
+            near_copy = has_near_copy(test.stimuli, clips)
+            source = {name: getattr(config, name) for name in ("data", "subject", "run", "seed", "shuffle")}
+            evaluation = Evaluation(sets, out, config, unavailable, source)
+            print(report(held_out.describe(evaluation, lines, model.lines, top_1, near_copy, films)))
     accelerator.end_training()
     return 3 if unavailable else 0
 

@@ -221,9 +221,9 @@ def write_page(page: Path = PAGE, results: Path = RESULTS) -> None:
             tables.append(as_markdown(read_json(file)))
     if not tables:
         raise FileNotFoundError(f"{results}/table*.json is not there: python extras/ablations.py makes it")
-    text = page.read_text() if page.is_file() else "\n".join((*MARKS, ""))
+    text = page.read_text(encoding="utf-8") if page.is_file() else "\n".join((*MARKS, ""))
     start, end = (text.find(mark) for mark in MARKS)
     if not 0 <= start < end:
         raise damaged(page, "another text", f"the lines {' and '.join(MARKS)}", "put them back")
     with written_whole(page) as part:
-        part.write_text("\n\n".join([text[: start + len(MARKS[0])], *tables, text[end:]]))
+        part.write_text("\n\n".join([text[: start + len(MARKS[0])], *tables, text[end:]]), encoding="utf-8")

@@ -298,7 +298,7 @@ class Process:
             remark = f", in part: {self.log} says why" if in_part else ""
             print(f"{minutes:7.1f} min: {self.job.name}{remark}", flush=True)
             return
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in self.log.read_text("utf-8", "replace").splitlines() if line.strip()]
         message = lines[-1].split("\r")[-1][:300] if lines else "it printed nothing"
         advice = f"all is in {self.log}; what is finished is kept, the same command goes on"
         raise ValueError(f"{self.job.command} ended with status {status}: {message}; {advice}")

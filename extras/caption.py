@@ -234,7 +234,7 @@ def caption(config: Config) -> None:
     tqdm.write(f"{model}: {counted}; {config.frames} frames a clip -> {out}")
     captioner = Captioner(model, config.pixels)
     stream = clips_from(films, done, config.frames)
-    with open(part, "a") as file, tqdm(total=total, initial=done, unit="clip") as progress:
+    with open(part, "a", encoding="utf-8") as file, tqdm(total=total, initial=done, unit="clip") as progress:
         while batch := list(islice(stream, batch_size)):
             frames = [clip for *_, clip in batch]
             first, *_ = batch
@@ -251,7 +251,7 @@ def caption(config: Config) -> None:
     for row in rows:
         del row["clip"]  # a number in its video; in a list the place says which clip it is
     with written_whole(out) as file:
-        file.write_text(json.dumps(rows, indent=0))
+        file.write_text(json.dumps(rows, indent=0), encoding="utf-8")
     part.unlink()
 
 
@@ -273,7 +273,7 @@ def rows_of_list(file: Path, split: str) -> list[dict]:
 
 def rules(config: Config) -> None:
     """The captions (and tags) of `config.rules`, with the categories of their nouns, into `config.out`."""
-    with written_whole(config.out) as part, open(part, "w") as out:
+    with written_whole(config.out) as part, open(part, "w", encoding="utf-8") as out:
         for split, file in zip(("train", "test"), config.rules, strict=False):
             for row in rows_of_list(file, split):
                 place = {key: row[key] for key in ("segment", "clip", "split") if key in row}

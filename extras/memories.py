@@ -210,7 +210,7 @@ def page(remembered: Remembered, out: Path) -> None:
     values = {**names, "clips": clips, "memories": memories}
     text = json.dumps(values, default=np.ndarray.tolist).replace("<", "\\u003c")  # no caption ends the script
     with written_whole(out) as part:
-        part.write_text(PAGE.read_text().replace("/* RUN */ null", text))
+        part.write_text(PAGE.read_text(encoding="utf-8").replace("/* RUN */ null", text), encoding="utf-8")
 
 
 def as_uri(file: Path) -> str:

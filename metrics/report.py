@@ -134,7 +134,7 @@ def report(run: Evaluation) -> str:
             if reason := result["metrics"][name].get("reason"):
                 reasons.setdefault(f"{method}: {reason}", []).append(name)
     rows.append(("chance", {name: number(METRICS[name].chance) for name in names}))
-    with written_whole(run.out / "metrics.csv") as part, open(part, "w", newline="") as file:
+    with written_whole(run.out / "metrics.csv") as part, part.open("w", -1, "utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for method, result in results.items():

@@ -72,7 +72,7 @@ def known_values(out: Path) -> dict[str, object]:
     for file in sorted(out.glob("values/*.jsonl")):
         if not file.is_file():
             raise damaged(file, "a folder", "a file of values", "delete it")
-        for line in file.read_text(errors="replace").split("\n"):
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
             with suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 known.update(row if isinstance(row, dict) else {})
@@ -108,7 +108,7 @@ def score(
     n = len(next(iter(sets.values())))
     order = sorted(range(n), key=lambda i: i % max(1, n // 2))  # a control's clip is next: read, judged once
     (out / "values").mkdir(parents=True, exist_ok=True)
-    with open(out / "values" / f"{rank}.jsonl", "a") as file:
+    with open(out / "values" / f"{rank}.jsonl", "a", encoding="utf-8") as file:
         for i in tqdm(np.array_split(order, world)[rank], desc="scoring", unit="clip", disable=rank > 0):
             for pairs in sets.values():
                 keys = keys_of(pairs[i], config)

@@ -86,7 +86,7 @@ def _read_hdf5(path: Path) -> list[str]:
     command = [sys.executable, "-c", READ_HDF5, str(path)]
     content = "one dataset of captions in UTF-8, in a whole .h5 file"
     try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        process = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     except subprocess.TimeoutExpired as error:
         raise damaged(path, "no answer in a minute", content) from error
     if process.returncode:

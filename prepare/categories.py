@@ -16,7 +16,7 @@ def _noun_tables(text: str) -> list[dict[str, str]]:
     return [dict(re.findall(r"^(\w+): (.+)$", section, re.M)) for section in sections]
 
 
-_OBJECT_NAMES, _NOUNS, _MEANINGS = _noun_tables(Path(__file__).with_name("coco_nouns.txt").read_text())
+_OBJECT_NAMES, _NOUNS, _MEANINGS = _noun_tables(Path(__file__).with_name("coco_nouns.txt").read_text("utf-8"))
 COCO = {k: tuple(names.split(", ")) for k, names in _OBJECT_NAMES.items()}
 SYNONYMS = {noun: k for k, nouns in _NOUNS.items() for noun in nouns.split(", ")}
 _NAMES = SYNONYMS | {name: k for k, names in COCO.items() for name in names}

@@ -15,6 +15,7 @@ from prepare.release import Release
 from support.files import MissingData
 from support.options import option, parse
 from support.readers import reading
+from support.runs import FolderLock
 
 PRESETS = {"toy": {}, "cc2017": {"test_segments": 5}, "cinebrain": {"window": facts.CLIP_VOLUMES}}
 DELAYS = f"cc2017: {facts.CC2017_DELAY}, of 2 s; cinebrain: {facts.CINEBRAIN_DELAY}, of 0.8 s"
@@ -133,4 +134,5 @@ def main(argv: Sequence[str], doc: str | None = __doc__) -> None:
 
         prepare_toy(subject=config.subject)
     else:
-        prepare(config)
+        with FolderLock(Path("data") / config.data):  # subjects share its stimuli
+            prepare(config)

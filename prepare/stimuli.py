@@ -129,7 +129,7 @@ def prepare_stimuli(
         files = [folder / split / f"{name}.npy" for name in ("e_txt", "e_img", "e_act")]
         encoded = all([is_made_by(file, recipe) for file in files])
         with written_whole(folder / split / "clips.jsonl") as part:
-            part.write_text("".join(json.dumps(row) + "\n" for row in rows[split]))
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows[split]), encoding="utf-8")
         matrix = category_matrix(labels[split], classes)
         file = folder / split / "categories.npy"
         with writing_array(file, matrix.shape, "uint8", {"classes": classes}) as array:
@@ -147,7 +147,7 @@ def prepare_stimuli(
 def _report(file: Path, table: str, rows: dict[str, list[dict]]) -> None:
     """The table of categories to `file` and to the screen, and how many captions recur."""
     with written_whole(file) as part:
-        part.write_text(table + "\n")
+        part.write_text(table + "\n", encoding="utf-8")
     train, test = caption_copies(rows["train"], rows["test"])
     tqdm.write(table)
     tqdm.write(f"{train:.1%} of the training clips share their caption with another training segment")

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from support.readers import FileFault, MissingFile, check_keys, damaged, read_array, read_json, reading
 
@@ -32,18 +34,25 @@ def find_weights(name: str) -> str:
     return f"{name.removesuffix(folder)}{beside}" if is_beside else name
 
 
+class NoRoom(OSError):
+    """For so many bytes; inside `written_whole`, which makes it DiskFull."""
+
+    def __init__(self, size: int):
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.size = size
+
+
 @contextmanager
 def written_whole(path: Path, keep: bool = False) -> Iterator[Path]:
-    """A temporary name to write a file or a folder to. It becomes `path` when the block ends; of a folder,
-    file by file. If the block fails, it is removed, unless to `keep`."""
+    """A temporary name to write a file or a folder to. It becomes `path` when the block ends; where a
+    folder is there, file by file. If the block fails, it is removed, unless to `keep`."""
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if part.is_dir():  # of an earlier start
         shutil.rmtree(part)
     try:
         yield part
-        if part.is_dir():
-            path.mkdir(exist_ok=True)
+        if part.is_dir() and path.is_dir():
             for file in part.iterdir():
                 file.replace(path / file.name)
         else:
@@ -59,15 +68,24 @@ def written_whole(path: Path, keep: bool = False) -> Iterator[Path]:
 
 
 def _raise_if_full(path: Path, part: Path, error: Exception) -> None:
-    """torch.save does not say so; other libraries hand on the system's text, or numpy's."""
-    free = shutil.disk_usage(path.parent).free
-    texts = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "Not enough free space"
-    unclear = isinstance(error, (OSError, RuntimeError)) and free < 1 << 20
-    if not isinstance(error, DiskFull) and (unclear or any(text in str(error) for text in texts)):
-        size = sum(file.stat().st_size for file in [part, *part.rglob("*")] if file.is_file())
-        sizes = f"takes {size / 1e9:,.3f} GB, but the disk is full, with {free / 1e9:,.3f} GB free"
-        advice = "make room and run the command again; it keeps what is whole"
-        raise DiskFull(f"{path} {sizes}: {advice}") from error
+    """torch.save says it in words of its own; other libraries hand on the system's text, or numpy's."""
+    texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+    texts += ["Not enough free space", "requested and", "fail at inline_container"]
+    if not isinstance(error, DiskFull) and any(text in str(error) for text in texts):
+        sizes = [sum(f.stat().st_size for f in [p, *p.rglob("*")] if f.is_file()) for p in (part, path)]
+        sizes.append(getattr(error, "size", 0))
+        takes, free = max(sizes) / 1e6, shutil.disk_usage(path.parent).free / 1e6
+        advice = "make room, or take another disk, and run the command again; it keeps what is whole"
+        fault = f"{path}: no room on the disk: it takes {takes:,.1f} MB or more, {free:,.1f} MB are free"
+        raise DiskFull(f"{fault}: {advice}") from error
+
+
+def check_room(folder: Path, content: object) -> None:
+    """Raises NoRoom where tensors, in dicts and lists of any depth, are larger than what the disk has free:
+    libraries say of a full disk neither what they write nor how much."""
+    size = sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, Tensor))
+    if size > shutil.disk_usage(folder).free:
+        raise NoRoom(size)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -81,6 +99,7 @@ def write_json(path: Path, value: object) -> None:
 
 def save_model(model, folder: Path) -> None:
     """config.json and model.safetensors of a PyTorchModelHubMixin, without its card, which says nothing."""
+    check_room(folder, model.state_dict())
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
 
@@ -108,15 +127,20 @@ def writing_array(
     """A memory-mapped array to fill in the block; then it is `path`, and the manifest says what made it."""
     with written_whole(path) as part:
         array = new_array(part, shape, dtype)
-        yield array
-        _close(array)
+        with _closing([array]):
+            yield array
     add_to_manifest(path, array, recipe, inputs)
 
 
-def _close(array: np.memmap) -> None:
-    """Windows does not rename what is mapped; the array is not to be touched again."""
-    array.flush()
-    array._mmap.close()
+@contextmanager
+def _closing(arrays: Sequence[np.memmap]) -> Iterator[None]:
+    """Windows neither renames nor removes what is mapped; then the arrays are not to be touched again."""
+    try:
+        yield
+    finally:
+        for array in arrays:
+            array.flush()
+            array._mmap.close()
 
 
 @contextmanager
@@ -143,10 +167,10 @@ def resumable_arrays(
                 done = note["done"]
         if not arrays:
             arrays = [new_array(part, shapes[path], dtype) for part, path in zip(parts, shapes, strict=True)]
+        stack.enter_context(_closing(arrays))
         filled(done)
         yield arrays, done, filled
         for path, array in zip(shapes, arrays, strict=True):
-            _close(array)
             add_to_manifest(path, array, recipe, inputs)
     state.unlink()
 

@@ -23,7 +23,9 @@ Type = type | tuple[type, ...]
 # faults of the machine, which no file is deleted for: the texts that libraries hand on in errors of their own
 _MACHINE = ("EACCES", "EPERM", "EMFILE", "ENFILE", "ENOMEM", "ENOSPC", "EDQUOT", "EIO")
 _MACHINE_TEXTS = [os.strerror(getattr(errno, name)) for name in _MACHINE]
-_NO_DAMAGE = (MemoryError, torch.OutOfMemoryError, ImportError, ConnectionError, TimeoutError)
+# torch's of the CPU, Windows among it, and of the driver
+_MEMORY_TEXTS = (os.strerror(errno.ENOMEM), "DefaultCPUAllocator", "CUDA error: out of memory")
+_NO_DAMAGE = (ImportError, ConnectionError, TimeoutError)
 
 _advice = ContextVar("advice", default="delete it and make it anew")
 
@@ -42,6 +44,16 @@ def damaged(path: Path | str, content: object, wanted: object, advice: str | Non
     if any(words in text for words in ("pickle", "Weights only load", "mmap can only")):
         text = "a damaged file, or Python objects, which could run code"  # the library advises to load them
     return FileFault(f"{path}: found {text}, wanted {wanted}: {advice or _advice.get()}")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(text in str(error) for text in _MEMORY_TEXTS)
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Permission, open files, memory, disk."""
+    return lacks_memory(error) or any(text in str(error) for text in _MACHINE_TEXTS)
 
 
 @contextmanager
@@ -66,7 +78,7 @@ def reading(path: Path | str, wanted: str = "a whole file", advice: str | None =
         except (FileFault, MissingFile, *_NO_DAMAGE):
             raise
         except Exception as error:
-            if any(text in str(error) for text in _MACHINE_TEXTS):
+            if is_of_machine(error):
                 raise
             missing = getattr(error, "filename", None) or path
             if isinstance(error, FileNotFoundError) and not os.path.exists(missing):

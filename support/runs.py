@@ -1,5 +1,6 @@
 """Folders of runs, signals, and the door that every script goes through."""
 
+import copy
 import json
 import logging
 import os
@@ -24,9 +25,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from support.files import MissingData, save_folder, write_json, write_text, written_whole
+from support.files import MissingData, check_room, save_folder, write_json, write_text, written_whole
 from support.options import check_name
-from support.readers import advising, check_tensors, damaged, read_json, read_state, reading
+from support.readers import (
+    advising,
+    check_tensors,
+    damaged,
+    is_of_machine,
+    lacks_memory,
+    read_json,
+    read_state,
+    reading,
+)
 
 Write = Callable[[Path], object]  # to this file or folder
 
@@ -53,21 +63,30 @@ def read_settings(file: Path, settings: dict, may_change: Sequence[str], advice:
 
 
 class FolderLock:
-    """One process group at a time works in a folder. The lock leaves no file, and ends with the process."""
+    """One process group at a time works in a folder: one process of it is to `take` the lock. That leaves no
+    file, ends with the process, and is none where the system or the disk has none."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, advice: str = "wait for it", take: bool = True):
         self.folder, self.handle = folder, None
         with suppress(ImportError):  # Windows has no fcntl
             import fcntl
 
-            folder.mkdir(parents=True, exist_ok=True)
-            self.handle = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                os.close(self.handle)
-                advice = "wait for it, or choose another --run NAME"
-                raise ValueError(f"{folder}: another process works in it: {advice}") from error
+            if take:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.handle = os.open(folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    os.close(self.handle)
+                    raise ValueError(f"{folder}: another process works in it: {advice}") from error
+                except OSError:  # network disks have no locks of folders
+                    pass
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
 
     def close(self) -> None:
         """Give it back, and leave no empty folder."""
@@ -106,7 +125,7 @@ class RunFolder:
         if not isinstance(self.first_step, int) or self.first_step > total:
             step = f"step = {self.first_step!r}"
             raise damaged(folder / "config.json", step, f"a step of 0 to {total}", advice)
-        self.lock = FolderLock(folder) if self.chief else None
+        self.lock = FolderLock(folder, "wait for it, or choose another --run NAME", self.chief)
         self.finished = self.first_step == total and (folder / last).is_file()
 
     def __enter__(self) -> "RunFolder":
@@ -136,7 +155,8 @@ class RunFolder:
             for name, part in state.items():
                 if all(isinstance(value, Tensor) for value in stored[name].values()):
                     check_tensors(stored[name], file)
-                part.load_state_dict(stored[name])
+                values = copy.deepcopy(stored[name])  # an optimiser keeps what it gets: no piece of the file
+                part.load_state_dict(values)
             if not 0 < stored["step"] <= self.total:
                 raise damaged(file, f"step {stored['step']}", f"a step of 1 to {self.total}")
         self.first_step = stored["step"]
@@ -186,6 +206,7 @@ class RunFolder:
             save_folder(self.folder / name, write)
         with written_whole(self.state_file) as part:
             state = {name: member.state_dict() for name, member in self.state.items()}
+            check_room(part.parent, state)
             torch.save(state | {"step": step}, part)
         write_json(self.folder / "config.json", self.settings | {"step": step, "steps_in_all": self.total})
 
@@ -267,6 +288,12 @@ def door(main: Callable[[], int | None]) -> typing.NoReturn:
         sys.exit(f"error: this is Python {sys.version.split()[0]}, wanted 3.11 or later")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet()
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it is closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):  # what its code page lacks becomes a question mark
+            stream.reconfigure(errors="replace")
 
     def terminated(number: int, frame) -> typing.NoReturn:
         raise Stopped(number, "terminated; the same command goes on where it was")
@@ -274,21 +301,32 @@ def door(main: Callable[[], int | None]) -> typing.NoReturn:
     signal.signal(signal.SIGTERM, terminated)
     status, message = 1, ""
     try:
-        status = main() or 0
-    except BAD_INPUT as error:
-        message = f"error: {brief(error)}"
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        fault = str(error).strip().split("\n")[0] or "no more memory"
-        advice = "python extras/plan.py counts what options need; try --micro_batch 1, --checkpointing"
-        message = f"error: out of memory ({fault}): {advice} or --optimizer adamw8bit"
+        end = main() or 0
+        sys.stdout.flush()
+        status = end
+    except (*BAD_INPUT, MemoryError, RuntimeError) as error:
+        if not (isinstance(error, BAD_INPUT) or is_of_machine(error)):
+            raise
+        if not isinstance(error, BrokenPipeError) or heard("\n"):
+            message = f"error: {brief(error)}"
     except Stopped as stopped:
         status, message = stopped.status, str(stopped)
     except KeyboardInterrupt:
         status, message = 130, "interrupted; the same command goes on where it was"
     if message:
         say(message)
-    sys.stdout.flush()
+    heard()
     sys.exit(status)
+
+
+def heard(text: str = "") -> bool:
+    """Can stdout be written to? If not, what is left for it goes nowhere."""
+    try:
+        print(text, end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def quiet() -> None:
@@ -309,7 +347,11 @@ def brief(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if isinstance(error, MissingData):
         return text
-    if isinstance(error, OSError) and error.strerror and error.filename:
+    if lacks_memory(error):
+        fault = str(error).strip().split("\n")[0] or "no more memory"
+        advice = "python extras/plan.py counts what options need; try --micro_batch 1, --checkpointing"
+        text = f"out of memory ({fault}): {advice} or --optimizer adamw8bit"
+    elif isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "\n".join(textwrap.shorten(line, 600) for line in lines[:3])

@@ -8,6 +8,7 @@ import pytest
 
 from prepare import command, facts
 from support.files import MissingData
+from support.runs import FolderLock
 
 RAW = ["--raw", "."]
 
@@ -54,6 +55,21 @@ def test_without_a_release_the_guide_is_printed(name, either):
     wanted = f"(?s)give --raw .the release.{either}.*data/{name} is not prepared for subject 2.*"
     with pytest.raises(MissingData, match=wanted + f"python data.py {name} --raw RAW --subject 2"):
         command.main([name, "--subject", "2"])
+
+
+def test_two_at_once_do_not_prepare_one_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        FolderLock(Path("data/cc2017")),
+        pytest.raises(ValueError, match="data/cc2017: another process works"),
+    ):
+        command.main(["cc2017", *RAW])
+    with (
+        FolderLock(Path("data/toy")),
+        pytest.raises(ValueError, match="data/toy: another process works in it"),
+    ):
+        command.main(["toy"])
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_toy_world_is_prepared_for_its_subject(monkeypatch):

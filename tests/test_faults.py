@@ -23,7 +23,7 @@ import train_stage2
 from evaluate import CineNeuron
 from metrics.options import parse as parse_evaluate
 from support.readers import read_array, read_json, read_json_lines, read_npz, read_state, read_tensors
-from support.runs import RunFolder, door
+from support.runs import FolderLock, RunFolder, door
 
 STAGE1 = "--data cc2017 --steps 4 --batch_size 8 --tokens 12 --width 24 --layers 1 --attention_heads 4 --save_every 2 --log_every 1"
 STAGE2 = (
@@ -527,6 +527,13 @@ def test_a_finished_run_says_so_and_changes_nothing(command: str, more: str, wor
     changed = {path for path, value in state_of(world).items() if files.get(path) != value}
     assert not [path for path in changed if "/eval" not in str(path)]
     assert ("is finished" in capsys.readouterr().out) == (command != "ev")
+
+
+@pytest.mark.parametrize("command", ["ev", "pairs"])
+def test_two_at_once_do_not_evaluate_into_one_folder(command: str, world, capfd):
+    folder = Path("pairs/metrics") if command == "pairs" else next(Path(RUN).glob("eval*"))
+    with FolderLock(folder):
+        assert f"{folder}: another process works in it" in error_of(lambda: run(command), world, capfd)
 
 
 def test_a_smaller_evaluation_leaves_the_whole_one(world):

@@ -60,7 +60,9 @@ def test_a_copy_that_is_ended_as_it_starts_ends():
         time.sleep(20)
 
     before, forks, parent = signal.signal(signal.SIGTERM, terminated), [], os.getpid()
-    os.register_at_fork(before=lambda: forks.append(0), after_in_child=lambda: len(forks) == 2 and time.sleep(1))
+    os.register_at_fork(
+        before=lambda: forks.append(0), after_in_child=lambda: len(forks) == 2 and time.sleep(1)
+    )
     try:
         with pytest.raises(ValueError, match="0007.mp4: found nothing"):
             in_processes(work, ALONE, 2)

@@ -300,6 +300,7 @@ def test_the_toy_world_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         make_toy(raw)
     assert not [*raw.parent.iterdir()]
+    (raw.parent / ".raw.part" / "fmri").mkdir(parents=True)  # a kill left it
     make_toy(raw, 4)
     make_toy(raw, 4)
     assert calls == [0, 4] and [*raw.parent.iterdir()] == [raw]

@@ -1,11 +1,14 @@
 """support/: files written whole, options with ranges, runs that go on as if nothing had happened, the door. Damage to
 files: test_faults.py."""
 
+import ast
 import errno
 import hashlib
+import io
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -77,6 +80,7 @@ MACHINE = [
     ConnectionError(),
     TimeoutError(),
     RuntimeError("<a>: Too many open files (24)"),
+    RuntimeError("DefaultCPUAllocator: not enough memory"),
 ]
 
 
@@ -169,28 +173,66 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 @pytest.mark.parametrize("error", [
     OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EFBIG, "File too large"),  # for such a file system
     OSError("Not enough free space to write 32000000 bytes after offset 128"),  # numpy
+    OSError("4000 requested and 512 written"),  # numpy, too
     SafetensorError("I/O error: No space left on device (os error 28)"),
     RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),  # torch.save
 ])  # fmt: skip
 def test_a_full_disk_is_one_error_whatever_a_library_says(error, tmp_path, monkeypatch):
-    path, free = tmp_path / "a.pt", 5_000_000
-    if isinstance(error, RuntimeError):
-        free = 0
-        with pytest.raises(RuntimeError, match="unexpected pos"), written_whole(path):
-            raise error  # another disk has room
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-    message = f"a.pt takes 0.002 GB, but the disk is full, with {free / 1e9:.3f} GB free: make room"
-    with pytest.raises(OSError, match=message), written_whole(tmp_path / "b"), written_whole(path) as part:
-        part.write_bytes(bytes(2_000_000))
-        raise error
-    with pytest.raises(OSError, match="m takes 0.000 GB, but the disk is full"):
+    path = tmp_path / "a.pt"
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=500_000))
+    for old in (0, 3_000_000):  # the last one says how much the next will take
+        path.write_bytes(bytes(old))
+        message = (
+            f"a.pt: no room on the disk: it takes {max(old, 2e6) / 1e6} MB or more, 0.5 MB are free: make"
+        )
+        with (
+            pytest.raises(OSError, match=message),
+            written_whole(tmp_path / "b"),
+            written_whole(path) as part,
+        ):
+            part.write_bytes(bytes(2_000_000))
+            raise error
+    with pytest.raises(OSError, match="m: no room on the disk: it takes 0.0 MB"):
         save_folder(tmp_path / "m", lambda folder: (_ for _ in ()).throw(error))
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="m: no room on the disk: it takes 4.8 MB or more, 0.5 MB"):
+        save_folder(tmp_path / "m", lambda folder: files.check_room(folder, {"a": [torch.ones(1_200_000)]}))
+    assert [*tmp_path.iterdir()] == [path] and path.stat().st_size == 3_000_000
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """As there, what is mapped is neither replaced nor removed."""
+
+    def refusing(change):
+        def refuse(*paths, **options):
+            mapped = Path("/proc/self/maps").read_text()
+            for path in paths:
+                if re.search(rf" {re.escape(os.path.realpath(path))}$", mapped, re.M):
+                    raise PermissionError(errno.EACCES, "in use", str(path))
+            return change(*paths, **options)
+
+        return refuse
+
+    for name in ("replace", "rename", "unlink"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+
+
+def test_nothing_is_replaced_or_removed_while_it_is_mapped(windows, tmp_path):
+    fit(tmp_path, 3)
+    fit(tmp_path)  # goes on from its state.pt, and writes the next
+    with pytest.raises(KeyError), files.writing_array(tmp_path / "a.npy", (4,), "float32", {}):
+        raise KeyError  # itself, and not that a part of it stays
+    np.save(tmp_path / "a.npy", np.ones(9))
+    with pytest.raises(PermissionError), written_whole(tmp_path / "a.npy") as part:
+        part.touch()
+        array = read_array(tmp_path / "a.npy")
+    del array
 
 
 @pytest.mark.parametrize("damage", ["none", "state", "array", "recipe", "input"])
-def test_arrays_go_on_after_a_kill(damage: str, tmp_path):
+def test_arrays_go_on_after_a_kill(damage: str, windows, tmp_path):
     shapes = {tmp_path / "a.npy": (4, 2), tmp_path / "b.npy": (4,)}
     start = partial(resumable_arrays, shapes, "float32")
     with pytest.raises(KeyboardInterrupt), start({"by": "test"}, {"x": "1"}) as (arrays, done, filled):
@@ -270,6 +312,26 @@ def test_the_networks_beside_the_code_are_found_from_any_folder(tmp_path, monkey
     assert shared.decoder_at("models", stage2) == str(tmp_path / "models")
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/runs/stage2/config.json is not there"):
         shared.locate(tmp_path / "runs")
+
+
+def test_every_text_file_is_opened_as_utf8():
+    """Windows takes its code page for what does not say."""
+    rooms = "prepare metrics support toy extras extras/page".split()
+    for file in [path for room in (".", *rooms) for path in (REPO / room).glob("*.py")]:
+        for call in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(call, ast.Call) and (words := ast.unparse(call.func).split("."))[0] not in (
+                "os",
+                "av",
+            ):
+                arguments = [ast.unparse(value) for value in (*call.args, *(k.value for k in call.keywords))]
+                opened = {*words} & {"open", "read_text", "write_text"} and words not in (
+                    ["read_text"],
+                    ["write_text"],
+                )
+                binary = any(re.fullmatch("'[rwax+]*b[+]?'", argument) for argument in arguments)
+                assert not opened or binary or any("'utf-8" in argument for argument in arguments), (
+                    f"{file}:{call.lineno}"
+                )
 
 
 # ---------------------------------------------------------------- options
@@ -447,7 +509,7 @@ def test_gradients_travel_in_few_messages_of_one_type(monkeypatch):
     torch.testing.assert_close(gradients, expected)
 
 
-def test_bitsandbytes_keeps_all_but_the_first_group_in_32_bits(monkeypatch):
+def test_bitsandpagekeeps_all_but_the_first_group_in_32_bits(monkeypatch):
     parameters = [nn.Parameter(torch.ones(n)) for n in (1, 2, 3)]
     groups = [([p], 0.1 * (k + 1)) for k, p in enumerate(parameters)]
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
@@ -770,6 +832,8 @@ def throw(error: BaseException):
     (MemoryError("8 GB\nmore"), 1, "error: out of memory (8 GB): python extras/plan.py counts what options need; "
         "try --micro_batch 1, --checkpointing or --optimizer adamw8bit\n"), (MemoryError(), 1, "error: out of memory (no more memory): "),
     (torch.OutOfMemoryError("x"), 1, "error: out of memory (x): "), (KeyboardInterrupt(), 130, "interrupted; the same command goes on where it was\n"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory ("),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "error: out of memory ("), (RuntimeError("<a>: Too many open files (24)"), 1, "error: <a>: Too many"),
     (Stopped(signal.SIGINT, "saved"), 130, "saved\n"), (Stopped(signal.SIGTERM, "saved"), 0, "saved\n"),
 ])  # fmt: skip
 def test_bad_input_and_signals_are_said_in_few_lines(error, status, message, at_the_door):
@@ -785,6 +849,29 @@ def test_the_door(at_the_door):
     with pytest.raises(KeyError):  # a bug keeps its traceback
         door(lambda: throw(KeyError("bug")))
     assert len(brief(ValueError("long " * 999))) <= 600
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii"])
+def test_what_a_code_page_lacks_is_replaced(encoding: str, at_the_door, monkeypatch):
+    page = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(page, encoding))
+    assert at_the_door(lambda: print("100 ↑ 視")) == (0, "") and page.getvalue() == b"100 ? ?\n"
+
+
+@pytest.mark.parametrize(("opened", "status", "error"), [
+    (lambda: None, 0, ""),  # closed by >&-
+    (lambda: open("/dev/full", "w"), 1, "error: [Errno 28] No space left on device\n"),
+    (lambda: os.fdopen(pipe_without_reader(), "w"), 1, ""), (lambda: os.fdopen(pipe_without_reader(), "w", 1), 1, ""),
+])  # fmt: skip
+def test_a_stdout_that_nobody_reads_is_no_traceback(opened, status, error, at_the_door, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", opened())
+    assert at_the_door(lambda: print("a table")) == (status, error)
+
+
+def pipe_without_reader() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
 
 
 def test_one_error_of_several_processes_is_printed_once(monkeypatch, tmp_path, capsys):

@@ -1,8 +1,6 @@
 """The toy world as a release: its files are made here, and read and prepared as those of cc2017 are."""
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,8 +12,9 @@ from tqdm import tqdm
 from prepare.copies import prepare_copies, prepare_recorded
 from prepare.facts import VIDEO, check_subject, decoder_recipes, raw_folder, stimuli_folder
 from prepare.release import Release, visible
-from support.files import is_made_by, write_json
+from support.files import is_made_by, write_json, written_whole
 from support.readers import advising, read_array, read_json, read_json_lines, read_npz
+from support.runs import FolderLock
 from support.videos import write_video
 from toy import world
 from toy.subject import VERSION, VOLUMES_BEFORE, VOXELS, recordings, responses
@@ -74,7 +73,7 @@ def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
     clips = film("train", seed) + film("test", seed)
     response = responses(clips, np.load(VOXELS)["roi"], seed)
     start = 0
-    with open(folder / "captions.jsonl", "w") as captions:
+    with open(folder / "captions.jsonl", "w", encoding="utf-8") as captions:
         for split, prefix, segments, length, repeats in (
             ("train", "seg", world.TRAIN_SEGMENTS, world.TRAIN_CLIPS, world.TRAIN_REPEATS),
             ("test", "test", world.TEST_SEGMENTS, world.TEST_CLIPS, world.TEST_REPEATS),
@@ -106,19 +105,11 @@ def make_toy(raw: Path, seed: int = 0) -> None:
             advice = f"delete {raw.parent}, and {Path('runs/toy')}, whose runs saw those films"
             raise ValueError(f"{raw} is of another version of the toy world, wanted {VERSION}: {advice}")
         return
-    part = raw.with_name(f".{raw.name}-{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    runs = tqdm(write_release(part, seed), total=60, desc="toy world: films and recordings", unit="run")
-    try:
-        for _ in runs:
+    with written_whole(raw) as part:
+        runs = write_release(part, seed)
+        for _ in tqdm(runs, total=60, desc="toy world: films and recordings", unit="run"):
             pass
         write_json(part / "version.json", {"version": VERSION})
-        part.rename(raw)
-    except OSError:
-        if not raw.is_dir():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def toy_recipe(subject: int) -> dict:
@@ -139,23 +130,27 @@ def prepare_toy(
     raw, stimuli = raw_folder("toy", subject, root), stimuli_folder("toy", subject, root)
     folder, recipe = root / "toy" / f"sub{subject}", toy_recipe(subject)
     size = size or VIDEO["toy"]
+    ready = _is_prepared(folder, stimuli, recipe)
+    decoded = decoder is None or _decoder_is_prepared(stimuli, decoder, size)
+    if ready and decoded:
+        return
     # what loads open_clip or diffusers is imported only where something is to be made
-    if not _is_prepared(folder, stimuli, recipe):
-        from prepare.fmri import prepare_fmri
-        from prepare.stimuli import prepare_stimuli
-
+    with FolderLock(root / "toy"):
         make_toy(raw, seed=subject - 1)
         release, captions = ToyRelease(raw, subject), raw / "captions.jsonl"
-        prepare_fmri(release, folder, recipe)
-        prepare_recorded(folder)
-        lists = {"train": captions, "test": captions}
-        prepare_stimuli(release, stimuli, lists, "local-dir:toy/clip", "toy/viclip")
-        prepare_copies(stimuli)
-    if decoder is not None and not _decoder_is_prepared(stimuli, decoder, size):
-        from prepare.decoder import prepare_decoder
+        if not ready:
+            from prepare.fmri import prepare_fmri
+            from prepare.stimuli import prepare_stimuli
 
-        make_toy(raw, seed=subject - 1)
-        prepare_decoder(ToyRelease(raw, subject), stimuli, decoder, size)
+            prepare_fmri(release, folder, recipe)
+            prepare_recorded(folder)
+            lists = {"train": captions, "test": captions}
+            prepare_stimuli(release, stimuli, lists, "local-dir:toy/clip", "toy/viclip")
+            prepare_copies(stimuli)
+        if not decoded:
+            from prepare.decoder import prepare_decoder
+
+            prepare_decoder(release, stimuli, decoder, size)
 
 
 def _is_prepared(folder: Path, stimuli: Path, recipe: dict) -> bool:
