@@ -2,15 +2,21 @@
 what it is. Damage to it: test_faults.py."""
 
 import json
+import os
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_faults import damaged, edit, npz, setting, tensors
 from tiny import LATENT, D, F, L, N, T
 
+import data
+import train_stage1
+import train_stage2
 from data import Clips
 from evaluate import CineNeuron
 from metrics import card
@@ -114,6 +120,11 @@ def test_a_model_is_located(tiny_copy, monkeypatch):
     assert shared.locate(RUN) == shared.locate(RUN / "stage2") == RUN / "stage2"
     (RUN / "stage2" / "config.json").rename("aside.json")
     assert shared.locate(RUN / "stage2") == RUN / "stage2"  # its error names config.json
+    shutil.copytree(RUN / "stage2" / "heads", "half/heads")
+    with pytest.raises(
+        FileNotFoundError, match="^half/config.json is not there: .*download the folder again"
+    ):
+        CineNeuron.from_pretrained("half")
     for name in ("runs/none", "none", RUN):
         with pytest.raises(FileNotFoundError, match=f"{name}/stage2/config.json is not there"):
             shared.locate(name)
@@ -161,6 +172,62 @@ def test_parts_that_do_not_fit_each_other_are_refused(tiny, model, monkeypatch):
         check(f"a Brain Model of {L} tokens, wanted the decoder's 11")
     monkeypatch.setattr(clips, "latents", np.zeros((45, LATENT[0] + 1, *LATENT[1:])))
     check("latents")
+
+
+# ---------------------------------------------------------------- a stranger's folder
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def stage1(**changes):
+    return edit(lambda settings: settings | {"stage1_config": settings["stage1_config"] | changes})
+
+
+def memory(**changes):
+    return edit(lambda rows: [rows[0] | changes, *rows[1:]])
+
+
+MOM, BRAIN, MEMORIES = "mixture_of_memories/config.json", "brain_model/config.json", "memories.safetensors"
+STRANGE = [
+    *[("config.json", setting(**{name: value}), f"found {name} = {value}, wanted {name} (at least|above)") for name, value in [
+        ("height", 0), ("frames", -1), ("sampling_steps", 0), ("guidance", -1), ("lora_rank", -2), ("lora_alpha", 0), ("subject", 0), ("noise_shift", 0.0)]],
+    *[("config.json", stage1(**{name: value}), f"stage1_config: found {name} = {value}") for name, value in [("tau", 0), ("lambda_1", -1), ("lambda_2", -0.5)]],
+    ("config.json", setting(height=33), "config.json: found .*does not fit"),
+    *[(MOM, setting(**{name: value}), f"{name} = '?{value}'?, wanted") for name, value in [
+        ("K", 0), ("K", 46), ("K", "3"), ("K", 2.5), ("tau", 0.0), ("tau", -1), ("alpha", float("nan")), ("attention_heads", 5), ("tokens", 11)]],
+    (BRAIN, setting(attention_heads=5), "brain_model/config.json: found attention_heads = 5, wanted a divisor of 24"),
+    (BRAIN, setting(rank=-2), "brain_model"), (BRAIN, pipe, "brain_model/config.json: found a pipe or a device"),
+    ("heads/model.safetensors", pipe, "heads/model.safetensors: found a pipe"), (MEMORIES, pipe, "found a pipe"),
+    ("lora/pytorch_lora_weights.safetensors", pipe, "found a pipe"), ("voxels.npz", device, "voxels.npz: found a pipe or a device"),
+    ("config.json", device, "config.json: found a pipe or a device"), ("memories.json", device, "found a pipe or a device"),
+    *[("memories.json", memory(**{name: value}), f"line 0: found {name} = '{value}'") for name, value in [
+        ("caption", 3), ("caption", None), ("video", None), ("segment", 1), ("start_s", "0"), ("categories", None)]],
+    *[(MEMORIES, tensors(**{name: getattr(torch.Tensor, dtype)}), "memories.safetensors") for name, dtype in [
+        ("e", "double"), ("e", "bfloat16"), ("empty", "bfloat16"), ("text_tokens", "bfloat16"), ("text_offsets", "bool")]],
+    (MEMORIES, tensors(e=lambda e: e.sum()), "memories.safetensors"),
+    ("voxels.npz", npz(index=np.ones((N, 2), int)), r"voxels.npz\[index\]: found int64 of shape \(40, 2\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "damage", "message"), STRANGE)
+def test_a_strangers_folder_is_one_error_that_names_its_file(file, damage, message, folder):
+    with damaged(folder / file, damage), pytest.raises(ValueError, match=message):
+        CineNeuron.from_pretrained(folder)
+
+
+def test_the_ranges_are_those_of_the_options():
+    for field in (*fields(train_stage1.Config), *fields(train_stage2.Config)):
+        if field.name in shared.RANGES:
+            assert shared.RANGES[field.name] == field.metadata["ranges"], field.name
+    assert shared.LINE == data.LINE
 
 
 # ---------------------------------------------------------------- fMRI
