@@ -44,6 +44,7 @@ KEYS |= {"guidance": float, "lora_alpha": float, "noise_shift": float, "checkpoi
 TEXT = (str, type(None))
 STAGE1 = {"data": str, "subject": int, "rois": TEXT, "val_segments": TEXT, "sizes": dict, "precision": str}
 STAGE1 |= dict.fromkeys(("tau", "lambda_1", "lambda_2", "dropout"), float)
+PREPARE = "prepare it with data.py, as the clips of fmri.npy"
 PARTS = "brain_model", "heads", "mixture_of_memories"
 SIZES = "voxels volumes tokens width layers attention_heads embed_dim rank dim frames classes text_dim K"
 PART = dict.fromkeys(SIZES.split(), int) | dict.fromkeys(("alpha", "tau", "text_rms"), float)
@@ -242,19 +243,23 @@ def read_voxels(folder: Path, N: int) -> dict[str, np.ndarray]:
 def check_fmri(x: Tensor | np.ndarray, T: int, N: int, name: Path | str = "x") -> Tensor:
     """x (B, T, N), or (T, N), or (B, N) where T is 1 -> float32 (B, T, N). Raises ValueError for others, what
     is not finite, and what are no z-scores."""
-    x = torch.as_tensor(x)
-    if x.ndim == 2:
-        x = x[:, None] if T == 1 else x[None]
-    if x.ndim != 3 or x.shape[1:] != (T, N) or not len(x):
-        wanted = f"(B, {T}, {N}): clips, volumes, voxels"
-        raise ValueError(f"{name}: found the shape {tuple(x.shape)}, wanted {wanted}")
-    if x.dtype.is_complex or x.dtype == torch.bool or not torch.isfinite(x).all():
-        raise ValueError(f"{name}: found NaN, infinity or no real numbers, wanted z-scored fMRI")
-    x = x.float()
-    mean, deviation = x.mean((1, 2)), x.std((1, 2))  # (B,)
-    for b in torch.nonzero((mean.abs() > 3) | (deviation > 5) | (deviation < 0.05)).flatten().tolist():
-        values = f"{mean[b]:.4g} ± {deviation[b]:.4g} in clip {b}"
-        raise ValueError(f"{name}: found {values}, wanted z-scores over the clips of a run, about 0 ± 1")
+    wanted = "z-scores over the clips of a run, about 0 ± 1"
+    with reading(name, wanted, PREPARE):
+        if not isinstance(x, Tensor):
+            x = np.ma.filled(x, np.nan)  # what is masked was not measured
+            x = torch.from_numpy(x.astype(np.float32) if x.dtype.kind in "fiu" else x)
+        if x.ndim == 2:
+            x = x[:, None] if T == 1 else x[None]
+        if x.ndim != 3 or x.shape[1:] != (T, N) or not len(x):
+            shape = f"the shape {tuple(x.shape)}"
+            raise damaged(name, shape, f"(B, {T}, {N}): clips, volumes, voxels")
+        real = not x.dtype.is_complex and x.dtype != torch.bool
+        if not real or not torch.isfinite(x.float()).all():
+            raise damaged(name, "NaN, infinity or no real numbers", "z-scored fMRI")
+        x = x.float()
+        mean, deviation = x.mean((1, 2)), x.std((1, 2))  # (B,)
+        for b in torch.nonzero((mean.abs() > 3) | (deviation > 5) | (deviation < 0.05)).flatten().tolist():
+            raise damaged(name, f"{mean[b]:.4g} ± {deviation[b]:.4g} in clip {b}", wanted)
     return x
 
 
@@ -270,6 +275,6 @@ def read_fmri(file: Path, model) -> Tensor:
         index = read_npz(prepared, {"index": "iu", "roi": "U"})["index"]
         if volumes.shape == (T, len(index)):
             volumes = volumes[:, np.isin(index, model.voxels["index"])]
-    with advising("prepare it with data.py, as the clips of fmri.npy"):
+    with advising(PREPARE):
         check_array(volumes, file, "fiu", (T, N), finite=True)
     return check_fmri(volumes.astype(np.float32)[None], T, N, file)

@@ -238,11 +238,16 @@ def test_the_ranges_are_those_of_the_options():
     (lambda x: x[None], "shape"), (lambda x: x * torch.inf, "NaN, infinity"), (lambda x: x > 0, "no real numbers"),
     (lambda x: x + 0j, "no real numbers"), (lambda x: x + 4 * torch.tensor([0, 1])[:, None, None], "in clip 1, wanted z-scores"),
     (lambda x: x - 4, "in clip 0"), (lambda x: 7 * x, "± [67]"), (lambda x: x / 40, "in clip 0"), (lambda x: 1.0, ""),
+    (lambda x: 0 * x, "0 ± 0 in clip 0"), (lambda x: 0 * x + 1, "1 ± 0"), (lambda x: 100 * x + 1e4, "in clip 0"), (lambda x: 1e38 * x.double() * 1e3, "infinity"),
+    (lambda x: np.ma.masked_greater(x.numpy(), 2), "NaN"), (lambda x: x.numpy().astype(str), ""), (lambda x: None, ""), (lambda x: [[1, 2], [3]], ""),
+    (lambda x: x.numpy().astype(object), ""), (lambda x: x.to_sparse(), ""),
 ])  # fmt: skip
 def test_fmri_is_clips_volumes_voxels_as_z_scores(change, message, x):
     with pytest.raises(ValueError, match=f"^x: found .*{message}"):
         shared.check_fmri(change(x), T, N)
-    for fmri, T_, expected in ((x, T, x), (x[0].numpy(), T, x[:1]), (x[:, 0].double(), 1, x[:, :1])):
+    swapped, backwards = x.numpy().astype(">f8"), np.ascontiguousarray(x.numpy()[::-1])[::-1]
+    as_given = [(x, T, x), (x[0].numpy(), T, x[:1]), (x[:, 0].double(), 1, x[:, :1]), (x.tolist(), T, x)]
+    for fmri, T_, expected in (*as_given, (swapped, T, x), (backwards, T, x), ([*x.numpy()], T, x)):
         assert torch.equal(shared.check_fmri(fmri, T_, N), expected)  # clips of one volume, not one of many
     assert shared.check_fmri(2.5 * x + 2, T, N).shape == shared.check_fmri(x / 10, T, N).shape == x.shape
 
