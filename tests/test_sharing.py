@@ -40,8 +40,9 @@ def model(tiny) -> CineNeuron:
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory) -> Path:
     """The run full, shared."""
-    root = tmp_path_factory.mktemp("shared")
+    root, mask = tmp_path_factory.mktemp("shared"), os.umask(0o027)
     model.save_pretrained(root / "subject-1")
+    os.umask(mask)
     return root / "subject-1"
 
 
@@ -61,6 +62,8 @@ def test_a_folder_makes_the_videos_of_its_run(run, tiny, x, tmp_path, monkeypatc
 def test_the_folder_holds_what_the_run_holds(tiny, folder):
     assert sorted(file.name for file in (tiny / RUN / "stage2").iterdir()) == PARTS
     assert sorted(file.name for file in folder.iterdir()) == sorted([*PARTS, "README.md"])
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert len(files) > 10 and {file.stat().st_mode & 0o777 for file in files} == {0o640}  # as the umask was
 
 
 def test_its_memories_and_voxels_are_those_of_the_data(tiny, folder):
@@ -96,7 +99,7 @@ class Hub:
 
     def create_repo(self, repo_id, private, exist_ok):
         self.calls.append(("create", repo_id, private, exist_ok))
-        return type("Repo", (), {"repo_id": repo_id})
+        return type("Repo", (), {"repo_id": repo_id if "/" in repo_id else f"lab/{repo_id}"})
 
     def upload_folder(self, repo_id, folder_path):
         shutil.copytree(folder_path, "uploaded")
@@ -107,8 +110,8 @@ class Hub:
 def test_push_and_load_by_name(model, x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(card, "HfApi", Hub)
-    assert model.push_to_hub("lab/subject-1", private=True).endswith("lab/subject-1/commit/1")
-    assert Hub.calls == [("create", "lab/subject-1", True, True), ("upload", "lab/subject-1")]
+    assert model.push_to_hub("subject-1", private=True).endswith("lab/subject-1/commit/1")
+    assert Hub.calls == [("create", "subject-1", True, True), ("upload", "lab/subject-1")]
     assert 'from_pretrained("lab/subject-1")' in Path("uploaded/README.md").read_text()
     monkeypatch.setattr(shared, "snapshot_download", {"lab/subject-1": "uploaded"}.get)
     again = CineNeuron.from_pretrained("lab/subject-1")
