@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from support.files import save_model, write_json, written_whole
+from support.files import follow_umask, save_model, write_json, written_whole
 from support.options import lies_within, range_text
 from support.pipelines import check_prepared, latent_shape, save_lora
 from support.readers import (
@@ -37,7 +37,7 @@ from support.readers import (
 
 MEMORIES = "memories.safetensors"
 PROJECT = Path(__file__).parents[1]
-HUB_ID = r"[\w.-]+/[\w.-]+"
+HUB_ID = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"  # at a branch, a tag or a commit
 KEYS = {"data": str, "subject": int, "decoder": str, "mom": bool, "integration": bool, "stage1_config": dict}
 KEYS |= dict.fromkeys(("frames", "height", "width", "sampling_steps", "lora_rank"), int)
 KEYS |= {"guidance": float, "lora_alpha": float, "noise_shift": float, "checkpointing": bool}
@@ -56,11 +56,12 @@ RANGES |= dict.fromkeys(("guidance", "lambda_1", "lambda_2"), {"least": 0})
 
 
 def locate(name: Path | str) -> Path:
-    """A run, its stage2/, a shared folder, or a name on the Hub, which is downloaded -> the folder of the
-    model. Raises FileNotFoundError."""
+    """A run, its stage2/, a shared folder, or NAME or NAME@REVISION on the Hub, which is downloaded -> the
+    folder of the model. Raises FileNotFoundError."""
     folder = Path(name)
     if not folder.exists() and re.fullmatch(HUB_ID, str(name)) and not folder.parent.exists():
-        return Path(snapshot_download(str(name)))
+        repo, _, revision = str(name).partition("@")
+        return Path(snapshot_download(repo, revision=revision or None))
     if any([(folder / part).exists() for part in (MEMORIES, "config.json", *PARTS)]):
         return folder
     if not (folder / "stage2" / "config.json").is_file():
@@ -187,6 +188,7 @@ def write_memories(folder: Path, model) -> None:
     }
     with written_whole(folder / MEMORIES) as part:
         save_file(tensors, part)
+        follow_umask(part)
     write_json(folder / "memories.json", model.lines)
     with written_whole(folder / "voxels.npz") as part:
         np.savez(part, **model.voxels)

@@ -20,8 +20,9 @@ import train_stage2
 from data import Clips
 from evaluate import CineNeuron
 from metrics import card
-from support import shared
-from support.files import write_json
+from prepare import facts
+from support import pipelines, shared
+from support.files import write_json, writing_array
 
 RUN = Path("runs/cc2017/sub1/full-s0")
 PARTS = "brain_model config.json heads lora memories.json memories.safetensors mixture_of_memories voxels.npz".split()
@@ -113,9 +114,16 @@ def test_push_and_load_by_name(model, x, tmp_path, monkeypatch):
     assert model.push_to_hub("subject-1", private=True).endswith("lab/subject-1/commit/1")
     assert Hub.calls == [("create", "subject-1", True, True), ("upload", "lab/subject-1")]
     assert 'from_pretrained("lab/subject-1")' in Path("uploaded/README.md").read_text()
-    monkeypatch.setattr(shared, "snapshot_download", {"lab/subject-1": "uploaded"}.get)
+    asked = []
+    monkeypatch.setattr(
+        shared, "snapshot_download", lambda *words, **more: asked.append((*words, more)) or "uploaded"
+    )
     again = CineNeuron.from_pretrained("lab/subject-1")
     assert np.array_equal(again.reconstruct(x[:1]), model.reconstruct(x[:1]))
+    assert shared.locate("lab/subject-1@v1.0") == Path("uploaded")
+    assert asked == [("lab/subject-1", {"revision": None}), ("lab/subject-1", {"revision": "v1.0"})]
+    monkeypatch.setitem(model.settings, "decoder", "Wan-AI/Wan@v1")
+    assert card.model_card(model, "x", None).data.base_model == "Wan-AI/Wan"
 
 
 def test_a_model_is_located(tiny_copy, monkeypatch):
@@ -136,7 +144,8 @@ def test_a_model_is_located(tiny_copy, monkeypatch):
 def test_decoders_are_sought_in_the_folder_in_the_project_and_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Path(shared.decoder_at("toy/wan", Path())) == shared.PROJECT / "toy" / "wan"
-    assert shared.decoder_at("Wan-AI/Wan2.1", Path()) == "Wan-AI/Wan2.1"
+    for name in ("Wan-AI/Wan2.1", "Wan-AI/Wan2.1@v1"):
+        assert shared.decoder_at(name, Path()) == name
     (tmp_path / "toy" / "wan").mkdir(parents=True)
     assert shared.decoder_at("toy/wan", Path()) == "toy/wan"
 
@@ -175,6 +184,61 @@ def test_parts_that_do_not_fit_each_other_are_refused(tiny, model, monkeypatch):
         check(f"a Brain Model of {L} tokens, wanted the decoder's 11")
     monkeypatch.setattr(clips, "latents", np.zeros((45, LATENT[0] + 1, *LATENT[1:])))
     check("latents")
+
+
+# ---------------------------------------------------------------- a decoder is its bytes, at its revision
+
+
+def test_a_decoder_is_its_bytes_not_its_name(tmp_path, monkeypatch):
+    """Prepared by its name on the Hub, trained with a local copy, and the reverse; a changed file is seen."""
+    local, commit, size = tmp_path / "local" / "wan", tmp_path / "hub" / "abc123", (9, 32, 48)
+    for folder in (local, commit):
+        for part in ("vae", "text_encoder"):
+            (folder / part).mkdir(parents=True)
+            (folder / part / "config.json").write_text("{}")
+            (folder / part / "model-00001-of-00001.safetensors").write_text(part)
+    cached = lambda repo, file, revision: {"a/wan": str(commit / file)}.get(repo)  # noqa: E731
+    monkeypatch.setattr(facts, "try_to_load_from_cache", cached)
+    by_name, by_folder = (facts.decoder_recipes(name, size) for name in ("a/wan", str(local)))
+    elsewhere = facts.decoder_recipes("a/wan@v1", size)
+    for part in (0, 1):
+        file = tmp_path / f"{part}.npy"
+        for recipe, others in (
+            (by_name[part], (by_folder, elsewhere)),
+            (by_folder[part], (by_name, elsewhere)),
+        ):
+            with writing_array(file, (1,), "float32", recipe):
+                pass
+            assert all(facts.is_made_for(file, asked[part]) for asked in (*others, by_name))
+    monkeypatch.setattr(
+        facts, "try_to_load_from_cache", lambda *_, **__: None
+    )  # a machine that has not loaded it
+    absent, stranger = facts.decoder_recipes("a/wan", size), facts.decoder_recipes("b/wan", size)
+    assert absent[0]["vae"] is None and facts.is_made_for(tmp_path / "0.npy", absent[0])
+    with writing_array(tmp_path / "0.npy", (1,), "float32", by_name[0]):
+        pass
+    assert facts.is_made_for(tmp_path / "0.npy", absent[0])
+    with pytest.raises(ValueError, match="decoder = 'a/wan', but decoder = 'b/wan'"):
+        facts.is_made_for(tmp_path / "0.npy", stranger[0])
+    (local / "vae" / "model-00001-of-00001.safetensors").write_text("changed")
+    with pytest.raises(ValueError, match="0.npy was made with vae = "):
+        facts.is_made_for(tmp_path / "0.npy", facts.decoder_recipes(str(local), size)[0])
+    (local / "vae" / "model-00001-of-00001.safetensors").rename(
+        local / "vae" / "model-00001-of-00002.safetensors"
+    )
+    assert facts.decoder_recipes(str(local), size)[0]["vae"] is None  # half of it
+
+
+def test_a_decoder_is_loaded_at_a_revision(tiny, monkeypatch):
+    asked = []
+    folder = str(tiny / "models" / "wan")
+    monkeypatch.setattr(
+        pipelines, "snapshot_download", lambda repo, **more: asked.append((repo, more)) or folder
+    )
+    pipe, _, _ = pipelines.load_pipeline("a/wan@v1", vae=True)
+    assert pipe.vae is not None and [(repo, more["revision"]) for repo, more in asked] == [("a/wan", "v1")]
+    files = asked[0][1]["allow_patterns"]
+    assert "vae/*.safetensors" in files and "transformer/*.safetensors" not in files
 
 
 # ---------------------------------------------------------------- a stranger's folder
