@@ -150,7 +150,7 @@ class Clips:
         self.index = voxels["index"][self.voxels]
 
     def _read_decoder(self) -> None:
-        folder = self.stimuli / Path(self.decoder).name
+        folder = facts.decoder_folder(self.stimuli, self.decoder)
         latents_file = folder / "latents.npy"
         offsets_file = folder / "text_offsets.npy"
         empty_file = self.stimuli.parent / folder.name / "empty_prompt.npy"

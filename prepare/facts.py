@@ -165,6 +165,22 @@ def _digest(folder: Path) -> str | None:
     return sha.hexdigest()[:16]
 
 
+def decoder_folder(stimuli: Path, decoder: str) -> Path:
+    """Where a split's latents and text tokens for a decoder lie: by its name, or by that of another copy of
+    its VAE and text encoder."""
+    folder = stimuli / Path(decoder).name
+    if folder.is_dir():
+        return folder
+    latents, text = decoder_recipes(decoder, (0, 0, 0))
+    for other in sorted(stimuli.glob("*/latents.npy")):
+        entries = [read_manifest(file) for file in (other, other.with_name("text_tokens.npy"))]
+        vae, encoder = ((entry or {"recipe": {}})["recipe"] for entry in entries)
+        stored = vae.get("vae"), encoder.get("text_encoder")
+        if all(stored) and stored == (latents["vae"], text["text_encoder"]):
+            return other.parent
+    return folder
+
+
 def is_made_for(file: Path, recipe: dict) -> bool:
     """`is_made_by` of one of `decoder_recipes`. A decoder is its bytes, not its name: where both digests are
     known the names do not count; else they do, and a local folder has the last part of the Hub's."""

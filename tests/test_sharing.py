@@ -229,6 +229,22 @@ def test_a_decoder_is_its_bytes_not_its_name(tmp_path, monkeypatch):
     assert facts.decoder_recipes(str(local), size)[0]["vae"] is None  # half of it
 
 
+def test_what_a_copy_of_a_decoder_needs_is_found_under_its_first_name(tiny, tmp_path, monkeypatch):
+    """And trained from, by any name; another decoder's is not."""
+    stimuli, names = tiny / "data/cc2017/stimuli/train", (str(tmp_path / "copy"), "a/b@v1")
+    (tmp_path / "copy").symlink_to(tiny / "models" / "wan")
+    monkeypatch.setattr(
+        facts, "try_to_load_from_cache", lambda repo, file, **_: str(tiny / "models/wan" / file)
+    )
+    for name in names:
+        assert facts.decoder_folder(stimuli, name) == stimuli / "wan"
+        assert Clips("cc2017", 1, "train", None, name, (9, 32, 48), tiny / "data").latents is not None
+    for part in ("vae", "text_encoder"):
+        shutil.copytree(tiny / "models/wan" / part, tmp_path / "other" / part)
+    (tmp_path / "other/text_encoder/config.json").write_text("{}")
+    assert facts.decoder_folder(stimuli, str(tmp_path / "other")) == stimuli / "other"
+
+
 def test_a_decoder_is_loaded_at_a_revision(tiny, monkeypatch):
     asked = []
     folder = str(tiny / "models" / "wan")
