@@ -30,7 +30,7 @@ from torch.nn.functional import normalize
 
 from prepare import facts
 from prepare.copies import FairRecall
-from support.files import MissingData, is_made_by, read_prepared
+from support.files import MissingData, read_prepared
 from support.readers import advising, check_array, damaged, read_json_lines, read_npz
 
 LINE = {"id": str, "segment": str, "caption": str, "video": str, "start_s": float, "categories": list}
@@ -150,7 +150,7 @@ class Clips:
         self.index = voxels["index"][self.voxels]
 
     def _read_decoder(self) -> None:
-        folder = self.stimuli / Path(self.decoder).name
+        folder = facts.decoder_folder(self.stimuli, self.decoder)
         latents_file = folder / "latents.npy"
         offsets_file = folder / "text_offsets.npy"
         empty_file = self.stimuli.parent / folder.name / "empty_prompt.npy"
@@ -158,7 +158,7 @@ class Clips:
         self.size = self.size or facts.VIDEO[self.name]
         latents, text = facts.decoder_recipes(self.decoder, self.size)
         for file, recipe in ((latents_file, latents), (self.text_file, text), (empty_file, text)):
-            if not is_made_by(file, recipe):
+            if not facts.is_made_for(file, recipe):
                 raise MissingData(f"{file}, for {self.decoder}, is not there: run {self.command}")
         self.latents = read_prepared(latents_file, "f", (len(self), None, None, None, None))
         self.empty = read_prepared(empty_file, "f", (None, None), finite=True)

@@ -52,7 +52,7 @@ from mixture_of_memories import (
 )
 from prepare.copies import far_apart, has_near_copy
 from support import shared
-from support.pipelines import latent_shape, load_lora, load_pipeline
+from support.pipelines import load_lora, load_pipeline
 from support.readers import advising, load_model
 from support.runs import FolderLock, door, run_folder
 from support.training import start
@@ -143,7 +143,7 @@ class CineNeuron(nn.Module):
             decoder = load_decoder(settings, vae=True, dtype=torch.bfloat16 if on_gpu else torch.float32)
             prompt = decoder.text_length, decoder.text_width
             e, captions, empty, lines = shared.read_memories(folder, brain_model.to_f_c.out_features, prompt)
-            latent_shape(decoder, settings["frames"], settings["height"], settings["width"])
+            shared.check_model(folder, settings, brain_model, decoder, len(e))
             load_lora(decoder, folder / "lora")
         model = cls(settings, brain_model, heads, mom, MemoryPool(e, captions), decoder, empty, lines, voxels)
         model.folder = folder

@@ -58,12 +58,13 @@ def model_card(model, place: str, metrics: dict | None) -> ModelCard:
     """The card, with front matter that the Hub can read. place: what it is loaded by."""
     settings = model.settings
     data, decoder = settings["data"], settings["decoder"]
+    on_hub = re.fullmatch(HUB_ID, decoder) and not (PROJECT / decoder).exists()
     data_card = ModelCardData(
         tags=["fmri", "brain-decoding", "video-reconstruction", "cineneuron"],
         license="mit" if data == "toy" else "other",
         license_name=None if data == "toy" else "as-the-data",
         datasets=["Fudan-fMRI/CineBrain"] if data == "cinebrain" else None,
-        base_model=decoder if re.fullmatch(HUB_ID, decoder) and not (PROJECT / decoder).exists() else None,
+        base_model=decoder.partition("@")[0] if on_hub else None,
     )
     return ModelCard.from_template(
         data_card,

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from prepare.facts import decoder_recipes
+from prepare.facts import decoder_recipes, is_made_for
 from prepare.release import Release
 from prepare.stimuli import clips_from, encode_all, first_sentences, plan
-from support.files import hashes, is_made_by, resumable_arrays, writing_array
+from support.files import hashes, resumable_arrays, writing_array
 from support.pipelines import latent_shape, load_pipeline
 from support.readers import read_json_lines
 from support.training import device_type
@@ -45,13 +45,13 @@ def prepare_decoder(
     empty = stimuli / Path(decoder).name / "empty_prompt.npy"  # written last
     names = ("text_tokens.npy", "text_offsets.npy")
     files = [empty, *(folder / name for folder in captions for name in names)]
-    if not all([is_made_by(file, text_recipe) for file in files]):
+    if not all([is_made_for(file, text_recipe) for file in files]):
         _prepare_text(decoder, captions, empty, text_recipe)
     files = {split: folder / "latents.npy" for split, folder in folders.items()}
-    missing = [split for split, file in files.items() if not is_made_by(file, latent_recipe)]
-    if missing:
+    if not all([is_made_for(file, latent_recipe) for file in files.values()]):
         encoder = _load(decoder, vae=True, tiling=np.prod(size) > WHOLE)
-        for split in missing:
+        latent_recipe, _ = decoder_recipes(decoder, size)  # its files are here now
+        for split in [split for split, file in files.items() if not is_made_for(file, latent_recipe)]:
             _prepare_latents(encoder, source, rows[split], files[split], latent_recipe)
 
 
@@ -72,6 +72,7 @@ def _load(decoder: str, **parts: bool) -> VideoDecoder:
 def _prepare_text(decoder: str, captions: dict[Path, list[str]], empty: Path, recipe: dict) -> None:
     """text_tokens.npy and text_offsets.npy of the captions of each folder, then empty_prompt.npy."""
     encoder = _load(decoder, text_encoder=True)
+    recipe = recipe | decoder_recipes(decoder, (0, 0, 0))[1]  # its files are here now
     L, D_txt = encoder.text_length, encoder.text_width
     n = sum(len(set(texts)) for texts in captions.values())
     first = next(iter(captions.values()))[:1]

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from prepare.viclip import ViCLIP, read_weights
@@ -19,11 +20,15 @@ Tokenizer = Callable[[list[str]], Tensor]
 def load_clip(name: str) -> tuple[nn.Module, dict, Tokenizer]:
     """A frozen open_clip model, its image statistics {"size", "mean", "std"} and its tokenizer.
 
-    name: "MODEL/PRETRAINED" ("ViT-L-14-quickgelu/openai"), or "local-dir:FOLDER" of open_clip_config.json,
-    open_clip_model.safetensors and the tokenizer's files, of which no code is ever run. Raises
-    FileNotFoundError for what is missing, ValueError for an unknown name and a damaged file.
+    name: "MODEL/PRETRAINED" ("ViT-L-14-quickgelu/openai"), "hf-hub:NAME[@REVISION]", or "local-dir:FOLDER" of
+    open_clip_config.json, open_clip_model.safetensors and the tokenizer's files, of which no code is ever
+    run. Raises FileNotFoundError for what is missing, ValueError for an unknown name and a damaged file.
     """
     schema, colon, place = name.partition(":")
+    if schema == "hf-hub" and "@" in place:
+        repo, _, revision = place.partition("@")
+        files = ["*.json", "*.txt", *WEIGHTS]
+        schema, place = "local-dir", snapshot_download(repo, revision=revision, allow_patterns=files)
     if schema == "local-dir":
         with reading(place, advice="download the folder again"):
             model, tokenizer = _load_folder(Path(place))

@@ -8,11 +8,13 @@ toy         toy/world.py, toy/subject.py
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import try_to_load_from_cache
 
-from support.files import MissingData, find_weights, read_manifest
+from support.files import MissingData, find_weights, is_made_by, read_manifest
 from support.readers import FileFault, damaged
 
 # ---------------------------------------------------------------- clips
@@ -136,7 +138,7 @@ def guide(name: str, subject: int) -> str:
 def decoder_recipes(decoder: str, size: Sequence[int]) -> tuple[dict, dict]:
     """What makes the latents of videos of `size` (frames, height, width), and what makes the text tokens.
 
-    Each recipe has the decoder's name and, where it is a local folder, a digest of its VAE or text encoder.
+    Each recipe has the decoder's name and, where its files are here, a digest of its VAE or text encoder.
     """
     folder = Path(find_weights(decoder))
     name = folder.resolve().name if folder.is_dir() else decoder
@@ -146,15 +148,50 @@ def decoder_recipes(decoder: str, size: Sequence[int]) -> tuple[dict, dict]:
 
 
 def _digest(folder: Path) -> str | None:
-    """SHA-256 of a local model's config.json and of the first 64 MB of each file of its weights."""
+    """SHA-256 of config.json and of the first 64 MB of each file of weights: of a model's local folder, or
+    of what the Hub's cache has of it. None where it is not whole there."""
     if not folder.parent.is_dir():
+        repo, _, revision = folder.parent.as_posix().partition("@")
+        with suppress(ValueError):  # it can be no name on the Hub
+            config = try_to_load_from_cache(repo, f"{folder.name}/config.json", revision=revision or None)
+            folder = Path(config).parent if isinstance(config, str) else folder
+    weights = sorted(folder.glob("*.safetensors"))
+    shards = [int(n) for file in weights[:1] for n in re.findall(r"-of-(\d+)\.", file.name)]
+    if len(weights) < max([1, *shards]):
         return None
     sha = hashlib.sha256()
-    for file in sorted(folder.glob("*")):
-        if file.name == "config.json" or file.suffix == ".safetensors":
-            with open(file, "rb") as opened:
-                sha.update(opened.read(1 << 26))
+    for file in sorted([folder / "config.json", *weights]):
+        with open(file, "rb") as opened:
+            sha.update(opened.read(1 << 26))
     return sha.hexdigest()[:16]
+
+
+def decoder_folder(stimuli: Path, decoder: str) -> Path:
+    """Where a split's latents and text tokens for a decoder lie: by its name, or by that of another copy of
+    its VAE and text encoder."""
+    folder = stimuli / Path(decoder).name
+    if folder.is_dir():
+        return folder
+    latents, text = decoder_recipes(decoder, (0, 0, 0))
+    for other in sorted(stimuli.glob("*/latents.npy")):
+        entries = [read_manifest(file) for file in (other, other.with_name("text_tokens.npy"))]
+        vae, encoder = ((entry or {"recipe": {}})["recipe"] for entry in entries)
+        stored = vae.get("vae"), encoder.get("text_encoder")
+        if all(stored) and stored == (latents["vae"], text["text_encoder"]):
+            return other.parent
+    return folder
+
+
+def is_made_for(file: Path, recipe: dict) -> bool:
+    """`is_made_by` of one of `decoder_recipes`. A decoder is its bytes, not its name: where both digests are
+    known the names do not count; else they do, and a local folder has the last part of the Hub's."""
+    stored = (read_manifest(file) or {"recipe": {}})["recipe"]
+    part = "vae" if "vae" in recipe else "text_encoder"
+    names = recipe["decoder"], str(stored.get("decoder"))
+    local = "/" not in names[0] or "/" not in names[1]
+    free = ["decoder"] if local and Path(names[0]).name == Path(names[1]).name else []
+    free = ["decoder"] if recipe[part] and stored.get(part) else [*free, part]
+    return is_made_by(file, {name: value for name, value in recipe.items() if name not in free})
 
 
 def prepare_command(name: str, subject: int, decoder: str | None = None) -> str:

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +20,16 @@ from prepare.categories import category_matrix, category_table, merge_rare
 from prepare.encoders import Tokenizer, encode_actions, encode_images, encode_texts, load_clip
 from prepare.release import Release
 from prepare.viclip import ViCLIP
-from support.files import find_weights, hashes, is_made_by, resumable_arrays, writing_array, written_whole
+from support.files import (
+    find_weights,
+    hashes,
+    is_made_by,
+    read_manifest,
+    resumable_arrays,
+    writing_array,
+    written_whole,
+)
+from support.readers import damaged
 from support.training import device_type
 from support.videos import uniform_frames
 
@@ -122,7 +132,7 @@ def prepare_stimuli(
     labels = {split: [row["categories"] for row in rows[split]] for split in rows}
     classes = merge_rare(labels["train"])
     _report(folder / "categories.txt", category_table(labels["train"], classes), rows)
-    encoders = None
+    encoders, weights = None, {}
     for split in source.splits:
         recipe = {"clip": clip_name, "viclip": viclip_name, "frames": frames, "caption_sentences": sentences}
         recipe["captions"] = hashes([[captions[split]]])
@@ -137,7 +147,9 @@ def prepare_stimuli(
         if encoded:
             continue
         encoders = encoders or _load(clip_name, viclip_name)
-        report, doubtful = _encode_split(source, folder / split, rows[split], encoders, recipe)
+        others = [folder / other / "e_img.npy" for other in source.splits if other != split]
+        weights = weights or _digests(encoders, others)
+        report, doubtful = _encode_split(source, folder / split, rows[split], encoders, recipe, weights)
         tqdm.write(f"{split}: {report}")
         if doubtful:
             doubt = f"the captions of {', '.join(doubtful)} may be in another order than the clips"
@@ -161,17 +173,38 @@ def _load(clip_name: str, viclip_name: str) -> tuple[nn.Module, Tokenizer, ViCLI
     return clip.to(device), tokenizer, ViCLIP.from_pretrained(find_weights(viclip_name)).to(device)
 
 
+def _digests(encoders: tuple[nn.Module, Tokenizer, ViCLIP], files: Sequence[Path]) -> dict[str, str]:
+    """The SHA-256 of the weights of CLIP and ViCLIP. Raises FileFault where one of the files was made by
+    others, of the same names: what a name stands for may change."""
+    clip, _, viclip = encoders
+    digests = {}
+    for name, model in (("clip", clip), ("viclip", viclip)):
+        sha = sha256()
+        for weight in model.state_dict().values():
+            sha.update(weight.cpu().contiguous().numpy())
+        digests[name] = sha.hexdigest()
+    for file in files:
+        inputs = (read_manifest(file) or {"inputs": {}})["inputs"]
+        for name in digests:
+            if inputs.get(name, digests[name]) != digests[name]:
+                stored = f"the output of a {name} of sha256 {inputs[name]}"
+                raise damaged(file, stored, f"{digests[name]}, the {name} of the other clips")
+    return digests
+
+
 def _encode_split(
     source: Release,
     folder: Path,
     rows: list[dict],
     encoders: tuple[nn.Module, Tokenizer, ViCLIP],
     recipe: dict,
+    weights: dict[str, str],
 ) -> tuple[str, list[str]]:
-    """folder/e_txt.npy, e_img.npy and e_act.npy of a split. Returns `captions_that_fit`."""
+    """folder/e_txt.npy, e_img.npy and e_act.npy of a split; weights: the digests of both encoders, for the
+    manifest. Returns `captions_that_fit`."""
     split, n, F = folder.name, len(rows), recipe["frames"]
     clip, tokenizer, viclip = encoders
-    inputs = hashes(map(source.stimulus, source.splits[split]))
+    inputs = hashes(map(source.stimulus, source.splits[split])) | weights
     captions = [first_sentences(row["caption"], recipe["caption_sentences"]) for row in rows]
     e_txt = encode_texts(clip, tokenizer, captions)  # (n, D)
     with writing_array(folder / "e_txt.npy", e_txt.shape, "float32", recipe, inputs) as array:

@@ -104,11 +104,22 @@ def save_model(model, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
 
 
+def follow_umask(part: Path) -> None:
+    """A file, or those of a folder, for whom the umask says: safetensors writes for the user alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for file in part.iterdir() if part.is_dir() else [part]:
+        with suppress(OSError):  # some disks have no modes
+            if file.is_file():
+                file.chmod(0o666 & ~mask)
+
+
 def save_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """write(temporary folder), whose files then replace those of `folder`."""
     with written_whole(folder) as part:
         part.mkdir()
         write(part)
+        follow_umask(part)
 
 
 def new_array(part: Path, shape: tuple[int, ...], dtype: str) -> np.memmap:

@@ -61,19 +61,19 @@ def parse(config: type, presets: dict[str, dict], doc: str, prog: str, argv: Seq
     for f in fields(config):
         value, ranges = getattr(values, f.name), f.metadata["ranges"]
         for item in value if isinstance(value, list) else [value]:
-            if item is not None and not _lies_within(item, ranges):
-                parser.error(f"--{f.name} {item}: wanted {_range_text(ranges) or 'a finite number'}")
+            if item is not None and not lies_within(item, ranges):
+                parser.error(f"--{f.name} {item}: wanted {range_text(ranges) or 'a finite number'}")
             if isinstance(item, str) and "\0" in item:
                 parser.error(f"--{f.name} {item!r}: wanted text without a null character")
     return values
 
 
-def _lies_within(value, ranges: dict) -> bool:
+def lies_within(value, ranges: dict) -> bool:
     finite = not isinstance(value, float) or math.isfinite(value)
     return finite and all(RANGES[name](value, bound) for name, bound in ranges.items())
 
 
-def _range_text(ranges: dict) -> str:
+def range_text(ranges: dict) -> str:
     return " and ".join(f"{RANGE_WORDS.get(name, name)} {bound}" for name, bound in ranges.items())
 
 
@@ -84,8 +84,8 @@ def within(kind: type, **ranges) -> Callable[[str], float]:
         value = math.nan
         with suppress(ValueError):
             value = kind(text)
-        if not _lies_within(value, ranges):
-            wanted = f"a {'whole ' if kind is int else ''}number {_range_text(ranges)}".strip()
+        if not lies_within(value, ranges):
+            wanted = f"a {'whole ' if kind is int else ''}number {range_text(ranges)}".strip()
             raise argparse.ArgumentTypeError(f"{text[:60]!r}, wanted {wanted}")
         return value
 

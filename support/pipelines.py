@@ -2,11 +2,14 @@
 Weights come from safetensors alone, and no code comes with them."""
 
 import json
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoModel, CogVideoXPipeline, DiffusionPipeline, WanPipeline
+from huggingface_hub import snapshot_download
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
@@ -22,6 +25,22 @@ WANTED = "all of a WanPipeline of one transformer or a CogVideoXPipeline 1.0, as
 ADVICE = f"download it again, or choose another --decoder, e.g. {WAN}"
 
 
+def at_revision(load: Callable) -> Callable:
+    """Of a loader by name one that takes NAME@REVISION on the Hub, too: its folder there is downloaded."""
+
+    @wraps(load)
+    def load_at(name: str, *values, **options):
+        repo, _, revision = name.partition("@")
+        if revision and not Path(name).exists():
+            parts = [part for part in ("transformer", "vae", "text_encoder") if options.get(part)]
+            files = ["*.json", "tokenizer/*", *(f"{part}/*.safetensors" for part in parts)]
+            name = snapshot_download(repo, revision=revision, allow_patterns=files)
+        return load(name, *values, **options)
+
+    return load_at
+
+
+@at_revision
 def load_pipeline(
     name: str,
     dtype: torch.dtype = torch.float32,

@@ -74,6 +74,8 @@ def reading(path: Path | str, wanted: str = "a whole file", advice: str | None =
     memory, disk). Not around the `yield` of a generator: its caller would get the advice, too."""
     with advising(advice or _advice.get()):
         try:
+            if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+                raise ValueError("a pipe or a device")  # to wait at, or to read from, without an end
             yield
         except (FileFault, MissingFile, *_NO_DAMAGE):
             raise
@@ -193,7 +195,8 @@ def load_model(kind: type, folder: Path) -> nn.Module:
     weights = folder / "model.safetensors"
     with reading(folder, f"a {kind.__name__}"):  # its sizes, names and weights
         read_json(folder / "config.json")
-        open(weights, "rb").close()  # as in read_tensors
+        with reading(weights):
+            open(weights, "rb").close()  # as in read_tensors
         with redirect_stdout(None):  # it prints where it reads the weights from
             model = kind.from_pretrained(folder, strict=True)  # the mixin lets weights be missing
         check_tensors(model.state_dict(), weights)

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from support.files import save_model, write_json, written_whole
-from support.pipelines import check_prepared, save_lora
+from support.files import follow_umask, save_model, write_json, written_whole
+from support.options import lies_within, range_text
+from support.pipelines import check_prepared, latent_shape, save_lora
 from support.readers import (
     advising,
     check_array,
@@ -31,26 +32,37 @@ from support.readers import (
     read_json,
     read_npz,
     read_tensors,
+    reading,
 )
 
 MEMORIES = "memories.safetensors"
 PROJECT = Path(__file__).parents[1]
-HUB_ID = r"[\w.-]+/[\w.-]+"
+HUB_ID = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"  # at a branch, a tag or a commit
 KEYS = {"data": str, "subject": int, "decoder": str, "mom": bool, "integration": bool, "stage1_config": dict}
 KEYS |= dict.fromkeys(("frames", "height", "width", "sampling_steps", "lora_rank"), int)
 KEYS |= {"guidance": float, "lora_alpha": float, "noise_shift": float, "checkpointing": bool}
 TEXT = (str, type(None))
 STAGE1 = {"data": str, "subject": int, "rois": TEXT, "val_segments": TEXT, "sizes": dict, "precision": str}
 STAGE1 |= dict.fromkeys(("tau", "lambda_1", "lambda_2", "dropout"), float)
+PREPARE = "prepare it with data.py, as the clips of fmri.npy"
+PARTS = "brain_model", "heads", "mixture_of_memories"
+SIZES = "voxels volumes tokens width layers attention_heads embed_dim rank dim frames classes text_dim K"
+PART = dict.fromkeys(SIZES.split(), int) | dict.fromkeys(("alpha", "tau", "text_rms"), float)
+LINE = {"id": str, "caption": str, "segment": str, "video": str, "start_s": float, "categories": list}
+# of options and sizes, by name: what the options themselves allow
+RANGES = {name: {"least": 1} for name, kind in (KEYS | PART).items() if kind is int}
+RANGES |= {"lora_alpha": {"above": 0}, "noise_shift": {"above": 0}, "tau": {"least": 1e-3}}
+RANGES |= dict.fromkeys(("guidance", "lambda_1", "lambda_2"), {"least": 0})
 
 
 def locate(name: Path | str) -> Path:
-    """A run, its stage2/, a shared folder, or a name on the Hub, which is downloaded -> the folder of the
-    model. Raises FileNotFoundError."""
+    """A run, its stage2/, a shared folder, or NAME or NAME@REVISION on the Hub, which is downloaded -> the
+    folder of the model. Raises FileNotFoundError."""
     folder = Path(name)
     if not folder.exists() and re.fullmatch(HUB_ID, str(name)) and not folder.parent.exists():
-        return Path(snapshot_download(str(name)))
-    if (folder / MEMORIES).is_file() or (folder / "config.json").is_file():
+        repo, _, revision = str(name).partition("@")
+        return Path(snapshot_download(repo, revision=revision or None))
+    if any([(folder / part).exists() for part in (MEMORIES, "config.json", *PARTS)]):
         return folder
     if not (folder / "stage2" / "config.json").is_file():
         trained = ", ".join(sorted(stage2.parent.name for stage2 in folder.parent.glob("*/stage2"))) or "none"
@@ -63,11 +75,42 @@ def locate(name: Path | str) -> Path:
 
 def read_settings(folder: Path) -> dict:
     """config.json, checked."""
-    settings = read_json(folder / "config.json", keys=KEYS)
+    file = folder / "config.json"
+    settings = check_settings(read_json(file), file, KEYS)
     keys = {key: STAGE1[key] for key in ("rois", "tau", "lambda_1", "lambda_2")}
-    check_keys(settings["stage1_config"], f"{folder / 'config.json'}, stage1_config", keys)
+    check_settings(settings["stage1_config"], f"{file}, stage1_config", keys)
     settings["decoder"] = decoder_at(settings["decoder"], folder)
     return settings
+
+
+def check_settings(settings: dict, file: Path | str, keys: dict[str, type | tuple]) -> dict:
+    """The settings themselves, where these `keys` are there, of their types and in their RANGES."""
+    check_keys(settings, file, keys)
+    for name in keys.keys() & RANGES.keys():
+        if not lies_within(settings[name], RANGES[name]):
+            raise damaged(file, f"{name} = {settings[name]}", f"{name} {range_text(RANGES[name])}")
+    return settings
+
+
+def check_model(folder: Path, settings: dict, brain_model, decoder, memories: int) -> None:
+    """Raises ValueError where config.json of a part is out of range, or does not fit the Brain Model, the
+    decoder or the number of memories."""
+    with reading(folder / "config.json", "a video that the decoder makes"):
+        latent_shape(decoder, settings["frames"], settings["height"], settings["width"])
+    D, width = brain_model.to_f_c.out_features, brain_model.norm.normalized_shape[0]
+    wanted = {"tokens": decoder.text_length, "text_dim": decoder.text_width}
+    wanted |= {"width": width, "embed_dim": D, "dim": D}
+    for part in PARTS:
+        file = folder / part / "config.json"
+        config = read_json(file)
+        check_settings(config, file, {name: PART[name] for name in config.keys() & PART.keys()})
+        for name in config.keys() & wanted.keys():
+            if config[name] != wanted[name]:
+                raise damaged(file, f"{name} = {config[name]}", f"{wanted[name]}, as the others have")
+        if width % config.get("attention_heads", 1):
+            raise damaged(file, f"attention_heads = {config['attention_heads']}", f"a divisor of {width}")
+        if config.get("K", 1) > memories:
+            raise damaged(file, f"K = {config['K']}", f"at most {memories}, the memories of the folder")
 
 
 def decoder_at(name: str, folder: Path) -> str:
@@ -146,6 +189,7 @@ def write_memories(folder: Path, model) -> None:
     }
     with written_whole(folder / MEMORIES) as part:
         save_file(tensors, part)
+        follow_umask(part)
     write_json(folder / "memories.json", model.lines)
     with written_whole(folder / "voxels.npz") as part:
         np.savez(part, **model.voxels)
@@ -157,25 +201,26 @@ def read_memories(
     """e (N, 3, D), N captions (n_i, D_txt), the empty prompt (L, D_txt), N lines of clips.jsonl. prompt: the
     decoder's L and D_txt, where it is at hand."""
     file = folder / MEMORIES
-    # memory of their own, which is aligned as the run's is: products round otherwise where it is not
-    tensors = {name: x.clone() for name, x in read_tensors(file).items()}
-    if tensors.keys() != {"e", "text_tokens", "text_offsets", "empty"}:
-        raise damaged(file, f"tensors {', '.join(tensors)}", "e, text_tokens, text_offsets, empty")
-    e, tokens, empty, offsets = (tensors[name] for name in ("e", "text_tokens", "empty", "text_offsets"))
-    N = len(e)
-    check_array(e.numpy(), f"{file}, e", "f", (None, 3, D))
-    check_array(empty.numpy(), f"{file}, empty", "f", prompt)
-    check_array(tokens.numpy(), f"{file}, text_tokens", "f", (None, empty.shape[1]))
-    check_array(offsets.numpy(), f"{file}, text_offsets", "iu", (N + 1,))
-    if not e.dtype == empty.dtype == torch.float32:
-        raise damaged(file, f"{e.dtype} of e, {empty.dtype} of empty", "float32")
-    lengths = offsets.diff()
-    spans = N and (offsets[0], offsets[-1]) == (0, len(tokens))
-    if not spans or lengths.min() < 1 or lengths.max() > len(empty):
-        wanted = f"{N + 1} numbers that rise from 0 to {len(tokens)}, by {len(empty)} at most"
-        raise damaged(file, f"text_offsets {offsets.tolist()[:4]} ...", wanted)
-    if not ((e.norm(dim=-1) - 1).abs() < 1e-3).all():
-        raise damaged(file, "rows of e of another length", "unit vectors")
+    with reading(file, "the memories of a model"):
+        # memory of their own, which is aligned as the run's is: products round otherwise where it is not
+        tensors = {name: x.clone() for name, x in read_tensors(file).items()}
+        if tensors.keys() != {"e", "text_tokens", "text_offsets", "empty"}:
+            raise damaged(file, f"tensors {', '.join(tensors)}", "e, text_tokens, text_offsets, empty")
+        e, tokens, empty, offsets = (tensors[name] for name in ("e", "text_tokens", "empty", "text_offsets"))
+        N = len(e)
+        check_array(e.numpy(), f"{file}, e", "f", (None, 3, D))
+        check_array(empty.numpy(), f"{file}, empty", "f", prompt)
+        check_array(tokens.numpy(), f"{file}, text_tokens", "f", (None, empty.shape[1]))
+        check_array(offsets.numpy(), f"{file}, text_offsets", "iu", (N + 1,))
+        if not e.dtype == empty.dtype == torch.float32:
+            raise damaged(file, f"{e.dtype} of e, {empty.dtype} of empty", "float32")
+        lengths = offsets.diff()
+        spans = N and (offsets[0], offsets[-1]) == (0, len(tokens))
+        if not spans or lengths.min() < 1 or lengths.max() > len(empty):
+            wanted = f"{N + 1} numbers that rise from 0 to {len(tokens)}, by {len(empty)} at most"
+            raise damaged(file, f"text_offsets {offsets.tolist()[:4]} ...", wanted)
+        if not ((e.norm(dim=-1) - 1).abs() < 1e-3).all():
+            raise damaged(file, "rows of e of another length", "unit vectors")
     file = folder / "memories.json"
     lines = read_json(file, list)
     if len(lines) != N:
@@ -183,34 +228,41 @@ def read_memories(
     for number, line in enumerate(lines):
         if not isinstance(line, dict):
             raise damaged(file, f"{line!r:.40} as line {number}", "objects {...}")
-        check_keys(line, f"{file}, line {number}", {"id": str, "caption": str})
+        check_keys(line, f"{file}, line {number}", LINE)
     return e, list(tokens.split(lengths.tolist())), empty, lines
 
 
 def read_voxels(folder: Path, N: int) -> dict[str, np.ndarray]:
     """voxels.npz of a model of N voxels."""
-    voxels = read_npz(folder / "voxels.npz", {"index": "iu", "roi": "U"})
+    file, kinds = folder / "voxels.npz", {"index": "iu", "roi": "U"}
+    voxels = read_npz(file, kinds)
     if len(voxels["roi"]) != N:
-        raise damaged(folder / "voxels.npz", f"{len(voxels['roi'])} voxels", f"the {N} of the Brain Model")
+        raise damaged(file, f"{len(voxels['roi'])} voxels", f"the {N} of the Brain Model")
+    for name, kind in kinds.items():
+        check_array(voxels[name], f"{file}[{name}]", kind, (N,))
     return voxels
 
 
 def check_fmri(x: Tensor | np.ndarray, T: int, N: int, name: Path | str = "x") -> Tensor:
     """x (B, T, N), or (T, N), or (B, N) where T is 1 -> float32 (B, T, N). Raises ValueError for others, what
     is not finite, and what are no z-scores."""
-    x = torch.as_tensor(x)
-    if x.ndim == 2:
-        x = x[:, None] if T == 1 else x[None]
-    if x.ndim != 3 or x.shape[1:] != (T, N) or not len(x):
-        wanted = f"(B, {T}, {N}): clips, volumes, voxels"
-        raise ValueError(f"{name}: found the shape {tuple(x.shape)}, wanted {wanted}")
-    if x.dtype.is_complex or x.dtype == torch.bool or not torch.isfinite(x).all():
-        raise ValueError(f"{name}: found NaN, infinity or no real numbers, wanted z-scored fMRI")
-    x = x.float()
-    mean, deviation = x.mean((1, 2)), x.std((1, 2))  # (B,)
-    for b in torch.nonzero((mean.abs() > 3) | (deviation > 5) | (deviation < 0.05)).flatten().tolist():
-        values = f"{mean[b]:.4g} ± {deviation[b]:.4g} in clip {b}"
-        raise ValueError(f"{name}: found {values}, wanted z-scores over the clips of a run, about 0 ± 1")
+    wanted = "z-scores over the clips of a run, about 0 ± 1"
+    with reading(name, wanted, PREPARE):
+        if not isinstance(x, Tensor):
+            x = np.ma.filled(x, np.nan)  # what is masked was not measured
+            x = torch.from_numpy(x.astype(np.float32) if x.dtype.kind in "fiu" else x)
+        if x.ndim == 2:
+            x = x[:, None] if T == 1 else x[None]
+        if x.ndim != 3 or x.shape[1:] != (T, N) or not len(x):
+            shape = f"the shape {tuple(x.shape)}"
+            raise damaged(name, shape, f"(B, {T}, {N}): clips, volumes, voxels")
+        real = not x.dtype.is_complex and x.dtype != torch.bool
+        if not real or not torch.isfinite(x.float()).all():
+            raise damaged(name, "NaN, infinity or no real numbers", "z-scored fMRI")
+        x = x.float()
+        mean, deviation = x.mean((1, 2)), x.std((1, 2))  # (B,)
+        for b in torch.nonzero((mean.abs() > 3) | (deviation > 5) | (deviation < 0.05)).flatten().tolist():
+            raise damaged(name, f"{mean[b]:.4g} ± {deviation[b]:.4g} in clip {b}", wanted)
     return x
 
 
@@ -226,6 +278,6 @@ def read_fmri(file: Path, model) -> Tensor:
         index = read_npz(prepared, {"index": "iu", "roi": "U"})["index"]
         if volumes.shape == (T, len(index)):
             volumes = volumes[:, np.isin(index, model.voxels["index"])]
-    with advising("prepare it with data.py, as the clips of fmri.npy"):
+    with advising(PREPARE):
         check_array(volumes, file, "fiu", (T, N), finite=True)
     return check_fmri(volumes.astype(np.float32)[None], T, N, file)

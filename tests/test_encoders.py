@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from prepare import encoders
 from prepare.encoders import encode_actions, encode_images, encode_texts, load_clip, prepare_frames
+from prepare.stimuli import _digests
 from prepare.viclip import ViCLIP
+from support.files import writing_array
 from support.videos import uniform_frames
 
 WORDS = "a red blue circle square moves left right".split()
@@ -111,6 +114,30 @@ def test_a_published_clip_is_loaded_by_open_clip_and_runs_no_code(clip, monkeypa
 def folder(tmp_path):
     save_tiny_clip(tmp_path)
     return tmp_path
+
+
+def test_a_clip_is_loaded_at_a_revision(clip, folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        encoders,
+        "snapshot_download",
+        lambda repo, **more: asked.append((repo, more["revision"])) or str(folder),
+    )
+    assert load_clip("hf-hub:someone/clip@v1")[1] == clip[1] and asked == [("someone/clip", "v1")]
+
+
+def test_the_digest_of_the_encoders_is_that_of_their_weights(clip, tmp_path):
+    """What one name stands for may change: the clips of a data set are encoded by the same weights."""
+    viclip, file = ViCLIP.from_pretrained(REPO / "toy" / "viclip"), tmp_path / "e_img.npy"
+    digests = _digests((clip[0], clip[2], viclip), [file])
+    with writing_array(file, (1,), "float32", {}, digests):
+        pass
+    assert (
+        _digests((clip[0].half().float(), None, viclip), [file]) == digests and len({*digests.values()}) == 2
+    )
+    other = ViCLIP(viclip.config)
+    with pytest.raises(ValueError, match="e_img.npy: found the output of a viclip of .*, wanted"):
+        _digests((clip[0], None, other), [file])
 
 
 def change_config(folder: Path, part: str, **values) -> None:

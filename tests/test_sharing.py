@@ -2,20 +2,27 @@
 what it is. Damage to it: test_faults.py."""
 
 import json
+import os
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_faults import damaged, edit, npz, setting, tensors
 from tiny import LATENT, D, F, L, N, T
 
+import data
+import train_stage1
+import train_stage2
 from data import Clips
 from evaluate import CineNeuron
 from metrics import card
-from support import shared
-from support.files import write_json
+from prepare import facts
+from support import pipelines, shared
+from support.files import write_json, writing_array
 
 RUN = Path("runs/cc2017/sub1/full-s0")
 PARTS = "brain_model config.json heads lora memories.json memories.safetensors mixture_of_memories voxels.npz".split()
@@ -34,8 +41,9 @@ def model(tiny) -> CineNeuron:
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory) -> Path:
     """The run full, shared."""
-    root = tmp_path_factory.mktemp("shared")
+    root, mask = tmp_path_factory.mktemp("shared"), os.umask(0o027)
     model.save_pretrained(root / "subject-1")
+    os.umask(mask)
     return root / "subject-1"
 
 
@@ -55,6 +63,8 @@ def test_a_folder_makes_the_videos_of_its_run(run, tiny, x, tmp_path, monkeypatc
 def test_the_folder_holds_what_the_run_holds(tiny, folder):
     assert sorted(file.name for file in (tiny / RUN / "stage2").iterdir()) == PARTS
     assert sorted(file.name for file in folder.iterdir()) == sorted([*PARTS, "README.md"])
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert len(files) > 10 and {file.stat().st_mode & 0o777 for file in files} == {0o640}  # as the umask was
 
 
 def test_its_memories_and_voxels_are_those_of_the_data(tiny, folder):
@@ -90,7 +100,7 @@ class Hub:
 
     def create_repo(self, repo_id, private, exist_ok):
         self.calls.append(("create", repo_id, private, exist_ok))
-        return type("Repo", (), {"repo_id": repo_id})
+        return type("Repo", (), {"repo_id": repo_id if "/" in repo_id else f"lab/{repo_id}"})
 
     def upload_folder(self, repo_id, folder_path):
         shutil.copytree(folder_path, "uploaded")
@@ -101,12 +111,19 @@ class Hub:
 def test_push_and_load_by_name(model, x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(card, "HfApi", Hub)
-    assert model.push_to_hub("lab/subject-1", private=True).endswith("lab/subject-1/commit/1")
-    assert Hub.calls == [("create", "lab/subject-1", True, True), ("upload", "lab/subject-1")]
+    assert model.push_to_hub("subject-1", private=True).endswith("lab/subject-1/commit/1")
+    assert Hub.calls == [("create", "subject-1", True, True), ("upload", "lab/subject-1")]
     assert 'from_pretrained("lab/subject-1")' in Path("uploaded/README.md").read_text()
-    monkeypatch.setattr(shared, "snapshot_download", {"lab/subject-1": "uploaded"}.get)
+    asked = []
+    monkeypatch.setattr(
+        shared, "snapshot_download", lambda *words, **more: asked.append((*words, more)) or "uploaded"
+    )
     again = CineNeuron.from_pretrained("lab/subject-1")
     assert np.array_equal(again.reconstruct(x[:1]), model.reconstruct(x[:1]))
+    assert shared.locate("lab/subject-1@v1.0") == Path("uploaded")
+    assert asked == [("lab/subject-1", {"revision": None}), ("lab/subject-1", {"revision": "v1.0"})]
+    monkeypatch.setitem(model.settings, "decoder", "Wan-AI/Wan@v1")
+    assert card.model_card(model, "x", None).data.base_model == "Wan-AI/Wan"
 
 
 def test_a_model_is_located(tiny_copy, monkeypatch):
@@ -114,6 +131,11 @@ def test_a_model_is_located(tiny_copy, monkeypatch):
     assert shared.locate(RUN) == shared.locate(RUN / "stage2") == RUN / "stage2"
     (RUN / "stage2" / "config.json").rename("aside.json")
     assert shared.locate(RUN / "stage2") == RUN / "stage2"  # its error names config.json
+    shutil.copytree(RUN / "stage2" / "heads", "half/heads")
+    with pytest.raises(
+        FileNotFoundError, match="^half/config.json is not there: .*download the folder again"
+    ):
+        CineNeuron.from_pretrained("half")
     for name in ("runs/none", "none", RUN):
         with pytest.raises(FileNotFoundError, match=f"{name}/stage2/config.json is not there"):
             shared.locate(name)
@@ -122,7 +144,8 @@ def test_a_model_is_located(tiny_copy, monkeypatch):
 def test_decoders_are_sought_in_the_folder_in_the_project_and_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Path(shared.decoder_at("toy/wan", Path())) == shared.PROJECT / "toy" / "wan"
-    assert shared.decoder_at("Wan-AI/Wan2.1", Path()) == "Wan-AI/Wan2.1"
+    for name in ("Wan-AI/Wan2.1", "Wan-AI/Wan2.1@v1"):
+        assert shared.decoder_at(name, Path()) == name
     (tmp_path / "toy" / "wan").mkdir(parents=True)
     assert shared.decoder_at("toy/wan", Path()) == "toy/wan"
 
@@ -163,6 +186,133 @@ def test_parts_that_do_not_fit_each_other_are_refused(tiny, model, monkeypatch):
     check("latents")
 
 
+# ---------------------------------------------------------------- a decoder is its bytes, at its revision
+
+
+def test_a_decoder_is_its_bytes_not_its_name(tmp_path, monkeypatch):
+    """Prepared by its name on the Hub, trained with a local copy, and the reverse; a changed file is seen."""
+    local, commit, size = tmp_path / "local" / "wan", tmp_path / "hub" / "abc123", (9, 32, 48)
+    for folder in (local, commit):
+        for part in ("vae", "text_encoder"):
+            (folder / part).mkdir(parents=True)
+            (folder / part / "config.json").write_text("{}")
+            (folder / part / "model-00001-of-00001.safetensors").write_text(part)
+    cached = lambda repo, file, revision: {"a/wan": str(commit / file)}.get(repo)  # noqa: E731
+    monkeypatch.setattr(facts, "try_to_load_from_cache", cached)
+    by_name, by_folder = (facts.decoder_recipes(name, size) for name in ("a/wan", str(local)))
+    elsewhere = facts.decoder_recipes("a/wan@v1", size)
+    for part in (0, 1):
+        file = tmp_path / f"{part}.npy"
+        for recipe, others in (
+            (by_name[part], (by_folder, elsewhere)),
+            (by_folder[part], (by_name, elsewhere)),
+        ):
+            with writing_array(file, (1,), "float32", recipe):
+                pass
+            assert all(facts.is_made_for(file, asked[part]) for asked in (*others, by_name))
+    monkeypatch.setattr(
+        facts, "try_to_load_from_cache", lambda *_, **__: None
+    )  # a machine that has not loaded it
+    absent, stranger = facts.decoder_recipes("a/wan", size), facts.decoder_recipes("b/wan", size)
+    assert absent[0]["vae"] is None and facts.is_made_for(tmp_path / "0.npy", absent[0])
+    with writing_array(tmp_path / "0.npy", (1,), "float32", by_name[0]):
+        pass
+    assert facts.is_made_for(tmp_path / "0.npy", absent[0])
+    with pytest.raises(ValueError, match="decoder = 'a/wan', but decoder = 'b/wan'"):
+        facts.is_made_for(tmp_path / "0.npy", stranger[0])
+    (local / "vae" / "model-00001-of-00001.safetensors").write_text("changed")
+    with pytest.raises(ValueError, match="0.npy was made with vae = "):
+        facts.is_made_for(tmp_path / "0.npy", facts.decoder_recipes(str(local), size)[0])
+    (local / "vae" / "model-00001-of-00001.safetensors").rename(
+        local / "vae" / "model-00001-of-00002.safetensors"
+    )
+    assert facts.decoder_recipes(str(local), size)[0]["vae"] is None  # half of it
+
+
+def test_what_a_copy_of_a_decoder_needs_is_found_under_its_first_name(tiny, tmp_path, monkeypatch):
+    """And trained from, by any name; another decoder's is not."""
+    stimuli, names = tiny / "data/cc2017/stimuli/train", (str(tmp_path / "copy"), "a/b@v1")
+    (tmp_path / "copy").symlink_to(tiny / "models" / "wan")
+    monkeypatch.setattr(
+        facts, "try_to_load_from_cache", lambda repo, file, **_: str(tiny / "models/wan" / file)
+    )
+    for name in names:
+        assert facts.decoder_folder(stimuli, name) == stimuli / "wan"
+        assert Clips("cc2017", 1, "train", None, name, (9, 32, 48), tiny / "data").latents is not None
+    for part in ("vae", "text_encoder"):
+        shutil.copytree(tiny / "models/wan" / part, tmp_path / "other" / part)
+    (tmp_path / "other/text_encoder/config.json").write_text("{}")
+    assert facts.decoder_folder(stimuli, str(tmp_path / "other")) == stimuli / "other"
+
+
+def test_a_decoder_is_loaded_at_a_revision(tiny, monkeypatch):
+    asked = []
+    folder = str(tiny / "models" / "wan")
+    monkeypatch.setattr(
+        pipelines, "snapshot_download", lambda repo, **more: asked.append((repo, more)) or folder
+    )
+    pipe, _, _ = pipelines.load_pipeline("a/wan@v1", vae=True)
+    assert pipe.vae is not None and [(repo, more["revision"]) for repo, more in asked] == [("a/wan", "v1")]
+    files = asked[0][1]["allow_patterns"]
+    assert "vae/*.safetensors" in files and "transformer/*.safetensors" not in files
+
+
+# ---------------------------------------------------------------- a stranger's folder
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def stage1(**changes):
+    return edit(lambda settings: settings | {"stage1_config": settings["stage1_config"] | changes})
+
+
+def memory(**changes):
+    return edit(lambda rows: [rows[0] | changes, *rows[1:]])
+
+
+MOM, BRAIN, MEMORIES = "mixture_of_memories/config.json", "brain_model/config.json", "memories.safetensors"
+STRANGE = [
+    *[("config.json", setting(**{name: value}), f"found {name} = {value}, wanted {name} (at least|above)") for name, value in [
+        ("height", 0), ("frames", -1), ("sampling_steps", 0), ("guidance", -1), ("lora_rank", -2), ("lora_alpha", 0), ("subject", 0), ("noise_shift", 0.0)]],
+    *[("config.json", stage1(**{name: value}), f"stage1_config: found {name} = {value}") for name, value in [("tau", 0), ("lambda_1", -1), ("lambda_2", -0.5)]],
+    ("config.json", setting(height=33), "config.json: found .*does not fit"),
+    *[(MOM, setting(**{name: value}), f"{name} = '?{value}'?, wanted") for name, value in [
+        ("K", 0), ("K", 46), ("K", "3"), ("K", 2.5), ("tau", 0.0), ("tau", -1), ("alpha", float("nan")), ("attention_heads", 5), ("tokens", 11)]],
+    (BRAIN, setting(attention_heads=5), "brain_model/config.json: found attention_heads = 5, wanted a divisor of 24"),
+    (BRAIN, setting(rank=-2), "brain_model"), (BRAIN, pipe, "brain_model/config.json: found a pipe or a device"),
+    ("heads/model.safetensors", pipe, "heads/model.safetensors: found a pipe"), (MEMORIES, pipe, "found a pipe"),
+    ("lora/pytorch_lora_weights.safetensors", pipe, "found a pipe"), ("voxels.npz", device, "voxels.npz: found a pipe or a device"),
+    ("config.json", device, "config.json: found a pipe or a device"), ("memories.json", device, "found a pipe or a device"),
+    *[("memories.json", memory(**{name: value}), f"line 0: found {name} = '{value}'") for name, value in [
+        ("caption", 3), ("caption", None), ("video", None), ("segment", 1), ("start_s", "0"), ("categories", None)]],
+    *[(MEMORIES, tensors(**{name: getattr(torch.Tensor, dtype)}), "memories.safetensors") for name, dtype in [
+        ("e", "double"), ("e", "bfloat16"), ("empty", "bfloat16"), ("text_tokens", "bfloat16"), ("text_offsets", "bool")]],
+    (MEMORIES, tensors(e=lambda e: e.sum()), "memories.safetensors"),
+    ("voxels.npz", npz(index=np.ones((N, 2), int)), r"voxels.npz\[index\]: found int64 of shape \(40, 2\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "damage", "message"), STRANGE)
+def test_a_strangers_folder_is_one_error_that_names_its_file(file, damage, message, folder):
+    with damaged(folder / file, damage), pytest.raises(ValueError, match=message):
+        CineNeuron.from_pretrained(folder)
+
+
+def test_the_ranges_are_those_of_the_options():
+    for field in (*fields(train_stage1.Config), *fields(train_stage2.Config)):
+        if field.name in shared.RANGES:
+            assert shared.RANGES[field.name] == field.metadata["ranges"], field.name
+    assert shared.LINE == data.LINE
+
+
 # ---------------------------------------------------------------- fMRI
 
 
@@ -171,11 +321,16 @@ def test_parts_that_do_not_fit_each_other_are_refused(tiny, model, monkeypatch):
     (lambda x: x[None], "shape"), (lambda x: x * torch.inf, "NaN, infinity"), (lambda x: x > 0, "no real numbers"),
     (lambda x: x + 0j, "no real numbers"), (lambda x: x + 4 * torch.tensor([0, 1])[:, None, None], "in clip 1, wanted z-scores"),
     (lambda x: x - 4, "in clip 0"), (lambda x: 7 * x, "± [67]"), (lambda x: x / 40, "in clip 0"), (lambda x: 1.0, ""),
+    (lambda x: 0 * x, "0 ± 0 in clip 0"), (lambda x: 0 * x + 1, "1 ± 0"), (lambda x: 100 * x + 1e4, "in clip 0"), (lambda x: 1e38 * x.double() * 1e3, "infinity"),
+    (lambda x: np.ma.masked_greater(x.numpy(), 2), "NaN"), (lambda x: x.numpy().astype(str), ""), (lambda x: None, ""), (lambda x: [[1, 2], [3]], ""),
+    (lambda x: x.numpy().astype(object), ""), (lambda x: x.to_sparse(), ""),
 ])  # fmt: skip
 def test_fmri_is_clips_volumes_voxels_as_z_scores(change, message, x):
     with pytest.raises(ValueError, match=f"^x: found .*{message}"):
         shared.check_fmri(change(x), T, N)
-    for fmri, T_, expected in ((x, T, x), (x[0].numpy(), T, x[:1]), (x[:, 0].double(), 1, x[:, :1])):
+    swapped, backwards = x.numpy().astype(">f8"), np.ascontiguousarray(x.numpy()[::-1])[::-1]
+    as_given = [(x, T, x), (x[0].numpy(), T, x[:1]), (x[:, 0].double(), 1, x[:, :1]), (x.tolist(), T, x)]
+    for fmri, T_, expected in (*as_given, (swapped, T, x), (backwards, T, x), ([*x.numpy()], T, x)):
         assert torch.equal(shared.check_fmri(fmri, T_, N), expected)  # clips of one volume, not one of many
     assert shared.check_fmri(2.5 * x + 2, T, N).shape == shared.check_fmri(x / 10, T, N).shape == x.shape
 

@@ -359,7 +359,7 @@ def test_presets_are_encoded_in_whole_frames(described, monkeypatch, size, tiled
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare.decoder, "_load", stop)
-    monkeypatch.setattr(prepare.decoder, "is_made_by", lambda file, recipe: file.name != "latents.npy")
+    monkeypatch.setattr(prepare.decoder, "is_made_for", lambda file, recipe: file.name != "latents.npy")
     with pytest.raises(KeyboardInterrupt):
         described(size)
     assert tiling == [tiled]

@@ -126,8 +126,8 @@ def test_a_damaged_config_names_the_file(change, tmp_path):
 
 
 def test_weights_of_the_hub_are_downloaded_and_absent_ones_say_how(tmp_path, monkeypatch):
-    def download(hub, file):
-        asked.append((hub, file))
+    def download(hub, file, revision):
+        asked.append((hub, file, revision))
         if not present:
             raise OSError("no network")
         torch.save({"module": ViCLIP(TINY).state_dict()}, tmp_path / "hub.pth")
@@ -146,4 +146,5 @@ def test_weights_of_the_hub_are_downloaded_and_absent_ones_say_how(tmp_path, mon
         ViCLIP.from_pretrained(tmp_path / "half")
     present = True
     assert ViCLIP.from_pretrained("OpenGVLab/ViCLIP", TINY).config == TINY
-    assert asked == [("OpenGVLab/ViCLIP", file)] * 2
+    assert ViCLIP.from_pretrained("OpenGVLab/ViCLIP@v2", TINY).config == TINY
+    assert asked == [("OpenGVLab/ViCLIP", file, revision) for revision in (None, None, "v2")]
