@@ -24,7 +24,7 @@ class Evaluation(NamedTuple):
     sets: dict[str, list[Pair]]  # of each method the clips, in the same order
     out: Path
     config: Judging
-    unavailable: dict[str, str]  # judge: why it could not be had
+    unavailable: dict[str, str]  # judge: why it could not be had; metric: why a clip has no value
     provenance: dict  # of the videos
     groups: dict[str, np.ndarray] = {}  # name: (clips,) bool, such as which of them training shows
     values: dict[str, np.ndarray] = {}  # name: (clips,) another value of each
@@ -113,6 +113,7 @@ def _entry(name: str, scored: list[dict], blocks: np.ndarray, run: Evaluation) -
         short = sum(row.get(name) == [None, None] for row in scored)
         too_short = f"{short} videos of fewer than {metric.least} frames"
         cause = too_short if short else "videos that are missing or cannot be read"
+        cause = run.unavailable.get(name, cause)
         counted = f"{missing} of {len(values)} clips have no value: {cause}"
         entry["reason"] = run.unavailable.get(metric.judge, counted)
     return entry

@@ -63,14 +63,11 @@ def read_video(path: Path, seconds: float = 2.0) -> Video:
     if not shown:
         raise broken(path, "no frame")
     times, lasting, frames = zip(*shown, strict=True)
-    if len(frames) == 1:  # a picture
-        n = round(max(lasting[-1], seconds) * STILL_RATE)
-        return Video(np.repeat(frames, n, 0), STILL_RATE)
-    intervals = np.diff(times)
+    intervals = np.diff(times) if len(frames) > 1 else np.ones(1) / STILL_RATE  # a picture
     if intervals.min() <= 0:
         raise broken(path, "frames whose times do not rise")
     interval = float(intervals.min() if suffix == ".gif" else np.median(intervals))
-    end = times[-1] + max(lasting[-1], interval)
+    end = times[-1] + max(lasting[-1], interval if len(frames) > 1 else seconds)
     if end < COMPLETE * info.duration:
         raise broken(path, f"frames up to {end:.2f} s", f"{info.duration:.2f} s")
     n = round((end - times[0]) / interval)
@@ -78,7 +75,10 @@ def read_video(path: Path, seconds: float = 2.0) -> Video:
         raise damaged(path, f"{n} frames of {frames[0].nbytes:,} bytes", f"at most {LIMIT:,} bytes", "cut it")
     middles = times[0] + (np.arange(n) + 0.5) * interval
     latest = np.searchsorted(times, middles, side="right") - 1  # (n,) what a player shows then
-    return Video(np.stack(frames)[latest], 1 / interval)
+    try:
+        return Video(np.stack([frames[i] for i in latest]), 1 / interval)
+    except MemoryError as error:
+        raise damaged(path, f"{n} frames, {error}", "what fits into memory", "cut it") from error
 
 
 def read_clips(film: Path, n_clips: int, seconds: float = 2.0) -> Iterator[np.ndarray]:
@@ -127,37 +127,62 @@ def _decode(path: Path, start: float = 0.0) -> Iterator:
     reformatter = VideoReformatter()  # one for all frames: one each is 10x slower
     try:
         with av.open(str(path)) as container:
-            stream = container.streams.video[0]
+            stream = container.streams.best("video")  # no cover picture
+            if stream is None:
+                raise broken(path, "sound alone")
             stream.thread_type = "AUTO"
-            if 3 * stream.width * stream.height * 2 > LIMIT:
-                size = f"frames of {stream.width} x {stream.height}"
+            ratio = float(stream.sample_aspect_ratio or 1)  # how wide a pixel of height 1 is shown
+            wider, higher = max(1, ratio), max(1, 1 / ratio)
+            if 3 * stream.width * stream.height * wider * higher * 2 > LIMIT:
+                size = f"frames of {stream.width} x {stream.height}, shown {wider:g} x {higher:g}"
                 raise damaged(path, size, f"at most {LIMIT:,} bytes", "make it smaller")
-            frames = container.decode(stream)
-            opening = next(frames, None)
+            frames = _timed(container, stream)
+            opened, opening = next(frames, (0, None))
             if opening is None:
                 raise broken(path, "no frame")
+            size = {"width": round(opening.width * wider), "height": round(opening.height * higher)}
             tick = float(stream.time_base)
-            first = opening.pts if stream.start_time is None else stream.start_time
+            is_avi = container.format.name == "avi"
+            first = opened if stream.start_time is None or is_avi else stream.start_time
             turns = round((opening.rotation or 0) / 90) % 4  # anticlockwise
-            film = (container.duration or 0) / av.time_base  # s
-            duration = min(float(stream.duration * tick), film or np.inf) if stream.duration else film
-            yield VideoInfo(float(stream.average_rate or 0), duration)
-            if start:
+            film = (container.duration or 0) / av.time_base  # s; of its sound, too
+            alone = float(stream.duration * tick) if stream.duration else _tagged(stream.metadata)
+            yield VideoInfo(float(stream.average_rate or 0), min(alone or film, film or alone))
+            if start and not is_avi:  # of which the frames are counted from the beginning
                 container.seek(first + int(start / tick), stream=stream)  # the last key frame not after it
-                frames = container.decode(stream)
+                frames = _timed(container, stream)
             else:
-                frames = chain([opening], frames)
-            for frame in frames:
-                time = (frame.pts - first) * tick + 1e-4  # 1.99999 s, rounded, belongs to the clip from 2 s
+                frames = chain([(opened, opening)], frames)
+            for shown, frame in frames:
+                time = (shown - first) * tick + 1e-4  # 1.99999 s, rounded, belongs to the clip from 2 s
                 if time < start:
                     continue
-                array = reformatter.reformat(frame, format="rgb24").to_ndarray()
-                if array.shape[:2] != (opening.height, opening.width):
-                    raise broken(path, "frames of several sizes")
+                array = reformatter.reformat(frame, format="rgb24", **size).to_ndarray()
                 lasts = float((frame.duration or 0) * tick)
                 yield time, lasts, np.ascontiguousarray(np.rot90(array, turns))
     except (av.FFmpegError, ArithmeticError, AttributeError, LookupError, TypeError, UnicodeError) as error:
         raise broken(path, error) from error
+
+
+def _timed(container, stream) -> Iterator[tuple]:
+    """(time in ticks, frame) of each. AVI knows only packets' times, in the order in which frames come."""
+    times: list[int] = []
+    for packet in container.demux(stream):
+        if packet.size == 0 and packet.dts is not None:  # AVI: the frame before is shown on
+            continue
+        times.append(packet.dts)
+        for frame in packet.decode():
+            time = times.pop(0)
+            yield (time if container.format.name == "avi" else frame.pts), frame
+
+
+def _tagged(metadata: dict[str, str]) -> float:
+    """Seconds, of Matroska's tag DURATION or DURATION-eng: "00:00:02.5"; 0 without it."""
+    text = next((metadata[name] for name in metadata if name.upper().startswith("DURATION")), "0:0:0")
+    with suppress(ValueError):
+        hours, minutes, seconds = map(float, text.split(":"))
+        return 3600 * hours + 60 * minutes + seconds
+    return 0.0
 
 
 def _complete(film: Path, info: VideoInfo, frames: list, start: float, seconds: float) -> np.ndarray:

@@ -266,13 +266,15 @@ def test_raft_and_amt_see_neighbours_padded_on_all_sides():
     x = (frames / 127.5 - 1).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(flow, x[:-1, :2] + 4 * x[1:, :2], atol=1e-5)
     assert [len(a) for a, *_ in raft.inputs] == [16, 2] and raft.inputs[0][3] == {"num_flow_updates": 20}
-    padded = np.pad(x, ((0, 0), (0, 0), (1, 2), (1, 2)), mode="edge")  # multiples of 8
+    padded = np.pad(x, ((0, 0), (0, 0), (57, 58), (53, 54)), mode="edge")  # RAFT needs 128 pixels
     np.testing.assert_allclose(raft.inputs[1][1], padded[17:], atol=1e-6)
     assert between.dtype == np.uint8  # cut to whole numbers
     assert abs(between[0] - (frames[0].astype(int) + frames[1]) // 2).mean() < 0.1
     (a, _, (half,), options) = amt.inputs[0]
     assert a.shape == (1, 3, 16, 32) and half.flatten().tolist() == [0.5] and options == {"eval": True}
     assert motion.raft_flow(None, frames[:1]).shape == (0, 2, 13, 21)
+    motion.raft_flow(raft, moving(2, 129, 144))
+    assert raft.inputs[-1][0].shape == (1, 3, 136, 144)  # else multiples of 8
 
 
 def test_flow_points_where_the_texture_moves():
@@ -670,6 +672,25 @@ def test_bad_files_are_missing_values_only_with_skip_bad(three, change, message)
     assert [row.get("ssim") is None for row in result["clips"]] == [False, True, False]
     m = result["metrics"]["psnr"]
     assert m["n"] == 2 and m["reason"].endswith("videos that are missing or cannot be read")
+
+
+@pytest.mark.parametrize(
+    "judged", [RuntimeError("too small\nat line 3"), ValueError(), MemoryError("none left")]
+)
+def test_a_judge_that_fails_ends_no_evaluation(three, monkeypatch, judged, capsys):
+    def judge(frames: np.ndarray) -> np.ndarray:
+        if frames.mean() > np.load(three / "gt" / "0001.npy").mean():
+            raise judged
+        return np.zeros((len(frames) - 1, 2, *frames.shape[1:3]))
+
+    monkeypatch.setitem(metrics.score.LOADERS, "flow", lambda *_: judge)
+    config = Config(data="cc2017", metrics="epe,ssim", pairs=str(three), size="native")
+    assert main(config) == 3
+    m = results_of(three)["metrics"]
+    assert (m["ssim"]["n"], "reason" in m["ssim"]) == (3, False) and m["epe"]["n"] < 3
+    cause = "too small" if str(judged).startswith("too") else str(judged) or "ValueError"
+    assert re.search(f"clips have no value: 000.: {cause}$", m["epe"]["reason"])
+    assert f"{cause}\n" in capsys.readouterr().out
 
 
 def test_results_of_an_earlier_run_are_no_method(three):
