@@ -34,8 +34,10 @@ CODE = sha256(*ROOM, Path(prepare.encoders.__file__), Path(support.videos.__file
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file, or of the weights and settings in a folder, as they are now."""
-    files = sorted([*path.glob("*.json"), *path.glob("*.safetensors")]) if path.is_dir() else [path]
+    """sha256 of a file, or of the weights and settings or pictures in a folder, as they are now."""
+    files = [path]
+    if path.is_dir():
+        files = sorted([*path.glob("*.json"), *path.glob("*.safetensors"), *support.videos.frames_of(path)])
     return _digest(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
 
@@ -57,7 +59,7 @@ def keys_of(pair: Pair, config) -> dict[str, str]:
     if not (pair.pred and pair.gt):
         return {}
     options = [config.size, config.classifier_frames, config.trials, config.seconds, VERSIONS, CODE]
-    videos = [source and (digest(source.path), source.half) for source in (pair.pred, pair.gt, pair.control)]
+    videos = [source and (digest(source.path), *source[1:]) for source in (pair.pred, pair.gt, pair.control)]
     keys = {}
     for name in asked(config):
         metric = METRICS[name]

@@ -6,6 +6,8 @@
 A file's own times decide, not its frame numbers: a GIF whose equal frames were merged, a recording of
 irregular rate and a trimmed mp4 give what is seen at each moment. Readers raise MissingFile or FileFault."""
 
+import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -41,16 +43,13 @@ class VideoInfo(NamedTuple):
     duration: float  # s
 
 
-def read_video(path: Path, seconds: float = 2.0) -> Video:
-    """Any of SUFFIXES. `seconds`: what an .npy array or a single picture lasts."""
+def read_video(path: Path, seconds: float = 2.0, clip: int | None = None) -> Video:
+    """Any of SUFFIXES, a folder of PNG pictures, or clip number `clip` of an array of all. `seconds`: what an
+    array, a folder or a single picture lasts."""
     suffix = path.suffix.lower()
-    if suffix == ".npy":
-        wanted = f"uint8 (F, H, W, 3) of at most {LIMIT:,} bytes"
-        with reading(path, advice="convert it to uint8 (F, H, W, 3), saved by np.save"):
-            array = read_array(path, "u", (None, None, None, 3))
-            if array.dtype != np.uint8 or 0 in array.shape or array.nbytes > LIMIT:
-                raise damaged(path, f"{array.dtype} {array.shape}", wanted)
-            return Video(np.array(array), len(array) / seconds)
+    if clip is not None or suffix == ".npy" or path.is_dir() and frames_of(path):
+        frames = _read_frames(path, clip)
+        return Video(frames, len(frames) / seconds)
     if suffix == ".gif" and not _gif_is_whole(path):
         raise broken(path, "a GIF that ends in the middle")
     decoded = _decode(path)
@@ -79,6 +78,74 @@ def read_video(path: Path, seconds: float = 2.0) -> Video:
         return Video(np.stack([frames[i] for i in latest]), 1 / interval)
     except MemoryError as error:
         raise damaged(path, f"{n} frames, {error}", "what fits into memory", "cut it") from error
+
+
+def _read_frames(path: Path, clip: int | None) -> np.ndarray:
+    """An array, a clip of one or a folder of pictures: uint8 (F, H, W, 3)."""
+    wanted = f"uint8 (F, H, W, 3) of at most {LIMIT:,} bytes"
+    with reading(path, wanted, "convert it to uint8 (F, H, W, 3), saved by np.save"):
+        if clip is not None:
+            return _as_uint8(path, read_all_clips(path)[clip])
+        if path.is_dir():
+            return _read_pictures(path)
+        array = read_array(path, "u", (None, None, None, 3))
+        if array.dtype != np.uint8 or 0 in array.shape or array.nbytes > LIMIT:
+            raise damaged(path, f"{array.dtype} {array.shape}", wanted)
+        return np.array(array)
+
+
+def frames_of(folder: Path) -> list[Path]:
+    """The PNG pictures of a folder, in the order of their numbers: 2.png before 10.png."""
+    files = [path for path in folder.glob("[!.]*") if path.suffix.lower() == ".png"]
+    return sorted(files, key=lambda path: [f"{part:0>20}" for part in re.split(r"(\d+)", path.stem)])
+
+
+def _read_pictures(folder: Path) -> np.ndarray:
+    """uint8 (F, H, W, 3). Raises FileFault where they differ in size, are damaged or too many."""
+    from PIL import Image
+
+    pictures, files = [], frames_of(folder)
+    for file in files:
+        with reading(file, "a whole picture", DOWNLOAD), Image.open(file) as image:
+            size = pictures[0].shape[1::-1] if pictures else image.size
+            if image.size != size or 3 * size[0] * size[1] * len(files) > LIMIT:
+                wanted = f"{size}, as the first, and at most {LIMIT:,} bytes in all"
+                raise damaged(file, f"{image.size} pixels", wanted, "make them alike, and fewer")
+            pictures.append(np.array(image.convert("RGB")))
+    return np.stack(pictures)
+
+
+def read_all_clips(path: Path) -> np.ndarray | torch.Tensor:
+    """An array of all clips, .npy or .pt, memory-mapped: (clips, F, H, W, 3) or (clips, F, 3, H, W), uint8 or
+    floats in 0 ... 1."""
+    wanted = "an array (clips, F, H, W, 3) or (clips, F, 3, H, W), uint8 or floats in 0 ... 1"
+    with reading(path, wanted, "save it so by np.save or torch.save"):
+        if path.suffix.lower() == ".npy":
+            array = read_array(path, "fiu")
+        else:
+            array = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        shape, dtype = getattr(array, "shape", ()), str(getattr(array, "dtype", type(array).__name__))
+        if (
+            len(shape) != 5
+            or 0 in shape
+            or 3 not in (shape[2], shape[4])
+            or not re.search("uint8|float", dtype)
+        ):
+            raise damaged(path, f"{dtype} {tuple(shape)}", wanted)
+        return array
+
+
+def _as_uint8(path: Path, clip: np.ndarray | torch.Tensor) -> np.ndarray:
+    """A clip of `read_all_clips`: uint8 (F, H, W, 3)."""
+    if np.prod(clip.shape) > LIMIT:
+        raise damaged(path, f"clips of {tuple(clip.shape)}", f"at most {LIMIT:,} bytes", "make it smaller")
+    x = torch.as_tensor(np.array(clip) if isinstance(clip, np.ndarray) else clip)
+    if x.is_floating_point():
+        x = x.float()
+        if not (x.min() >= 0 and x.max() <= 1):  # nor NaN
+            raise damaged(path, f"{x.min():g} ... {x.max():g}", "0 ... 1", "scale it, or save it as uint8")
+        x = (255 * x).round().byte()
+    return (x if x.shape[3] == 3 else x.movedim(1, 3)).contiguous().numpy()
 
 
 def read_clips(film: Path, n_clips: int, seconds: float = 2.0) -> Iterator[np.ndarray]:

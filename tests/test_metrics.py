@@ -598,13 +598,62 @@ def test_side_by_side_videos_are_cut(three):
     """The stimulus is on the left."""
     videos = {kind: [np.load(three / kind / f"{i:04d}.npy") for i in range(3)] for kind in ("gt", "ours")}
     glued = [np.concatenate(pair, 2) for pair in zip(*videos.values(), strict=True)]
-    (pairs,) = find_pairs(write_pairs(three.parent / "glued", glued[:0], ours=glued), split=True).values()
+    write_pairs(three.parent / "glued", glued[:0], ours=glued)
+    (three.parent / "glued" / "gt").rmdir()
+    (pairs,) = find_pairs(three.parent / "glued", split=True).values()
     for i, pair in enumerate(pairs):
         halves = [watch(source, 2.0).frames for source in (pair.pred, pair.gt, pair.control)]
         expected = [videos["ours"][i], videos["gt"][i], videos["gt"][(i + 1) % 3]]
         np.testing.assert_array_equal(halves, expected)
     with pytest.raises(FileNotFoundError, match="glued has videos in ours; wanted gt/NAME.*--split"):
         find_pairs(three.parent / "glued")
+
+
+def test_pictures_in_folders_and_one_array_of_all_clips_are_videos(three):
+    clips = np.stack([np.load(file) for file in sorted((three / "ours").iterdir())])
+    np.save(three / "array.npy", clips)
+    torch.save(torch.from_numpy(clips).movedim(-1, 2) / 255, three / "floats.pt")
+    for i, t in np.ndindex(clips.shape[:2]):
+        (three / "pictures" / f"{i:04d}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(clips[i, t]).save(three / "pictures" / f"{i:04d}" / f"frame{t + 5}.png")
+    (three / "ours.zip").touch()
+    sets = find_pairs(three)
+    assert list(sets) == ["ours", "pictures", "array", "floats"]
+    for pairs in sets.values():
+        np.testing.assert_array_equal([watch(pair.pred, 3.0).frames for pair in pairs], clips)
+        assert watch(pairs[0].pred, 3.0).fps == 2 and pairs[2].gt == sets["ours"][2].gt
+    keys = [keys_of(pair, Config(metrics="ssim"))["ssim"] for pairs in sets.values() for pair in pairs]
+    assert len({*keys}) == len(keys)
+    (three / "array.npy").rename(three / "both.npy")
+    assert [*find_pairs(three, split=True)] == ["gt", "ours", "pictures", "both", "floats"]
+
+
+@pytest.mark.parametrize(("write", "message"), [
+    (lambda root: (root / "a" / "b").mkdir(parents=True), "/a: found no video in it; no video: a/b, wanted NAME"),
+    (lambda root: np.save(root / "a.npy", np.ones((2, 6, 8, 8, 3), np.uint8)), "a.npy: found 2 clips, wanted 3, "),
+    (lambda root: np.save(root / "a.npy", np.ones((3, 8, 8, 3), np.uint8)), r"a.npy: found uint8 \(3, 8, 8, 3\), wanted"),
+    (lambda root: np.save(root / "a.npy", np.full((3, 2, 8, 8, 3), 1.5)), "a.npy: found 1.5 ... 1.5, wanted 0 ... 1"),
+    (lambda root: torch.save([1], root / "a.pt"), r"a.pt: found list \(\), wanted an array"),
+    (lambda root: torch.save(Path("x"), root / "a.pt"), "a.pt: found .*could run code, wanted an array"),
+    (lambda root: np.save(root / "ours.npy", np.ones((3, 2, 8, 8, 3))), "ours.npy: another METHOD has its name"),
+    (lambda root: [(root / "a" / f"000{i}").mkdir(parents=True) or (root / "a" / f"000{i}" / "1.png").write_bytes(b"x")
+                   for i in range(3)], "a/0000/1.png: found .*, wanted a whole picture"),
+])  # fmt: skip
+def test_a_method_that_cannot_be_read_is_named(three, write, message):
+    write(three)
+    with pytest.raises(ValueError, match=message):
+        main(Config(**PIXELS, pairs=str(three)))
+
+
+def test_where_methods_lack_clips_a_mean_is_over_those_that_all_have(three, capsys):
+    clips = [np.load(three / "gt" / f"{i:04d}.npy") for i in range(2)]
+    write_pairs(three, [], fewer=clips)
+    assert main(Config(**PIXELS, pairs=str(three), skip_bad=True)) == 0
+    assert capsys.readouterr().out.count("that all methods have, 2 clips") == 2
+    for method in ("ours", "fewer"):
+        result = results_of(three, method)
+        ssim = [row["ssim"] for row in result["clips"][:2]]
+        assert result["groups"]["that all methods have"]["ssim"]["mean"] == pytest.approx(np.mean(ssim))
 
 
 @pytest.mark.parametrize("suffix", ["npy", "gif"])
