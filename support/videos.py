@@ -1,7 +1,7 @@
 """Videos: what a player shows, upright and in time, as arrays uint8 (F, H, W, 3); and arrays as videos.
 
     read_video, read_clips, read_clip    a whole video; a film in clips of some seconds; one clip, by seeking
-    write_video, write_gif
+    write_video, write_for_browsers, write_gif
 
 A file's own times decide, not its frame numbers: a GIF whose equal frames were merged, a recording of
 irregular rate and a trimmed mp4 give what is seen at each moment. Readers raise MissingFile or FileFault."""
@@ -339,6 +339,26 @@ def write_video(path: Path, frames: np.ndarray, fps: float, keyframe_every: int 
         stream.pix_fmt = "yuv444p" if min(H, W) < 256 or H % 2 or W % 2 else "yuv420p"
         for frame in frames:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode())
+
+
+def write_for_browsers(file: Path, frames: np.ndarray, seconds: float, size: tuple[int, int]) -> None:
+    """uint8 (F, H, W, 3) -> H.264 4:2:0, which browsers play, of `seconds` and of size (width, height), with
+    bars where its shape is another. Enlarged by a whole factor first, so that thin colours survive."""
+    import av
+    from PIL import Image, ImageOps
+
+    F, H, W, _ = frames.shape
+    k = max(1, min(size[1] // H, size[0] // W))
+    with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as out:
+        stream = out.add_stream("libx264", rate=Fraction(F / seconds).limit_denominator(1001))
+        (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
+        # with mbtree the same frames give other bytes now and then
+        stream.options = {"crf": "18", "preset": "veryfast", "mbtree": "0"}
+        for frame in frames:
+            enlarged = Image.fromarray(frame.repeat(k, 0).repeat(k, 1))
+            image = ImageOps.pad(enlarged, size, Image.Resampling.BICUBIC)
+            out.mux(stream.encode(av.VideoFrame.from_image(image)))
         out.mux(stream.encode())
 
 
