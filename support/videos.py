@@ -6,6 +6,7 @@
 A file's own times decide, not its frame numbers: a GIF whose equal frames were merged, a recording of
 irregular rate and a trimmed mp4 give what is seen at each moment. Readers raise MissingFile or FileFault."""
 
+import io
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -50,8 +51,6 @@ def read_video(path: Path, seconds: float = 2.0, clip: int | None = None) -> Vid
     if clip is not None or suffix == ".npy" or path.is_dir() and frames_of(path):
         frames = _read_frames(path, clip)
         return Video(frames, len(frames) / seconds)
-    if suffix == ".gif" and not _gif_is_whole(path):
-        raise broken(path, "a GIF that ends in the middle")
     decoded = _decode(path)
     info = next(decoded)
     shown = []
@@ -193,7 +192,7 @@ def _decode(path: Path, start: float = 0.0) -> Iterator:
         open(path, "rb").close()  # of what is damaged, av says "no memory" and "no permission", too
     reformatter = VideoReformatter()  # one for all frames: one each is 10x slower
     try:
-        with av.open(str(path)) as container:
+        with av.open(_gif(path) if path.suffix.lower() == ".gif" else str(path)) as container:
             stream = container.streams.best("video")  # no cover picture
             if stream is None:
                 raise broken(path, "sound alone")
@@ -260,8 +259,9 @@ def _complete(film: Path, info: VideoInfo, frames: list, start: float, seconds: 
     return np.stack(frames)
 
 
-def _gif_is_whole(path: Path) -> bool:
-    """Does the chain of a GIF's blocks reach its trailer (GIF89a)? What follows it does not matter."""
+def _gif(path: Path) -> io.BytesIO:
+    """A GIF (GIF89a) without what follows its trailer: av would take that, however long, into memory. Raises
+    FileFault where the chain of its blocks does not reach the trailer."""
 
     def skip_table(flags: int) -> None:  # of colours
         file.seek(3 << (flags & 7) + 1 if flags & 0x80 else 0, 1)
@@ -274,8 +274,11 @@ def _gif_is_whole(path: Path) -> bool:
             file.read(1)  # the extension's label, or the picture's code size
             while size := file.read(1)[0]:  # of a sub-block
                 file.seek(size, 1)
-        return kind == b";"
-    return False
+        size = file.tell()
+        if kind == b";" and size <= LIMIT:
+            file.seek(0)
+            return io.BytesIO(file.read(size))
+    raise broken(path, "a GIF that ends in the middle")
 
 
 def uniform_frames(n_available: int, F: int) -> np.ndarray:

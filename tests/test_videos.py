@@ -100,6 +100,7 @@ def test_what_follows_the_end_of_a_gif_does_not_matter(tail: bytes, tmp_path):
     write_video(tmp_path / "a.gif", film(), 10)
     with open(tmp_path / "a.gif", "ab") as file:
         file.write(tail)
+        file.truncate(file.tell() + (1 << 33))  # nor how long it is
     assert near(read_video(tmp_path / "a.gif").frames, film())
 
 
