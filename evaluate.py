@@ -17,7 +17,7 @@ Out: runs/<data>/sub<K>/<run>-s<seed>/eval/ (the control eval-shuffled/, pairs D
      sheet.png, grid.gif             stimulus | top-1 memory | reconstruction, of six clips evenly spread
      ranked.png                      the best, median and worst clips by video_50way
      recognised.json                 toy world: do classifiers see in the reconstruction what was shown?
-Exit status: 0; 1 after an error; 3 where weights of a metric could not be had (it is n/a).
+Exit status: 0; 1 after an error; 3 where a metric, or a clip's, could not be had (it is n/a).
 """
 
 import sys
@@ -37,7 +37,7 @@ from heads import Stage1Heads
 from metrics import card, held_out
 from metrics.compare import compare
 from metrics.options import PRESETS, Config, parse
-from metrics.pairs import find_pairs, other_scenes
+from metrics.pairs import find_pairs
 from metrics.parallel import in_processes
 from metrics.report import Evaluation, report
 from metrics.score import score_all
@@ -50,7 +50,7 @@ from mixture_of_memories import (
     TopTextMemory,
     condition,
 )
-from prepare.copies import far_apart, has_near_copy
+from prepare.copies import has_near_copy
 from support import shared
 from support.pipelines import load_lora, load_pipeline
 from support.readers import advising, load_model
@@ -244,7 +244,7 @@ def evaluate_pairs(config: Config) -> int:
 
 def evaluate_run(config: Config) -> int:
     """The held-out clips of a run: reconstruct, score, report."""
-    accelerator = start(config.device)
+    accelerator, order = start(config.device), held_out.order_of(config)
     model = load_run(config, accelerator)
     test = Clips(config.data, config.subject, "test", model.settings["stage1_config"]["rois"])
     clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))
@@ -254,9 +254,7 @@ def evaluate_run(config: Config) -> int:
     lines = {int(clip): test.lines[clip] for clip in clips}
     films = held_out.Films(config, model.size, [*lines.values(), *model.lines])
     made_by = held_out.made_by(config, model.settings, model.folder)
-    x = test.averaged()  # (test clips, T, N)
-    if config.shuffle:
-        x = x[other_scenes(far_apart([line["segment"] for line in test.lines]))]
+    x = test.averaged()[order]  # (test clips, T, N)
 
     def make(rank: int, world: int) -> None:
         films.write(out / "gt", {clip: lines[clip] for clip in clips[rank::world].tolist()}, silent=rank > 0)

@@ -20,12 +20,9 @@ import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, fields
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
@@ -35,7 +32,7 @@ from support.files import save_folder, write_json  # noqa: E402
 from support.options import Parser, option, within  # noqa: E402
 from support.readers import damaged, read_json, reading  # noqa: E402
 from support.runs import door  # noqa: E402
-from support.videos import Video, read_video  # noqa: E402
+from support.videos import Video, read_video, write_for_browsers  # noqa: E402
 
 # as in human_eval.html, and Table 3
 QUESTIONS = ("semantic_alignment", "temporal_consistency", "visual_quality", "overall_fidelity")
@@ -100,33 +97,15 @@ def clips_of(pairs: dict[str, list[Pair]]) -> list[dict[str, Pair]]:
 
 def read_stimulus(clip: dict[str, Pair], seconds: float) -> Video:
     """An .npy array lasts `seconds`. Raises ValueError where the runs' stimuli differ."""
-    first, *copies = dict.fromkeys(pair.gt.path for pair in clip.values())
-    stimulus = read_video(first, seconds)
-    for file in copies:
-        frames = read_video(file, seconds).frames
+    first, *copies = dict.fromkeys(pair.gt for pair in clip.values())
+    stimulus = read_video(first.path, seconds, first.clip)
+    for copy in copies:
+        frames = read_video(copy.path, seconds, copy.clip).frames
         same = frames.shape == stimulus.frames.shape
         if not same or np.abs(frames.astype(np.int16) - stimulus.frames).mean() > SAME:
             text = "show different stimuli: the runs are of other data or clips"
-            raise ValueError(f"{first} and {file} {text}")
+            raise ValueError(f"{first.path} and {copy.path} {text}")
     return stimulus
-
-
-def write_for_browsers(file: Path, frames: np.ndarray, seconds: float, size: tuple[int, int]) -> None:
-    """uint8 (F, H, W, 3) -> H.264 4:2:0, which browsers play, of `seconds` and of size (width, height), with
-    bars where its shape is another. Enlarged by a whole factor first, so that thin colours survive."""
-    F, H, W, _ = frames.shape
-    k = max(1, min(size[1] // H, size[0] // W))
-    with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as out:
-        stream = out.add_stream("libx264", rate=Fraction(F / seconds).limit_denominator(1001))
-        (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
-        # with mbtree the same frames give other bytes now and then
-        stream.options = {"crf": "18", "preset": "veryfast", "mbtree": "0"}
-        for frame in frames:
-            enlarged = Image.fromarray(frame.repeat(k, 0).repeat(k, 1))
-            image = ImageOps.pad(enlarged, size, Image.Resampling.BICUBIC)
-            out.mux(stream.encode(av.VideoFrame.from_image(image)))
-        out.mux(stream.encode())
-    os.utime(file, (LONG_AGO, LONG_AGO))  # the date tells nothing either
 
 
 def make(clips: list[dict[str, Pair]], out: Path, study: Study) -> str:
@@ -168,10 +147,12 @@ def write_groups(clips: list[dict[str, Pair]], folder: Path, study: Study) -> tu
         width = width or max(2, 2 * round(study.height * W / H / 2))  # even, and one for all
         videos = {stimulus_id: stimulus.frames}
         for video, name in zip(ids, names, strict=True):
-            videos[video] = read_video(clips[i][name].pred.path, study.seconds).frames
+            pred = clips[i][name].pred
+            videos[video] = read_video(pred.path, study.seconds, pred.clip).frames
         for video, frames in videos.items():
             file = folder / f"{video}.mp4"
             write_for_browsers(file, frames, F / stimulus.fps, (width, study.height))
+            os.utime(file, (LONG_AGO, LONG_AGO))  # the date tells nothing either
             content.update(video.encode() + file.read_bytes())
         method_of = dict(zip(ids, names, strict=True))
         groups.append({"id": group, "stimulus": stimulus_id, "videos": ids})

@@ -22,7 +22,7 @@ from support.files import written_whole
 from support.pictures import strip
 from support.readers import check_keys, damaged, load_model, read_json_lines, reading
 from support.shared import read_memories
-from support.videos import read_clip, video_frames, write_video
+from support.videos import read_clip, read_video, video_frames, write_for_browsers
 
 COLOURS = {"txt": "#3b6ea5", "img": "#d98324", "act": "#4f9a5b"}  # of the modalities
 PAGE = Path(__file__).with_suffix(".html")
@@ -194,17 +194,16 @@ def draw_attention(ax, attention: np.ndarray | None) -> None:
 
 def page(remembered: Remembered, out: Path) -> None:
     """The same as a page (extras/memories.html) that holds all it shows, clip by clip, with moving films."""
-    run, (frames, height, width) = remembered.run, remembered.size
+    run, (_, height, width) = remembered.run, remembered.size
     memories, clips = {}, []
-    with tempfile.TemporaryDirectory() as folder:
-        for i in sorted({i for scores in remembered.scores.values() for i in scores.retrieved}):
-            file, line = Path(folder, f"{i}.mp4"), remembered.memories[i]
-            write_video(file, remembered.film(i), frames / SECONDS[run.data])
-            memories[i] = {"caption": line["caption"], "id": line["id"], "video": as_uri(file)}
+    for i in sorted({i for scores in remembered.scores.values() for i in scores.retrieved}):
+        line, video = remembered.memories[i], as_uri(remembered.film(i), SECONDS[run.data])
+        memories[i] = {"caption": line["caption"], "id": line["id"], "video": video}
     for clip, scores in remembered.scores.items():
         line, group = remembered.lines[clip], remembered.groups[clip]
         texts = {"clip": clip, "id": line["id"], "caption": line["caption"], "group": group}
-        videos = {kind: as_uri(video_file(run.folder, kind, clip)) for kind in ("gt", "recon")}
+        films = {kind: read_video(video_file(run.folder, kind, clip)) for kind in ("gt", "recon")}
+        videos = {kind: as_uri(film.frames, len(film.frames) / film.fps) for kind, film in films.items()}
         clips.append({**texts, **scores._asdict(), **videos})
     names = {"run": str(run.folder), "modalities": COLOURS, "height": height, "width": width}
     values = {**names, "clips": clips, "memories": memories}
@@ -213,5 +212,11 @@ def page(remembered: Remembered, out: Path) -> None:
         part.write_text(PAGE.read_text(encoding="utf-8").replace("/* RUN */ null", text), encoding="utf-8")
 
 
-def as_uri(file: Path) -> str:
-    return "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()
+def as_uri(frames: np.ndarray, seconds: float) -> str:
+    """uint8 (F, H, W, 3) -> what a browser plays: its pixels are enlarged to 256 rows or so."""
+    _, H, W, _ = frames.shape
+    k = max(1, 256 // H)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "a.mp4")
+        write_for_browsers(file, frames, seconds, (k * W + k * W % 2, k * H + k * H % 2))
+        return "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics.attributes import agreement, shown_in_training
+from data import Clips
+from metrics.attributes import Recognised, agreement, shown_in_training
 from metrics.pairs import Pair, Source, other_scenes
 from metrics.report import Evaluation
 from prepare.copies import far_apart
@@ -43,6 +44,15 @@ class Films:
             file = folder / f"{clip:04d}.mp4"
             if not file.is_file():
                 write_video(file, self.frames(line), self.fps)
+
+
+def order_of(config) -> slice | np.ndarray:
+    """The test clips' order: their own, or with --shuffle for each clip one of another scene. Raises
+    ValueError where they are too few: ask before models are loaded."""
+    if not config.shuffle:
+        return slice(None)
+    lines = Clips(config.data, config.subject, "test").lines
+    return other_scenes(far_apart([line["segment"] for line in lines]))
 
 
 def write_retrieved(model, x: Tensor, lines: dict[int, dict], file: Path) -> np.ndarray | None:
@@ -89,7 +99,10 @@ def describe(
     groups = groups or {"with a near-copy": near_copy, "without a near-copy": ~near_copy}
     groups = {name: members for name, members in groups.items() if members.any()}
     judges = (config.video_classifier, config.image_classifier)
-    recognised = agreement(evaluation.out, judges, lines, memories, top_1, groups)
+    try:
+        recognised = agreement(evaluation.out, judges, lines, memories, top_1, groups)
+    except Exception as error:  # a damaged classifier: the scores are kept
+        recognised = Recognised(table=f"attributes: n/a: {error}")
     texts = []
     for i, line in enumerate(lines.values()):
         memory = [] if top_1 is None else [memories[top_1[i]]["caption"]]

@@ -15,6 +15,7 @@ from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
 from support.readers import check_tensors, read_state, reading
 
 FLOWS = {"raft": "torchvision raft_large C_T_V1", "farneback": "none: Farneback flow (OpenCV)"}
+RAFT_LEAST = 128  # pixels: its features at 1/8, halved three times, must be two pixels high and wide
 AMT_HUB = "lalala125/AMT"
 
 
@@ -86,7 +87,7 @@ def raft_flow(model: nn.Module, frames: np.ndarray) -> np.ndarray:
     if len(frames) < 2:
         return np.zeros((0, 2, *frames.shape[1:3]), np.float32)
     x = tensor(frames).to(next(model.parameters()).device) / 127.5 - 1
-    return of_neighbours(lambda a, b: model(a, b, num_flow_updates=20)[-1], x, 8, 16).numpy()
+    return of_neighbours(lambda a, b: model(a, b, num_flow_updates=20)[-1], x, 8, 16, RAFT_LEAST).numpy()
 
 
 def load_amt(weights: str, device: torch.device | str) -> Callable:
@@ -113,11 +114,11 @@ def tensor(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames).permute(0, 3, 1, 2).float()
 
 
-def of_neighbours(network: Callable, x: Tensor, multiple: int, batch: int) -> Tensor:
+def of_neighbours(network: Callable, x: Tensor, multiple: int, batch: int, least: int = 1) -> Tensor:
     """network(frames, next frames) of a video x (F, 3, H, W), so many at once -> (F - 1, C, H, W). Borders
-    are repeated on all sides until H and W are such multiples, and cut off again."""
+    are repeated on all sides until H and W are such multiples, at least `least`, and cut off again."""
     *_, H, W = x.shape
-    h, w = -H % multiple, -W % multiple
+    h, w = max(-H % multiple, least - H), max(-W % multiple, least - W)
     top, left = h // 2, w // 2
     x = nn.functional.pad(x, (left, w - left, top, h - top), mode="replicate")
     outputs = []

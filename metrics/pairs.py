@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from support.readers import damaged
-from support.videos import SUFFIXES, read_video, resized, uniform_frames
+from support.videos import SUFFIXES, frames_of, read_all_clips, read_video, resized, uniform_frames
 
 PADDING = 2  # pixels of torchvision's make_grid around and between its pictures
 BLACK = 24  # of 255: a compressed border is not quite black
@@ -20,6 +20,7 @@ BLACK = 24  # of 255: a compressed border is not quite black
 class Source(NamedTuple):
     path: Path
     half: str = ""  # left or right, of a video that shows two side by side
+    clip: int | None = None  # its number in an array of all clips
 
 
 class Pair(NamedTuple):
@@ -32,19 +33,35 @@ class Pair(NamedTuple):
 def find_pairs(
     folder: Path, split: bool = False, skip_bad: bool = False, out: Path | None = None
 ) -> dict[str, list[Pair]]:
-    """{METHOD: pairs of folder/gt/NAME.* and folder/METHOD/NAME.*}, in the same order; results in
-    folder/metrics or `out` are passed over. Raises FileNotFoundError, ValueError."""
-    sets, strange = _videos_in(folder, {folder / "metrics", out})
+    """{METHOD: pairs of folder/gt/NAME.* and folder/METHOD/NAME.*}, in the same order; clip k of an array
+    METHOD.npy or METHOD.pt is that of the k-th name. Results in folder/metrics or `out` are passed over.
+    Raises FileNotFoundError, ValueError."""
+    sets, arrays, strange = _videos_in(folder, {folder / "metrics", out})
     no_video = f"; no video: {_first(strange)}" if strange else ""
-    if not sets.keys() - {"gt"} or not split and "gt" not in sets:
+    for method, file in arrays.items():
+        if method == "gt" or split:
+            sets[method] = {f"{k:04d}": Source(file, "", k) for k in range(len(read_all_clips(file)))}
+    readable = [method for method in {**sets, **arrays} if sets.get(method, arrays)]
+    if not {*readable} - {"gt"} or not split and "gt" not in readable:
         names = "METHOD/NAME.*, side by side" if split else "gt/NAME.* and METHOD/NAME.* (or --split)"
-        contents = f"{folder} has videos in {', '.join(sets) or 'no folder'}{no_video}"
+        contents = f"{folder} has videos in {', '.join(readable) or 'no folder'}{no_video}"
         raise FileNotFoundError(f"{contents}; wanted {names}, of {' '.join(SUFFIXES)}")
+    if unreadable := sets.keys() - {*readable}:
+        wanted = f"NAME.* of {' '.join(SUFFIXES)}, or NAME/*.png"
+        advice = f"mend it, or move it out of {folder}"
+        raise damaged(folder / min(unreadable), f"no video in it{no_video}", wanted, advice)
+    if loose := [name for name in strange if "/" not in name]:
+        _write_once(f"{folder}: neither a folder of videos nor an array of clips: {_first(loose)}")
     gt = {} if split else sets.pop("gt")
     names = gt or set().union(*sets.values())
     names = sorted(names, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))
     left, right = ("left", "right") if split else ("", "")
     half = len(names) // 2
+    for method, file in arrays.items():
+        if not split and method != "gt":
+            if (n := len(read_all_clips(file))) != len(names):
+                raise damaged(file, f"{n} clips", f"{len(names)}, those of gt by their names", "make it anew")
+            sets[method] = {name: Source(file, "", k) for k, name in enumerate(names)}
     pairs = {}
     for method, files in sets.items():
         unpaired = files.keys() ^ {*names}
@@ -61,25 +78,38 @@ def find_pairs(
     return pairs
 
 
-def _sources(names: list[str], files: dict[str, Path], half: str) -> list[Source | None]:
-    return [Source(files[name], half) if name in files else None for name in names]
+def _sources(names: list[str], files: dict[str, Source], half: str) -> list[Source | None]:
+    return [files[name]._replace(half=half) if name in files else None for name in names]
 
 
-def _videos_in(folder: Path, results: set[Path | None]) -> tuple[dict[str, dict[str, Path]], list[str]]:
-    """{subfolder: {name: video}}, and what is no video; é composed (NFC) or not is é. No hidden files."""
-    sets: dict[str, dict[str, Path]] = {}
+def _videos_in(
+    folder: Path, results: set[Path | None]
+) -> tuple[dict[str, dict[str, Source]], dict[str, Path], list[str]]:
+    """{subfolder: {name: video}}, {name: array of all clips}, and what is no video; é composed (NFC) or not
+    is é. No hidden files."""
+    sets: dict[str, dict[str, Source]] = {}
+    arrays: dict[str, Path] = {}
     strange = []
-    for path in sorted(folder.glob("*/*")):
-        if path.parent in results or path.name.startswith(".") or path.parent.name.startswith("."):
+    for method in sorted(folder.glob("[!.]*")):
+        if method in results:
             continue
-        if path.suffix.lower() not in SUFFIXES or not path.is_file():
-            strange.append(f"{path.parent.name}/{path.name}")
+        if not method.is_dir():
+            if method.suffix.lower() not in (".npy", ".pt"):
+                strange.append(method.name)
+            elif arrays.setdefault(method.stem, method) != method or method.stem in sets:
+                raise ValueError(f"{method}: another METHOD has its name, wanted one")
             continue
-        name = unicodedata.normalize("NFC", path.stem)
-        first = sets.setdefault(path.parent.name, {}).setdefault(name, path)
-        if first != path:
-            raise ValueError(f"{first} and {path.name}: two videos of one name, wanted one")
-    return sets, strange
+        videos = sets[method.name] = {}
+        for path in sorted(path for path in method.iterdir() if not path.name.startswith(".")):
+            sequence = path.is_dir() and frames_of(path)
+            if not sequence and (path.suffix.lower() not in SUFFIXES or not path.is_file()):
+                strange.append(f"{method.name}/{path.name}")
+                continue
+            name = unicodedata.normalize("NFC", path.name if sequence else path.stem)
+            first = videos.setdefault(name, Source(path)).path
+            if first != path:
+                raise ValueError(f"{first} and {path.name}: two videos of one name, wanted one")
+    return sets, arrays, strange
 
 
 def _first(names: Collection[str]) -> str:
@@ -128,8 +158,8 @@ class Watched:
 
 
 def watch(source: Source, seconds: float) -> Watched:
-    """A video, or the half of one. An .npy array lasts `seconds`. Raises ValueError, naming the file."""
-    frames, fps = read_video(source.path, seconds)
+    """A video, or the half of one. Without times it lasts `seconds`. Raises ValueError, naming the file."""
+    frames, fps = read_video(source.path, seconds, source.clip)
     return Watched(_half(frames, source) if source.half else frames, fps)
 
 

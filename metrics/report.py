@@ -24,7 +24,7 @@ class Evaluation(NamedTuple):
     sets: dict[str, list[Pair]]  # of each method the clips, in the same order
     out: Path
     config: Judging
-    unavailable: dict[str, str]  # judge: why it could not be had
+    unavailable: dict[str, str]  # judge: why it could not be had; metric: why a clip has no value
     provenance: dict  # of the videos
     groups: dict[str, np.ndarray] = {}  # name: (clips,) bool, such as which of them training shows
     values: dict[str, np.ndarray] = {}  # name: (clips,) another value of each
@@ -113,6 +113,7 @@ def _entry(name: str, scored: list[dict], blocks: np.ndarray, run: Evaluation) -
         short = sum(row.get(name) == [None, None] for row in scored)
         too_short = f"{short} videos of fewer than {metric.least} frames"
         cause = too_short if short else "videos that are missing or cannot be read"
+        cause = run.unavailable.get(name, cause)
         counted = f"{missing} of {len(values)} clips have no value: {cause}"
         entry["reason"] = run.unavailable.get(metric.judge, counted)
     return entry
@@ -121,6 +122,10 @@ def _entry(name: str, scored: list[dict], blocks: np.ndarray, run: Evaluation) -
 def report(run: Evaluation) -> str:
     """Writes metrics.json of each method, metrics.csv and the pictures. Returns the text to print."""
     known, names, config = known_values(run.out), asked(run.config), run.config
+    common = _common_clips(run, known)
+    pictured, some = run, config.pairs and common.any() and not common.all()
+    if some and len(run.sets) > 1:  # else means would be over different clips
+        run = run._replace(groups={"that all methods have": common})
     results: dict[str, dict] = {}
     reasons: dict[str, list[str]] = {}
     rows: list[Row] = []
@@ -148,7 +153,7 @@ def report(run: Evaluation) -> str:
     text += table(rows, config.data)
     for reason, metrics in reasons.items():
         text += f"\nn/a or in part, {', '.join(metrics)}: {reason}"
-    _pictures(run, results)
+    _pictures(pictured, results, common)
     files = "gt, recon, retrieved.jsonl, metrics.json, ..."
     if config.pairs:
         files = "METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png"
@@ -203,12 +208,20 @@ def table(rows: list[Row], data: str) -> str:
     return "\n".join(lines)
 
 
-def _pictures(run: Evaluation, results: dict[str, dict]) -> None:
+def _common_clips(run: Evaluation, known: dict[str, object]) -> np.ndarray:
+    """(clips,) bool: has each method any value of it?"""
+    common = np.ones(len(next(iter(run.sets.values()))), bool)
+    for pairs in run.sets.values():
+        for i, pair in enumerate(pairs):
+            keys = keys_of(pair, run.config).items()
+            common[i] &= any((known_value(known, *key) or [None])[0] is not None for key in keys)
+    return common
+
+
+def _pictures(run: Evaluation, results: dict[str, dict], complete: np.ndarray) -> None:
     """sheet.png (three moments, as Figures 3 and 4) and grid.gif of six clips, chosen by `spread`; ranked.png
-    of the first method's two best, median and worst by 50-way accuracy, or else SSIM."""
-    complete = np.ones(len(next(iter(run.sets.values()))), bool)  # (clips,) has each method any value of it?
-    for result in results.values():
-        complete &= [any(row.get(name) is not None for name in NAMES) for row in result["clips"]]
+    of the first method's two best, median and worst by 50-way accuracy, or else SSIM. complete (clips,) bool:
+    `_common_clips`."""
     if not complete.any():
         return
     titles = ["stimulus", *(["top-1 memory"] if run.memories else []), *run.sets]

@@ -34,8 +34,10 @@ CODE = sha256(*ROOM, Path(prepare.encoders.__file__), Path(support.videos.__file
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file, or of the weights and settings in a folder, as they are now."""
-    files = sorted([*path.glob("*.json"), *path.glob("*.safetensors")]) if path.is_dir() else [path]
+    """sha256 of a file, or of the weights and settings or pictures in a folder, as they are now."""
+    files = [path]
+    if path.is_dir():
+        files = sorted([*path.glob("*.json"), *path.glob("*.safetensors"), *support.videos.frames_of(path)])
     return _digest(tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
 
 
@@ -57,7 +59,7 @@ def keys_of(pair: Pair, config) -> dict[str, str]:
     if not (pair.pred and pair.gt):
         return {}
     options = [config.size, config.classifier_frames, config.trials, config.seconds, VERSIONS, CODE]
-    videos = [source and (digest(source.path), source.half) for source in (pair.pred, pair.gt, pair.control)]
+    videos = [source and (digest(source.path), *source[1:]) for source in (pair.pred, pair.gt, pair.control)]
     keys = {}
     for name in asked(config):
         metric = METRICS[name]
@@ -102,7 +104,8 @@ def score(
     sets: dict[str, list[Pair]], config, out: Path, device: torch.device | str = "cpu", rank=0, world=1
 ) -> dict[str, str]:
     """Compute what out/values/ lacks, this process's share, clip by clip. Returns {judge: why it could not be
-    had}. Raises ValueError for a video that cannot be read, unless --skip-bad."""
+    had, metric: why a clip has no value}. Raises ValueError for a video that cannot be read, unless
+    --skip-bad."""
     known, judges = known_values(out), Judges(config, device)
     read = lru_cache(3)(partial(_read, config))  # a prediction, its stimulus and the control's
     n = len(next(iter(sets.values())))
@@ -140,10 +143,14 @@ def _values(pair: Pair, keys: dict[str, str], config, judges: "Judges", read: Ca
         metric = METRICS[name]
         judge = judges(metric.judge)
         if judge or not metric.judge:
-            value = metric.of_clip(judge, config, pred, gt)
-            values[key] = [value, metric.of_clip(judge, config, pred, control) if metric.of_gt else None]
-            if metric.chance and config.trials:
-                values[key] = _by_trials(values[key], config.trials, int(key, 16))
+            try:
+                value = metric.of_clip(judge, config, pred, gt)
+                other = metric.of_clip(judge, config, pred, control) if metric.of_gt else None
+            except Exception as error:  # such as frames that are too small: the other metrics go on
+                judges.unavailable[name] = f"{pair.name}: {_cause(error)}"
+                continue
+            trials = metric.chance and config.trials
+            values[key] = _by_trials([value, other], trials, int(key, 16)) if trials else [value, other]
     return values
 
 
@@ -153,8 +160,14 @@ def _by_trials(values: list[float | None], trials: int, seed: int) -> list[float
     return [p and rng.binomial(trials, p) / trials for p, rng in zip(values, rngs, strict=True)]
 
 
+def _cause(error: Exception) -> str:
+    first, *_ = (str(error).strip() or type(error).__name__).splitlines()
+    return first[:300]
+
+
 class Judges:
-    """The frozen networks, each loaded when first asked for, or None; `unavailable` says why."""
+    """The frozen networks, each loaded when first asked for, or None; `unavailable` says why, and why a
+    metric has no value."""
 
     def __init__(self, config, device: torch.device | str):
         self.config, self.device = config, device
@@ -168,6 +181,5 @@ class Judges:
                 self.loaded[name] = LOADERS[name](find_weights(weights), self.device)
             except Exception as error:  # no network, no such folder, a package is missing, a damaged file
                 self.loaded[name] = None
-                first, *_ = (str(error).strip() or type(error).__name__).splitlines()
-                self.unavailable[name] = f"{weights} cannot be had: {first[:300]}"
+                self.unavailable[name] = f"{weights} cannot be had: {_cause(error)}"
         return self.loaded[name]

@@ -23,6 +23,7 @@ from support.readers import damaged, read_array, read_json_lines
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
 BLOCK = 1024  # rows of a matrix of all clips against all clips that are in memory at once
+EQUAL = 1 - 1e-5  # the cosine of equal clips, up to rounding
 CLIP = {"segment": str, "caption": str}
 
 
@@ -203,5 +204,9 @@ class FairRecall:
 
 
 def has_near_copy(stimuli: Path, clips: np.ndarray) -> np.ndarray:
-    """Clips of the split whose folder is stimuli -> (clips,) bool: is a training clip a near-copy?"""
-    return read_prepared(stimuli / "near_copies.npy", "u", (None, None))[clips].any(1)
+    """Clips of the split whose folder is stimuli -> (clips,) bool: is a training clip a near-copy, or equal,
+    whatever the threshold is?"""
+    copied = read_prepared(stimuli / "near_copies.npy", "u", (None, None))[clips].any(1)
+    files = [stimuli / "e_img.npy", stimuli.parent / "train" / "e_img.npy"]
+    held_out, train = (mean_frames(read_prepared(file, "f", (None, None, None))) for file in files)
+    return copied | (best_match(held_out[clips], train) > EQUAL)

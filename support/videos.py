@@ -1,11 +1,14 @@
 """Videos: what a player shows, upright and in time, as arrays uint8 (F, H, W, 3); and arrays as videos.
 
     read_video, read_clips, read_clip    a whole video; a film in clips of some seconds; one clip, by seeking
-    write_video, write_gif
+    write_video, write_for_browsers, write_gif
 
 A file's own times decide, not its frame numbers: a GIF whose equal frames were merged, a recording of
 irregular rate and a trimmed mp4 give what is seen at each moment. Readers raise MissingFile or FileFault."""
 
+import io
+import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -41,18 +44,13 @@ class VideoInfo(NamedTuple):
     duration: float  # s
 
 
-def read_video(path: Path, seconds: float = 2.0) -> Video:
-    """Any of SUFFIXES. `seconds`: what an .npy array or a single picture lasts."""
+def read_video(path: Path, seconds: float = 2.0, clip: int | None = None) -> Video:
+    """Any of SUFFIXES, a folder of PNG pictures, or clip number `clip` of an array of all. `seconds`: what an
+    array, a folder or a single picture lasts."""
     suffix = path.suffix.lower()
-    if suffix == ".npy":
-        wanted = f"uint8 (F, H, W, 3) of at most {LIMIT:,} bytes"
-        with reading(path, advice="convert it to uint8 (F, H, W, 3), saved by np.save"):
-            array = read_array(path, "u", (None, None, None, 3))
-            if array.dtype != np.uint8 or 0 in array.shape or array.nbytes > LIMIT:
-                raise damaged(path, f"{array.dtype} {array.shape}", wanted)
-            return Video(np.array(array), len(array) / seconds)
-    if suffix == ".gif" and not _gif_is_whole(path):
-        raise broken(path, "a GIF that ends in the middle")
+    if clip is not None or suffix == ".npy" or path.is_dir() and frames_of(path):
+        frames = _read_frames(path, clip)
+        return Video(frames, len(frames) / seconds)
     decoded = _decode(path)
     info = next(decoded)
     shown = []
@@ -63,14 +61,11 @@ def read_video(path: Path, seconds: float = 2.0) -> Video:
     if not shown:
         raise broken(path, "no frame")
     times, lasting, frames = zip(*shown, strict=True)
-    if len(frames) == 1:  # a picture
-        n = round(max(lasting[-1], seconds) * STILL_RATE)
-        return Video(np.repeat(frames, n, 0), STILL_RATE)
-    intervals = np.diff(times)
+    intervals = np.diff(times) if len(frames) > 1 else np.ones(1) / STILL_RATE  # a picture
     if intervals.min() <= 0:
         raise broken(path, "frames whose times do not rise")
     interval = float(intervals.min() if suffix == ".gif" else np.median(intervals))
-    end = times[-1] + max(lasting[-1], interval)
+    end = times[-1] + max(lasting[-1], interval if len(frames) > 1 else seconds)
     if end < COMPLETE * info.duration:
         raise broken(path, f"frames up to {end:.2f} s", f"{info.duration:.2f} s")
     n = round((end - times[0]) / interval)
@@ -78,7 +73,78 @@ def read_video(path: Path, seconds: float = 2.0) -> Video:
         raise damaged(path, f"{n} frames of {frames[0].nbytes:,} bytes", f"at most {LIMIT:,} bytes", "cut it")
     middles = times[0] + (np.arange(n) + 0.5) * interval
     latest = np.searchsorted(times, middles, side="right") - 1  # (n,) what a player shows then
-    return Video(np.stack(frames)[latest], 1 / interval)
+    try:
+        return Video(np.stack([frames[i] for i in latest]), 1 / interval)
+    except MemoryError as error:
+        raise damaged(path, f"{n} frames, {error}", "what fits into memory", "cut it") from error
+
+
+def _read_frames(path: Path, clip: int | None) -> np.ndarray:
+    """An array, a clip of one or a folder of pictures: uint8 (F, H, W, 3)."""
+    wanted = f"uint8 (F, H, W, 3) of at most {LIMIT:,} bytes"
+    with reading(path, wanted, "convert it to uint8 (F, H, W, 3), saved by np.save"):
+        if clip is not None:
+            return _as_uint8(path, read_all_clips(path)[clip])
+        if path.is_dir():
+            return _read_pictures(path)
+        array = read_array(path, "u", (None, None, None, 3))
+        if array.dtype != np.uint8 or 0 in array.shape or array.nbytes > LIMIT:
+            raise damaged(path, f"{array.dtype} {array.shape}", wanted)
+        return np.array(array)
+
+
+def frames_of(folder: Path) -> list[Path]:
+    """The PNG pictures of a folder, in the order of their numbers: 2.png before 10.png."""
+    files = [path for path in folder.glob("[!.]*") if path.suffix.lower() == ".png"]
+    return sorted(files, key=lambda path: [f"{part:0>20}" for part in re.split(r"(\d+)", path.stem)])
+
+
+def _read_pictures(folder: Path) -> np.ndarray:
+    """uint8 (F, H, W, 3). Raises FileFault where they differ in size, are damaged or too many."""
+    from PIL import Image
+
+    pictures, files = [], frames_of(folder)
+    for file in files:
+        with reading(file, "a whole picture", DOWNLOAD), Image.open(file) as image:
+            size = pictures[0].shape[1::-1] if pictures else image.size
+            if image.size != size or 3 * size[0] * size[1] * len(files) > LIMIT:
+                wanted = f"{size}, as the first, and at most {LIMIT:,} bytes in all"
+                raise damaged(file, f"{image.size} pixels", wanted, "make them alike, and fewer")
+            pictures.append(np.array(image.convert("RGB")))
+    return np.stack(pictures)
+
+
+def read_all_clips(path: Path) -> np.ndarray | torch.Tensor:
+    """An array of all clips, .npy or .pt, memory-mapped: (clips, F, H, W, 3) or (clips, F, 3, H, W), uint8 or
+    floats in 0 ... 1."""
+    wanted = "an array (clips, F, H, W, 3) or (clips, F, 3, H, W), uint8 or floats in 0 ... 1"
+    with reading(path, wanted, "save it so by np.save or torch.save"):
+        if path.suffix.lower() == ".npy":
+            array = read_array(path, "fiu")
+        else:
+            array = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        shape, dtype = getattr(array, "shape", ()), str(getattr(array, "dtype", type(array).__name__))
+        if (
+            len(shape) != 5
+            or 0 in shape
+            or 3 not in (shape[2], shape[4])
+            or not re.search("uint8|float", dtype)
+        ):
+            raise damaged(path, f"{dtype} {tuple(shape)}", wanted)
+        return array
+
+
+def _as_uint8(path: Path, clip: np.ndarray | torch.Tensor) -> np.ndarray:
+    """A clip of `read_all_clips`: uint8 (F, H, W, 3)."""
+    if np.prod(clip.shape) > LIMIT:
+        raise damaged(path, f"clips of {tuple(clip.shape)}", f"at most {LIMIT:,} bytes", "make it smaller")
+    x = torch.as_tensor(np.array(clip) if isinstance(clip, np.ndarray) else clip)
+    if x.is_floating_point():
+        x = x.float()
+        if not (x.min() >= 0 and x.max() <= 1):  # nor NaN
+            raise damaged(path, f"{x.min():g} ... {x.max():g}", "0 ... 1", "scale it, or save it as uint8")
+        x = (255 * x).round().byte()
+    return (x if x.shape[3] == 3 else x.movedim(1, 3)).contiguous().numpy()
 
 
 def read_clips(film: Path, n_clips: int, seconds: float = 2.0) -> Iterator[np.ndarray]:
@@ -126,38 +192,63 @@ def _decode(path: Path, start: float = 0.0) -> Iterator:
         open(path, "rb").close()  # of what is damaged, av says "no memory" and "no permission", too
     reformatter = VideoReformatter()  # one for all frames: one each is 10x slower
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
+        with av.open(_gif(path) if path.suffix.lower() == ".gif" else str(path)) as container:
+            stream = container.streams.best("video")  # no cover picture
+            if stream is None:
+                raise broken(path, "sound alone")
             stream.thread_type = "AUTO"
-            if 3 * stream.width * stream.height * 2 > LIMIT:
-                size = f"frames of {stream.width} x {stream.height}"
+            ratio = float(stream.sample_aspect_ratio or 1)  # how wide a pixel of height 1 is shown
+            wider, higher = max(1, ratio), max(1, 1 / ratio)
+            if 3 * stream.width * stream.height * wider * higher * 2 > LIMIT:
+                size = f"frames of {stream.width} x {stream.height}, shown {wider:g} x {higher:g}"
                 raise damaged(path, size, f"at most {LIMIT:,} bytes", "make it smaller")
-            frames = container.decode(stream)
-            opening = next(frames, None)
+            frames = _timed(container, stream)
+            opened, opening = next(frames, (0, None))
             if opening is None:
                 raise broken(path, "no frame")
+            size = {"width": round(opening.width * wider), "height": round(opening.height * higher)}
             tick = float(stream.time_base)
-            first = opening.pts if stream.start_time is None else stream.start_time
+            is_avi = container.format.name == "avi"
+            first = opened if stream.start_time is None or is_avi else stream.start_time
             turns = round((opening.rotation or 0) / 90) % 4  # anticlockwise
-            film = (container.duration or 0) / av.time_base  # s
-            duration = min(float(stream.duration * tick), film or np.inf) if stream.duration else film
-            yield VideoInfo(float(stream.average_rate or 0), duration)
-            if start:
+            film = (container.duration or 0) / av.time_base  # s; of its sound, too
+            alone = float(stream.duration * tick) if stream.duration else _tagged(stream.metadata)
+            yield VideoInfo(float(stream.average_rate or 0), min(alone or film, film or alone))
+            if start and not is_avi:  # of which the frames are counted from the beginning
                 container.seek(first + int(start / tick), stream=stream)  # the last key frame not after it
-                frames = container.decode(stream)
+                frames = _timed(container, stream)
             else:
-                frames = chain([opening], frames)
-            for frame in frames:
-                time = (frame.pts - first) * tick + 1e-4  # 1.99999 s, rounded, belongs to the clip from 2 s
+                frames = chain([(opened, opening)], frames)
+            for shown, frame in frames:
+                time = (shown - first) * tick + 1e-4  # 1.99999 s, rounded, belongs to the clip from 2 s
                 if time < start:
                     continue
-                array = reformatter.reformat(frame, format="rgb24").to_ndarray()
-                if array.shape[:2] != (opening.height, opening.width):
-                    raise broken(path, "frames of several sizes")
+                array = reformatter.reformat(frame, format="rgb24", **size).to_ndarray()
                 lasts = float((frame.duration or 0) * tick)
                 yield time, lasts, np.ascontiguousarray(np.rot90(array, turns))
     except (av.FFmpegError, ArithmeticError, AttributeError, LookupError, TypeError, UnicodeError) as error:
         raise broken(path, error) from error
+
+
+def _timed(container, stream) -> Iterator[tuple]:
+    """(time in ticks, frame) of each. AVI knows only packets' times, in the order in which frames come."""
+    times: list[int] = []
+    for packet in container.demux(stream):
+        if packet.size == 0 and packet.dts is not None:  # AVI: the frame before is shown on
+            continue
+        times.append(packet.dts)
+        for frame in packet.decode():
+            time = times.pop(0)
+            yield (time if container.format.name == "avi" else frame.pts), frame
+
+
+def _tagged(metadata: dict[str, str]) -> float:
+    """Seconds, of Matroska's tag DURATION or DURATION-eng: "00:00:02.5"; 0 without it."""
+    text = next((metadata[name] for name in metadata if name.upper().startswith("DURATION")), "0:0:0")
+    with suppress(ValueError):
+        hours, minutes, seconds = map(float, text.split(":"))
+        return 3600 * hours + 60 * minutes + seconds
+    return 0.0
 
 
 def _complete(film: Path, info: VideoInfo, frames: list, start: float, seconds: float) -> np.ndarray:
@@ -168,8 +259,9 @@ def _complete(film: Path, info: VideoInfo, frames: list, start: float, seconds: 
     return np.stack(frames)
 
 
-def _gif_is_whole(path: Path) -> bool:
-    """Does the chain of a GIF's blocks reach its trailer (GIF89a)? What follows it does not matter."""
+def _gif(path: Path) -> io.BytesIO:
+    """A GIF (GIF89a) without what follows its trailer: av would take that, however long, into memory. Raises
+    FileFault where the chain of its blocks does not reach the trailer."""
 
     def skip_table(flags: int) -> None:  # of colours
         file.seek(3 << (flags & 7) + 1 if flags & 0x80 else 0, 1)
@@ -182,8 +274,11 @@ def _gif_is_whole(path: Path) -> bool:
             file.read(1)  # the extension's label, or the picture's code size
             while size := file.read(1)[0]:  # of a sub-block
                 file.seek(size, 1)
-        return kind == b";"
-    return False
+        size = file.tell()
+        if kind == b";" and size <= LIMIT:
+            file.seek(0)
+            return io.BytesIO(file.read(size))
+    raise broken(path, "a GIF that ends in the middle")
 
 
 def uniform_frames(n_available: int, F: int) -> np.ndarray:
@@ -247,6 +342,26 @@ def write_video(path: Path, frames: np.ndarray, fps: float, keyframe_every: int 
         stream.pix_fmt = "yuv444p" if min(H, W) < 256 or H % 2 or W % 2 else "yuv420p"
         for frame in frames:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        out.mux(stream.encode())
+
+
+def write_for_browsers(file: Path, frames: np.ndarray, seconds: float, size: tuple[int, int]) -> None:
+    """uint8 (F, H, W, 3) -> H.264 4:2:0, which browsers play, of `seconds` and of size (width, height), with
+    bars where its shape is another. Enlarged by a whole factor first, so that thin colours survive."""
+    import av
+    from PIL import Image, ImageOps
+
+    F, H, W, _ = frames.shape
+    k = max(1, min(size[1] // H, size[0] // W))
+    with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as out:
+        stream = out.add_stream("libx264", rate=Fraction(F / seconds).limit_denominator(1001))
+        (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
+        # with mbtree the same frames give other bytes now and then
+        stream.options = {"crf": "18", "preset": "veryfast", "mbtree": "0"}
+        for frame in frames:
+            enlarged = Image.fromarray(frame.repeat(k, 0).repeat(k, 1))
+            image = ImageOps.pad(enlarged, size, Image.Resampling.BICUBIC)
+            out.mux(stream.encode(av.VideoFrame.from_image(image)))
         out.mux(stream.encode())
 
 

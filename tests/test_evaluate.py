@@ -328,7 +328,7 @@ def test_a_run_is_tested_on_its_own_areas_by_its_own_noise(world, monkeypatch, t
 
 def test_shuffled_reconstructions_come_from_the_other_clip(model, x, monkeypatch):
     scenes = []  # those that are far apart by their segments
-    monkeypatch.setattr(evaluate, "other_scenes", lambda far: scenes.append(far) or other_scenes(far))
+    monkeypatch.setattr(held_out, "other_scenes", lambda far: scenes.append(far) or other_scenes(far))
     run_evaluation(clips=2, shuffle=True)
     assert np.array_equal(scenes[0], far_apart([f"test{i // 13}" for i in range(26)]))
     shuffled = RUN / "eval-shuffled-2-clips-ssim-psnr"
@@ -340,6 +340,10 @@ def test_shuffled_reconstructions_come_from_the_other_clip(model, x, monkeypatch
     for clip, video in zip((0, 25), videos, strict=True):
         assert abs(frames_of(shuffled / "recon" / f"{clip:04d}.mp4") - video).mean() < 3
     assert json.loads((shuffled / "metrics.json").read_text())["provenance"]["method"] == "from shuffled fMRI"
+    monkeypatch.setattr(held_out, "far_apart", lambda segments: np.zeros((26, 26), bool))
+    monkeypatch.setattr(evaluate, "load_run", None)  # not reached
+    with pytest.raises(ValueError, match="--shuffle: 26 clips cannot be paired"):
+        run_evaluation(shuffle=True)
 
 
 def test_the_control_of_a_clip_is_another_scene(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -375,7 +376,9 @@ def test_the_page_holds_all_that_it_shows(own_run, tmp_path):
     for uri, wanted in videos.items():
         film.write_bytes(base64.b64decode(uri.removeprefix("data:video/mp4;base64,")))
         frames = read_video(film).frames
-        assert frames.shape[1:3] == SIZE[1:] and abs(frames.mean((0, 1, 2)) - wanted).max() < 9
+        assert frames.shape[1:3] == (256, 384) and abs(frames.mean((0, 1, 2)) - wanted).max() < 9
+        with av.open(str(film)) as opened:
+            assert opened.streams.video[0].pix_fmt == "yuv420p"  # all browsers play it
     assert text.count("</script>") == memories.PAGE.read_text().count("</script>")  # no caption ends it
     assert not re.search(r"(src|href)=|https?:|fetch\(", text.replace(json.dumps(page), ""))
 

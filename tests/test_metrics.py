@@ -266,13 +266,15 @@ def test_raft_and_amt_see_neighbours_padded_on_all_sides():
     x = (frames / 127.5 - 1).transpose(0, 3, 1, 2)
     np.testing.assert_allclose(flow, x[:-1, :2] + 4 * x[1:, :2], atol=1e-5)
     assert [len(a) for a, *_ in raft.inputs] == [16, 2] and raft.inputs[0][3] == {"num_flow_updates": 20}
-    padded = np.pad(x, ((0, 0), (0, 0), (1, 2), (1, 2)), mode="edge")  # multiples of 8
+    padded = np.pad(x, ((0, 0), (0, 0), (57, 58), (53, 54)), mode="edge")  # RAFT needs 128 pixels
     np.testing.assert_allclose(raft.inputs[1][1], padded[17:], atol=1e-6)
     assert between.dtype == np.uint8  # cut to whole numbers
     assert abs(between[0] - (frames[0].astype(int) + frames[1]) // 2).mean() < 0.1
     (a, _, (half,), options) = amt.inputs[0]
     assert a.shape == (1, 3, 16, 32) and half.flatten().tolist() == [0.5] and options == {"eval": True}
     assert motion.raft_flow(None, frames[:1]).shape == (0, 2, 13, 21)
+    motion.raft_flow(raft, moving(2, 129, 144))
+    assert raft.inputs[-1][0].shape == (1, 3, 136, 144)  # else multiples of 8
 
 
 def test_flow_points_where_the_texture_moves():
@@ -596,13 +598,62 @@ def test_side_by_side_videos_are_cut(three):
     """The stimulus is on the left."""
     videos = {kind: [np.load(three / kind / f"{i:04d}.npy") for i in range(3)] for kind in ("gt", "ours")}
     glued = [np.concatenate(pair, 2) for pair in zip(*videos.values(), strict=True)]
-    (pairs,) = find_pairs(write_pairs(three.parent / "glued", glued[:0], ours=glued), split=True).values()
+    write_pairs(three.parent / "glued", glued[:0], ours=glued)
+    (three.parent / "glued" / "gt").rmdir()
+    (pairs,) = find_pairs(three.parent / "glued", split=True).values()
     for i, pair in enumerate(pairs):
         halves = [watch(source, 2.0).frames for source in (pair.pred, pair.gt, pair.control)]
         expected = [videos["ours"][i], videos["gt"][i], videos["gt"][(i + 1) % 3]]
         np.testing.assert_array_equal(halves, expected)
     with pytest.raises(FileNotFoundError, match="glued has videos in ours; wanted gt/NAME.*--split"):
         find_pairs(three.parent / "glued")
+
+
+def test_pictures_in_folders_and_one_array_of_all_clips_are_videos(three):
+    clips = np.stack([np.load(file) for file in sorted((three / "ours").iterdir())])
+    np.save(three / "array.npy", clips)
+    torch.save(torch.from_numpy(clips).movedim(-1, 2) / 255, three / "floats.pt")
+    for i, t in np.ndindex(clips.shape[:2]):
+        (three / "pictures" / f"{i:04d}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(clips[i, t]).save(three / "pictures" / f"{i:04d}" / f"frame{t + 5}.png")
+    (three / "ours.zip").touch()
+    sets = find_pairs(three)
+    assert list(sets) == ["ours", "pictures", "array", "floats"]
+    for pairs in sets.values():
+        np.testing.assert_array_equal([watch(pair.pred, 3.0).frames for pair in pairs], clips)
+        assert watch(pairs[0].pred, 3.0).fps == 2 and pairs[2].gt == sets["ours"][2].gt
+    keys = [keys_of(pair, Config(metrics="ssim"))["ssim"] for pairs in sets.values() for pair in pairs]
+    assert len({*keys}) == len(keys)
+    (three / "array.npy").rename(three / "both.npy")
+    assert [*find_pairs(three, split=True)] == ["gt", "ours", "pictures", "both", "floats"]
+
+
+@pytest.mark.parametrize(("write", "message"), [
+    (lambda root: (root / "a" / "b").mkdir(parents=True), "/a: found no video in it; no video: a/b, wanted NAME"),
+    (lambda root: np.save(root / "a.npy", np.ones((2, 6, 8, 8, 3), np.uint8)), "a.npy: found 2 clips, wanted 3, "),
+    (lambda root: np.save(root / "a.npy", np.ones((3, 8, 8, 3), np.uint8)), r"a.npy: found uint8 \(3, 8, 8, 3\), wanted"),
+    (lambda root: np.save(root / "a.npy", np.full((3, 2, 8, 8, 3), 1.5)), "a.npy: found 1.5 ... 1.5, wanted 0 ... 1"),
+    (lambda root: torch.save([1], root / "a.pt"), r"a.pt: found list \(\), wanted an array"),
+    (lambda root: torch.save(Path("x"), root / "a.pt"), "a.pt: found .*could run code, wanted an array"),
+    (lambda root: np.save(root / "ours.npy", np.ones((3, 2, 8, 8, 3))), "ours.npy: another METHOD has its name"),
+    (lambda root: [(root / "a" / f"000{i}").mkdir(parents=True) or (root / "a" / f"000{i}" / "1.png").write_bytes(b"x")
+                   for i in range(3)], "a/0000/1.png: found .*, wanted a whole picture"),
+])  # fmt: skip
+def test_a_method_that_cannot_be_read_is_named(three, write, message):
+    write(three)
+    with pytest.raises(ValueError, match=message):
+        main(Config(**PIXELS, pairs=str(three)))
+
+
+def test_where_methods_lack_clips_a_mean_is_over_those_that_all_have(three, capsys):
+    clips = [np.load(three / "gt" / f"{i:04d}.npy") for i in range(2)]
+    write_pairs(three, [], fewer=clips)
+    assert main(Config(**PIXELS, pairs=str(three), skip_bad=True)) == 0
+    assert capsys.readouterr().out.count("that all methods have, 2 clips") == 2
+    for method in ("ours", "fewer"):
+        result = results_of(three, method)
+        ssim = [row["ssim"] for row in result["clips"][:2]]
+        assert result["groups"]["that all methods have"]["ssim"]["mean"] == pytest.approx(np.mean(ssim))
 
 
 @pytest.mark.parametrize("suffix", ["npy", "gif"])
@@ -670,6 +721,25 @@ def test_bad_files_are_missing_values_only_with_skip_bad(three, change, message)
     assert [row.get("ssim") is None for row in result["clips"]] == [False, True, False]
     m = result["metrics"]["psnr"]
     assert m["n"] == 2 and m["reason"].endswith("videos that are missing or cannot be read")
+
+
+@pytest.mark.parametrize(
+    "judged", [RuntimeError("too small\nat line 3"), ValueError(), MemoryError("none left")]
+)
+def test_a_judge_that_fails_ends_no_evaluation(three, monkeypatch, judged, capsys):
+    def judge(frames: np.ndarray) -> np.ndarray:
+        if frames.mean() > np.load(three / "gt" / "0001.npy").mean():
+            raise judged
+        return np.zeros((len(frames) - 1, 2, *frames.shape[1:3]))
+
+    monkeypatch.setitem(metrics.score.LOADERS, "flow", lambda *_: judge)
+    config = Config(data="cc2017", metrics="epe,ssim", pairs=str(three), size="native")
+    assert main(config) == 3
+    m = results_of(three)["metrics"]
+    assert (m["ssim"]["n"], "reason" in m["ssim"]) == (3, False) and m["epe"]["n"] < 3
+    cause = "too small" if str(judged).startswith("too") else str(judged) or "ValueError"
+    assert re.search(f"clips have no value: 000.: {cause}$", m["epe"]["reason"])
+    assert f"{cause}\n" in capsys.readouterr().out
 
 
 def test_results_of_an_earlier_run_are_no_method(three):
