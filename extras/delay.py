@@ -19,6 +19,7 @@ from tqdm import tqdm  # noqa: E402
 
 from data import Clips  # noqa: E402
 from prepare.copies import mean_frames  # noqa: E402
+from prepare.facts import SIZES  # noqa: E402
 from support.files import write_json  # noqa: E402
 from support.options import option, parse  # noqa: E402
 from support.pictures import curves  # noqa: E402
@@ -27,7 +28,7 @@ from support.runs import door  # noqa: E402
 
 @dataclass
 class Config:
-    data: str = option("toy", "toy, cc2017 or cinebrain")
+    data: str = option("toy", ", ".join(SIZES))
     subject: int = option(1, "K", least=1)
     rois: str | None = option(None, "regions, such as visual (default: every voxel prepared)")
     least: int = option(-4, "smallest shift, in clips", least=-20, most=20)
@@ -91,5 +92,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    presets = {name: {} for name in ("toy", "cc2017", "cinebrain")}
-    door(lambda: main(parse(Config, presets, __doc__, "extras/delay.py", sys.argv[1:])))
+    door(lambda: main(parse(Config, dict.fromkeys(SIZES, {}), __doc__, "extras/delay.py", sys.argv[1:])))

@@ -1,6 +1,6 @@
 """What a release of recordings and films must offer, so that prepare/ can make data/<name>/ of it.
 
-For a dataset of your own: write a class like these in a file beside cc2017.py, and name it in command.py. A
+For a dataset of your own: write a class as in extras/own_dataset.py, and a row of DATASETS in facts.py. A
 segment is a piece of film that was shown as a whole; its name says whether it is for training or for testing.
 """
 
@@ -80,7 +80,8 @@ class Release:
 
     def run_file(self, segment: str, repeat: int) -> Path:
         """The file of one showing, for messages."""
-        return self.files(segment)[0]
+        files = self.files(segment)
+        return files[min(repeat, len(files) - 1)]
 
     def recording(self, subject: int) -> list[Path]:
         """The files of any subject's first run; none where the release lacks it."""
