@@ -15,7 +15,7 @@ from prepare import facts
 from prepare.release import Release
 from support.files import MissingData
 from support.options import option, parse
-from support.readers import reading
+from support.readers import advising, reading
 
 PRESETS = {
     name: dict(train_segments=row.train[0], test_segments=row.test[0], window=row.window)
@@ -87,7 +87,10 @@ def open_release(config: Config) -> Release:
     cc2017 = f"prepare.cc2017.{neuroclips if config.fmri_release else 'PurdueRelease'}"
     module, _, kind = (facts.DATASETS[config.data].release or cc2017).rpartition(".")
     kind = getattr(import_module(module), kind)
-    return kind(*config.folders, config.subject, config.delay, config.train_segments, config.test_segments)
+    with advising("correct it, or take it from its source again"):
+        return kind(
+            *config.folders, config.subject, config.delay, config.train_segments, config.test_segments
+        )
 
 
 def prepare(config: Config, root: Path = Path("data")) -> None:
