@@ -1,7 +1,7 @@
 """A dataset of one's own: a class for your files, and a miniature of them to try it on (§4.1).
 
     python extras/own_dataset.py data/mine/raw    films of a coloured square, and a made-up person's fMRI
-    python data.py mine --raw data/mine/raw       prepares it with CLIP and ViCLIP, as every dataset
+    python data.py mine --raw data/mine/raw --clip local-dir:toy/clip --viclip toy/viclip
 
 The row "mine" of DATASETS in prepare/facts.py names the class and the sizes; docs/your-own-data.md has all
 steps.
@@ -23,7 +23,7 @@ from support.videos import read_clip, write_video  # noqa: E402
 
 
 class MyRelease(Release):
-    """raw/sub1/seg1_1.npy (volumes, voxels) a showing; raw/films/seg1/00.mp4 a clip; raw/captions.jsonl."""
+    """raw/sub1/seg1_1.npy (volumes, voxels) a showing; raw/stimuli/seg1-00.mp4 a clip; raw/captions.jsonl."""
 
     volumes, TR = 3, 1.0  # that a clip has for itself; seconds a volume
 
@@ -50,7 +50,7 @@ class MyRelease(Release):
         return visible(self.raw / f"sub{self.subject}", f"{segment}_*.npy")
 
     def stimulus(self, segment):
-        return visible(self.raw / "films" / segment, "*.mp4")
+        return visible(self.raw / "stimuli", f"{segment}-*.mp4")
 
     def video(self, segment, clip):
         return self.stimulus(segment)[clip], 0.0
@@ -73,7 +73,7 @@ def write_miniature(raw: Path, voxels: int = 500, delay: int = 5, seed: int = 0)
             colour, grey, (x, y) = rng.integers(3), rng.integers(120), rng.integers(0, 24, 2)
             frames = np.full((30, 32, 32, 3), grey, np.uint8)  # 10 a second
             frames[:, y : y + 8, x : x + 8, colour] = 230
-            write_video(raw / "films" / segment / f"{clip:02d}.mp4", frames, 10)
+            write_video(raw / "stimuli" / f"{segment}-{clip:02d}.mp4", frames, 10)
             signal[delay + 3 * clip :][:3] = [*np.eye(3)[colour], x / 12 - 1, y / 12 - 1]
             name = ("red", "green", "blue")[colour]
             rows.append({"segment": segment, "caption": f"a {name} square", "categories": [name]})

@@ -35,6 +35,8 @@ def test_the_example_from_its_files_to_a_step_of_stage_1(raw, tmp_path, monkeypa
     assert np.load("data/mine/sub1/train/fmri.npy").shape[:3] == (90, 2, 3)
     assert np.load("data/mine/stimuli/test/wan/latents.npy", mmap_mode="r").shape[0] == 30
     assert check.main(["--data", "mine"]) == 0
+    show = ["--show", "seg1-001", "--stimuli", str(raw / "stimuli")]
+    assert check.main(["--data", "mine", *show]) == 0 and Path("data/mine/sub1/seg1-001.png").is_file()
     delay.main(parse(delay.Config, {"mine": {}}, "", "delay.py", ["--data", "mine"]))
     assert json.loads(Path("data/mine/sub1/delay.json").read_text())["best"] == 0
     small = "--data mine --tokens 12 --width 24 --layers 2 --attention_heads 4 --batch_size 8 --rank 2"
@@ -83,7 +85,7 @@ def test_what_a_release_lacks_is_named(raw, tmp_path, monkeypatch):
     few.voxels = np.arange(490), np.full(490, "V1")
     with pytest.raises(ValueError, match=r"seg1_1.npy: found .*\(50, 500\), wanted .* 490 voxels"):
         prepare_fmri(few, tmp_path / "out", {})
-    for folder, role in (("sub1", "recording"), ("films", "film")):
+    for folder, role in (("sub1", "recording"), ("stimuli", "film")):
         for file in [*(copy / folder).glob("test2*")]:
             file.rename(tmp_path / file.name)
         with pytest.raises(FileNotFoundError, match=f"raw: no {role} of test2"):
