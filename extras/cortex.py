@@ -4,7 +4,8 @@ from functools import cache
 
 import numpy as np
 
-from prepare.facts import CORTEX
+from prepare.cifti import mmp_areas
+from prepare.facts import CORTEX, GRAYORDINATES
 
 NAMED = (
     "V1 V2 V3 V4 MT MST FFC VVC LO1 PIT PHA2 PH VMV1 V3CD V6 IPS1 A1 4 3b 44 PFm PGi 8Ad 10d STSda".split()
@@ -45,6 +46,17 @@ def flat_positions(index: np.ndarray) -> np.ndarray:
     vertex = cortex.vertex[np.minimum(index, CORTEX - 1)]
     on_map = (index < CORTEX) & np.isin(vertex, cortex.triangles)
     return np.where(on_map[:, None], cortex.position[vertex], np.nan)
+
+
+def atlas_areas(index: np.ndarray) -> np.ndarray:
+    """(N,) the HCP MMP area of grayordinates (N,), "" for an index that is none."""
+    is_one = (index >= 0) & (index < GRAYORDINATES)
+    return np.where(is_one, mmp_areas()[np.where(is_one, index, 0)], "")
+
+
+def on_cortex(index: np.ndarray, roi: np.ndarray) -> bool:
+    """May these voxels (N,) be drawn: are most in the areas that the HCP MMP atlas has there?"""
+    return (roi == atlas_areas(index)).mean() > 0.5
 
 
 def without_side(roi: np.ndarray) -> np.ndarray:

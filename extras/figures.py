@@ -27,7 +27,7 @@ from brain_model import BrainModel  # noqa: E402
 from extras import memories  # noqa: E402
 from extras.cortex import draw_cortex, without_side  # noqa: E402
 from extras.runs import Run, caption_of, choose_clips, frames_of, names_of, save_figure  # noqa: E402
-from prepare.facts import SECONDS  # noqa: E402
+from prepare.facts import DATASETS, SECONDS  # noqa: E402
 from support.options import Parser, within  # noqa: E402
 from support.pictures import contact_sheet, grid_gif  # noqa: E402
 from support.readers import load_model, reading  # noqa: E402
@@ -78,7 +78,7 @@ def voxel_weights(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         model = load_model(BrainModel, run.stage / "brain_model")
     norm = model.regression.contract.weight.detach().norm(dim=0).numpy()  # of (L r, N)
     clips = run.test_clips()
-    if (np.asarray(clips.roi) == "unknown").all():
+    if (np.asarray(clips.roi) == "unknown").all() or not DATASETS[run.data].grayordinates:
         advice = "prepare the CIFTI files (python data.py --help)"
         raise ValueError(f"{folder}: its recordings do not say where their voxels lie: {advice}")
     if len(norm) != len(clips.index):

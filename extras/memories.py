@@ -125,9 +125,11 @@ def read_retrieved(file: Path, clips: list[int], N: int) -> dict[int, dict]:
 def picture(remembered: Remembered, out: Path) -> None:
     """A row a clip: the stimulus, the first PICTURED of its K memories, each with its score and what each
     modality adds to it, the reconstruction, and the attention of Eq. 6 over all K."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    rcParams["text.parse_math"] = False  # a caption may have a $
     run, n = remembered.run.folder, len(remembered.scores)
     K = min(PICTURED, max(len(scores.retrieved) for scores in remembered.scores.values()))
     figure = Figure(figsize=(2.6 * (K + 2), 2.5 * n), layout="constrained")

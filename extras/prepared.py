@@ -19,6 +19,9 @@ EMBEDDINGS = ("e_img.npy", "e_txt.npy", "e_act.npy")
 OF_SUBJECT = ("fmri.npy", "recorded.npy")  # beside these all files are of the stimuli
 OF_CLIPS = (*OF_SUBJECT, "categories.npy", *EMBEDDINGS, "near_copies.npy", "captions.npy")  # a row a clip
 
+DIMENSIONS = dict(zip(OF_CLIPS, (4, 2, 2, 3, 2, 2, 2, 1), strict=True))
+DIMENSIONS |= {"latents.npy": 5, "text_tokens.npy": 2, "text_offsets.npy": 1, "empty_prompt.npy": 2}
+
 
 class Line(NamedTuple):
     """A line of the page."""
@@ -68,7 +71,8 @@ class Prepared:
             case ".npz":
                 self.voxels = read_npz(file, {"index": "iu", "roi": "U"})
             case ".npy":
-                self.arrays[file] = read_array(file, "b" if file.name == "recorded.npy" else "fiu")
+                shape = [None] * DIMENSIONS[file.name] if file.name in DIMENSIONS else None
+                self.arrays[file] = read_array(file, "b" if file.name == "recorded.npy" else "fiu", shape)
             case ".jsonl":
                 self.clips[file.parent.name] = read_json_lines(file, LINE)
             case _ if file in self.manifests:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import Clips
-from extras.cortex import draw_cortex, flat_positions, without_side
+from extras.cortex import draw_cortex, flat_positions, on_cortex, without_side
 from prepare.facts import CORTEX, ROIS, SECONDS
 from support.files import written_whole
 from support.videos import read_clip, uniform_frames
@@ -69,10 +69,12 @@ def clip_frames(file: Path, start: float, seconds: float) -> np.ndarray | None:
 def picture(splits: dict[str, Clips], clip_id: str, stimuli: Path, out: Path) -> None:
     """Draws clip `clip_id` of the training or test clips into `out` (PNG). stimuli: the folder of the videos.
     Raises ValueError for an id that no clip has."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a caption may have a $
     response = response_to(splits, clip_id)
-    on_map = set(response.clips.roi) != {"unknown"}
+    on_map = on_cortex(response.clips.index, response.clips.roi)
     place = flat_positions(response.clips.index) if on_map else np.zeros((2, 2))
     width, height = np.nanmax(place, 0) - np.nanmin(place, 0) + 50
     wide = np.clip(4.4 * width / height, 4.4, 10)  # inches of a map
@@ -85,7 +87,7 @@ def picture(splits: dict[str, Clips], clip_id: str, stimuli: Path, out: Path) ->
     if on_map:
         draw_maps(maps, response, *showing_correlation(splits["train"]))
     else:
-        texts = ("where these voxels lie was not published: no map of the cortex", "", "")
+        texts = ("no areas of the HCP MMP atlas: no map of the cortex", "", "")
         for ax, text in zip(maps, texts, strict=True):
             write(ax, text)
     with written_whole(out) as part:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 from metrics.table import TOY, Judging, asked
-from prepare.facts import CC2017_FPS, CINEBRAIN_FPS, SECONDS
+from prepare.facts import CC2017_FPS, DATASETS, SECONDS
 from support.options import check_together, option, parse as parse_options
 from support.training import DEVICES
 
@@ -35,11 +35,9 @@ class Config(Judging):
     fps: float = option(CC2017_FPS, "frames a second of the videos", above=0, most=1000)
 
 
-PRESETS = {
-    "cc2017": {},
-    "toy": dict(batch_size=16, fps=8.5, processes=min(4, os.cpu_count() or 1)) | TOY,
-    "cinebrain": dict(seconds=SECONDS["cinebrain"], fps=CINEBRAIN_FPS, size="native"),
-}
+PRESETS = {name: dict(seconds=row.seconds, fps=row.fps) for name, row in DATASETS.items()}
+PRESETS["toy"] |= dict(batch_size=16, processes=min(4, os.cpu_count() or 1)) | TOY
+PRESETS["cinebrain"] |= dict(size="native")
 MODES = ("fmri", "pairs", "compare")  # in place of a run's held-out clips
 UNUSED = {  # option: the modes that do not use it
     "fmri": ("pairs", "compare"),

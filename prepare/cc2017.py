@@ -139,10 +139,12 @@ class NeuroClipsRelease(CC2017):
     def __post_init__(self):
         super().__post_init__()
         self._fmri = {split: self._load(split, self._recordings(split)) for split in self.splits}
-        train, test = (tuple(fmri.shape) for fmri in self._fmri.values())
-        if len(train) != 3 or len(test) != 3 or train[2] != test[2]:
-            shape = "(clips, showings, N) of one N"
-            raise ValueError(f"{self.raw} has recordings of {train} and {test}, wanted {shape}")
+        N = self._fmri["train"].shape[-1]
+        for split, fmri in self._fmri.items():
+            if fmri.ndim != 3 or fmri.shape[2] != N or not fmri.is_floating_point():
+                wanted = f"floating-point numbers (clips, showings, {N}), as {self._recordings('train').name}"
+                found = f"{fmri.dtype} of shape {tuple(fmri.shape)}"
+                raise damaged(self._recordings(split), found, wanted, DOWNLOAD)
 
     def _recordings(self, split: str, subject: int | None = None) -> Path:
         return self.raw / f"subj{subject or self.subject:02d}_{split}_fmri.pt"

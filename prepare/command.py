@@ -5,6 +5,7 @@ Modules that load open_clip or diffusers are imported where something is made, s
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from prepare import facts
 from prepare.release import Release
 from support.files import MissingData
 from support.options import option, parse
-from support.readers import reading
+from support.readers import advising, reading
 from support.runs import FolderLock
 
-PRESETS = {"toy": {}, "cc2017": {"test_segments": 5}, "cinebrain": {"window": facts.CLIP_VOLUMES}}
+PRESETS = {
+    name: dict(train_segments=row.train[0], test_segments=row.test[0], window=row.window)
+    for name, row in facts.DATASETS.items()
+} | {"toy": {}}
 DELAYS = f"cc2017: {facts.CC2017_DELAY}, of 2 s; cinebrain: {facts.CINEBRAIN_DELAY}, of 0.8 s"
 
 
@@ -25,9 +29,9 @@ DELAYS = f"cc2017: {facts.CC2017_DELAY}, of 2 s; cinebrain: {facts.CINEBRAIN_DEL
 class Config:
     """The options of data.py. Its first word is the value of --data."""
 
-    data: str | None = option(None, "toy (train_stage1.py prepares it by itself), cc2017 or cinebrain")
+    data: str | None = option(None, f"{', '.join(PRESETS)} (train_stage1.py prepares toy by itself)")
     subject: int = option(1, "whose recordings; each subject of the toy world has films of its own")
-    raw: Path | None = option(None, "folder of the release, as docs/cc2017.md and docs/cinebrain.md show it")
+    raw: Path | None = option(None, "folder of the release, as its page in docs/ shows it")
     fmri_release: Path | None = option(None, "cc2017: the NeuroClips release (.pt files); --raw: its films")
     delay: int | None = option(None, f"of the response, in volumes ({DELAYS}; none if preprocessed)", least=0)
     window: int = option(1, "T, volumes a clip", least=1, most=facts.SEGMENT_VOLUMES)
@@ -50,7 +54,8 @@ class Config:
         return [folder for folder in (self.fmri_release, self.raw) if folder]
 
 
-UNUSED = {"toy": {f.name for f in fields(Config)} - {"data", "subject"}, "cinebrain": {"fmri_release"}}
+UNUSED = dict.fromkeys(PRESETS, {"fmri_release"}) | {"cc2017": set()}
+UNUSED["toy"] = {f.name for f in fields(Config)} - {"data", "subject"}
 
 
 def check(config: Config) -> None:
@@ -79,13 +84,14 @@ def check(config: Config) -> None:
 
 def open_release(config: Config) -> Release:
     """The release that the options name."""
-    from prepare.cc2017 import NeuroClipsRelease, NeuroClipsWithFilms, PurdueRelease
-    from prepare.cinebrain import CineBrainRelease
-
-    kind = NeuroClipsWithFilms if config.raw else NeuroClipsRelease
-    if config.fmri_release is None:
-        kind = CineBrainRelease if config.data == "cinebrain" else PurdueRelease
-    return kind(*config.folders, config.subject, config.delay, config.train_segments, config.test_segments)
+    neuroclips = "NeuroClipsWithFilms" if config.raw else "NeuroClipsRelease"
+    cc2017 = f"prepare.cc2017.{neuroclips if config.fmri_release else 'PurdueRelease'}"
+    module, _, kind = (facts.DATASETS[config.data].release or cc2017).rpartition(".")
+    kind = getattr(import_module(module), kind)
+    with advising("correct it, or take it from its source again"):
+        return kind(
+            *config.folders, config.subject, config.delay, config.train_segments, config.test_segments
+        )
 
 
 def prepare(config: Config, root: Path = Path("data")) -> None:

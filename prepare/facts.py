@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from huggingface_hub import try_to_load_from_cache
@@ -19,14 +20,6 @@ from support.readers import FileFault, damaged
 
 # ---------------------------------------------------------------- clips
 
-SIZES = {  # segments, and clips of each
-    "toy": {"train": (20, 100), "test": (2, 80)},
-    "cc2017": {"train": (18, 240), "test": (5, 240)},
-    "cinebrain": {"train": (18, 270), "test": (2, 270)},
-}
-SUBJECTS = {"toy": 9, "cc2017": 3, "cinebrain": 6}
-VIDEO = {"toy": (17, 64, 64), "cc2017": (57, 624, 624), "cinebrain": (33, 480, 720)}  # frames, height, width
-SECONDS = {"toy": 2.0, "cc2017": 2.0, "cinebrain": 33 / 8}  # of a clip's video; CineBrain: 4 s and one frame
 SCENE_CLIPS = 15  # clips of a segment this near in time count as one scene
 
 # cc2017: a volume of 2 s is a clip, and a segment lasts 8 minutes
@@ -34,6 +27,40 @@ SEGMENT_VOLUMES, CC2017_TR, CC2017_DELAY, CC2017_FPS = 240, 2.0, 2, 30.0
 # CineBrain: 18 minutes an episode, in clips of 4 s, of five volumes each
 EPISODE_CLIPS, EPISODE_VOLUMES, CLIP_VOLUMES = 270, 1350, 5
 CINEBRAIN_TR, CINEBRAIN_DELAY, CINEBRAIN_FPS = 0.8, 5, 8.0
+
+
+class Dataset(NamedTuple):
+    """All that the scripts must know of a dataset; its class knows the rest (docs/your-own-data.md)."""
+
+    train: tuple[int, int]  # segments, and clips of each
+    test: tuple[int, int]
+    subjects: int
+    video: tuple[int, int, int]  # frames, height, width of the decoder's videos
+    seconds: float  # of a clip's video; CineBrain: 4 s and one frame
+    fps: float  # of its reconstruction
+    window: int = 1  # T, the volumes that a clip gets
+    release: str = ""  # its class, and the module before it; "": prepare/command.py chooses
+    grayordinates: bool = True  # are its voxels those of the HCP, in areas of its MMP atlas?
+
+
+DATASETS = {
+    "toy": Dataset((20, 100), (2, 80), 9, (17, 64, 64), 2.0, 8.5),
+    "cc2017": Dataset((18, 240), (5, 240), 3, (57, 624, 624), CC2017_TR, CC2017_FPS),
+    "cinebrain": Dataset(
+        (18, 270), (2, 270), 6, (33, 480, 720), 33 / 8, CINEBRAIN_FPS, CLIP_VOLUMES,
+        "prepare.cinebrain.CineBrainRelease",
+    ),
+    "mine": Dataset(
+        (6, 15), (2, 15), 1, (17, 64, 64), 3.0, 17 / 3, 3, "extras.own_dataset.MyRelease", False
+    ),
+}  # fmt: skip
+SIZES = {name: {"train": row.train, "test": row.test} for name, row in DATASETS.items()}
+SUBJECTS = {name: row.subjects for name, row in DATASETS.items()}
+VIDEO = {name: row.video for name, row in DATASETS.items()}
+SECONDS = {name: row.seconds for name, row in DATASETS.items()}
+VIDEO_OPTIONS = {
+    name: dict(zip(("frames", "height", "width"), size, strict=True)) for name, size in VIDEO.items()
+}
 NINTH_SEASON = (1, 2, 6)  # the subjects of CineBrain who saw seasons 7 and 9; the others saw 7 and 11
 
 
@@ -130,9 +157,11 @@ MISSING = {
 
 def guide(name: str, subject: int) -> str:
     """How to prepare a dataset: one screen."""
-    steps = MISSING.get(name, "").format(subject=subject)
+    command = f"{prepare_command(name, subject)} prepares it: docs/your-own-data.md"
+    steps = MISSING.get(name, command).format(subject=subject)
     missing = f"{Path('data', name).absolute()} is not prepared for subject {subject}"
-    return f"{missing}: data/ and runs/ are those of the current folder.\n{steps}"
+    return f"{missing}: data/ and runs/ are those of the current folder.
+{steps}"
 
 
 def decoder_recipes(decoder: str, size: Sequence[int]) -> tuple[dict, dict]:

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from prepare.release import Release
 from support.files import hashes, is_made_by, read_manifest, writing_array, written_whole
-from support.readers import FileFault
+from support.readers import FileFault, advising, check_array, damaged
 
+CORRECT = "correct it, or move it away: a showing without its file is masked"
 MANY = 100  # files of a segment, from here on, have one SHA-256 together: a file a volume
 
 
@@ -92,11 +93,28 @@ def reproducible_voxels(z: list[np.ndarray], alpha: float = 0.05) -> Selection:
 
 def load_response(source: Release, segment: str, repeat: int, voxels=slice(None)) -> np.ndarray | None:
     """One showing of one segment, preprocessed: float32 (volumes, voxels asked for); None where missing."""
-    run = source.load_run(segment, repeat)
+    run = load_run(source, segment, repeat)
     if run is None or source.preprocessed:
         return run if run is None else run[:, voxels]
     start, length = source.window(segment)
     return preprocess_run(run[:, voxels], start, length, detrending_degree(length * source.TR))
+
+
+def load_run(source: Release, segment: str, repeat: int) -> np.ndarray | None:
+    """One showing as the release has it, (volumes, N), in float32 at least; None where missing. Raises
+    FileFault, naming its file, for one of other voxels or of too few volumes."""
+    with advising(CORRECT):
+        run = source.load_run(segment, repeat) if repeat < source.repeats(segment) else None
+        if run is None:
+            return None
+        (start, length), N = source.window(segment), len(source.voxels[0])
+        least = length if source.preprocessed else start + length
+        fits = run.ndim == 2 and run.shape[1] == N and len(run) >= least and run.dtype.kind in "fiu"
+        if not fits:
+            found = f"{run.dtype} of shape {run.shape}"
+            wanted = f"numbers of shape (volumes, voxels): {least} volumes or more, {N} voxels"
+            raise damaged(source.run_file(segment, repeat), found, wanted)
+    return run.astype(np.result_type(run, np.float32), copy=False)
 
 
 def select_voxels(source: Release, alpha: float = 0.05) -> Selection:
@@ -123,7 +141,7 @@ def prepare_fmri(source: Release, folder: Path, recipe: dict, window: int = 1) -
     mask = _choose_voxels(source, folder)
     for split in missing:
         segments = source.splits[split]
-        shape = (sizes[split], source.repeats(segments[0]), window, int(mask.sum()))
+        shape = (sizes[split], max(map(source.repeats, segments)), window, int(mask.sum()))
         inputs = _input_hashes(map(source.files, segments))
         with writing_array(files[split], shape, "float32", recipe, inputs) as fmri:
             start = 0
@@ -145,7 +163,7 @@ def _fill_segment(fmri: np.ndarray, source: Release, segment: str, mask: np.ndar
     """The rows of a segment, (clips, repeats, T, N); NaN for a showing that was not recorded. Raises
     ValueError, naming the release's file, where a chosen voxel has no signal in it."""
     _, length = source.window(segment)
-    first = np.arange(0, length, source.volumes)  # volume of each clip
+    first = source.volumes * np.arange(len(fmri))  # volume of each clip
     volumes = np.minimum(first[:, None] + np.arange(fmri.shape[2]), length - 1)  # (clips, T)
     for repeat in range(fmri.shape[1]):
         response = load_response(source, segment, repeat, mask)  # (length, N)
@@ -161,11 +179,15 @@ def _fill_segment(fmri: np.ndarray, source: Release, segment: str, mask: np.ndar
                 f"{index[mask][lost[0]]}: download it again, or move it away"
             )
         fmri[:, repeat] = response[volumes]
+    if np.isnan(fmri).all():
+        raise FileNotFoundError(f"{source.raw} has no recording of {segment}, wanted one or more")
 
 
 def _choose_voxels(source: Release, folder: Path) -> np.ndarray:
     """(N,) bool, and voxels.npz of the ones kept."""
-    index, roi = source.voxels
+    index, roi = map(np.asarray, source.voxels)
+    with advising("correct the areas: one of each voxel, or 'unknown'"):
+        check_array(roi, f"voxels of {source.name}", "U", index.shape)
     if source.preprocessed:  # chosen by the release's authors, or by the names of their areas
         mask, note = np.ones(len(index), bool), f"{len(index):,} voxels, as the release has them"
     else:

@@ -1,6 +1,6 @@
 """What a release of recordings and films must offer, so that prepare/ can make data/<name>/ of it.
 
-For a dataset of your own: write a class like these in a file beside cc2017.py, and name it in command.py. A
+For a dataset of your own: write a class as in extras/own_dataset.py, and a row of DATASETS in facts.py. A
 segment is a piece of film that was shown as a whole; its name says whether it is for training or for testing.
 """
 
@@ -80,7 +80,8 @@ class Release:
 
     def run_file(self, segment: str, repeat: int) -> Path:
         """The file of one showing, for messages."""
-        return self.files(segment)[0]
+        files = self.files(segment)
+        return files[min(repeat, len(files) - 1)] if files else self.raw
 
     def recording(self, subject: int) -> list[Path]:
         """The files of any subject's first run; none where the release lacks it."""
@@ -106,9 +107,13 @@ class Release:
         return read_clips(self.stimulus(segment)[0], self.clips_of(segment))
 
     def check(self) -> None:
-        """Raises ValueError where the films are not as they should be: before hours of work."""
-        for segment in self.segments if self.film else ():
-            check_film(self.stimulus(segment)[0], *self.film)
+        """Raises ValueError where films or recordings are not as they should be: before hours of work."""
+        for segment in self.segments:
+            for role, files in (("film", self.stimulus(segment)), ("recording", self.files(segment))):
+                if not files or not files[0].is_file():
+                    raise FileNotFoundError(f"{files[0] if files else self.raw}: no {role} of {segment}")
+            if self.film:
+                check_film(self.stimulus(segment)[0], *self.film)
 
 
 def visible(folder: Path, *patterns: str) -> list[Path]:

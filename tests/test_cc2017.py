@@ -331,11 +331,14 @@ def test_bad_input_of_the_neuroclips_release_is_named(neuroclips, stimuli, tmp_p
             ValueError, match=r"GT_test_3fps.pt has the shape \(480, .*, wanted .clips, 6, 3, H, W"
         ):
             main(["cc2017", "--fmri-release", str(folder), "--train-segments", "3", "--test-segments", "2"])
-    replace("subj01_test_fmri.pt", torch.zeros(480, 10, 95))
-    with pytest.raises(
-        ValueError, match=r"recordings of \(720, 2, 96\) and \(480, 10, 95\), wanted .* of one N"
+    for bad in (
+        torch.zeros(480, 10, 95),
+        torch.zeros(480, 960),
+        torch.zeros(480, 10, 96, dtype=torch.cfloat),
     ):
-        source()
+        replace("subj01_test_fmri.pt", bad)
+        with pytest.raises(ValueError, match=r"subj01_test_fmri.pt: found torch.*, 96\), as subj01_train"):
+            source()
     replace("subj01_test_fmri.pt", ["a list"])
     with pytest.raises(ValueError, match="subj01_test_fmri.pt: found list, wanted a tensor"):
         source()

@@ -122,6 +122,9 @@ def test_a_sound_dataset_passes(sound, capsys):
 FMRI, LATENTS = "sub1/{}/fmri.npy", "stimuli/train/tiny-wan/latents.npy"
 TEXT = "stimuli/test/tiny-wan/text_{}.npy"
 FAULTS = [
+    (FMRI.format("test"), lambda x, _: np.float32(3), FAIL, "files", "test/fmri.npy (132 bytes) is truncated or damaged"),
+    ("stimuli/train/e_txt.npy", lambda e, _: e[0], FAIL, "files", "train/e_txt.npy (208 bytes) is truncated or damaged"),
+    (LATENTS, lambda z, _: z[0], FAIL, "files", "latents.npy"),
     (FMRI.format("train"), put((20, 0, 1, 5), np.inf), FAIL, "fMRI values", "1 values of showing 1, the first at seg2-005, voxel 5"),
     (FMRI.format("train"), put((slice(15, 30), 1, 0, 5), np.nan), FAIL, "fMRI values", "15 values of showing 2, the first at seg2-000"),
     (FMRI.format("test"), put(slice(60, 120), np.nan), FAIL, "fMRI values", "60 clips have no recording, the first test2-000"),
@@ -266,6 +269,9 @@ def test_voxels(copy):
         line = line_of(index=index)
         assert line.startswith("FAIL") and "a grayordinate twice, or beyond 91,282" in line
     assert line_of(roi=np.full(40, "unknown")).startswith("warning voxels: where the 40 voxels lie was not")
+    for index in (np.arange(40), np.arange(40) + 200_000):
+        line = line_of(roi=np.array(["7Networks_LH_Vis_1", "hV4"] * 20), index=index)
+        assert line == "warning voxels: 40 in 2 areas of another atlas or space: no picture of the cortex"
     np.savez(file, index=table["index"][:-1], roi=table["roi"][:-1])
     assert page_of(copy, "FAIL shapes: .*N = 39 as in voxels.npz")
 
@@ -385,6 +391,14 @@ def test_the_picture(copy, tmp_path, capsys):
     message = r"no clip has this id; there are seg1-000 ... seg3-014 \(train\), test1-000"
     with pytest.raises(ValueError, match=message):
         check.main([*argv, "seg1-1"])
+    for words, problem in (
+        (["seg1-001", "--stimuli", "nosuch"], "--stimuli nosuch: no such folder"),
+        (["seg1-001", "--captions", "a"], "--captions with --show, which does not use it"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=problem):
+            check.main([*argv, *words])
+    lines = copy / "stimuli" / "test" / "clips.jsonl"
+    lines.write_text(lines.read_text().replace("clip 119", r"$\\frac{<b>$ \\ $ 5"))
     # without frames, atlas or second showing: what the NeuroClips release, and a dataset of one showing a clip, have
     edit(copy, "sub1/train/fmri.npy", lambda x, _: x[:, :1])
     for split in LENGTH:
@@ -401,9 +415,9 @@ def test_a_toy_subjects_picture_is_of_its_own_film(subject, raw, tmp_path, monke
     monkeypatch.setattr(check, "Clips", lambda name, subject, split, root: (name, subject, split, root))
     monkeypatch.setattr(show, "picture", lambda *arguments: calls.append(arguments))
     argv = ["--subject", str(subject), "--root", str(tmp_path), "--show", "seg1-001"]
-    assert check.main(argv) == check.main([*argv, "--stimuli", "films", "--out", "x.png"]) == 0
+    assert check.main(argv) == check.main([*argv, "--stimuli", str(tmp_path), "--out", "x.png"]) == 0
     splits = {split: ("toy", subject, split, tmp_path) for split in ("train", "test")}
     out = tmp_path / "toy" / f"sub{subject}" / "seg1-001.png"
     assert calls[0] == (splits, "seg1-001", tmp_path / "toy" / raw / "stimuli", out)
-    assert calls[1] == (splits, "seg1-001", Path("films"), Path("x.png"))
+    assert calls[1] == (splits, "seg1-001", tmp_path, Path("x.png"))
     assert check.Prepared("toy", subject, tmp_path).command == f"python data.py toy --subject {subject}"

@@ -266,11 +266,8 @@ def test_a_nan_or_infinity_at_a_recorded_showing_names_clip_and_voxel(prepared, 
     prepare_recorded(prepared / "sub1")  # a showing that is NaN in part was recorded
     place = rf"{value} at clip 17 \(seg2-001\), volume 1, voxel {voxels[0]} "
     place += rf"\(source index {7 * voxels[0]}, {AREAS[voxels[0] % 5]}\)"
-    for draws in ({}, {"voxel_dropout": 0.9}):
-        train = Clips("cc2017", 1, "train", root=prepared.parent, batch_size=48, **draws)
-        for read in (lambda train=train: train.batch(0), train.averaged):
-            with pytest.raises(ValueError, match=f"fmri.npy: found {place}"):
-                read()
+    with pytest.raises(ValueError, match=f"fmri.npy: found {place}"):
+        Clips("cc2017", 1, "train", root=prepared.parent)
 
 
 def test_memories_are_the_clips_trained_on(read):

@@ -9,6 +9,7 @@ from sklearn.linear_model import Ridge
 from tiny import write_prepared
 
 from extras import delay
+from prepare.copies import prepare_recorded
 from support.options import parse
 
 
@@ -49,7 +50,8 @@ def test_the_planted_delay_is_named(planted, folder, capsys):
     assert (
         "0 is what was prepared" if planted == 0 else f"a delay that is {planted:+d} clips longer"
     ) in page
-    assert f"{planted:>14}{curve[planted]:>9.3f}   best\n" in page and "of 20 voxels" in page
+    spread = result["spread"][result["shifts"].index(planted)]
+    assert f"{planted:>14}{curve[planted]:>9.3f} +- {spread:.3f}   best\n" in page and "of 20 voxels" in page
     assert (folder / "sub1" / "delay.png").stat().st_size > 5000
 
 
@@ -65,7 +67,28 @@ def test_the_correlation_is_that_of_a_regression_without_the_segment():
             model = Ridge(penalty, fit_intercept=False).fit(features[of_segment != k], truth[of_segment != k])
             guess[of_segment == k] = model.predict(features[of_segment == k])
         expected = [np.corrcoef(guess[:, v], truth[:, v])[0, 1] for v in range(3)]
-        np.testing.assert_allclose(delay.correlations(x, y, segments, shift, 30.0), expected, atol=1e-10)
+        parts = delay.correlations(x, y, segments, shift, 30.0)  # (10, 3)
+        np.testing.assert_allclose(parts.mean(0), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("sub1/train/fmri.npy", lambda x: np.random.default_rng(3).normal(size=x.shape).astype("f"), ()),
+        ("stimuli/train/e_img.npy", lambda e: np.repeat(e[:1], len(e), 0), ()),
+        ("sub1/train/fmri.npy", lambda x: np.roll(x, 9, 0), ()),  # beyond the shifts that are tried
+        ("sub1/train/fmri.npy", lambda x: x, ("--most", 0)),  # it may lie beyond
+        ("sub1/train/fmri.npy", lambda x: x, ("--least", 0, "--most", 0)),
+    ],
+)
+def test_what_no_shift_fits_is_not_decided(file, change, words, folder, capsys):
+    np.save(folder / file, change(np.load(folder / file)))
+    prepare_recorded(folder / "sub1")
+    result = run(*words)
+    assert result["best"] is None and result["not decided"] and result["spread"]
+    page = capsys.readouterr().out
+    assert "Not decided: " in page and "best\n" not in page and "Prepare again" not in page
+    assert ("widen --least, --most" in page) == bool(words)
 
 
 def test_regions_restrict_the_voxels_and_the_best_are_chosen(folder):
@@ -74,7 +97,7 @@ def test_regions_restrict_the_voxels_and_the_best_are_chosen(folder):
     fmri, x = (np.load(folder / name) for name in ("sub1/train/fmri.npy", "stimuli/train/e_img.npy"))
     x = x.mean(1) / np.linalg.norm(x.mean(1), axis=1, keepdims=True)
     y, segments = np.nanmean(fmri, (1, 2)), np.repeat(np.arange(4), 40)
-    expected = delay.correlations(x - x.mean(0), y, segments, 0, 10.0)
+    expected = delay.correlations(x - x.mean(0), y, segments, 0, 10.0).mean(0)
     assert every["mean_r"][4] == pytest.approx(expected.mean(), abs=1e-5)
     assert every["voxels"] == 40 and few["mean_r"][4] > 0.85 > 0.75 > every["mean_r"][4]
 
@@ -85,7 +108,7 @@ def test_regions_restrict_the_voxels_and_the_best_are_chosen(folder):
         (("--least", 3, "--most", 1), "--least 3 --most 1: wanted the smaller first"),
         (("--ridge", 0), "--ridge 0.0: wanted above 0"),
         (("--subject", 2), "data/cc2017 is not prepared for subject 2"),
-        (("--most", 12), "a shift of 12 clips: wanted at least two training segments that are longer"),
+        (("--most", 12), "a shift of 9 clips: wanted at least two training segments that are longer"),
     ],
 )
 def test_what_cannot_be_is_refused(words, problem, tmp_path, monkeypatch, capsys):

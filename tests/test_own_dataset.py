@@ -1,0 +1,92 @@
+"""A dataset of one's own: the example from end to end, and what does not fit named by the run's file."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPO
+from tiny import wan_pipeline
+from watch import watch
+
+import train_stage1
+from extras import check, delay
+from extras.own_dataset import MyRelease, write_miniature
+from prepare import command
+from prepare.fmri import prepare_fmri
+from support.options import parse
+
+ENCODERS = ["--clip", f"local-dir:{REPO / 'toy' / 'clip'}", "--viclip", str(REPO / "toy" / "viclip")]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    raw = tmp_path_factory.mktemp("mine") / "raw"
+    write_miniature(raw)
+    return raw
+
+
+@pytest.mark.filterwarnings("ignore:.*may be in another order")  # the toy's CLIP never saw such films
+def test_the_example_from_its_files_to_a_step_of_stage_1(raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    wan_pipeline().save_pretrained("wan")
+    command.main(["mine", "--raw", str(raw), *ENCODERS, "--decoder", "wan"])
+    assert np.load("data/mine/sub1/train/fmri.npy").shape[:3] == (90, 2, 3)
+    assert np.load("data/mine/stimuli/test/wan/latents.npy", mmap_mode="r").shape[0] == 30
+    assert check.main(["--data", "mine"]) == 0
+    show = ["--show", "seg1-001", "--stimuli", str(raw / "stimuli")]
+    assert check.main(["--data", "mine", *show]) == 0 and Path("data/mine/sub1/seg1-001.png").is_file()
+    delay.main(parse(delay.Config, {"mine": {}}, "", "delay.py", ["--data", "mine"]))
+    assert json.loads(Path("data/mine/sub1/delay.json").read_text())["best"] == 0
+    small = "--data mine --tokens 12 --width 24 --layers 2 --attention_heads 4 --batch_size 8 --rank 2"
+    assert len(watch(train_stage1, small.split(), stop=2).batches) == 2
+    assert train_stage1.parse(["--data", "mine"]).steps == 8000
+
+
+def cut(file: Path, change) -> None:
+    np.save(file, change(np.load(file)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        (
+            "seg3_2",
+            lambda run: run[:, :-2],
+            r"found float32 of shape \(50, 498\), wanted .*: 50 .*, 500 voxels",
+        ),
+        ("test1_3", lambda run: np.hstack([run, run[:, :2]]), r"found float32 of shape \(50, 502\)"),
+        ("seg2_1", lambda run: run[:40], r"shape \(40, 500\), wanted .*: 50 volumes or more"),
+        ("test2_1", lambda run: run.T, r"shape \(500, 50\), wanted .* of shape \(volumes, voxels\)"),
+        ("seg6_1", lambda run: run.astype(np.int16), r"found int16 .*wanted floating-point"),
+        ("test1_1", lambda run: run[:, :, None], r"found float32 of shape \(50, 500, 1\)"),
+        ("test1_2", lambda run: run * np.nan, "voxels kept are constant or not finite in showing 2 of test1"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_named_and_never_to_be_deleted(raw, name, change, problem, tmp_path):
+    copy = shutil.copytree(raw, tmp_path / "raw")
+    cut(copy / "sub1" / f"{name}.npy", change)
+    with pytest.raises(ValueError, match=rf"{name}.npy: .*{problem}.*move it away") as error:
+        prepare_fmri(MyRelease(copy, 1, None, 6, 2), tmp_path / "out", {}, window=3)
+    assert "delete" not in str(error.value)
+
+
+def test_what_a_release_lacks_is_named(raw, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    copy = shutil.copytree(raw, tmp_path / "raw")
+    few = MyRelease(copy, 1, None, 2, 1)
+    assert few.segments == ["seg1", "seg2", "test1"] and few.delay == 5 and few.window("seg1") == (5, 45)
+    with pytest.raises(FileNotFoundError, match="(?s)give --raw .*python data.py mine --raw DIR --subject 1"):
+        command.main(["mine"])
+    few.voxels = np.arange(500), np.arange(500)
+    with pytest.raises(ValueError, match="voxels of MyRelease: found int64 .*, wanted text"):
+        prepare_fmri(few, tmp_path / "out", {})
+    few.voxels = np.arange(490), np.full(490, "V1")
+    with pytest.raises(ValueError, match=r"seg1_1.npy: found .*\(50, 500\), wanted .* 490 voxels"):
+        prepare_fmri(few, tmp_path / "out", {})
+    for folder, role in (("sub1", "recording"), ("stimuli", "film")):
+        for file in [*(copy / folder).glob("test2*")]:
+            file.rename(tmp_path / file.name)
+        with pytest.raises(FileNotFoundError, match=f"raw: no {role} of test2"):
+            command.main(["mine", "--raw", "raw"])
