@@ -160,8 +160,7 @@ def guide(name: str, subject: int) -> str:
     command = f"{prepare_command(name, subject)} prepares it: docs/your-own-data.md"
     steps = MISSING.get(name, command).format(subject=subject)
     missing = f"{Path('data', name).absolute()} is not prepared for subject {subject}"
-    return f"{missing}: data/ and runs/ are those of the current folder.
-{steps}"
+    return f"{missing}: data/ and runs/ are those of the current folder.\n{steps}"
 
 
 def decoder_recipes(decoder: str, size: Sequence[int]) -> tuple[dict, dict]:
