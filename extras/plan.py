@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from math import ceil, prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import diffusers
@@ -32,10 +33,11 @@ from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories,
 from prepare.facts import SIZES  # noqa: E402
 from support.files import MissingData  # noqa: E402
 from support.options import Parser, settings_of, within  # noqa: E402
-from support.pipelines import WAN, latent_shape  # noqa: E402
-from support.readers import read_json  # noqa: E402
+from support.pipelines import ADVICE, PIPELINES, WAN, WANTED, latent_shape, read_configs  # noqa: E402
+from support.readers import read_json, reading  # noqa: E402
 from support.runs import door, run_folder  # noqa: E402
-from support.shared import read_settings  # noqa: E402
+from support.shared import check_parts, read_settings  # noqa: E402
+from support.training import check_processes  # noqa: E402
 from video_decoder import VideoDecoder  # noqa: E402
 
 GIB, GB, TERA = 1 << 30, 10**9, 10**12
@@ -45,6 +47,8 @@ CARDS = {
     "H200": (989, 141), "H100": (989, 80), "A100": (312, 80),
     "L40S": (362, 48), "4090": (165, 24), "3090": (71, 24),
 }  # fmt: skip
+LARGEST = dict.fromkeys(("frames", "height", "width", "tokens", "rank", "lora_rank"), 1 << 16)
+LARGEST |= {"batch_size": 4096, "layers": 500}
 PUBLISHED = {  # what Clips.sizes will be, where no data is prepared
     # voxels: the NeuroClips release, subject 1; CineBrain's visual areas and hippocampi
     "cc2017": {"volumes": 1, "voxels": 13_447, "frames": 8, "embed_dim": 768, "classes": 12},
@@ -53,7 +57,6 @@ PUBLISHED = {  # what Clips.sizes will be, where no data is prepared
 # Wan2.1's 1.3B, which need not be downloaded: the numbers are those of "Wan-T2V-1.3B" in diffusers'
 # scripts/convert_wan_to_diffusers.py
 WAN_1_3B = {
-    "_class_name": "WanPipeline",
     "transformer": {
         "_class_name": "WanTransformer3DModel", "num_layers": 30, "num_attention_heads": 12,
         "attention_head_dim": 128, "ffn_dim": 8960, "freq_dim": 256, "in_channels": 16, "out_channels": 16,
@@ -66,39 +69,51 @@ WAN_1_3B = {
 }  # fmt: skip
 
 
-def fake_pipeline(name: str) -> diffusers.DiffusionPipeline:
-    """The pipeline of a folder or of the Hub's cache, without its text encoder, in the precision of a GPU."""
-    is_known, parts = name == WAN, {"tokenizer": None, "text_encoder": None}
-    configs = WAN_1_3B if is_known else diffusers.DiffusionPipeline.load_config(name, local_files_only=True)
-    for part in ("transformer", "vae", "scheduler"):
-        config, loader = (
-            configs[part],
-            diffusers.DDIMScheduler if part == "scheduler" else diffusers.AutoModel,
-        )
-        if not is_known:  # the loaders read the config of any class
-            config = loader.load_config(name, subfolder=part, local_files_only=True)
-        with torch.device("cpu" if part == "scheduler" else "meta"):
-            parts[part] = getattr(diffusers, config["_class_name"]).from_config(config)
+def fake_pipeline(name: str) -> tuple[diffusers.DiffusionPipeline, int]:
+    """The pipeline of a folder or of the Hub's cache, without its text encoder, in a GPU's precision, and its
+    text length L. Raises FileFault for a pipeline that training refuses, or that is not there."""
+    parts, kind, L = {"tokenizer": None, "text_encoder": None}, "WanPipeline", 512
+    advice = (
+        ADVICE if Path(name).is_dir() else f"hf download {name} --include '*.json' brings what is counted"
+    )
+    with reading(name, WANTED, advice):
+        if name != WAN:
+            kind, _, L = read_configs(name, local_files_only=True)
+        for part in ("transformer", "vae", "scheduler"):
+            if name == WAN:
+                config = WAN_1_3B[part]
+            else:  # the loaders read the config of any class
+                loader = diffusers.DDIMScheduler if part == "scheduler" else diffusers.AutoModel
+                config = loader.load_config(name, subfolder=part, local_files_only=True)
+            with torch.device("cpu" if part == "scheduler" else "meta"):
+                parts[part] = getattr(diffusers, config["_class_name"]).from_config(config)
     in_fp32 = parts["transformer"]._keep_in_fp32_modules or ()
     for key, p in parts["transformer"].named_parameters():
         if not any(module in key for module in in_fp32):
             p.data = p.data.bfloat16()
-    if configs["_class_name"] != "WanPipeline":  # its VAE has the precision of its DiT
+    if kind != "WanPipeline":  # its VAE has the precision of its DiT
         parts["vae"].bfloat16()
-    return getattr(diffusers, configs["_class_name"])(**parts)
+    pipe = PIPELINES[kind](**parts)
+    pipe.register_to_config(_name_or_path=name)  # as errors name it
+    return pipe, L
 
 
 def fake_model(settings: dict, brain: dict, sizes: dict[str, int], memories: int) -> evaluate.CineNeuron:
-    """As CineNeuron.from_stage1, on "meta". settings: of stage 2; brain: of BrainModel; sizes: of Clips."""
-    pipe = fake_pipeline(settings["decoder"])
-    D = sizes["embed_dim"]
+    """As CineNeuron.from_stage1, on "meta", and with its errors. settings: of stage 2; brain: of BrainModel,
+    which has the decoder's text length where `brain` does not say; sizes: of Clips."""
+    pipe, L = fake_pipeline(settings["decoder"])
+    D, size = sizes["embed_dim"], [settings[name] for name in ("frames", "height", "width")]
     with torch.device("meta"):
-        brain_model = BrainModel(**brain)
-        _, positions, width = brain_model.position.shape
-        L = positions - 1  # text tokens
+        brain_model = BrainModel(**{"tokens": L} | brain)
+        width = brain_model.norm.normalized_shape[0]
         rank, alpha = settings["lora_rank"], settings["lora_alpha"]
         decoder = VideoDecoder(pipe, L, pipe.transformer.config, rank, alpha, settings["checkpointing"])
-        D_txt = decoder.text_width
+        D_txt, latents = decoder.text_width, torch.empty(memories, *latent_shape(decoder, *size))
+        recall = SimpleNamespace(fewest=memories, trained=range(memories))
+        clips = SimpleNamespace(sizes=sizes, recall=recall, latents=latents, empty=torch.empty(L, D_txt))
+        stage1_config = {"tau": 0.07, "lambda_1": 1.0, "lambda_2": 1.0, "sizes": sizes}
+        settings = settings | {"stage1_config": stage1_config}
+        check_parts("stage 1", settings, clips, brain_model, decoder)
         if not settings["integration"]:
             mom = DirectProjection(width, D_txt)
         elif not settings["mom"]:
@@ -107,13 +122,13 @@ def fake_model(settings: dict, brain: dict, sizes: dict[str, int], memories: int
             mom = MixtureOfMemories(L, width, D, D_txt, settings["K"], settings["attention_heads"])
         caption = torch.empty(1, D_txt, device="cpu")  # one for all: captions take no memory of the GPU
         return evaluate.CineNeuron(
-            settings=settings | {"stage1_config": {"tau": 0.07, "lambda_1": 1.0, "lambda_2": 1.0}},
+            settings=settings,
             brain_model=brain_model,
             heads=Stage1Heads(D, sizes["frames"], sizes["classes"]),
             mom=mom,
             pool=MemoryPool(torch.empty(memories, 3, D), [caption] * memories),
             decoder=decoder,
-            empty=torch.empty(L, D_txt),
+            empty=clips.empty,
             lines=[],
             voxels={},
         )
@@ -191,8 +206,12 @@ def count_evaluation(model: evaluate.CineNeuron, config: evaluate.Config, sizes:
         start = counter.flop
         model.decoder.predict(torch.empty(len(prompt), *latents), prompt, torch.empty(len(prompt)))
         counter.flop += (counter.flop - start) * (steps * passes // together - 1)
-        vae.decode(torch.empty(B, *latents, dtype=vae.dtype), return_dict=False)
+        at_once, start = 1 if vae.use_slicing else B, counter.flop
+        others = torch.empty(B - at_once, 3, *model.size, dtype=vae.dtype)  # sliced, each of B costs the same
+        vae.decode(torch.empty(at_once, *latents, dtype=vae.dtype), return_dict=False)
+        counter.flop += (counter.flop - start) * (B // at_once - 1)
         need = counter.count()
+        del others
     return need._replace(flop=need.flop // B)
 
 
@@ -206,6 +225,14 @@ class Plan(NamedTuple):
     number: int  # of them, of one process
     share: float  # of a card's matrix rate that is taken to be reached
     disk: dict[str, float]  # bytes
+
+
+def check_sizes(config, processes: int = 1) -> None:
+    """Raises ValueError for sizes that overflow or take hours to count, and a batch that cannot be shared."""
+    for name, most in LARGEST.items():
+        if getattr(config, name, 0) > most:
+            raise ValueError(f"--{name} {getattr(config, name)}: wanted at most {most:,} in a plan")
+    check_processes(config.batch_size, SimpleNamespace(num_processes=processes))
 
 
 def sizes_of(config, rois: str | None) -> dict[str, int]:
@@ -231,6 +258,7 @@ def stage1_of(config: train_stage2.Config) -> tuple[dict, dict[str, int]]:
 
 def plan_stage1(options: list[str], processes: int) -> Plan:
     config = train_stage1.parse(options)
+    check_sizes(config, processes)
     sizes = sizes_of(config, config.rois)
     need, fmri = count_stage1(config, sizes, processes), f"{sizes['volumes']} x {sizes['voxels']:,} voxels"
     title = f"stage 1 of {config.data}, {fmri}, {config.batch_size} clips a step"
@@ -240,6 +268,7 @@ def plan_stage1(options: list[str], processes: int) -> Plan:
 
 def plan_stage2(options: list[str], processes: int) -> Plan:
     config = train_stage2.parse(options)
+    check_sizes(config, processes)
     brain, sizes = stage1_of(config)
     train, test = prod(SIZES[config.data]["train"]), prod(SIZES[config.data]["test"])
     model = fake_model(settings_of(config), brain, sizes, train)
@@ -270,6 +299,7 @@ def plan_evaluation(options: list[str], processes: int) -> Plan:
         untrained = train_stage2.parse(["--data", config.data, "--subject", str(config.subject)])
         settings, (brain, sizes) = settings_of(untrained), stage1_of(untrained)
     test = prod(SIZES[config.data]["test"])
+    check_sizes(config)
     model = fake_model(settings, brain, sizes, prod(SIZES[config.data]["train"]))
     clips = min(config.clips or test, test)
     video = "{} x {} x {} by {}".format(*model.size, settings["decoder"])

@@ -55,22 +55,13 @@ def load_pipeline(
     memory. Raises ValueError where the pipeline is of another kind or damaged."""
     name = find_weights(name)
     with reading(name, WANTED, ADVICE):  # whatever damage makes diffusers, transformers and safetensors say
-        index = DiffusionPipeline.load_config(name)  # model_index.json
-        kind, second = index["_class_name"], index.get("transformer_2", [None])[0]  # Wan2.2 has two
-        libraries = {value[0] for value in index.values() if isinstance(value, list)}
-        if kind not in PIPELINES or second or not libraries <= {None, "diffusers", "transformers"}:
-            raise ValueError(f"a {kind}{' of two transformers' if second else ''}")
-        config = AutoModel.load_config(name, subfolder="transformer")
-        if config.get("patch_size_t"):
-            raise ValueError("a CogVideoXPipeline 1.5, with patch_size_t")
-        if kind == "WanPipeline":  # no config of Wan's DiT has L: the pipeline is called with 512
-            tokenizer = get_tokenizer_config(name, subfolder="tokenizer")
-            L = min(512, int(tokenizer.get("model_max_length", 512)))  # a tiny model says less here
-            D_txt, vae_dtype = config["text_dim"], torch.float32  # this VAE is meant to run in fp32
-        else:  # DiT and VAE want one dtype
-            L, D_txt, vae_dtype = config["max_text_seq_length"], config["text_embed_dim"], dtype
-        text_dtype = torch.bfloat16 if D_txt >= 4096 else dtype  # T5-XXL takes 11 GB, in fp32 23
-        dtypes = {"default": dtype, "vae": vae_dtype, "text_encoder": text_dtype}
+        kind, config, L = read_configs(name)
+        D_txt = config["text_dim" if kind == "WanPipeline" else "text_embed_dim"]
+        dtypes = {  # Wan's VAE is meant to run in fp32; T5-XXL takes 11 GB in bf16, 23 in fp32
+            "default": dtype,
+            "vae": torch.float32 if kind == "WanPipeline" else dtype,
+            "text_encoder": torch.bfloat16 if D_txt >= 4096 else dtype,
+        }
         parts = dict(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=text_encoder)
         absent = {part: None for part, load in parts.items() if not load}
         pipe = PIPELINES[kind].from_pretrained(name, dtype=dtypes, use_safetensors=True, **absent)
@@ -81,6 +72,24 @@ def load_pipeline(
         pipe.vae.enable_tiling()
         pipe.vae.enable_slicing()
     return pipe, L, config
+
+
+def read_configs(name: str, **hub) -> tuple[str, dict, int]:
+    """Of a folder or a name on the Hub the pipeline's class, its DiT's config and its text length L; hub:
+    options of the Hub. Raises ValueError for a pipeline of another kind."""
+    index = DiffusionPipeline.load_config(name, **hub)  # model_index.json
+    kind, second = index["_class_name"], index.get("transformer_2", [None])[0]  # Wan2.2 has two
+    libraries = {value[0] for value in index.values() if isinstance(value, list)}
+    if kind not in PIPELINES or second or not libraries <= {None, "diffusers", "transformers"}:
+        raise ValueError(f"a {kind}{' of two transformers' if second else ''}")
+    config = AutoModel.load_config(name, subfolder="transformer", **hub)
+    if config.get("patch_size_t"):
+        raise ValueError("a CogVideoXPipeline 1.5, with patch_size_t")
+    if kind != "WanPipeline":
+        return kind, config, config["max_text_seq_length"]
+    # no config of Wan's DiT has L: the pipeline is called with 512; a tiny model says less here
+    tokenizer = get_tokenizer_config(name, subfolder="tokenizer", **hub)
+    return kind, config, min(512, int(tokenizer.get("model_max_length", 512)))
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -362,7 +362,7 @@ def stage_1(size: Sizes, precision: str) -> Iterator:
 
 
 def decoder(size: Sizes, precision: str) -> VideoDecoder:
-    pipe = plan.fake_pipeline(size.decoder)
+    pipe, _ = plan.fake_pipeline(size.decoder)
     if precision == "fp32":
         pipe.transformer.float()
     return VideoDecoder(pipe, size.tokens, pipe.transformer.config, gradient_checkpointing=True)

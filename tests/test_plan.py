@@ -2,6 +2,8 @@
 
 import re
 from functools import cache
+from math import prod
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import train_stage1
 import train_stage2
 from brain_model import BrainModel
 from extras import plan
-from extras.counter import Count, Repeated, counting
+from extras.counter import Count, Repeated, aten, counting
 from support.files import write_json
 from support.options import settings_of
 from support.runs import door
@@ -24,11 +26,9 @@ SIZES = {"volumes": 1, "voxels": 3000, "frames": 3, "embed_dim": 64, "classes": 
 BRAIN = dict(voxels=3000, tokens=12, width=64, layers=2, attention_heads=4, embed_dim=64)
 TINY = "--attention_heads 4 --frames 9 --height 32 --width 32 --lora_rank 2".split()
 ATTENTION = {  # of the CPU, which FlopCounterMode does not count
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-        q, k, v
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *gqkv, **_: sdpa_backward_flop_count(*gqkv[:4])
     ),
 }
 
@@ -193,17 +193,8 @@ def test_the_operations_are_those_of_flop_counter_mode(options):
 
 def stage2(root, family: str, *options: str):
     """A tiny stage 2: its options, and its model on "meta"."""
-    argv = [
-        "--data",
-        "cc2017",
-        "--decoder",
-        str(root / "models" / family),
-        "--batch_size",
-        "4",
-        *TINY,
-        *options,
-    ]
-    config = train_stage2.parse(argv)
+    argv = ["--decoder", str(root / "models" / family), *TINY, *options]
+    config = train_stage2.parse("--data cc2017 --batch_size 4".split() + argv)
     return config, plan.fake_model(settings_of(config), BRAIN, SIZES, 48)
 
 
@@ -279,6 +270,51 @@ def test_ablations_are_planned(switch, tiny):
     assert need.trained < of_full.trained and need.flop < of_full.flop
 
 
+COG = {  # CogVideoX-2b, whose numbers are diffusers' defaults
+    "transformer": {"_class_name": "CogVideoXTransformer3DModel", "max_text_seq_length": 226},
+    "vae": {"_class_name": "AutoencoderKLCogVideoX"},
+    "scheduler": {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"},
+}
+OF_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+TWO = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
+DECODERS = {  # of the docs, and two that training refuses: configs, numbers of the DiT, of model_index.json
+    "Wan2.1-14B": (plan.WAN_1_3B, OF_14B, {}),
+    "CogVideoX-2b": (COG, {}, {}),
+    "Wan2.2-A14B": (plan.WAN_1_3B, OF_14B, TWO),
+    "CogVideoX1.5": (COG, {"patch_size_t": 2}, {}),
+}
+
+
+def write_decoder(name: str, **numbers) -> str:
+    """A folder of configs without weights."""
+    configs, of_dit, index = DECODERS[name]
+    kind = "WanPipeline" if configs is plan.WAN_1_3B else "CogVideoXPipeline"
+    write_json(Path(name, "model_index.json"), {"_class_name": kind} | index)
+    for part, config in (configs | {"transformer": configs["transformer"] | of_dit | numbers}).items():
+        write_json(Path(name, part, f"{'scheduler_' * (part == 'scheduler')}config.json"), config)
+    return name
+
+
+@pytest.mark.parametrize("name", ["Wan2.1-14B", "CogVideoX-2b"])
+@pytest.mark.parametrize("options", ["2 --frames 9 --height 96 --width 96", slow("40")])
+def test_every_decoder_of_the_docs_is_trained_and_sampled_on_paper(name, options, tmp_path, monkeypatch):
+    """At its true width; the Brain Model has the decoder's text length. Attention is not in `work`."""
+    monkeypatch.chdir(tmp_path)
+    layers, *options = options.split()
+    decoder = write_decoder(name, num_layers=int(layers))
+    config = train_stage2.parse(["--data", "cc2017", "--decoder", decoder, *options])
+    brain, sizes = plan.stage1_of(config)
+    model = plan.fake_model(settings_of(config), brain | {"layers": 1}, sizes, 4320)
+    assert len(model.empty) == (226 if "Cog" in name else 512)
+    dit, tokens = model.decoder.transformer, prod(plan.latent_shape(model.decoder, *model.size)[1:]) // 4
+    weights = sum(p.nbytes for p in dit.parameters())
+    work = 2 * tokens * sum(p.numel() for name, p in dit.named_parameters() if ".ff" in name)
+    trained = plan.count_stage2(model, config, sizes)
+    scored = plan.count_evaluation(model, evaluate.parse(["--data", "cc2017"], ""), sizes)
+    assert trained.flop > 32 * 3 * work and scored.flop > 100 * work
+    assert all(weights < need.peak < 2 * weights + 20 * plan.GIB for need in (trained, scored))
+
+
 # ---------------------------------------------------------------- sizes that are there, what is printed
 
 
@@ -316,10 +352,25 @@ def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, caps
         ("stage1 --processes 0", "'0', wanted a whole number at least 1"),
         ("stage1 --decoder x", "unrecognized arguments: --decoder x"),
         ("evaluate --pairs x", "--pairs: wanted the evaluation of a run"),
+        (
+            "stage2 --data cc2017 --decoder Wan2.2-A14B",
+            "Wan2.2-A14B: found a WanPipeline of two transformers",
+        ),
+        ("stage2 --data cc2017 --decoder CogVideoX1.5", "CogVideoX1.5: found a CogVideoXPipeline 1.5"),
+        ("stage2 --data cc2017 --decoder a/b", "a/b: found .*, wanted .*: hf download a/b --include"),
+        ("stage2 --data cc2017 --width 632", "1.3B-Diffusers: a video .* does not fit: .* a width of 16"),
+        ("stage2 --data cc2017 --width=16000000000", "--width 16000000000: wanted at most 65,536"),
+        ("stage2 --data cc2017 --attention_heads 7", "--attention_heads 7: wanted a divisor of 2048"),
+        ("stage2 --data cc2017 --K 4321", "--K 4321: a clip may retrieve 4320 of 4320 memories"),
+        ("stage2 --data cc2017 --processes 5", "--batch_size 32: wanted a multiple of the 5 processes"),
+        ("stage1 --data cc2017 --layers=1000000", "--layers 1000000: wanted at most 500"),
+        ("evaluate --data cc2017 --batch_size=1000000000", "--batch_size 1000000000: wanted at most 4,096"),
     ],
 )
 def test_what_cannot_be_planned_is_one_error(options, error, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for name in DECODERS:
+        write_decoder(name)
     with pytest.raises(SystemExit) as stopped:
         door(lambda: plan.main(options.split()))
     message = capsys.readouterr().err

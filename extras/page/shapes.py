@@ -190,7 +190,7 @@ def run(data: str, tracer: Tracer) -> list[tuple[str, str, str]]:
     two.decoder = str(ROOT / two.decoder) if data == "toy" else two.decoder
     brain = {"voxels": sizes["voxels"], "tokens": L, "width": one.width, "layers": LAYERS, "embed_dim": D}
     with patch.dict(plan.WAN_1_3B["transformer"], num_layers=LAYERS):
-        fake = plan.fake_model(settings_of(two), brain, sizes, 1)
+        fake = plan.fake_model(settings_of(two), brain, sizes, n)
     decoder, D_txt = fake.decoder.float(), fake.decoder.text_width
     train = EmptyClips(n, sizes, two.batch_size, one.dropout)
     train.latents = zeros(n, *latent_shape(decoder, two.frames, two.height, two.width))
