@@ -23,15 +23,6 @@ class DiskFull(OSError):
     """Its message names the file that was written, its size and the room on the disk."""
 
 
-def find_weights(name: str) -> str:
-    """The place of a folder that is not here but beside the code (toy/wan, local-dir:toy/clip); any other
-    name as it is."""
-    folder = name.removeprefix("local-dir:")
-    beside = Path(__file__).parents[1] / folder
-    is_beside = not Path(folder).exists() and beside.is_dir()
-    return f"{name.removesuffix(folder)}{beside}" if is_beside else name
-
-
 @contextmanager
 def written_whole(path: Path, keep: bool = False) -> Iterator[Path]:
     """A temporary name to write a file or a folder to. It becomes `path` when the block ends; of a folder,
@@ -219,3 +210,12 @@ def add_to_manifest(path: Path, array: np.ndarray, recipe: dict, inputs: dict[st
         "versions": {name: version(name) for name in ("numpy", "torch", "open_clip_torch")},
     }
     write_json(manifest, entries)
+
+
+def find_weights(name: str) -> str:
+    """The place of a folder that is not here but beside the code (toy/wan, local-dir:toy/clip); any other
+    name as it is."""
+    folder = name.removeprefix("local-dir:")
+    beside = Path(__file__).parents[1] / folder
+    is_beside = not Path(folder).exists() and beside.is_dir()
+    return f"{name.removesuffix(folder)}{beside}" if is_beside else name
