@@ -25,15 +25,6 @@ class DiskFull(OSError):
     """Its message names the file that was written, its size and the room on the disk."""
 
 
-def find_weights(name: str) -> str:
-    """The place of a folder that is not here but beside the code (toy/wan, local-dir:toy/clip); any other
-    name as it is."""
-    folder = name.removeprefix("local-dir:")
-    beside = Path(__file__).parents[1] / folder
-    is_beside = not Path(folder).exists() and beside.is_dir()
-    return f"{name.removesuffix(folder)}{beside}" if is_beside else name
-
-
 class NoRoom(OSError):
     """For so many bytes; inside `written_whole`, which makes it DiskFull."""
 
@@ -254,3 +245,12 @@ def add_to_manifest(path: Path, array: np.ndarray, recipe: dict, inputs: dict[st
         "versions": {name: version(name) for name in ("numpy", "torch", "open_clip_torch")},
     }
     write_json(manifest, entries)
+
+
+def find_weights(name: str) -> str:
+    """The place of a folder that is not here but beside the code (toy/wan, local-dir:toy/clip); any other
+    name as it is."""
+    folder = name.removeprefix("local-dir:")
+    beside = Path(__file__).parents[1] / folder
+    is_beside = not Path(folder).exists() and beside.is_dir()
+    return f"{name.removesuffix(folder)}{beside}" if is_beside else name

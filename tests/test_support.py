@@ -293,27 +293,6 @@ def test_the_manifest_says_what_made_an_array(tmp_path):
         files.read_prepared(tmp_path / "c.npy", "f", (None, 2))
 
 
-def test_the_networks_beside_the_code_are_found_from_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("toy/wan", "toy/nowhere", "lab/model", "local-dir:toy/clip", "farneback", "C:\\toy", ""):
-        schema, folder = name[: name.find(":") + 1], REPO / name.removeprefix("local-dir:")
-        beside = name.startswith("toy/w") or "clip" in name
-        assert files.find_weights(name) == (f"{schema}{folder}" if beside else name)
-    recipes = decoder_recipes("toy/wan", (17, 64, 64))
-    assert recipes == decoder_recipes(str(REPO / "toy" / "wan"), (17, 64, 64)) and recipes[0]["vae"]
-    assert "sha256" in weights_of(METRICS["clip_pcc"], SimpleNamespace(**TOY))
-    assert Judges(SimpleNamespace(**TOY), "cpu")("dino")
-    (tmp_path / "toy" / "wan").mkdir(parents=True)
-    assert files.find_weights("toy/wan") == "toy/wan"
-    stage2 = tmp_path / "runs" / "toy" / "sub1" / "full-s0" / "stage2"
-    monkeypatch.chdir("/")  # a decoder of the folder where the run was trained
-    assert shared.decoder_at("toy/wan", tmp_path / "shared") == str(REPO / "toy" / "wan")
-    (tmp_path / "models").mkdir()
-    assert shared.decoder_at("models", stage2) == str(tmp_path / "models")
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/runs/stage2/config.json is not there"):
-        shared.locate(tmp_path / "runs")
-
-
 def test_every_text_file_is_opened_as_utf8():
     """Windows takes its code page for what does not say."""
     rooms = "prepare metrics support toy extras extras/page".split()
@@ -607,6 +586,27 @@ def test_what_accelerate_is_set_to_and_is_not_done_is_one_line(variable, value, 
     monkeypatch.setattr(training, "Accelerator", lambda **_: sharded)
     with pytest.raises(ValueError, match="FSDP: wanted plain data parallelism"):
         training.start()
+
+
+def test_the_networks_beside_the_code_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("toy/wan", "toy/nowhere", "lab/model", "local-dir:toy/clip", "farneback", "C:\\toy", ""):
+        schema, folder = name[: name.find(":") + 1], REPO / name.removeprefix("local-dir:")
+        beside = name.startswith("toy/w") or "clip" in name
+        assert files.find_weights(name) == (f"{schema}{folder}" if beside else name)
+    recipes = decoder_recipes("toy/wan", (17, 64, 64))
+    assert recipes == decoder_recipes(str(REPO / "toy" / "wan"), (17, 64, 64)) and recipes[0]["vae"]
+    assert "sha256" in weights_of(METRICS["clip_pcc"], SimpleNamespace(**TOY))
+    assert Judges(SimpleNamespace(**TOY), "cpu")("dino")
+    (tmp_path / "toy" / "wan").mkdir(parents=True)
+    assert files.find_weights("toy/wan") == "toy/wan"
+    stage2 = tmp_path / "runs" / "toy" / "sub1" / "full-s0" / "stage2"
+    monkeypatch.chdir("/")  # a decoder of the folder where the run was trained
+    assert shared.decoder_at("toy/wan", tmp_path / "shared") == str(REPO / "toy" / "wan")
+    (tmp_path / "models").mkdir()
+    assert shared.decoder_at("models", stage2) == str(tmp_path / "models")
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/runs/stage2/config.json is not there"):
+        shared.locate(tmp_path / "runs")
 
 
 # ---------------------------------------------------------------- runs
