@@ -99,6 +99,7 @@ def write_json(path: Path, value: object) -> None:
 
 def save_model(model, folder: Path) -> None:
     """config.json and model.safetensors of a PyTorchModelHubMixin, without its card, which says nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
     check_room(folder, model.state_dict())
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
