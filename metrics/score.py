@@ -111,14 +111,12 @@ def score(
     n = len(next(iter(sets.values())))
     order = sorted(range(n), key=lambda i: i % max(1, n // 2))  # a control's clip is next: read, judged once
     (out / "values").mkdir(parents=True, exist_ok=True)
-    with open(out / "values" / f"{rank}.jsonl", "a", encoding="utf-8") as file:
-        for i in tqdm(np.array_split(order, world)[rank], desc="scoring", unit="clip", disable=rank > 0):
-            for pairs in sets.values():
-                keys = keys_of(pairs[i], config)
-                keys = {name: key for name, key in keys.items() if not known_value(known, name, key)}
-                if values := _values(pairs[i], keys, config, judges, read):
-                    file.write(f"\n{json.dumps(values)}")
-                    file.flush()
+    for i in tqdm(np.array_split(order, world)[rank], desc="scoring", unit="clip", disable=rank > 0):
+        for pairs in sets.values():
+            keys = keys_of(pairs[i], config)
+            keys = {name: key for name, key in keys.items() if not known_value(known, name, key)}
+            if values := _values(pairs[i], keys, config, judges, read):
+                support.files.append_text(out / "values" / f"{rank}.jsonl", f"\n{json.dumps(values)}")
     return judges.unavailable
 
 

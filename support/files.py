@@ -84,12 +84,22 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def append_text(path: Path, text: str) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        _raise_if_full(path, path, error)
+        raise
+
+
 def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def save_model(model, folder: Path) -> None:
     """config.json and model.safetensors of a PyTorchModelHubMixin, without its card, which says nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
     check_room(folder, model.state_dict())
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)

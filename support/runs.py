@@ -25,7 +25,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from support.files import MissingData, check_room, save_folder, write_json, write_text, written_whole
+from support.files import (
+    MissingData,
+    append_text,
+    check_room,
+    save_folder,
+    write_json,
+    write_text,
+    written_whole,
+)
 from support.options import check_name
 from support.readers import (
     advising,
@@ -227,8 +235,7 @@ class RunFolder:
             lines = [json.dumps(row) for row in read_log(self.log_file) if row["step"] < self.first_step]
             write_text(self.log_file, "".join(f"{line}\n" for line in lines))
             self.board = SummaryWriter(str(self.folder), purge_step=self.first_step)
-        with open(self.log_file, "a", encoding="utf-8") as log:
-            log.write(json.dumps({"step": step} | row) + "\n")
+        append_text(self.log_file, json.dumps({"step": step} | row) + "\n")
         for name, value in row.items():
             self.board.add_scalar(f"{self.folder.name}/{name}", value, step)
 
