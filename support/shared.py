@@ -100,10 +100,12 @@ def check_model(folder: Path, settings: dict, brain_model, decoder, memories: in
     D, width = brain_model.to_f_c.out_features, brain_model.norm.normalized_shape[0]
     wanted = {"tokens": decoder.text_length, "text_dim": decoder.text_width}
     wanted |= {"width": width, "embed_dim": D, "dim": D}
-    for part in PARTS:
+    recall = ["tokens", "K"] if settings["integration"] else []  # what no weight has the shape of
+    recall += ["attention_heads", "tau", "alpha"] if settings["integration"] and settings["mom"] else []
+    for part, needed in zip(PARTS, (["attention_heads"], [], recall), strict=True):
         file = folder / part / "config.json"
         config = read_json(file)
-        check_settings(config, file, {name: PART[name] for name in config.keys() & PART.keys()})
+        check_settings(config, file, {name: PART[name] for name in {*config, *needed} & {*PART}})
         for name in config.keys() & wanted.keys():
             if config[name] != wanted[name]:
                 raise damaged(file, f"{name} = {config[name]}", f"{wanted[name]}, as the others have")

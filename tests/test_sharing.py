@@ -5,13 +5,15 @@ import json
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
 import torch
-from test_faults import damaged, edit, npz, setting, tensors
+from test_faults import damaged, edit, npz, setting, tensors, without
 from tiny import LATENT, D, F, L, N, T
 
 import data
@@ -114,14 +116,15 @@ def test_push_and_load_by_name(model, x, tmp_path, monkeypatch):
     assert model.push_to_hub("subject-1", private=True).endswith("lab/subject-1/commit/1")
     assert Hub.calls == [("create", "subject-1", True, True), ("upload", "lab/subject-1")]
     assert 'from_pretrained("lab/subject-1")' in Path("uploaded/README.md").read_text()
-    asked = []
-    monkeypatch.setattr(
-        shared, "snapshot_download", lambda *words, **more: asked.append((*words, more)) or "uploaded"
-    )
+    download = Mock(return_value="uploaded")
+    monkeypatch.setattr(shared, "snapshot_download", download)
     again = CineNeuron.from_pretrained("lab/subject-1")
     assert np.array_equal(again.reconstruct(x[:1]), model.reconstruct(x[:1]))
     assert shared.locate("lab/subject-1@v1.0") == Path("uploaded")
-    assert asked == [("lab/subject-1", {"revision": None}), ("lab/subject-1", {"revision": "v1.0"})]
+    assert download.mock_calls == [
+        call("lab/subject-1", revision=None),
+        call("lab/subject-1", revision="v1.0"),
+    ]
     monkeypatch.setitem(model.settings, "decoder", "Wan-AI/Wan@v1")
     assert card.model_card(model, "x", None).data.base_model == "Wan-AI/Wan"
 
@@ -132,9 +135,7 @@ def test_a_model_is_located(tiny_copy, monkeypatch):
     (RUN / "stage2" / "config.json").rename("aside.json")
     assert shared.locate(RUN / "stage2") == RUN / "stage2"  # its error names config.json
     shutil.copytree(RUN / "stage2" / "heads", "half/heads")
-    with pytest.raises(
-        FileNotFoundError, match="^half/config.json is not there: .*download the folder again"
-    ):
+    with pytest.raises(FileNotFoundError, match="^half/config.json is not there: .*download"):
         CineNeuron.from_pretrained("half")
     for name in ("runs/none", "none", RUN):
         with pytest.raises(FileNotFoundError, match=f"{name}/stage2/config.json is not there"):
@@ -189,93 +190,61 @@ def test_parts_that_do_not_fit_each_other_are_refused(tiny, model, monkeypatch):
 # ---------------------------------------------------------------- a decoder is its bytes, at its revision
 
 
-def test_a_decoder_is_its_bytes_not_its_name(tmp_path, monkeypatch):
-    """Prepared by its name on the Hub, trained with a local copy, and the reverse; a changed file is seen."""
-    local, commit, size = tmp_path / "local" / "wan", tmp_path / "hub" / "abc123", (9, 32, 48)
-    for folder in (local, commit):
-        for part in ("vae", "text_encoder"):
-            (folder / part).mkdir(parents=True)
-            (folder / part / "config.json").write_text("{}")
-            (folder / part / "model-00001-of-00001.safetensors").write_text(part)
-    cached = lambda repo, file, revision: {"a/wan": str(commit / file)}.get(repo)  # noqa: E731
-    monkeypatch.setattr(facts, "try_to_load_from_cache", cached)
-    by_name, by_folder = (facts.decoder_recipes(name, size) for name in ("a/wan", str(local)))
-    elsewhere = facts.decoder_recipes("a/wan@v1", size)
-    for part in (0, 1):
-        file = tmp_path / f"{part}.npy"
-        for recipe, others in (
-            (by_name[part], (by_folder, elsewhere)),
-            (by_folder[part], (by_name, elsewhere)),
-        ):
-            with writing_array(file, (1,), "float32", recipe):
-                pass
-            assert all(facts.is_made_for(file, asked[part]) for asked in (*others, by_name))
-    monkeypatch.setattr(
-        facts, "try_to_load_from_cache", lambda *_, **__: None
-    )  # a machine that has not loaded it
-    absent, stranger = facts.decoder_recipes("a/wan", size), facts.decoder_recipes("b/wan", size)
-    assert absent[0]["vae"] is None and facts.is_made_for(tmp_path / "0.npy", absent[0])
-    with writing_array(tmp_path / "0.npy", (1,), "float32", by_name[0]):
+@pytest.mark.parametrize(("stored", "asked", "message"), [
+    (("a/wan", "X"), ("wan", "X"), ""), (("wan", "X"), ("a/wan@v1", "X"), ""), (("a/wan", None), ("a/wan", "X"), ""), (("a/wan", "X"), ("a/wan", None), ""),
+    (("wan", "X"), ("a/wan", None), ""), (("a/wan", "X"), ("b/wan", None), "decoder = 'a/wan', but decoder = 'b/wan'"), (("a/wan", "X"), ("a/wan", "Y"), "vae = 'X', but vae = 'Y'"),
+])  # fmt: skip
+def test_a_decoder_is_its_bytes_and_else_its_name(stored, asked, message, tmp_path):
+    stored, asked = ({"decoder": name, "vae": digest, "frames": 9} for name, digest in (stored, asked))
+    with writing_array(tmp_path / "x.npy", (1,), "float32", stored):
         pass
-    assert facts.is_made_for(tmp_path / "0.npy", absent[0])
-    with pytest.raises(ValueError, match="decoder = 'a/wan', but decoder = 'b/wan'"):
-        facts.is_made_for(tmp_path / "0.npy", stranger[0])
-    (local / "vae" / "model-00001-of-00001.safetensors").write_text("changed")
-    with pytest.raises(ValueError, match="0.npy was made with vae = "):
-        facts.is_made_for(tmp_path / "0.npy", facts.decoder_recipes(str(local), size)[0])
-    (local / "vae" / "model-00001-of-00001.safetensors").rename(
-        local / "vae" / "model-00001-of-00002.safetensors"
-    )
-    assert facts.decoder_recipes(str(local), size)[0]["vae"] is None  # half of it
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        assert facts.is_made_for(tmp_path / "x.npy", asked)
+    with pytest.raises(ValueError, match=message or "frames = 9, but frames = 5"):
+        facts.is_made_for(tmp_path / "x.npy", asked | {"frames": 5})
 
 
-def test_what_a_copy_of_a_decoder_needs_is_found_under_its_first_name(tiny, tmp_path, monkeypatch):
-    """And trained from, by any name; another decoder's is not."""
-    stimuli, names = tiny / "data/cc2017/stimuli/train", (str(tmp_path / "copy"), "a/b@v1")
-    (tmp_path / "copy").symlink_to(tiny / "models" / "wan")
-    monkeypatch.setattr(
-        facts, "try_to_load_from_cache", lambda repo, file, **_: str(tiny / "models/wan" / file)
-    )
-    for name in names:
+def test_what_a_copy_of_a_decoder_needs_lies_under_its_first_name(tiny, tmp_path, monkeypatch):
+    """And is trained from under any name; what another decoder needs is not."""
+    stimuli, wan, weights = tiny / "data/cc2017/stimuli/train", tiny / "models/wan", "model-00001-of-0000"
+    cached = lambda repo, file, **_: str(wan / file) if repo == "a/b" else None  # noqa: E731
+    monkeypatch.setattr(facts, "try_to_load_from_cache", cached)
+    (tmp_path / "copy").symlink_to(wan)
+    for name in (str(tmp_path / "copy"), "a/b@v1"):
         assert facts.decoder_folder(stimuli, name) == stimuli / "wan"
         assert Clips("cc2017", 1, "train", None, name, (9, 32, 48), tiny / "data").latents is not None
-    for part in ("vae", "text_encoder"):
-        shutil.copytree(tiny / "models/wan" / part, tmp_path / "other" / part)
-    (tmp_path / "other/text_encoder/config.json").write_text("{}")
-    assert facts.decoder_folder(stimuli, str(tmp_path / "other")) == stimuli / "other"
+    shutil.copytree(wan, other := tmp_path / "other")
+    (other / "text_encoder/config.json").write_text("{}")
+    assert facts.decoder_folder(stimuli, str(other)) == stimuli / "other"
+    assert facts.decoder_folder(stimuli, "c/d") == stimuli / "d"  # not downloaded yet
+    for n, known in ((1, True), (2, False)):  # whole, and one of two
+        next((other / "vae").glob("*.safetensors")).rename(other / "vae" / f"{weights}{n}.safetensors")
+        assert (facts.decoder_recipes(str(other), (9, 32, 48))[0]["vae"] is not None) == known
 
 
 def test_a_decoder_is_loaded_at_a_revision(tiny, monkeypatch):
-    asked = []
-    folder = str(tiny / "models" / "wan")
-    monkeypatch.setattr(
-        pipelines, "snapshot_download", lambda repo, **more: asked.append((repo, more)) or folder
-    )
-    pipe, _, _ = pipelines.load_pipeline("a/wan@v1", vae=True)
-    assert pipe.vae is not None and [(repo, more["revision"]) for repo, more in asked] == [("a/wan", "v1")]
-    files = asked[0][1]["allow_patterns"]
-    assert "vae/*.safetensors" in files and "transformer/*.safetensors" not in files
+    download = Mock(return_value=str(tiny / "models/wan"))
+    monkeypatch.setattr(pipelines, "snapshot_download", download)
+    assert pipelines.load_pipeline("a/wan@v1", vae=True)[0].vae is not None
+    files = ["*.json", "tokenizer/*", "vae/*.safetensors"]
+    download.assert_called_once_with("a/wan", revision="v1", allow_patterns=files)
 
 
 # ---------------------------------------------------------------- a stranger's folder
 
 
 def pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
+    os.mkfifo(path.with_name("pipe"))
+    path.with_name("pipe").replace(path)
 
 
 def device(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/dev/zero")
+    path.with_name("zero").symlink_to("/dev/zero")
+    path.with_name("zero").replace(path)
 
 
 def stage1(**changes):
     return edit(lambda settings: settings | {"stage1_config": settings["stage1_config"] | changes})
-
-
-def memory(**changes):
-    return edit(lambda rows: [rows[0] | changes, *rows[1:]])
 
 
 MOM, BRAIN, MEMORIES = "mixture_of_memories/config.json", "brain_model/config.json", "memories.safetensors"
@@ -287,11 +256,12 @@ STRANGE = [
     *[(MOM, setting(**{name: value}), f"{name} = '?{value}'?, wanted") for name, value in [
         ("K", 0), ("K", 46), ("K", "3"), ("K", 2.5), ("tau", 0.0), ("tau", -1), ("alpha", float("nan")), ("attention_heads", 5), ("tokens", 11)]],
     (BRAIN, setting(attention_heads=5), "brain_model/config.json: found attention_heads = 5, wanted a divisor of 24"),
+    *[(file, without(name), f"{file}: found no {name}") for file, name in [(BRAIN, "attention_heads"), (MOM, "attention_heads"), (MOM, "tokens"), (MOM, "K")]],
     (BRAIN, setting(rank=-2), "brain_model"), (BRAIN, pipe, "brain_model/config.json: found a pipe or a device"),
     ("heads/model.safetensors", pipe, "heads/model.safetensors: found a pipe"), (MEMORIES, pipe, "found a pipe"),
     ("lora/pytorch_lora_weights.safetensors", pipe, "found a pipe"), ("voxels.npz", device, "voxels.npz: found a pipe or a device"),
     ("config.json", device, "config.json: found a pipe or a device"), ("memories.json", device, "found a pipe or a device"),
-    *[("memories.json", memory(**{name: value}), f"line 0: found {name} = '{value}'") for name, value in [
+    *[("memories.json", edit(lambda rows, change={name: value}: [rows[0] | change, *rows[1:]]), f"line 0: found {name} = '{value}'") for name, value in [
         ("caption", 3), ("caption", None), ("video", None), ("segment", 1), ("start_s", "0"), ("categories", None)]],
     *[(MEMORIES, tensors(**{name: getattr(torch.Tensor, dtype)}), "memories.safetensors") for name, dtype in [
         ("e", "double"), ("e", "bfloat16"), ("empty", "bfloat16"), ("text_tokens", "bfloat16"), ("text_offsets", "bool")]],
