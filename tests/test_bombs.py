@@ -15,6 +15,7 @@ from prepare.cc2017 import load_pt
 from prepare.viclip import ViCLIP
 from support.pipelines import load_pipeline
 from support.runs import BAD_INPUT
+from support.videos import read_all_clips
 
 TOY = REPO / "toy"
 CODE = """from pathlib import Path
@@ -70,6 +71,8 @@ CASES = {
                     lambda folder: LOADERS["amt"](str(folder / "amt.pth"), "cpu")),
     "captions, pickle": ("dino", lambda folder, exploded: torch.save([Pickled(exploded)], folder / "c.pt"),
                          lambda folder: load_pt(folder / "c.pt")),
+    "clips, pickle": ("dino", lambda folder, exploded: torch.save([Pickled(exploded)], folder / "c.pt"),
+                      lambda folder: read_all_clips(folder / "c.pt")),
 }  # fmt: skip
 
 
