@@ -3,6 +3,7 @@
     python data.py toy                                     the toy world (train_stage1.py makes it by itself)
     python data.py cc2017 --raw DIR --subject 1            the Purdue release: CIFTI recordings, mp4 films
     python data.py cc2017 --fmri-release DIR --subject 1   the NeuroClips release: .pt files, frames at 3 fps
+    python data.py cc2017 ... --decoder ID --frames 17 --height 256 --width 256    smaller videos for stage 2
     python data.py cinebrain --raw DIR --subject 1         CIFTI runs, or the published volumes (visual areas)
 
 prepare/ makes (cc2017: 4,320 + 1,200 clips, T = 1; CineBrain: 4,860 + 540, T = 5), with a manifest.json each:
@@ -30,7 +31,7 @@ from torch.nn.functional import normalize
 
 from prepare import facts
 from prepare.copies import FairRecall
-from support.files import MissingData, read_prepared
+from support.files import read_prepared
 from support.readers import advising, check_array, damaged, read_json_lines, read_npz
 
 LINE = {"id": str, "segment": str, "caption": str, "video": str, "start_s": float, "categories": list}
@@ -99,7 +100,7 @@ class Clips:
     def __post_init__(self):
         self.folder = self.root / self.name / f"sub{self.subject}"
         self.stimuli = facts.stimuli_folder(self.name, self.subject, self.root) / self.split
-        self.command = facts.prepare_command(self.name, self.subject, self.decoder)
+        self.command = facts.prepare_command(self.name, self.subject, self.decoder, self.size)
         self.advice = f"delete it and run {self.command}"
         self.latents = None
         with advising(self.advice):
@@ -156,8 +157,7 @@ class Clips:
         self.size = self.size or facts.VIDEO[self.name]
         latents, text = facts.decoder_recipes(self.decoder, self.size)
         for file, recipe in ((latents_file, latents), (self.text_file, text), (empty_file, text)):
-            if not facts.is_made_for(file, recipe):
-                raise MissingData(f"{file}, for {self.decoder}, is not there: run {self.command}")
+            facts.check_decoded(file, recipe, self.decoder, self.command)
         self.latents = read_prepared(latents_file, "f", (len(self), None, None, None, None))
         self.empty = read_prepared(empty_file, "f", (None, None), finite=True)
         L, D_txt = self.empty.shape

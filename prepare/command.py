@@ -14,7 +14,7 @@ from tqdm import tqdm
 from prepare import facts
 from prepare.release import Release
 from support.files import MissingData
-from support.options import option, parse
+from support.options import check_together, option, parse
 from support.readers import advising, reading
 from support.runs import FolderLock
 
@@ -47,6 +47,15 @@ class Config:
     decoder: str | None = option(
         None, "also what stage 2 needs, for this text-to-video model (Wan-AI/Wan2.1-T2V-1.3B-Diffusers)"
     )
+    frames: int | None = option(None, "of the decoder's videos (default: as train_stage2.py)", least=1)
+    height: int | None = option(None, "likewise", least=1)
+    width: int | None = option(None, "likewise", least=1)
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height, width of the decoder's videos."""
+        options = self.frames, self.height, self.width
+        return tuple(given or usual for given, usual in zip(options, facts.VIDEO[self.data], strict=True))
 
     @property
     def folders(self) -> list[Path]:
@@ -68,6 +77,7 @@ def check(config: Config) -> None:
     for key in sorted(UNUSED.get(name, ())):
         if getattr(config, key) != getattr(Config(), key):
             raise ValueError(f"--{key}: {name} does not use it")
+    check_together(config, {}, dict.fromkeys(("frames", "height", "width"), ["decoder"]))
     for split, (most, _) in facts.SIZES[name].items():
         segments = getattr(config, f"{split}_segments")
         if segments > most:
@@ -120,7 +130,7 @@ def prepare(config: Config, root: Path = Path("data")) -> None:
     if config.decoder:
         from prepare.decoder import prepare_decoder
 
-        prepare_decoder(source, stimuli, config.decoder, facts.VIDEO[config.data], sentences)
+        prepare_decoder(source, stimuli, config.decoder, config.size, sentences)
     for file in sorted([*folder.rglob("*.npy"), *stimuli.rglob("*.npy")]):
         with reading(file, "a whole .npy file"):
             array = np.load(file, mmap_mode="r")

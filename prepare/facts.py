@@ -222,12 +222,27 @@ def is_made_for(file: Path, recipe: dict) -> bool:
     return is_made_by(file, {name: value for name, value in recipe.items() if name not in free})
 
 
-def prepare_command(name: str, subject: int, decoder: str | None = None) -> str:
-    """What prepares a dataset, for a video decoder."""
+def prepare_command(
+    name: str, subject: int, decoder: str | None = None, size: Sequence[int] | None = None
+) -> str:
+    """What prepares a dataset, for a video decoder and videos of `size` (frames, height, width)."""
     if name == "toy":
         return "train_stage2.py" if decoder else "train_stage1.py"
     option = f" --decoder {decoder}" if decoder else ""
+    if decoder and size and tuple(size) != VIDEO[name]:
+        option += " --frames {} --height {} --width {}".format(*size)
     return f"python data.py {name} --raw DIR --subject {subject}{option}"
+
+
+def check_decoded(file: Path, recipe: dict, decoder: str, command: str) -> None:
+    """Raises MissingData where a file for a decoder is not there, FileFault where another recipe, as of
+    another size, made it. command: what makes it."""
+    try:
+        is_there = is_made_for(file, recipe)
+    except FileFault as fault:
+        raise FileFault(f"{fault}: {command}") from None
+    if not is_there:
+        raise MissingData(f"{file}, for {decoder}, is not there: run {command}")
 
 
 def check_batch(batch_size: int, clips: int) -> None:

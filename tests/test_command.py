@@ -38,6 +38,8 @@ def test_wrong_options_end_in_one_line(options, message, capsys):
         (["cinebrain", *RAW, "--subject", "7"], "--subject 7: cinebrain has subjects 1 to 6"),
         (["cinebrain", *RAW, "--test-segments", "3"], "--test_segments 3: cinebrain has 2"),
         (["cc2017", *RAW, "--captions", "a", "b", "c"], "--captions: 3 files are given, wanted one, or"),
+        (["cc2017", *RAW, "--frames", "9"], "--frames without --decoder"),
+        (["toy", "--height", "9"], "--height: toy does not use it"),
         (["cinebrain", "--fmri-release", "."], "--fmri_release: cinebrain does not use it"),
         (["cc2017", *RAW, "--fmri-release", "nowhere"], "nowhere is not there: give the folder"),
         (["cc2017", *RAW], "has no subject1/fmri below it, the recordings of the subject: download it"),

@@ -11,6 +11,7 @@ from tiny import wan_pipeline
 from watch import watch
 
 import train_stage1
+from data import Clips
 from extras import check, delay
 from extras.own_dataset import MyRelease, write_miniature
 from prepare import command
@@ -31,9 +32,16 @@ def raw(tmp_path_factory) -> Path:
 def test_the_example_from_its_files_to_a_step_of_stage_1(raw, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     wan_pipeline().save_pretrained("wan")
-    command.main(["mine", "--raw", str(raw), *ENCODERS, "--decoder", "wan"])
+    size = ["--frames", "9", "--height", "32", "--width", "48"]
+    command.main(["mine", "--raw", str(raw), *ENCODERS, "--decoder", "wan", *size])
     assert np.load("data/mine/sub1/train/fmri.npy").shape[:3] == (90, 2, 3)
-    assert np.load("data/mine/stimuli/test/wan/latents.npy", mmap_mode="r").shape[0] == 30
+    assert np.load("data/mine/stimuli/test/wan/latents.npy", mmap_mode="r").shape == (30, 4, 3, 4, 6)
+    assert len(Clips("mine", 1, "test", decoder="wan", size=(9, 32, 48))) == 30
+    anew = "latents.npy was made with frames = 9, but frames = 17 .*--decoder wan"
+    with pytest.raises(ValueError, match=f"{anew}$"):  # the size of its row needs no option
+        Clips("mine", 1, "test", decoder="wan")
+    with pytest.raises(ValueError, match=f"{anew} --frames 17 --height 32 --width 48"):
+        Clips("mine", 1, "test", decoder="wan", size=(17, 32, 48))
     assert check.main(["--data", "mine"]) == 0
     show = ["--show", "seg1-001", "--stimuli", str(raw / "stimuli")]
     assert check.main(["--data", "mine", *show]) == 0 and Path("data/mine/sub1/seg1-001.png").is_file()

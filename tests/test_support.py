@@ -198,7 +198,9 @@ def test_a_full_disk_is_one_error_whatever_a_library_says(error, tmp_path, monke
         save_folder(tmp_path / "m", lambda folder: (_ for _ in ()).throw(error))
     with pytest.raises(OSError, match="m: no room on the disk: it takes 4.8 MB or more, 0.5 MB"):
         save_folder(tmp_path / "m", lambda folder: files.check_room(folder, {"a": [torch.ones(1_200_000)]}))
-    monkeypatch.setattr("builtins.open", lambda *_, **__: throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    monkeypatch.setattr(
+        "builtins.open", lambda *_, **__: throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    )
     with pytest.raises(OSError, match="a.pt: no room on the disk: it takes 3.0 MB"):
         files.append_text(path, "a line")
     monkeypatch.undo()
