@@ -26,7 +26,7 @@ from mixture_of_memories import Recalled
 from prepare.copies import mean_frames
 from prepare.facts import SECONDS, VIDEO_OPTIONS
 from support import shared, training
-from support.options import option, parse as parse_options, settings_of
+from support.options import check_together, option, parse as parse_options, settings_of
 from support.pictures import grid_gif
 from support.pipelines import WAN
 from support.runs import RunFolder, door, run_folder
@@ -85,6 +85,8 @@ PRESETS = VIDEO_OPTIONS | {
         sampling_steps=16, samples=6, sample_every=600, save_every=300,
     ),
 }  # fmt: skip
+UNUSED = dict.fromkeys(("K", "own_captions"), ["no-integration"]) | {"lr_fusion": ["no-mom"]}  # by ablation
+UNUSED |= dict.fromkeys(("alpha", "attention_heads"), ["no-mom", "no-integration"])
 LAST = "losses.png"  # the last file that a run writes
 MAY_CHANGE = (*training.MAY_CHANGE, "samples", "sample_every")
 CURVES = {
@@ -101,9 +103,12 @@ def parse(arguments: list[str]) -> Config:
     config = parse_options(Config, PRESETS, __doc__, "train_stage2.py", arguments)
     if not (config.mom or config.integration):
         raise ValueError("--no-mom and --no-integration are two ablations: choose one")
+    usual = settings_of(Config(**PRESETS[config.data]))
+    check_together(config, UNUSED, {}, usual)
+    if not config.sample_every and config.samples != usual["samples"]:
+        raise ValueError(f"--samples {config.samples} with --sample_every 0, which shows none")
     name = Path(config.stage1).name.removesuffix(f"-s{config.seed}") if config.stage1 else "full"
     config.stage1 = config.stage1 or config.run or name
-    # the default run is the stage 1's, and "full-no-mom" for an ablation of it
     ablation = ("" if config.mom else "-no-mom") + ("" if config.integration else "-no-integration")
     config.run = config.run or name + ablation
     config.lr_fusion = config.lr_fusion or config.lr
@@ -211,7 +216,6 @@ def main(config: Config) -> None:
         caption_share=config.own_captions,
     )
     test = Clips(config.data, config.subject, "test", rois, config.decoder, size)
-
     folder = run_folder(config.data, config.subject, config.run, config.seed) / "stage2"
     settings = settings_of(config) | {"sizes": train.sizes, "stage1_config": stage1_config}
     total = config.epochs * (len(train.trained) // config.batch_size)
@@ -253,14 +257,9 @@ def learn(
     if config.compile:
         training.compile_blocks(model.brain_model.blocks, model.decoder.transformer)
     held_out = train if len(train.held_out) else test
+    parts = {"brain_model": model.brain_model, "mom": model.mom, "lora": lora}
     run.restore(
-        state={
-            "brain_model": model.brain_model,
-            "mom": model.mom,
-            "lora": lora,
-            "optimiser": optimiser,
-            "schedule": schedule,
-        },
+        state=parts | {"optimiser": optimiser, "schedule": schedule},
         models=shared.writers(model),
         write_once=lambda folder: shared.write_memories(folder, model),
         sample=lambda file: sample(model, config, accelerator, held_out, file),

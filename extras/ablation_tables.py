@@ -13,7 +13,7 @@ from metrics.compare import Runs, check_alike, read_runs
 from metrics.report import number
 from metrics.table import METRICS
 from support.files import written_whole
-from support.readers import damaged, read_json, reading
+from support.readers import Type, check_keys, damaged, read_json, reading
 
 RESULTS, PAGE = Path("docs", "results"), Path("docs", "ablations.md")
 MARKS = "<!-- tables: extras/ablations.py --page writes what follows -->", "<!-- end of the tables -->"
@@ -24,6 +24,10 @@ OF_STAGE1 = ("image 50-way", "text 50-way", "action 50-way", "category mAP")  # 
 TITLES = {name: f"{metric.title} {metric.better}" for name, metric in METRICS.items()}
 TITLES[ALL] = "all attributes ↑"
 MODEL = "paper's model, shuffled fMRI"
+KEYS = dict.fromkeys(("table", "subject", "clips"), int)  # of docs/results/table*.json
+KEYS |= dict.fromkeys(("data", "quoted_of", "command", "date", "commit"), str)
+KEYS |= dict.fromkeys(("groups", "shuffled", "stage1 shuffled", "chance", "minutes", "versions"), dict)
+KEYS |= dict.fromkeys(("seeds", "columns", "rows"), list)
 
 # ---------------------------------------------------------------- what is known of a table
 
@@ -153,6 +157,7 @@ def lines_of(result: dict) -> list[list[str]]:
     if ALL in columns and judges.is_file():  # no reconstruction can be expected to do better
         with reading(judges, advice="python extras/judge.py makes it anew"):
             for name, share in read_json(judges)["right"].items():
+                check_keys(share, judges, {"all of them": float})
                 controls.append((f"judges on: {name}", {ALL: {"mean": share["all of them"]}}))
     lines += cell_rows(controls, columns)
     for group, clips in result["groups"].items():
@@ -212,13 +217,67 @@ def as_markdown(result: dict) -> str:
     return "\n".join([f"### {heading(result)}", "", *tables, "", f"{source}; {duration}."])
 
 
+# ---------------------------------------------------------------- read again
+
+
+def check_all(values: dict | list, place: object, kind: Type) -> None:
+    """Raises FileFault where a value is of another type, or a number that is not finite."""
+    values = values if isinstance(values, dict) else dict(enumerate(values))
+    check_keys(values, place, dict.fromkeys(values, kind))
+
+
+def check_cells(entries: dict, place: str) -> None:
+    """Of `cells`. Raises FileFault."""
+    check_all(entries, place, dict)
+    for name, cell in entries.items():
+        check_keys(cell, f"{place}, {name}", {"mean": float})
+        check_all([cell.get("std"), cell.get("more")], f"{place}, {name}", (float, type(None)))
+        if cell.get("ci95") is not None:
+            check_all(check_keys(cell, f"{place}, {name}", {"ci95": list})["ci95"], f"{place}, {name}", float)
+            if len(cell["ci95"]) != 2:
+                raise damaged(f"{place}, {name}", f"ci95 = {cell['ci95']}", "its two ends")
+
+
+def check_measured(entry: dict, groups: dict, place: str) -> None:
+    """Of all clips and of each group. Raises FileFault."""
+    check_keys(entry, place, {"metrics": dict, "groups": dict})
+    check_cells(entry["metrics"], place)
+    check_keys(entry["groups"], place, dict.fromkeys(groups, dict))
+    for group in groups:
+        check_cells(entry["groups"][group], f"{place}, {group}")
+
+
+def read_result(file: Path) -> dict:
+    """A result of `main` of ablations.py. Raises FileFault where a part of it is damaged."""
+    result = read_json(file, keys=KEYS)
+    for name, kind in {"seeds": int, "columns": str, "groups": int, "rows": dict, "chance": float}.items():
+        check_all(result[name], f"{file}, {name}", kind)
+    check_all(result["versions"], f"{file}, versions", str)
+    check_all(result["minutes"], f"{file}, minutes", (float, type(None)))
+    if unknown := {*result["columns"]} - {*TITLES}:
+        raise damaged(file, f"columns {', '.join(sorted(unknown))}", "names of metrics")
+    for k, row in enumerate(result["rows"], 1):
+        place = f"{file}, row {k}"
+        check_all(check_keys(row, place, {"label": str, "quoted": list})["quoted"], place, str)
+        if len(row["quoted"]) != len(COLUMNS):
+            raise damaged(place, f"{len(row['quoted'])} quoted numbers", len(COLUMNS))
+        if "lacks" in row:
+            check_keys(row, place, {"lacks": str})
+        else:
+            check_cells(check_keys(row, place, {"stage1": dict})["stage1"], f"{place}, stage1")
+            check_measured(row, result["groups"], place)
+    check_measured(result["shuffled"], result["groups"], f"{file}, shuffled")
+    check_cells(result["stage1 shuffled"], f"{file}, stage1 shuffled")
+    return result
+
+
 def write_page(page: Path = PAGE, results: Path = RESULTS) -> None:
     """The tables of docs/ablations.md between its two marks; the words around them stay. Raises
     FileNotFoundError or ValueError where there is no result, or the page has no marks."""
     tables = []
     for file in sorted(results.glob("table*.json")):
         with reading(file, advice="python extras/ablations.py makes it anew"):
-            tables.append(as_markdown(read_json(file)))
+            tables.append(as_markdown(read_result(file)))
     if not tables:
         raise FileNotFoundError(f"{results}/table*.json is not there: python extras/ablations.py makes it")
     text = page.read_text(encoding="utf-8") if page.is_file() else "\n".join((*MARKS, ""))

@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,16 +38,18 @@ sys.path.insert(0, str(REPO))  # run as a script, this file sees the project
 import evaluate  # noqa: E402
 import train_stage1  # noqa: E402
 import train_stage2  # noqa: E402
+from extras import plan as count  # noqa: E402
 from extras.ablation_tables import PAGE, RESULTS, Files, as_text, provenance, result_of, write_page  # noqa: E402
 from metrics.held_out import evaluation_folder  # noqa: E402
 from metrics.table import asked  # noqa: E402
 from prepare.facts import ROIS, in_areas, raw_folder  # noqa: E402
 from support import training  # noqa: E402
 from support.files import write_json  # noqa: E402
-from support.options import option, parse as parse_options, settings_of  # noqa: E402
+from support.options import option, parse as parse_options, settings_of, without  # noqa: E402
 from support.readers import read_json, read_npz  # noqa: E402
 from support.runs import door, run_folder  # noqa: E402
 from toy.release import prepare_toy  # noqa: E402
+from train_stage2 import UNUSED  # noqa: E402
 
 
 @dataclass
@@ -138,6 +140,8 @@ SCRIPTS = {
     "stage2": Script("train_stage2.py", train_stage2.parse, train_stage2.LAST, train_stage2.MAY_CHANGE),
     "evaluate": Script("evaluate.py", partial(evaluate.parse, doc=evaluate.__doc__), "values/0.jsonl"),
 }
+# options that make rows and seeds, and hardly change what a command takes
+ROW_WORDS = "seed run stage1 shuffle no_cls no_action no_mom no_integration".split()
 MODES = {"shuffle", "fmri", "pairs", "compare"}  # of evaluate.py: the table's to choose
 
 
@@ -148,6 +152,7 @@ class Job(NamedTuple):
     options: list[str]
     folder: Path  # a stage of a run, or its eval
     config: object  # the script's
+    stage2: Sequence[str] = ()  # options of train_stage2.py, of an evaluation
 
     @property
     def name(self) -> str:
@@ -210,19 +215,38 @@ def flags_of(words: Sequence[str]) -> set[str]:
     return {word.split("=")[0][2:].removeprefix("no-") for word in words if word.startswith("--")}
 
 
+def split(script: str, more: str) -> list[str]:
+    """The words of the user's options of a script. Raises ValueError where a quotation is not closed."""
+    try:
+        return shlex.split(more)
+    except ValueError as error:
+        raise ValueError(f"--{script} {more}: {error}: close the quotation in it") from error
+
+
+def joined(argv: Sequence[str]) -> list[str]:
+    """--stage1 X -> --stage1=X, likewise of the other scripts: X may be one word that begins with a dash."""
+    words = [*argv]
+    for i in reversed(range(len(words) - 1)):
+        if words[i].removeprefix("--") in SCRIPTS and words[i].startswith("--"):
+            words[i : i + 2] = ["=".join(words[i : i + 2])]
+    return words
+
+
 def job_of(script: str, options: list[str], more: str, stage2: Job | None = None) -> Job:
     """The job of a row's options and `more` of the user; stage2: what an evaluation is of. Raises ValueError
     where the user's options replace what the table sets."""
-    words = shlex.split(more)
+    words = split(script, more)
     if clash := sorted((flags_of(options) | MODES) & flags_of(words)):
         raise ValueError(f"--{script} '{more}': --{clash[0]} is the table's to set: leave it out")
+    if script == "stage2":  # what a row does not use, it does not get
+        words = without(words, [n for n, rows in UNUSED.items() if {f"--{row}" for row in rows} & {*options}])
     config = SCRIPTS[script].parse([*options, *words])
     folder = run_folder(config.data, config.subject, config.run, config.seed) / script
     if stage2:
         every = asked(evaluate.Config(**evaluate.PRESETS[config.data]))
         settings, complete = settings_of(stage2.config), config.clips is None
         folder = evaluation_folder(folder.parent, config, settings, complete, asked(config), every)
-    return Job(SCRIPTS[script], [*options, *words], folder, config)
+    return Job(SCRIPTS[script], [*options, *words], folder, config, stage2.options if stage2 else ())
 
 
 class Plan(NamedTuple):
@@ -256,18 +280,44 @@ def plan(config: Config, rows: Sequence[Row]) -> Plan:
     return Plan([[*wave.values()] for wave in waves], files)
 
 
+@cache
+def on_paper(script: str, *words: str) -> float | None:
+    """Minutes by extras/plan.py, on the GPU at hand or an H100; of an evaluation, with those of stage 2."""
+    options, stage2 = [*words], []
+    if script == "evaluate":
+        at = options.index("--")
+        options, stage2 = options[:at], [options[at + 1 :]]
+    planned = count.PLANS[script](options, 1, *stage2)
+    seconds = count.seconds_of(planned, count.card_of(None)[0])
+    return seconds and seconds * planned.number / 60
+
+
+def counted(job: Job) -> float | None:
+    """Of rows that cost the same to 1 %, one is counted; none of the toy, which is trained on CPUs."""
+    if job.config.data == "toy":
+        return None
+    options, stage2 = without(job.options, ROW_WORDS), without(job.stage2, ROW_WORDS)
+    script = next(name for name, script in SCRIPTS.items() if script is job.script)
+    return on_paper(script, *options, *(["--", *stage2] if job.is_evaluation else []))
+
+
 def listed(jobs: list[Job], at_once: int) -> str:
     """The commands that are left, with their minutes."""
-    minutes = [job.estimate() for job in jobs]
+    finished = [job.estimate() for job in jobs]
+    minutes = [counted(job) if value is None else value for job, value in zip(jobs, finished, strict=True)]
     known = [value for value in minutes if value is not None]
+    by_plan = finished.count(None) - minutes.count(None)
     lines = []
     for job, value in zip(jobs, minutes, strict=True):
         lines.append(f"{'?' if value is None else f'{value:.1f}':>6} min  {job.command}")
     total = f"{len(jobs)} commands are left"
     if known:
         together = sum(known) / min(at_once, len(jobs))
-        total += f", about {together:.0f} minutes at {at_once} a time: the median of finished runs, by the "
-        total += "times of their files"
+        extent = f"{together:.0f} minutes" if together < 120 else f"{together / 60:.0f} hours"
+        total += f", about {extent} at {at_once} a time"
+        if by_plan < len(known):
+            total += ": the median of finished runs, by the times of their files"
+        total += f"; {by_plan} of them counted, not measured, as by extras/plan.py" if by_plan else ""
     if len(known) < len(jobs):
         total += f"; no finished run says how long {len(jobs) - len(known)} of them take"
     return "\n".join([*lines, total])
@@ -328,7 +378,7 @@ def run(jobs: list[Job], at_once: int, logs: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_options(Config, dict.fromkeys(evaluate.PRESETS, {}), __doc__, "ablations.py", argv)
+    config = parse_options(Config, dict.fromkeys(evaluate.PRESETS, {}), __doc__, "ablations.py", joined(argv))
     table, data, subject = config.table, config.data, config.subject
     if config.page:
         write_page()
@@ -336,8 +386,9 @@ def main(argv: Sequence[str]) -> None:
         return
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, config.seeds))}: wanted each once")
+    plan(config, rows_of(table, data, subject))  # refuses what cannot end, before the toy is prepared
     if data == "toy" and not config.dry_run:  # once, before several would at once
-        stage2 = train_stage2.parse(["--data", "toy", *shlex.split(config.stage2)])
+        stage2 = train_stage2.parse(["--data", "toy", *split("stage2", config.stage2)])
         size = (stage2.frames, stage2.height, stage2.width)
         prepare_toy(decoder=stage2.decoder, size=size, subject=subject)
     rows = rows_of(table, data, subject)

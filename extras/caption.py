@@ -35,7 +35,7 @@ from prepare.cc2017 import PurdueFilms  # noqa: E402
 from prepare.facts import SEGMENT_VOLUMES, cc2017_splits  # noqa: E402
 from support.files import write_json, written_whole  # noqa: E402
 from support.options import option, parse  # noqa: E402
-from support.readers import advising, read_json, read_json_lines  # noqa: E402
+from support.readers import advising, damaged, read_json, read_json_lines  # noqa: E402
 from support.runs import door  # noqa: E402
 from support.videos import read_clips, uniform_frames, video_info  # noqa: E402
 from toy.release import ToyRelease  # noqa: E402
@@ -55,7 +55,7 @@ class Config:
     data: str | None = option(None, "cc2017 or toy: take the videos of this release's folder, --raw")
     raw: Path | None = option(None, "folder of the release, with stimuli/")
     videos: str | None = option(None, "in place of --data a folder of videos, or a pattern in quotes")
-    seconds: float | None = option(None, "length of a clip of --videos (default: a video is one)", above=0)
+    seconds: float | None = option(None, "length of a clip of --videos (default: a video is one)", least=0.1)
     rules: list[Path] = option([], "captions.jsonl, or cc2017's training and test list; no model is run")
     out: Path | None = option(None, "a .jsonl, or for --videos a .json list (default: RAW/captions.jsonl)")
     model: str = option("Qwen/Qwen2.5-VL-7B-Instruct", "name on the Hub or folder of a Qwen2.5-VL")
@@ -173,15 +173,26 @@ def films_of(config: Config) -> list[Film]:
 
 
 def films_of_videos(videos: str, seconds: float | None) -> list[Film]:
-    """The --videos, by name. Raises FileNotFoundError for none, ValueError where two have one name."""
-    is_pattern = glob.has_magic(videos) or Path(videos).is_file()
-    films: dict[str, Film] = {}
-    for file in sorted(map(Path, glob.glob(videos if is_pattern else str(Path(videos, "*.*"))))):
+    """The --videos, by name: of a folder all but JSON. Raises FileNotFoundError for none, ValueError where
+    two have one name or one does not say how long it is."""
+    place, films = Path(videos), {}
+    if place.is_dir():  # its name may hold brackets, which are no pattern
+        files = [file for file in place.glob("*.*") if not file.suffix.startswith(".json")]
+    elif place.is_file():
+        files = [place]
+    else:
+        files = [*(place.parent.glob(place.name) if place.parent.is_dir() else map(Path, glob.glob(videos)))]
+    for file in sorted(file for file in files if file.is_file() and not file.name.startswith(".")):
         if file.stem in films:
             problem = f"--videos {videos}: two files are called {file.stem}"
             raise ValueError(f"{problem}; their clips could not be told apart")
         duration = video_info(file).duration
+        if duration <= 0:
+            wanted, advice = "one that says how long it is", "convert it to mp4"
+            raise damaged(file, "a film without a duration", wanted, advice)
         clips = int((duration + 0.05) // seconds) if seconds else 1
+        if not clips:
+            tqdm.write(f"warning: {file} of {duration:.2f} s is shorter than a clip: it gets no caption")
         films[file.stem] = Film(file.stem, None, file, clips, seconds or duration)
     if not sum(film.clips for film in films.values()):
         problem = f"--videos {videos}: no video of {seconds or 0} s or more"
@@ -306,6 +317,7 @@ def check(config: Config) -> None:
         (len(sources) != 1, "give one of --data, --videos and --rules"),
         (len(config.rules) > 2, f"{lists}; {len(config.rules)} files are given"),
         (config.data and not config.raw, f"--data {config.data} wants --raw, the folder of the release"),
+        (config.seconds and not config.videos, "--seconds is of --videos: a release has clips of 2 s"),
         (not config.out, "--out says where the captions go"),
         (out.suffix not in endings, f"--out {out}: wanted a name that ends in .jsonl, or .json for --videos"),
         (out.is_file(), f"{out} is there already: delete it to make it anew, or give another --out"),

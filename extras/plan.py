@@ -286,7 +286,8 @@ def plan_stage2(options: list[str], processes: int) -> Plan:
     return Plan(title, need, "step", steps, 0.40, disk)
 
 
-def plan_evaluation(options: list[str], processes: int) -> Plan:
+def plan_evaluation(options: list[str], processes: int, stage2: Sequence[str] = ()) -> Plan:
+    """stage2: options of train_stage2.py, for a run that is not there."""
     config = evaluate.parse(options, evaluate.__doc__)
     for mode in MODES:
         if getattr(config, mode):
@@ -296,7 +297,7 @@ def plan_evaluation(options: list[str], processes: int) -> Plan:
         settings = read_settings(folder)
         brain, sizes = read_json(folder / "brain_model" / "config.json"), settings["sizes"]
     else:
-        untrained = train_stage2.parse(["--data", config.data, "--subject", str(config.subject)])
+        untrained = train_stage2.parse([*stage2, "--data", config.data, "--subject", str(config.subject)])
         settings, (brain, sizes) = settings_of(untrained), stage1_of(untrained)
     test = prod(SIZES[config.data]["test"])
     check_sizes(config)
@@ -321,6 +322,12 @@ def card_of(name: str | None) -> tuple[str, float, str]:
     return "H100", CARDS["H100"][1] * GIB, " (no GPU is at hand: one of 80 GB)"
 
 
+def seconds_of(plan: Plan, name: str) -> float | None:
+    """Of a unit on a card of this name; None where its rate is not known."""
+    rate = next((CARDS[known][0] for known in CARDS if known in name), None)
+    return rate and plan.need.flop / TERA / rate / plan.share
+
+
 def report(plan: Plan, card: str | None, processes: int) -> str:
     """Memory, time and disk of a plan on a card."""
     name, free, remark = card_of(card)
@@ -334,8 +341,7 @@ def report(plan: Plan, card: str | None, processes: int) -> str:
         f"{a_unit}{tera:8,.1f} TFLOP{extent}",
     ]
     if known := next((known for known in CARDS if known in name), None):
-        rate = CARDS[known][0]
-        seconds = tera / rate / plan.share
+        rate, seconds = CARDS[known][0], seconds_of(plan, name)
         lines.append(f"{a_unit}{seconds:8.2f} s at {plan.share:.0%} of {rate} TFLOP/s, dense bf16")
         lines.append(f"{f'{plan.number:,} {plan.unit}s':15}{seconds * plan.number / 3600:8.1f} hours")
     else:

@@ -104,10 +104,26 @@ def settings_of(config, *without: str) -> dict:
     return {name: value for name, value in asdict(config).items() if name not in without}
 
 
-def check_together(config, unused: dict[str, Sequence[str]], needed: dict[str, Sequence[str]]) -> None:
+def without(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The words of a command line without these options and their values."""
+    rest, is_left_out = [], False
+    for word in words:
+        if word.startswith("--"):
+            is_left_out = word[2:].split("=")[0].replace("-", "_") in names
+        rest += [] if is_left_out else [word]
+    return rest
+
+
+def check_together(
+    config, unused: dict[str, Sequence[str]], needed: dict[str, Sequence[str]], usual: dict | None = None
+) -> None:
     """Raises ValueError where an option is given beside one that does not use it (`unused`: option -> those),
-    or without any that does (`needed`)."""
-    given = [name for name, value in asdict(config).items() if value not in (None, []) and value is not False]
+    or without any that does (`needed`). usual: values that are not given; else None, [] and False are."""
+    given = []
+    for name, value in asdict(config).items():
+        is_usual = value is False if usual is None else value == usual[name]
+        if value not in (None, []) and not is_usual:
+            given.append(f"no-{name}" if value is False else name)
     for name in given:
         for clash in unused.get(name, ()):
             if clash in given:

@@ -162,7 +162,7 @@ def check_parts(stage1: Path, settings: dict, clips, brain_model, decoder) -> No
     if L != decoder.text_length:
         wanted = f"the decoder's {decoder.text_length}: train_stage1.py --tokens {decoder.text_length}"
         raise ValueError(f"{stage1}: a Brain Model of {L} tokens, wanted {wanted}")
-    if width % heads:
+    if settings["mom"] and settings["integration"] and width % heads:
         raise ValueError(f"--attention_heads {heads}: wanted a divisor of {width}, the Brain Model's width")
     if settings["integration"] and recall.fewest < settings["K"]:
         fewest = f"a clip may retrieve {recall.fewest} of {len(recall.trained)} memories"

@@ -50,6 +50,9 @@ REGIONS = ["visual", "visual,hippocampus", "visual,hippocampus,mpfc"]
 def test_the_rows_share_their_stage_1(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert commands("--table 4 --seeds 3") == TABLE_4 and commands("--table 6 --seeds 3") == TABLE_6
+    alone, full = planned("--table 6 --seeds 3 --stage2 '--K=3 --lr 1e-4 --attention_heads 4'").waves[1]
+    assert " ".join(alone.options[8:]) == "--no-integration --lr 1e-4"  # which uses no other
+    assert " ".join(full.options[8:]) == "--K=3 --lr 1e-4 --attention_heads 4"
     first = planned("--table 6 --seeds 3 --subject 2 --data cc2017").waves[1][0]
     assert first.command.startswith("python train_stage2.py --data cc2017 --subject 2 --seed 3 --stage1 full")
     assert len(commands("--table 4")) == 36
@@ -168,6 +171,7 @@ SCORED = ["full-no-integration-s4/eval", "full-s4/eval", "full-s4/eval-shuffled"
 
 def test_a_study_goes_on_where_it_was_and_overwrites_nothing(tmp_path, scripts, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablations, "on_paper", lambda *words: None)
     write_store(TABLE_6_STUDY)
     away = Path("store/runs/cc2017/sub1", SCORED[0])
     away.rename("away")
@@ -208,6 +212,25 @@ def test_a_study_goes_on_where_it_was_and_overwrites_nothing(tmp_path, scripts, 
     assert len(left(TABLE_6_STUDY)) == 5
     (runs / OF_TABLE_6[2] / "events.out.tfevents.1500.host").touch()  # it went on: who knows for how long
     assert planned(TABLE_6_STUDY).waves[1][1].minutes() is None
+
+
+def test_what_never_ran_is_counted_on_paper(tmp_path, monkeypatch, capsys):
+    """One command of each script, for all rows and seeds; with the user's options of both stages."""
+    monkeypatch.chdir(tmp_path)
+    need, calls = ablations.count.Count(0, 989 * 10**12, 0, 0), []
+    planned = ablations.count.Plan("x", need, "step", 60, 0.5, {})
+    plans = {
+        name: lambda *words, name=name: calls.append((name, *words)) or planned for name in ablations.SCRIPTS
+    }
+    monkeypatch.setattr(ablations.count, "PLANS", plans)
+    monkeypatch.setattr(ablations.count, "card_of", lambda name: ("NVIDIA H100", 0, ""))
+    ablations.main([*shlex.split("--table 4 --data cc2017 --dry-run --stage2 '--lora_rank 8'")])
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert len(lines) == 36 and {line[:10] for line in lines} == {"   2.0 min"}
+    assert "36 of them counted, not measured" in total
+    of_data = ["--data", "cc2017", "--subject", "1"]
+    stage2 = [*of_data, "--lora_rank", "8"]
+    assert calls == [("stage1", of_data, 1), ("stage2", stage2, 1), ("evaluate", of_data, 1, stage2)]
 
 
 PROGRAM = """
@@ -397,6 +420,34 @@ def test_the_page_keeps_the_words_around_its_tables(table_4, tmp_path):
     assert page.read_text() == "# Words\n"
 
 
+DAMAGE = [  # a path in a result, what stands there, the error
+    ("rows", [1, 2], "rows: found 0 = '1', wanted 0 as an object"),
+    ("rows 0 metrics video_50way mean", "0.5", "row 1, video_50way: found mean = '0.5'"),
+    ("rows 1 metrics video_50way mean", float("nan"), "row 2, video_50way: found mean = nan"),
+    ("rows 1 metrics video_50way ci95", [0.1], "row 2, video_50way: found ci95 = .0.1., wanted its two ends"),
+    ("rows 0 quoted", ["0.8"], "row 1: found 1 quoted numbers, wanted 5"),
+    ("rows 0 groups", {}, "row 1: found no shown in training"),
+    ("shuffled metrics video_50way std", "x", "shuffled, video_50way: found 0 = 'x'"),
+    ("minutes", {"a": "1"}, "minutes: found a = '1'"),
+    ("columns", ["beauty"], "found columns beauty, wanted names of metrics"),
+    ("seeds", 3, "found seeds = '3'"),
+]
+
+
+@pytest.mark.parametrize("path, value, error", DAMAGE)
+def test_a_damaged_result_does_not_enter_the_page(table_4, tmp_path, path, value, error):
+    result = json.loads(json.dumps(table_4[0]))
+    *parents, last = [int(key) if key.isdecimal() else key for key in path.split()]
+    entry = result
+    for key in parents:
+        entry = entry[key]
+    entry[last] = value
+    (tmp_path / "table4.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=f"table4.json.*{error}.*: python extras/ablations.py makes it anew"):
+        ablation_tables.write_page(tmp_path / "page.md", tmp_path)
+    assert not (tmp_path / "page.md").exists()
+
+
 def test_the_page_is_what_the_results_make(tmp_path, monkeypatch):
     monkeypatch.chdir(REPO)
     page = shutil.copy(ablation_tables.PAGE, tmp_path)
@@ -417,6 +468,11 @@ def test_the_page_is_what_the_results_make(tmp_path, monkeypatch):
     ("--stage1=--cls", "--cls is the table's to set"),
     ("--evaluate=--shuffle", "--evaluate '--shuffle': --shuffle is the table's"),
     ("--evaluate '--compare full'", "--compare is the table's"),
+    ("--evaluate '--fmri x.npy'", "--fmri is the table's"),
+    ("--stage1 --no-cls", "--stage1 '--no-cls': --cls is the table's"),
+    ("--stage2 '--run other'", "two rows would be one run"),
+    ('--stage1 "--run \'x"', "--stage1 --run 'x: No closing quotation: close the quotation in it"),
+    ('--evaluate "\'"', "--evaluate ': No closing quotation"),
     ("--stage1 '--run small'", "two rows would be one run, runs/toy/sub1/small-no-mom-s0"),
     ("--stage2=--no-integration", "choose one"),
     ("--data cc2017", "data/cc2017/raw/stimuli is not there.*--evaluate '--stimuli FOLDER'"),

@@ -4,6 +4,7 @@ Qwen2.5-VL of the real class looks at the right frames."""
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,6 +239,22 @@ def test_the_films_of_cc2017_and_where_their_captions_go(tmp_path):
     assert caption.films_of(config) == expected
 
 
+def test_videos_of_a_folder_with_brackets_and_of_every_length(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "a [1]"
+    grey_film(folder / "long.mp4", 0, 2)
+    (folder / "captions.json").write_text("[]")
+    (folder / ".long.mp4").write_text("hidden")
+    (folder / "more.mp4").mkdir()
+    for videos in (folder, folder / "*.mp4", folder / "long.mp4", tmp_path / "*" / "l*"):
+        assert [film.file.name for film in caption.films_of_videos(str(videos), None)] == ["long.mp4"]
+    grey_film(folder / "short.mp4", 0, 1)
+    films = caption.films_of_videos(str(folder), 3.0)
+    assert [film.clips for film in films] == [1, 0] and "short.mp4 of 2.00 s" in capsys.readouterr().out
+    monkeypatch.setattr(caption, "video_info", lambda file: SimpleNamespace(duration=0.0))
+    with pytest.raises(ValueError, match="long.mp4: found a film without a duration, .*convert it to mp4"):
+        caption.films_of_videos(str(folder), None)
+
+
 # ---------------------------------------------------------------- answers, rules, options
 
 NO_LISTS = [
@@ -296,6 +313,8 @@ def test_the_rules_say_that_they_are_rules(tmp_path, capsys):
         ("--data cc2017", "--data cc2017 wants --raw"),
         ("--data cinebrain", "--data cinebrain: there are cc2017, toy"),
         ("--videos x", "--out says where"),
+        ("--data toy --seconds 2 --out y.jsonl", "--seconds is of --videos: a release has clips of 2 s"),
+        ("--videos x --out y.json --seconds 1e-9", "--seconds 1e-09: wanted at least 0.1"),
         ("--videos x --out y.json --batch 0", "--batch 0: wanted at least 1"),
         ("--data cc2017 --raw x --out y.json", "--out y.json: wanted a name that ends in .jsonl"),
         ("--videos x --out y.txt", "--out y.txt: wanted a name that ends in .jsonl, or .json for --videos"),

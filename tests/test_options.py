@@ -18,6 +18,7 @@ import evaluate
 import metrics.options
 import train_stage1
 import train_stage2
+from support.options import without
 from support.videos import read_video, write_video
 
 Check = Callable[[Watched, Watched], bool]  # (as usual, with the option): does it do what it should?
@@ -302,9 +303,10 @@ ROWS = [(script, name) for script, table in TABLES.items() for name in table]
 def test_an_option_changes_what_it_should(place, usual, script, name):
     value, check = TABLES[script][name]
     words = [f"--{name}", *str(value).split()]
+    arguments = ALONE.get(name, USUAL[script]) if script is evaluate else USUAL[script]
     if isinstance(value, bool):
         words = [f"--{name}" if value else f"--no-{name}"]
-    arguments = ALONE.get(name, USUAL[script]) if script is evaluate else USUAL[script]
+        arguments = without(arguments, train_stage2.UNUSED if name in ("mom", "integration") else ())
     if isinstance(check, str):
         with pytest.raises(ValueError, match=check):
             see(place, script, [*arguments, *words])

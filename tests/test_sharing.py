@@ -164,7 +164,8 @@ def test_the_first_folder_that_holds_a_finished_run_is_started_from(tmp_path):
 def test_parts_that_do_not_fit_each_other_are_refused(tiny, model, monkeypatch):
     clips = Clips("cc2017", 1, "train", None, str(tiny / "models" / "wan"), (9, 32, 48), tiny / "data")
     assert clips.sizes == {"voxels": N, "volumes": T, "embed_dim": D, "frames": F, "classes": 4}
-    settings = {"integration": True, "K": 3, "attention_heads": 4, "stage1_config": {"sizes": clips.sizes}}
+    settings = {"mom": True, "integration": True, "K": 3, "attention_heads": 4}
+    settings["stage1_config"] = {"sizes": clips.sizes}
 
     def check(message: str = "", **changes) -> None:
         parts = (settings | changes, clips, model.brain_model, model.decoder)
@@ -179,6 +180,7 @@ def test_parts_that_do_not_fit_each_other_are_refused(tiny, model, monkeypatch):
     check(f"may retrieve {fewest} of 45", K=fewest + 1)
     check(K=45, integration=False)
     check("--attention_heads 5: wanted a divisor of 24", attention_heads=5)
+    check(attention_heads=5, mom=False)
     check("^stage1: trained on data of .*39.*--rois", stage1_config={"sizes": clips.sizes | {"voxels": 39}})
     with monkeypatch.context() as patch:
         patch.setattr(model.decoder, "text_length", 11)

@@ -28,6 +28,7 @@ from data import Batch, Clips, memories, noise_generator
 from evaluate import CineNeuron
 from heads import Stage1Heads, stage1_loss
 from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories, TopTextMemory
+from support.options import without
 from support.pipelines import load_lora, load_pipeline
 from support.training import compile_blocks
 from support.videos import video_frames
@@ -403,7 +404,8 @@ def test_stopped_at_any_step_it_goes_on_bit_equal(world, stop):
 @pytest.mark.parametrize("ablation", ["no-mom", "no-integration"])
 def test_an_ablation_shows_what_its_table_says(world, ablation):
     """Without MoM the top-1 text alone conditions the video, without integration a projection of f_e does."""
-    train(f"--{ablation}", "--epochs", 1, "--sample_every", 5, "--sampling_steps", 1, "--samples", 1)
+    words = f"--{ablation} --epochs 1 --sample_every 5 --sampling_steps 1 --samples 1".split()
+    main(parse([*without(STAGE2, train_stage2.UNUSED), *words]))
     out = stage2(f"full-{ablation}")
     model, x = CineNeuron.from_pretrained(out), clips_of(world, split="test").averaged()
     recalled = model.remember(x)
@@ -450,8 +452,8 @@ def test_cogvideox_with_a_segment_held_out_learns(world, capsys):
 
 @pytest.mark.parametrize("ablation", ["", "--no-mom", "--no-integration"])
 def test_each_part_learns_at_the_rate_that_is_asked_for(world, ablation):
-    rates = "--lr 1e-5 --lr_fusion 1e-3 --lr_lora 1e-2".split()
-    run = watch(train_stage2, [*STAGE2, *rates, *ablation.split()], stop=1)
+    words = f"{ablation} --lr 1e-5 --lr_lora 1e-2".split() + ["--lr_fusion=1e-3"] * (ablation != "--no-mom")
+    run = watch(train_stage2, [*without(STAGE2, train_stage2.UNUSED if ablation else ()), *words], stop=1)
     (model,), groups = run.models, run.optimiser.param_groups
     rate = {p: group["max_lr"] for group in groups for p in group["params"]}
     assert groups[0]["params"] == list(model.brain_model.parameters())  # the group that 8 bits are for
@@ -470,6 +472,19 @@ def test_training_stops_before_nan_reaches_a_checkpoint(world):
         train("--lr", 1e30, "--save_every", 1, "--max_norm", 1e30)
     for file in stage2().rglob("*.safetensors"):
         assert all(x.isfinite().all() for x in load_file(file).values() if x.is_floating_point()), file
+
+
+@pytest.mark.parametrize("ablation", ["no-mom", "no-integration"])
+def test_what_an_ablation_does_not_use_is_refused(ablation):
+    values = {"K": 7, "own_captions": 0, "alpha": 0, "attention_heads": 8, "lr_fusion": 1}
+    for name, value in values.items():
+        words = ["--data", "cc2017", f"--{ablation}", f"--{name}={value}"]
+        if ablation in train_stage2.UNUSED[name]:
+            with pytest.raises(ValueError, match=f"--{name} with --{ablation}, which does not use it"):
+                parse(words)
+        else:
+            assert getattr(parse(words), name) == value
+    assert parse([f"--{ablation}"]).K == 50  # of the preset: nobody gave it
 
 
 def test_names_of_runs_and_the_papers_defaults():
@@ -514,6 +529,8 @@ MISFITS = {
     "--guidance 7": r"guidance 5.0 \(now 7.0\)",
     "--attention_heads 5 --run five --stage1 full": "--attention_heads 5: wanted a divisor of 24",
     "--no-mom --no-integration": "two ablations",
+    "--no-mom --run a": "--attention_heads with --no-mom, which does not use it: wanted one of the two",
+    "--samples 3 --run a": "--samples 3 with --sample_every 0, which shows none",
 }
 
 
