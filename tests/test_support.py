@@ -429,10 +429,8 @@ def test_onecycle_rises_to_the_rate_of_each_group_and_comes_down():
         if len(rates) < 20:
             schedule.step()
     rates = np.array(rates)
-    assert rates.max(0) == pytest.approx([0.5, 0.02]) and rates.argmax(0).tolist() == [
-        5,
-        5,
-    ]  # 30 % of 20 steps
+    assert rates.max(0) == pytest.approx([0.5, 0.02])
+    assert rates.argmax(0).tolist() == [5, 5]  # 30 % of 20 steps
     assert rates[1, 0] == pytest.approx(0.02 + 0.48 * (1 - np.cos(np.pi / 5)) / 2)
     assert rates[0] == pytest.approx([0.02, 0.0008]) and rates[-1] == pytest.approx([2e-6, 8e-8])
     schedule.step()
@@ -532,15 +530,8 @@ def test_processes_precision_and_compilation(monkeypatch):
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         with training.autocast(x, precision):
             assert (x @ x).dtype == dtype
-    assert set(training.MAY_CHANGE) == {
-        "checkpointing",
-        "micro_batch",
-        "compile",
-        "precision",
-        "device",
-        "save_every",
-        "log_every",
-    }
+    names = "checkpointing micro_batch compile precision device save_every log_every"
+    assert set(training.MAY_CHANGE) == {*names.split()}
     calls = []
     block, dit = (
         SimpleNamespace(compile=lambda: calls.append("block")),
