@@ -257,9 +257,10 @@ def add_to_manifest(path: Path, array: np.ndarray, recipe: dict, inputs: dict[st
     write_json(manifest, entries)
 
 
-def find_weights(name: str) -> str:
+def find_weights(name: Path | str) -> str:
     """The place of a folder that is not here but beside the code (toy/wan, local-dir:toy/clip); any other
     name as it is."""
+    name = str(name)
     folder = name.removeprefix("local-dir:")
     beside = Path(__file__).parents[1] / folder
     is_beside = not Path(folder).exists() and beside.is_dir()

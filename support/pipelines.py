@@ -29,8 +29,8 @@ def at_revision(load: Callable) -> Callable:
     """Of a loader by name one that takes NAME@REVISION on the Hub, too: its folder there is downloaded."""
 
     @wraps(load)
-    def load_at(name: str, *values, **options):
-        repo, _, revision = name.partition("@")
+    def load_at(name: Path | str, *values, **options):
+        repo, _, revision = str(name).partition("@")
         if revision and not Path(name).exists():
             parts = [part for part in ("transformer", "vae", "text_encoder") if options.get(part)]
             files = ["*.json", "tokenizer/*", *(f"{part}/*.safetensors" for part in parts)]

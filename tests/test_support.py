@@ -303,20 +303,17 @@ def test_every_text_file_is_opened_as_utf8():
     """Windows takes its code page for what does not say."""
     rooms = "prepare metrics support toy extras extras/page".split()
     for file in [path for room in (".", *rooms) for path in (REPO / room).glob("*.py")]:
-        for call in ast.walk(ast.parse(file.read_text("utf-8"))):
-            if isinstance(call, ast.Call) and (words := ast.unparse(call.func).split("."))[0] not in (
-                "os",
-                "av",
-            ):
-                arguments = [ast.unparse(value) for value in (*call.args, *(k.value for k in call.keywords))]
-                opened = {*words} & {"open", "read_text", "write_text"} and words not in (
-                    ["read_text"],
-                    ["write_text"],
-                )
-                binary = any(re.fullmatch("'[rwax+]*b[+]?'", argument) for argument in arguments)
-                assert not opened or binary or any("'utf-8" in argument for argument in arguments), (
-                    f"{file}:{call.lineno}"
-                )
+        for call in filter(
+            lambda node: isinstance(node, ast.Call), ast.walk(ast.parse(file.read_text("utf-8")))
+        ):
+            *owner, name = ast.unparse(call.func).split(".")
+            if name not in ("open", "read_text", "write_text") or owner[:1] in (["os"], ["av"], ["Image"]):
+                continue
+            arguments = [ast.unparse(value) for value in (*call.args, *(k.value for k in call.keywords))]
+            own_function = not owner and name != "open"
+            binary = any(re.fullmatch("'[rwax+]*b[+]?'", argument) for argument in arguments)
+            text = any("'utf-8" in argument for argument in arguments)
+            assert own_function or binary or text, f"{file}:{call.lineno}"
 
 
 # ---------------------------------------------------------------- options
