@@ -21,7 +21,7 @@ from support.readers import read_tensors, reading
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 PIPELINES = {"WanPipeline": WanPipeline, "CogVideoXPipeline": CogVideoXPipeline}
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name diffusers looks for
-WANTED = "all of a WanPipeline of one transformer or a CogVideoXPipeline 1.0, as plain safetensors"
+WANTED = "a WanPipeline with one transformer or a CogVideoXPipeline 1.0, all of it as plain safetensors"
 ADVICE = f"download it again, or choose another --decoder, e.g. {WAN}"
 
 
