@@ -171,7 +171,7 @@ class Recorded(ToyRelease):
     """The recordings of the toy's training segments, without a file: enough to select its voxels."""
 
     def __init__(self):
-        self.splits = {"train": [f"seg{s + 1}" for s in range(world.TRAIN_SEGMENTS)]}
+        self.splits = {"train": [f"seg{s + 1}" for s in range(world.TRAIN_SEGMENTS)], "test": []}
         self.clips, self.delay, self.runs = dict.fromkeys(self.splits["train"], world.TRAIN_CLIPS), 2, {}
         films = world.film("train", 0) + world.film("test", 0)
         response = subject.responses(films, np.load(subject.VOXELS)["roi"], 0)  # (clips, voxels)
