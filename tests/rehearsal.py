@@ -6,7 +6,8 @@
 
 It needs no network. Weights are random, in the publishers' classes and sizes; recordings have the releases' true
 layouts, with few segments and a planted signal. Two different clips and captions are encoded, and of any
-further one the embedding is made up. Each training takes two steps, the evaluation two clips.
+further one the embedding is made up. Each training takes two steps and the table of stage 1 is of 16 clips, the
+evaluation of two.
 
 Prints and writes DIR/rehearsal.md, a row a command. `peak` is of the tensors that live in a step, as the plan
 counts them (extras/plan.py); `RSS` is of the process. Ends with 1 where a command fails, or a plan is off by
@@ -212,6 +213,7 @@ def inside(script: str, argv: list[str], size: tuple[int, int, int]) -> None:
     import prepare.facts
     import prepare.stimuli as stimuli
     from evaluate import CineNeuron
+    from metrics import retrieval
     from support.runs import RunFolder, door
     from video_decoder import VideoDecoder
 
@@ -251,10 +253,23 @@ def inside(script: str, argv: list[str], size: tuple[int, int, int]) -> None:
     module = importlib.import_module(script.removesuffix(".py"))
     if script.startswith("train"):
         module.train_step = measured(module.train_step)
+        retrieval.with_controls = of_few_clips(retrieval.with_controls)
     if script == "evaluate.py":
         with torch.no_grad():
             door(lambda: module.main.__wrapped__(module.parse(argv, module.__doc__)))
     door(lambda: module.main(module.parse(argv)))
+
+
+def of_few_clips(with_controls: Callable) -> Callable:
+    """Stage 1's table of the first 16 held-out clips, each half the other's control."""
+
+    def shortened(brain_model, heads, x, targets, far):
+        n = min(16, len(x))
+        few = type(targets)(*(None if field is None else field[:n] for field in targets))
+        halves = np.arange(n) < n // 2
+        return with_controls(brain_model, heads, x[:n], few, halves[:, None] != halves)
+
+    return shortened
 
 
 def write_resident(file: Path) -> None:
