@@ -101,7 +101,7 @@ def describe(
     judges = (config.video_classifier, config.image_classifier)
     try:
         recognised = agreement(evaluation.out, judges, lines, memories, top_1, groups)
-    except Exception as error:  # a damaged classifier: the scores are kept
+    except (OSError, ValueError) as error:  # a damaged classifier: the scores are kept
         recognised = Recognised(table=f"attributes: n/a: {error}")
     texts = []
     for i, line in enumerate(lines.values()):
