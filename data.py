@@ -38,6 +38,7 @@ LINE = {"id": str, "segment": str, "caption": str, "video": str, "start_s": floa
 ROOT = Path("data")
 STIMULI = ["clips.jsonl", "e_img.npy", "e_txt.npy", "e_act.npy", "categories.npy"]
 SHOWING, VOXELS, CAPTION = range(3)  # what is drawn for a clip
+TIMES = ("uniform", "logit_normal")  # how the diffusion time of Eq. 9 is drawn
 
 
 def rng(seed: int, step: int, clip: int, draw: int = 0) -> np.random.Generator:
@@ -64,7 +65,7 @@ class Batch(NamedTuple):
     excluded: Tensor | None = None  # (B, memories) bool: they may not be retrieved. From here on: stage 2
     y: Tensor | None = None  # (B, C, f, h, w) latents of the video
     noise: Tensor | None = None  # (B, C, f, h, w) ε of Eq. 9
-    u: Tensor | None = None  # (B,) the diffusion time, uniform in [0, 1)
+    u: Tensor | None = None  # (B,) the diffusion time in [0, 1)
     dropped: Tensor | None = None  # (B, 1, 1) bool: these clips get the empty prompt
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -94,6 +95,7 @@ class Clips:
     batch_size: int = 1  # clips a step, over all processes
     voxel_dropout: float = 0.0  # share of the voxels hidden
     condition_dropout: float = 0.0  # share of the clips that get the empty prompt
+    time_sampling: str = TIMES[0]  # how u is drawn
     val_segments: str | None = None  # "seg17,seg18" holds these out of training
     caption_share: float | None = None  # that may retrieve their own caption; None: as the test clips
 
@@ -227,6 +229,8 @@ class Clips:
             generator = noise_generator(self.seed, step, clip)
             u[b], chance[b] = torch.rand(2, generator=generator)
             noise[b] = torch.randn(noise.shape[1:], generator=generator)
+        if self.time_sampling == TIMES[1]:
+            u = torch.special.ndtri(u).sigmoid()  # of a normal number
         return batch._replace(
             excluded=torch.from_numpy(self.recall.excluded(clips, hidden)),
             y=torch.from_numpy(self.latents[clips]),

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from data import Batch, Clips, noise_generator
+from data import TIMES, Batch, Clips, noise_generator
 from evaluate import CineNeuron
 from heads import stage1_loss
 from mixture_of_memories import Recalled
@@ -68,6 +68,7 @@ class Config:
     weight_decay: float = option(0.01, "of AdamW", least=0)
     max_norm: float = option(1.0, "highest norm of the gradient", above=0)
     condition_dropout: float = option(0.1, "share of the clips that get the empty prompt", least=0, most=1)
+    time_sampling: str = option(TIMES[0], "of the diffusion time, before its shifts", choices=TIMES)
     noise_shift: float = option(1.0, "of the diffusion time; above 1, noisier (1: the decoder's)", above=0)
 
     guidance: float = option(5.0, "classifier-free guidance of the samples", least=0)
@@ -212,6 +213,7 @@ def main(config: Config) -> None:
         batch_size=config.batch_size,
         voxel_dropout=stage1_config["dropout"],
         condition_dropout=config.condition_dropout,
+        time_sampling=config.time_sampling,
         val_segments=stage1_config["val_segments"],
         caption_share=config.own_captions,
     )

@@ -84,7 +84,7 @@ class VideoDecoder(nn.Module):
 
         The decoder learns to predict the noise in a noisy video, with f_fuse as its prompt. What it cannot
         see in y_t it must take from f_fuse: so Eq. 9 teaches the Mixture-of-Memories. Wan predicts a
-        velocity, noise less video, in place of the noise. Choices: u is uniform; the mean, not the paper's
+        velocity, noise less video, in place of the noise. Choices: how u is drawn; the mean, not the paper's
         sum, over a clip's latents, which else would outweigh L_stage1 a million times in Eq. 10.
 
         y, noise (B, C, f, h, w), f_fuse (B, L, D_txt), u (B,) in [0, 1) -> (B,), one value a clip.

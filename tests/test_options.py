@@ -162,6 +162,8 @@ OF_STAGE2 = BOTH | {
     "lr_fusion": (4e-3, lambda a, b: [rate(a, b, k) for k in range(4)] == pytest.approx([1, 1, 2, 1]) and moved(a, b)),
     "lr_lora": (2e-3, lambda a, b: [rate(a, b, k) for k in range(4)] == pytest.approx([1, 1, 1, 2]) and moved(a, b)),
     "condition_dropout": (0, lambda a, b: dropped(a) > 0 == dropped(b)),
+    "time_sampling": ("logit_normal", lambda a, b: all(torch.allclose(torch.special.ndtri(x.u), torch.logit(y.u), atol=1e-4)
+                      for x, y in zip(a.batches, b.batches, strict=True)) and a.losses[0] != b.losses[0]),
     "noise_shift": (4, lambda a, b: same_start(a, b) and a.losses[0]["diffusion"] != b.losses[0]["diffusion"]
                     and a.losses[0]["image"] == b.losses[0]["image"]),
     "guidance": ("1 --sample_every 2 --samples 1 --sampling_steps 2", lambda a, b: b.samples[0]["guidance"] == 1),
