@@ -1,4 +1,5 @@
-"""The paper beside the code: one page, docs/reading.html, of the docstrings and the code of the method.
+"""The paper beside the code: one page, docs/reading.html, of the docstrings and the code of the method; and
+figures/method.svg, its drawing.
 
 python extras/reading.py            writes it anew, in half a minute
 python extras/reading.py --check    says whether it is stale; exit status 1 where it is
@@ -15,6 +16,7 @@ from support.runs import door  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reading.html"
+FIGURE = ROOT / "figures" / "method.svg"
 
 
 def main(arguments: list[str]) -> int:
@@ -22,15 +24,18 @@ def main(arguments: list[str]) -> int:
     parser = Parser("extras/reading.py", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing: is the page what it should be?")
     check = parser.parse_args(arguments).check
-    page, present = build(), PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
-    if check:
-        state = "up to date" if page == present else "stale: python extras/reading.py writes it anew"
-        print(f"{PAGE.relative_to(ROOT)} is {state}")
-        return int(page != present)
-    with written_whole(PAGE) as part:
-        part.write_text(page, encoding="utf-8")
-    print(f"written: {PAGE.relative_to(ROOT)}, {len(page) / 1e3:,.0f} kB")
-    return 0
+    stale = 0
+    for file, text in zip((PAGE, FIGURE), build(), strict=True):
+        present = file.read_text(encoding="utf-8") if file.is_file() else ""
+        if check:
+            state = "up to date" if text == present else "stale: python extras/reading.py writes it anew"
+            print(f"{file.relative_to(ROOT)} is {state}")
+            stale |= text != present
+            continue
+        with written_whole(file) as part:
+            part.write_text(text, encoding="utf-8")
+        print(f"written: {file.relative_to(ROOT)}, {len(text) / 1e3:,.0f} kB")
+    return int(stale)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from extras.page.figure import drawing
 from extras.page.prose import EQUATION, linked, mathml, prose
 from extras.page.shapes import ROOT, first_line, traced
 
@@ -20,13 +21,15 @@ FILES = {  # in reading order: what of a file is on the page; nothing: all of it
     "heads": "",
     "data": "Batch Batch.parts Clips.batch Clips.targets Clips._draw_fmri Clips._draw_stage2 Clips.averaged "
     "memories",
-    "train_stage1": "build train_step learn",
+    "train_stage1": "Config build train_step learn",
     "mixture_of_memories": "",
     "video_decoder": "",
     "evaluate": "CineNeuron CineNeuron.from_stage1 CineNeuron.forward CineNeuron.remember "
     "CineNeuron.reconstruct",
-    "train_stage2": "train_step measures learn",
+    "train_stage2": "Config train_step measures learn",
 }
+FOLDED = {"evaluate.CineNeuron.from_stage1", "data.Clips.averaged", "data.memories", "train_stage2.measures"}
+FOLDED |= {"train_stage1.Config", "train_stage2.Config"}
 
 
 @dataclass
@@ -164,7 +167,10 @@ def section(source: Source, toy: dict, paper: dict, links: dict[int, str]) -> st
         blocks, skipped = [*blocks, ellipsis(skipped)], []
         left = f'<div><div class="at">{piece.name}</div>{prose(piece.docstring, links)}</div>'
         right = "".join(code_line(source, number, code, toy, paper) for number in piece.lines)
-        blocks.append(f'<div class="row"><aside>{left}</aside><pre class="code">{right}</pre></div>')
+        row = f'<div class="row"><aside>{left}</aside><pre class="code">{right}</pre></div>'
+        if f"{source.module}.{piece.name}" in FOLDED:
+            row = f"<details><summary>{piece.name}</summary>{row}</details>"
+        blocks.append(row)
     return "\n".join([*blocks, ellipsis(skipped), "</section>"])
 
 
@@ -182,8 +188,14 @@ def code_line(source: Source, number: int, code: list[str], toy: dict, paper: di
     return f'<span class="l" id="{place}" {style}>{link}{code[number - 1]}\n</span>{below}'
 
 
-def build() -> str:
-    """The page as a string."""
+def places(sources: list[Source]) -> dict[str, str]:
+    """ "heads.info_nce" -> its line on the page."""
+    pieces = [(source.module, piece) for source in sources for piece in source.on_page]
+    return {f"{module}.{piece.name}": f"#{module}-{piece.lines[0]}" for module, piece in pieces}
+
+
+def build() -> tuple[str, str]:
+    """The page, and its drawn figure as a file of its own."""
     sources = [read(module) for module in FILES]
     paths = [ROOT / f"{module}.py" for module in FILES]
     (toy, toy_sizes), (paper, paper_sizes) = traced("toy", paths), traced("cc2017", paths)
@@ -199,4 +211,7 @@ def build() -> str:
     files = " → ".join(f'<a href="#{module}">{module}.py</a>' for module in FILES)
     body = "\n".join(section(source, toy, paper, links) for source in sources)
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
-    return template.substitute(files=files, equations=table, sizes=sizes, body=body)
+    here = places(sources)
+    elsewhere = {name: f"../docs/reading.html{place}" for name, place in here.items()}
+    page = template.substitute(files=files, equations=table, sizes=sizes, body=body, figure=drawing(here))
+    return page, drawing(elsewhere)
