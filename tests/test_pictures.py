@@ -75,7 +75,7 @@ def test_curves_of_what_was_logged(tmp_path, monkeypatch):
         "step (mean over 5% of them)",
         "log",
     )
-    log = [{"step": k, "diffusion": 1 + (-1) ** k, "w_txt": 0.2} for k in (*range(0, 101), 100.5)]
+    log = [{"step": k, "diffusion": 2 * (k % 2), "w_txt": 0.2} for k in range(101)]
     pictures.loss_curves(tmp_path / "c.png", log, {"diffusion": "loss", "w_txt": "W_r"}, "a title")
     (axis, _, y, _), (below, *_, label) = drawn[-2:]  # the shares stand on an axis of their own
     assert axis is not below and label == "W_r"
