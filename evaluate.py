@@ -40,7 +40,7 @@ from metrics.options import PRESETS, Config, parse
 from metrics.pairs import find_pairs
 from metrics.parallel import in_processes
 from metrics.report import Evaluation, report
-from metrics.score import score_all
+from metrics.score import at_common_times, score_all
 from metrics.table import asked
 from mixture_of_memories import (
     DirectProjection,
@@ -234,6 +234,7 @@ def evaluate_pairs(config: Config) -> int:
     out = Path(config.out or folder / "metrics")
     sets = find_pairs(folder, config.split, config.skip_bad, out)
     with FolderLock(out, take=accelerator.is_main_process):
+        sets = at_common_times(sets, config, out, accelerator)
         unavailable = score_all(sets, config, out, accelerator)
         if accelerator.is_main_process:
             source = {"pairs": folder.resolve().name, "data": config.data}

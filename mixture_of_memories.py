@@ -187,7 +187,7 @@ class TopTextMemory(nn.Module, PyTorchModelHubMixin):
 
 
 class DirectProjection(nn.Module, PyTorchModelHubMixin):
-    """Without integration (Table 6): "directly conditions on raw fMRI features", through a Linear."""
+    """w/o integration (Table 6): "directly conditions the generator on raw fMRI features", by a Linear."""
 
     def __init__(self, width: int = 2048, text_dim: int = 4096):
         super().__init__()

@@ -58,7 +58,7 @@ def correlations(x: np.ndarray, y: np.ndarray, segments: np.ndarray, shift: int,
     grams = [features.T @ features for features, _ in pairs]  # (D, D) each
     products = [features.T @ truth for features, truth in pairs]  # (D, N) each
     gram, product, guesses = sum(grams), sum(products), []
-    penalty = ridge * np.trace(gram) / len(gram) / 100 * np.eye(len(gram), dtype=gram.dtype)
+    penalty = (ridge * np.trace(gram) / len(gram) / 100 or 1) * np.eye(len(gram), dtype=gram.dtype)
     for k, (features, _) in enumerate(pairs):
         weights = np.linalg.solve(gram - grams[k] + penalty, product - products[k])  # (D, N)
         guesses.append(features @ weights)

@@ -36,6 +36,8 @@ from support.videos import Video, read_video, write_for_browsers  # noqa: E402
 
 # as in human_eval.html, and Table 3
 QUESTIONS = ("semantic_alignment", "temporal_consistency", "visual_quality", "overall_fidelity")
+PAPER = {"MindVideo": "8.31 7.74 9.08 7.79", "NeuroClips": "16.30 18.13 13.79 15.80"}  # Table 3, % of votes
+PAPER |= {"Mind-Animator": "11.62 8.23 6.46 8.82", "CineNeuron": "63.77 65.90 70.67 67.59"}
 SAME = 5  # grey levels of 255: where two stimuli differ by more on average, they are not the same clip
 AGREEMENTS = ("pairs who agree", "pairs_alike", ".1%"), ("Krippendorff's alpha", "krippendorff_alpha", ".3f")
 LONG_AGO = 946_684_800  # 1 January 2000, s
@@ -275,6 +277,7 @@ def table(result: dict) -> str:
         low, high = result["ci95_low"][method], result["ci95_high"][method]
         rows[method] = [f"{share[q]:.1%} [{low[q]:.1%}, {high[q]:.1%}]" for q in QUESTIONS]
     rows["chance"] = [f"{result['chance']:.1%}"] * len(QUESTIONS)
+    rows |= {f"{name}, quoted": [f"{x}%" for x in percent.split()] for name, percent in PAPER.items()}
     for name, key, form in AGREEMENTS:
         rows[name] = ["n/a" if value is None else format(value, form) for value in result[key].values()]
     counted = f"{result['participants']} participants, {result['groups']} groups, {result['votes']} votes"

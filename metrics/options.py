@@ -22,6 +22,11 @@ class Config(Judging):
     pairs: str | None = option(None, "score the videos DIR/METHOD/NAME.* against DIR/gt/NAME.*")
     split: bool = option(False, "with --pairs: a video shows stimulus (left) and reconstruction side by side")
     skip_bad: bool = option(False, "with --pairs: what cannot be read or has no partner is a missing value")
+    frames: str | None = option(
+        None,
+        "with --pairs: motion at common times of all METHODs (default), or own",
+        choices=("common", "own"),
+    )
     compare: list[str] = option([], "runs (NAME: all subjects and seeds; NAME/eval-shuffled) or folders")
     out: str | None = option(None, "with --fmri the video (out.mp4), with --pairs the folder (DIR/metrics)")
     clips: int | None = option(None, "so many, spread over the test set (default: all)", least=1)
@@ -49,7 +54,7 @@ UNUSED = {  # option: the modes that do not use it
     "clips": MODES,
     "stimuli": MODES,
 }
-NEEDED = {"split": ("pairs",), "skip_bad": ("pairs",), "out": ("fmri", "pairs")}
+NEEDED = {"split": ("pairs",), "skip_bad": ("pairs",), "frames": ("pairs",), "out": ("fmri", "pairs")}
 
 
 def parse(arguments: list[str], doc: str) -> Config:

@@ -28,6 +28,7 @@ class Pair(NamedTuple):
     pred: Source | None  # None: it is missing
     gt: Source | None
     control: Source | None  # another stimulus
+    frames: int | None = None  # of the coarsest video of this clip in the table; None: each has its own step
 
 
 def find_pairs(
@@ -136,12 +137,21 @@ class Watched:
     def __init__(self, frames: np.ndarray, fps: float):
         self.frames, self.fps = frames, fps
         self.results: dict[tuple, np.ndarray] = {}
+        self.thinner: dict[int, Watched] = {}
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def uniform(self, n: int) -> list[int]:
         return uniform_frames(len(self), n).tolist()
+
+    def thinned(self, n: int | None) -> "Watched":
+        """The same video with n frames, uniform in time, where it has more."""
+        if not n or n >= len(self):
+            return self
+        if n not in self.thinner:
+            self.thinner[n] = Watched(self.frames[self.uniform(n)], self.fps * n / len(self))
+        return self.thinner[n]
 
     def seen(
         self, picks: Sequence[int] | None = None, size: tuple | None = None, judge: Callable | None = None

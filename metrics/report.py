@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metrics.pairs import Pair, watch
-from metrics.score import VERSIONS, keys_of, known_value, known_values, weights_of
+from metrics.score import VERSIONS, keys_of, known_value, known_values, step_of, weights_of
 from metrics.table import BLOCKS, METRICS, NAMES, Judging, asked
 from support.files import write_json, written_whole
 from support.pictures import contact_sheet, grid_gif, spread
@@ -88,7 +88,8 @@ def summarise(method: str, run: Evaluation, known: dict[str, object]) -> dict:
     metrics = {name: _entry(name, scored, blocks, run) for name in NAMES}
     frames, trials = config.classifier_frames, config.trials or "exact"
     options = {"size": config.size, "classifier_frames": frames, "trials": trials, "versions": VERSIONS}
-    provenance = run.provenance | {"method": method} | options
+    step = step_of(run.sets, config.seconds) or "each video's own"
+    provenance = run.provenance | {"method": method, "step": step} | options
     return {"metrics": metrics, "groups": groups, "clips": rows, "provenance": provenance}
 
 
@@ -151,6 +152,8 @@ def report(run: Evaluation) -> str:
         + f"\nSSIM, PSNR and EPE at {size} and common frame times; intervals by blocks of {BLOCK} clips"
     )
     text += table(rows, config.data)
+    if step := step_of(run.sets, config.seconds):
+        text += f"\nCLIP-pcc, DTC, MS, Dyn. Degree, EPE: of the coarsest video's times, {step}"
     for reason, metrics in reasons.items():
         text += f"\nn/a or in part, {', '.join(metrics)}: {reason}"
     _pictures(pictured, results, common)

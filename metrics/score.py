@@ -64,6 +64,7 @@ def keys_of(pair: Pair, config) -> dict[str, str]:
     for name in asked(config):
         metric = METRICS[name]
         parts = [name, weights_of(metric, config), options, videos if metric.of_gt else videos[:1]]
+        parts.append(pair.frames if metric.of_neighbours else None)
         keys[name] = digest_of(json.dumps(parts).encode()).hexdigest()[:20]
     return keys
 
@@ -89,6 +90,40 @@ def known_value(known: dict[str, object], name: str, key: str) -> list[float | N
     numbers = [x for x in value if x is not None]
     fits = all(type(x) in (int, float) and low - rounding <= x <= high + rounding for x in numbers)
     return value if fits else None
+
+
+def at_common_times(sets: dict[str, list[Pair]], config, out: Path, accelerator: Accelerator) -> dict:
+    """--frames common: the sets, each pair with the fewest frames that a video of its clip has. The numbers
+    of frames are kept in out/values/. Raises as `score`."""
+    if config.frames == "own" or not any(METRICS[name].of_neighbours for name in asked(config)):
+        return sets
+    file, counts = out / "values" / "frames.jsonl", []
+    with accelerator.main_process_first():  # it counts; the others find the numbers
+        known = known_values(out)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        clips = list(zip(*sets.values(), strict=True))
+        for clip in tqdm(clips, desc="counting frames", unit="clip", disable=not accelerator.is_main_process):
+            sources = dict.fromkeys(source for pair in clip for source in (pair.pred, pair.gt) if source)
+            numbers = []
+            for source in sources:
+                key = f"frames of {digest(source.path)} {source.clip} {config.seconds} {CODE[:9]}"
+                if type(known.get(key)) is not int and (video := _read(config, source)):
+                    known[key] = len(video)
+                    support.files.append_text(file, f"\n{json.dumps({key: known[key]})}")
+                numbers.append(known.get(key))
+            counts.append(min(filter(None, numbers), default=None))
+    common = {}
+    for method, pairs in sets.items():
+        common[method] = [pair._replace(frames=n) for pair, n in zip(pairs, counts, strict=True)]
+    return common
+
+
+def step_of(sets: dict[str, list[Pair]], seconds: float) -> str:
+    """The common time step of a table, or ""."""
+    frames = {pair.frames for pairs in sets.values() for pair in pairs if pair.frames}
+    ends = sorted({min(frames, default=0), max(frames, default=0)})
+    steps = " to ".join(f"{seconds / n:.3f}" for n in ends if n)
+    return f"{' to '.join(map(str, ends))} frames a clip, {steps} s between neighbours" if frames else ""
 
 
 def score_all(sets: dict[str, list[Pair]], config, out: Path, accelerator: Accelerator) -> dict[str, str]:
@@ -142,8 +177,8 @@ def _values(pair: Pair, keys: dict[str, str], config, judges: "Judges", read: Ca
         judge = judges(metric.judge)
         if judge or not metric.judge:
             try:
-                value = metric.of_clip(judge, config, pred, gt)
-                other = metric.of_clip(judge, config, pred, control) if metric.of_gt else None
+                value = metric.of_clip(judge, config, pred, gt, pair.frames)
+                other = metric.of_clip(judge, config, pred, control, pair.frames) if metric.of_gt else None
             except Exception as error:  # such as frames that are too small: the other metrics go on
                 judges.unavailable[name] = f"{pair.name}: {_cause(error)}"
                 continue

@@ -69,9 +69,17 @@ class Metric(NamedTuple):
             return "semantic"
         return "motion and pixels" if self.picks in (eight_a_second, common_times) else "consistency"
 
-    def of_clip(self, judge: Callable | None, config, pred, stimulus) -> float | None:
-        """The metric of two metrics.pairs.Watched; None where one is missing or has too few frames."""
+    @property
+    def of_neighbours(self) -> bool:
+        """Does it compare frames of a video with each other? Then it depends on the time between them."""
+        return self.least > 1
+
+    def of_clip(self, judge: Callable | None, config, pred, stimulus, frames=None) -> float | None:
+        """The metric of two metrics.pairs.Watched; None where one is missing or has too few frames. One of
+        neighbours is measured at `frames` common times, where given."""
         videos = [pred, stimulus] if self.of_gt else [pred]
+        if frames and self.of_neighbours:
+            videos = [video and video.thinned(frames) for video in videos]
         if any(video is None or len(video) < self.least for video in videos):
             return None
         return float(np.mean(self.formula(*self.picks(judge, config, *videos))))

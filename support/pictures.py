@@ -11,31 +11,52 @@ from support.videos import uniform_frames, write_gif
 
 Pictures = list[list[np.ndarray]]  # rows of pictures uint8 (H, W, 3), or of videos (F, H, W, 3)
 Labels = list[list[str]]
+Curves = dict[str, tuple[Sequence[float], Sequence[float]]]  # name: (x, y)
+SHARES = ("w_txt", "w_img", "w_act", "z_f/z_t")  # columns of log.jsonl that are no losses: W_r, and a ratio
+SMOOTH = 0.05  # of the steps of a run
 
 
-def curves(file: Path, points: dict[str, tuple[Sequence[float], Sequence[float]]], **labels) -> None:
+def curves(file: Path, points: Curves, **labels) -> None:
     """Curves (x, y) by name in one picture; labels: xlabel, title, yscale ... of matplotlib's axes."""
+    panels(file, [(points, labels)])
+
+
+def panels(file: Path, rows: list[tuple[Curves, dict]]) -> None:
+    """Axes below each other, each with its curves and labels."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    for name, (x, y) in points.items():
-        axis.plot(x, y, label=name, marker="." if len(x) < 20 else None)
-    axis.set(**labels)
-    axis.legend()
-    axis.grid(alpha=0.3)
+    figure = Figure(figsize=(7, 4 if len(rows) == 1 else 3 * len(rows)), layout="constrained")
+    for axis, (points, labels) in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
+        for name, (x, y) in points.items():
+            axis.plot(x, y, label=name, marker="." if len(x) < 20 else None)
+        axis.set(**labels)
+        axis.legend()
+        axis.grid(alpha=0.3)
     with written_whole(file) as part:
         figure.savefig(part, dpi=120)
 
 
 def loss_curves(file: Path, log: Sequence[dict], labels: dict[str, str], title: str) -> None:
-    """The lines of log.jsonl as curves over the steps, of those names of `labels` that they hold."""
-    points = {}
+    """The lines of log.jsonl as running means over the steps, of those names of `labels` that they hold. A
+    checkpoint logs a line right beside another: as they are, their noise is a step. SHARES stand apart."""
+    losses: Curves = {}
+    shares: Curves = {}
     for name, label in labels.items():
         logged = [line for line in log if name in line]
         if logged:
-            points[label] = [line["step"] for line in logged], [line[name] for line in logged]
-    curves(file, points, xlabel="step", ylabel="loss", yscale="log", title=title)
+            steps = [line["step"] for line in logged]
+            curve = steps, smoothed(steps, [line[name] for line in logged])
+            (shares if name in SHARES else losses)[label] = curve
+    x = f"step (mean over {SMOOTH:.0%} of them)"
+    scale = "log" if len(losses) > 1 else "linear"
+    rows = [(losses, {"xlabel": x, "ylabel": "loss", "yscale": scale, "title": title})]
+    panels(file, rows + ([(shares, {"xlabel": x, "ylabel": "share"})] if shares else []))
+
+
+def smoothed(steps: Sequence[int], values: Sequence[float]) -> list[float]:
+    """The mean of the values within SMOOTH / 2 of all steps, before and after."""
+    x, y = np.array(steps, float), np.array(values, float)
+    return [float(y[np.abs(x - step) <= SMOOTH / 2 * (x[-1] - x[0])].mean()) for step in x]
 
 
 def near_copies(file: Path, threshold: float, percent: Sequence[float], best_match: dict[str, list]) -> None:

@@ -118,3 +118,12 @@ def test_what_cannot_be_is_refused(words, problem, tmp_path, monkeypatch, capsys
         run(*words)
     assert problem in f"{stopped.value} {capsys.readouterr().err}"
     assert not list((folder / "sub1").glob("delay*"))
+
+
+@pytest.mark.parametrize("curve", [np.full(9, 0.3), 0.3 * np.cos(2 * np.pi * np.arange(9) / 3), np.zeros(9)])
+def test_a_flat_or_periodic_curve_decides_nothing(curve):
+    parts = curve[:, None] + 0.05 * np.random.default_rng(0).normal(size=(9, 10))
+    assert delay.decide(parts, [*range(-4, 5)])[1] == "no shift stands out from the others"
+    assert delay.decide(np.zeros((9, 10)), [*range(-4, 5)])[1]
+    zero = np.zeros((40, 3))  # clips that all look alike
+    assert not delay.correlations(zero, np.ones((40, 2)), np.repeat([0, 1], 20), 1, 10.0).any()

@@ -220,6 +220,7 @@ def test_tally_against_a_count_by_hand(study, tmp_path, capsys):
     page = capsys.readouterr().out
     rows = {line[:22].strip(): line[22:].split("%")[0].strip() for line in page.splitlines()}
     assert [rows[m] for m in METHODS] == ["50.0", "37.5", "12.5"] and rows["chance"] == "33.3"
+    assert rows["NeuroClips, quoted"] == "16.30"  # Table 3
     assert rows["pairs who agree"] == "57.1" and f"A {places[0] / 35:.1%}, B {places[1] / 35:.1%}" in page
     assert "says nothing of other participants" in human_eval.table(human_eval.tally(study, files[:1]))
 

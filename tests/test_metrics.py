@@ -44,7 +44,7 @@ from metrics.report import Evaluation, blocks_of, estimate, report
 from metrics.score import Judges, keys_of, known_value, known_values, score
 from metrics.table import METRICS, NAMES
 from prepare.copies import far_apart
-from support.videos import resized, write_video
+from support.videos import resized, uniform_frames, write_video
 
 parse = partial(metrics.options.parse, doc="What it does.")
 PIXELS = {"data": "cc2017", "metrics": "ssim,ssim_gray,psnr"}
@@ -463,6 +463,8 @@ def test_a_value_of_other_options_or_videos_is_not_reused(three, tmp_path):
     for another in (gt2, pair._replace(control=None), pair._replace(control=pair.gt)):
         alike = {name for name, key in keys(another).items() if key == first[name]}
         assert alike == {"clip_pcc"}  # it sees no GT
+    thinned = {name for name, key in keys(pair._replace(frames=4)).items() if key != first[name]}
+    assert thinned == {"clip_pcc"}  # it compares neighbours
     assert {name for name, key in keys(clip="another").items() if key != first[name]} == {"clip_pcc"}
     spoil(weights)
     assert {name for name, key in keys().items() if key != first[name]} == {"video_2way"}
@@ -528,6 +530,30 @@ def test_formats_names_and_several_methods(tmp_path, capsys):
         for column, folder in enumerate(colours):  # stimulus | a | b: each in its own colour
             assert upper(sheet, 2, column, 3, 3).argmax() == colours[folder]
         assert grid.n_frames == 8 and grid.info["duration"] == pytest.approx(2000 / 8, abs=10)
+
+
+def test_neighbours_are_measured_at_the_times_of_the_coarsest_of_a_table(tmp_path, capsys):
+    """The same videos at 33 frames and at 6 have one EPE, but by --frames own."""
+    gt, fine = ([moving(33, speed=v, seed=i) for i in range(4)] for v in (0.2, 0.5))
+    coarse = [v[uniform_frames(33, 6)] for v in fine]
+    root, means, names = write_pairs(tmp_path / "set", gt, fine=fine, coarse=coarse), {}, "epe,ms_flow,psnr"
+    for kind in ("common", "own"):
+        words = ["--pairs", str(root), "--flow", "farneback", "--metrics", names, "--size", "native"]
+        assert main(parse([*words, "--frames", kind])) == 0
+        step = "EPE: of the coarsest video's times, 6 frames a clip, 0.333 s between neighbours"
+        assert (step in capsys.readouterr().out) == (kind == "common")
+        for method in ("fine", "coarse"):
+            entries = results_of(root, method)["metrics"]
+            means[kind, method] = np.array([entries[name]["mean"] for name in names.split(",")])
+    np.testing.assert_allclose(means["common", "fine"][:2], means["common", "coarse"][:2], rtol=0.05)
+    assert means["common", "fine"][0] > 3 * means["own", "fine"][0]
+    assert means["common", "fine"][2] == means["own", "fine"][2]  # PSNR compares no neighbours
+    np.testing.assert_array_equal(means["common", "coarse"], means["own", "coarse"])
+    one = write_pairs(tmp_path / "one", coarse, fine=fine)  # against the same videos, thinned
+    main(parse(["--pairs", str(one), *words[2:], "--frames", "common"]))
+    alone = results_of(one, "fine")
+    assert alone["metrics"]["epe"]["mean"] == 0 and alone["provenance"]["step"].startswith("6 frames a clip")
+    assert alone["metrics"]["ms_flow"]["mean"] == pytest.approx(means["common", "fine"][1])
 
 
 def test_ranked_picture_goes_from_best_to_worst(tmp_path):

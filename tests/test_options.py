@@ -201,6 +201,7 @@ OF_EVALUATE = {
     "split": ("", lambda a, b: {pair.pred.half for pair in b.evaluation.sets["ours"]} == {"right"}
               and max(score(b)) < 0.9),
     "skip_bad": ("", lambda a, b: len(b.values) == 2 and len(b.evaluation.sets["ours"]) == 3),
+    "frames": ("own --metrics epe --flow farneback", lambda a, b: "coarsest" not in b.printed and max(score(b)) > 0),
     "compare": ("full no-mom", lambda a, b: b.printed == "compared: ['full', 'no-mom'] cc2017\n" and not b.reconstructed),
     "out": ("elsewhere --pairs pairs", lambda a, b: b.out == Path("elsewhere") and b.values),
     "clips": (6, lambda a, b: [clip for _, clip in b.keys()] == [0, 5, 10, 15, 20, 25] and len(a.keys()) == 4),
@@ -295,6 +296,7 @@ USUAL = {train_stage1: STAGE1, train_stage2: STAGE2, evaluate: [*EVALUATE, "--cl
 ALONE = {  # with these, evaluate.py has no clips of a run
     **dict.fromkeys(("fmri", "pairs", "out", "compare"), EVALUATE),
     "split": [*EVALUATE, "--pairs", "sides"],
+    "frames": [*EVALUATE, "--pairs", "pairs"],
     "skip_bad": [*EVALUATE, "--pairs", "broken"],
 }
 TABLES = {train_stage1: OF_STAGE1, train_stage2: OF_STAGE2, evaluate: OF_EVALUATE}

@@ -70,7 +70,16 @@ def test_curves_of_what_was_logged(tmp_path, monkeypatch):
     pictures.loss_curves(tmp_path / "a.png", log, names, "a title")
     assert [row[1:] for row in drawn] == [([2, 4], [5.0, 3.0], "training"), ([2], [7.0], "validation")]
     axis = drawn[0][0]
-    assert (axis.get_title(), axis.get_xlabel(), axis.get_yscale()) == ("a title", "step", "log")
+    assert (axis.get_title(), axis.get_xlabel(), axis.get_yscale()) == (
+        "a title",
+        "step (mean over 5% of them)",
+        "log",
+    )
+    log = [{"step": k, "diffusion": 2 * (k % 2), "w_txt": 0.2} for k in range(101)]
+    pictures.loss_curves(tmp_path / "c.png", log, {"diffusion": "loss", "w_txt": "W_r"}, "a title")
+    (axis, _, y, _), (below, *_, label) = drawn[-2:]  # the shares stand on an axis of their own
+    assert axis is not below and label == "W_r"
+    assert max(abs(np.array(y) - 1)) <= 0.5 and (axis.get_yscale(), below.get_ylabel()) == ("linear", "share")
     pictures.near_copies(tmp_path / "b.png", 0.91239, [0, 50, 100], {"train": [0.1, 0.5, 0.9]})
     axis, x, y, label = drawn[-1]
     assert (x, y, label) == ([0.1, 0.5, 0.9], [0, 50, 100], "train") and "cosine > 0.9124" in axis.get_title()
