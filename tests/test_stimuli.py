@@ -19,7 +19,7 @@ from prepare import stimuli
 from prepare.decoder import prepare_decoder
 from prepare.facts import VIDEO
 from prepare.release import Release
-from prepare.stimuli import clips_from, encode_all, first_sentences, plan, prepare_stimuli
+from prepare.stimuli import encode_all, first_sentences, plan, prepare_stimuli
 from support.pipelines import load_pipeline
 from support.videos import video_frames
 
@@ -183,34 +183,16 @@ def test_the_first_sentences_of_a_caption_go_to_clip(films):
         assert first_sentences(caption, n) == first
 
 
-@pytest.mark.parametrize("first", [5, 24, 40])
-def test_clips_are_read_from_any_number_on(tmp_path, first):
-    source = Films(tmp_path)
-    rows = [{"segment": segment} for segment in ("seg1", "seg2") for _ in range(24)]
-    colours = [colour_of(row["segment"], k % 24) for k, row in enumerate(rows)]
-    assert [clip[0, 1, 0, 0] for clip in clips_from(source, rows, first)] == colours[first:]
-    assert source.asked == (["seg1"] if first < 24 else []) + ["seg2"]
-
-
-@pytest.mark.parametrize("silent", [False, True])
-def test_encode_all_fills_side_by_side_from_where_it_was(monkeypatch, silent):
+def test_encode_all_counts_without_its_bar_and_wants_as_many_clips(monkeypatch):
     """A progress bar that is not shown (TQDM_DISABLE=1) counts nothing: what is done is counted beside it."""
     monkeypatch.setattr(stimuli, "plan", lambda title, encode, clips, on_cpu: on_cpu)
-    monkeypatch.setattr(stimuli, "tqdm", lambda **options: tqdm(**options, disable=silent))
-    arrays, counts = (np.zeros(7), np.zeros((7, 2))), []
-    clips = (np.full((1, 1, 1, 3), k, np.uint8) for k in range(2, 7))
-
-    def encode(batch):
-        k = batch[:, 0, 0, 0, 0].astype(float)
-        return k, np.stack([k, -k], 1)
-
-    encode_all(clips, encode, arrays, 2, counts.append, "test", on_cpu=3)
-    assert arrays[0].tolist() == [0, 0, 2, 3, 4, 5, 6]
-    assert arrays[1][:, 1].tolist() == [0, 0, -2, -3, -4, -5, -6]
-    assert counts == [5, 7]
-    encode_all(iter(()), encode, arrays, 7, counts.append, "test", on_cpu=3)  # nothing is left to do
+    monkeypatch.setattr(stimuli, "tqdm", lambda **options: tqdm(**options, disable=True))
+    (array,), counts, clips = np.zeros((1, 7)), [], [np.full((1, 1, 1, 3), k) for k in range(2, 7)]
+    encode_all(iter(clips), lambda batch: [batch.mean((1, 2, 3, 4))], [array], 2, counts.append, "test", 3)
+    assert array.tolist() == [0, 0, 2, 3, 4, 5, 6] and counts == [5, 7]
+    encode_all(iter(()), None, [array], 7, counts.append, "test", 3)  # nothing is left to do
     with pytest.raises(ValueError, match="the films have 1 clips, wanted 7"):
-        encode_all(iter([np.zeros((1, 1, 1, 3))]), encode, arrays, 0, counts.append, "test", on_cpu=3)
+        encode_all(iter(clips[:1]), lambda batch: [[1]], [array], 0, counts.append, "test", 3)
 
 
 def test_a_plan_encodes_one_clip_and_says_how_long_all_take(monkeypatch, capsys):
