@@ -15,7 +15,6 @@ from prepare.copies import (
     best_match,
     far_apart,
     has_near_copy,
-    mean_frames,
     near_copy_threshold,
     prepare_copies,
     prepare_recorded,
@@ -23,19 +22,10 @@ from prepare.copies import (
 
 
 def test_far_apart_are_clips_of_other_segments_or_sixteen_clips_apart():
-    segments = ["b"] * 20 + ["a"] * 20 + ["c"] * 3
-    far = far_apart(segments)
-    for i in range(43):
-        for j in range(43):
-            assert far[i, j] == (segments[i] != segments[j] or abs(i - j) > 15)
-    for rows in (slice(5, 9), np.array([41, 3])):
-        assert np.array_equal(far_apart(segments, rows), far[rows])
-
-
-def test_mean_frames_are_unit_vectors_of_the_sum_of_a_clips_frames():
-    e_img = np.random.default_rng(0).normal(size=(5, 3, 16))
-    np.testing.assert_allclose(mean_frames(e_img), unit(e_img.sum(1)), atol=1e-6)
-    assert mean_frames(e_img.astype(np.float16)).dtype == np.float32
+    segments, number = np.array(["b"] * 20 + ["a"] * 20 + ["c"] * 3), np.arange(43)
+    expected = (segments[:, None] != segments) | (abs(number[:, None] - number) > 15)
+    for rows in (slice(None), slice(5, 9), np.array([41, 3])):
+        assert np.array_equal(far_apart([*segments], rows), expected[rows])
 
 
 COSINES = np.linspace(0.4, 0.9, 26)
@@ -66,33 +56,20 @@ def test_the_threshold_leaves_training_clips_the_matches_that_held_out_clips_fin
     assert best["training, left"][-1] == pytest.approx(0.9, abs=1e-9)
     np.testing.assert_allclose(best["training, left"], best["held out"], atol=0.02)
     np.testing.assert_allclose(best_match(held_out, train)[:26], COSINES, atol=1e-9)
-
-
-def test_without_copies_no_match_need_go():
+    closer = unit(held_out + 2 * train[:52])  # held-out clips find copies, too: no match need go
+    assert near_copy_threshold(train, segments, closer)[0] == 1.01
     threshold, best = near_copy_threshold(*pairs(copies=0))
     assert threshold == 1.01 and best["training, left"] == best["training, all"]
-    train, segments, held_out = pairs(copies=3)
-    closer = unit(held_out + 2 * train[:52])  # held-out clips find copies, too
-    assert near_copy_threshold(train, segments, closer)[0] == 1.01
-
-
-def test_neighbours_of_a_clip_say_nothing_of_copies():
-    """A long scene: all its clips are alike. No clip of another scene is."""
-    scenes = np.repeat(np.eye(40)[:5], 8, axis=0)
-    held_out = unit(np.eye(40)[:5] + np.eye(40)[5:10])
-    threshold, best = near_copy_threshold(scenes, ["a"] * 40, held_out)
+    scenes = np.repeat(np.eye(40)[:5], 8, axis=0)  # neighbours are alike: they say nothing of copies
+    _, best = near_copy_threshold(scenes, ["a"] * 40, unit(np.eye(40)[:5] + np.eye(40)[5:10]))
     assert best["training, all"][-1] == 0
-
-
-def random_clips(seed: int, n: int) -> np.ndarray:
-    return unit(np.random.default_rng(seed).normal(size=(n, 24)))
 
 
 def test_the_memory_of_the_threshold_is_linear_in_the_clips(monkeypatch):
     monkeypatch.setattr(prepare.copies, "BLOCK", 64)
     peaks = []
     for n in (1000, 2000):
-        train = random_clips(0, n)
+        train = unit(np.random.default_rng(0).normal(size=(n, 24)))
         tracemalloc.start()
         near_copy_threshold(train, ["a"] * (n // 2) + ["b"] * (n // 2), train[:50])
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -100,10 +77,13 @@ def test_the_memory_of_the_threshold_is_linear_in_the_clips(monkeypatch):
     assert peaks[1] < 2.2 * peaks[0] and peaks[1] < 2000**2  # bytes: a quarter of one matrix of all clips
 
 
-def write_captions(folder: Path, caption, *splits: str) -> None:
-    for split in splits or ("train", "test"):
+def write_captions(folder: Path, captions: list[str], *splits: str) -> None:
+    """Four captions, and " k" behind the last two of every fourth clip k."""
+    for split in splits:
         file = folder / split / "clips.jsonl"
-        rows = [json.loads(line) | {"caption": caption(k)} for k, line in enumerate(open(file))]
+        rows = [json.loads(line) for line in open(file)]
+        for k, row in enumerate(rows):
+            row["caption"] = captions[k % 4] + f" {k}" * (k % 4 > 1)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare_copies(folder)
 
@@ -117,8 +97,7 @@ def with_copies(tmp_path) -> Path:
 
 def test_near_copies_are_those_above_the_threshold(with_copies):
     folder = with_copies / "cc2017" / "stimuli"
-    e_img = np.load(folder / "test" / "e_img.npy")
-    in_training = np.load(folder / "train" / "e_img.npy")
+    e_img, in_training = (np.load(folder / split / "e_img.npy") for split in ("test", "train"))
     e_img[4] = in_training[30]
     in_training[:8] = unit(in_training[:8] + 0.02 * np.random.default_rng(0).normal(size=24))
     np.save(folder / "test" / "e_img.npy", e_img)
@@ -126,9 +105,9 @@ def test_near_copies_are_those_above_the_threshold(with_copies):
     prepare_copies(folder)
     train, test = (Clips("cc2017", 1, split, root=with_copies) for split in ("train", "test"))
     values = json.loads((folder / "train" / "near_copies.json").read_text())
-    frames, held_out = (unit(clips.e_img.mean(1)) for clips in (train, test))
+    frames, held_out = (unit(clips.e_img.astype(np.float64).sum(1)) for clips in (train, test))
     alike = frames @ frames.T > values["threshold"]
-    assert alike[range(8), range(40, 48)].all() and not alike[np.ix_(range(20), range(20, 40))].any()
+    assert alike[range(8), range(40, 48)].all() and not alike[:20, 20:40].any()
     assert np.array_equal(train.recall.copies_of(np.arange(60)), alike)
     copies = (held_out @ frames.T > values["threshold"]).any(1)
     assert np.array_equal(has_near_copy(test.stimuli, np.arange(30)), copies)
@@ -142,30 +121,30 @@ def test_near_copies_are_those_above_the_threshold(with_copies):
 
 
 def test_what_is_alike_is_written_once_and_anew_for_other_stimuli(with_copies):
-    folder = with_copies / "cc2017" / "stimuli"
-    names = [f"{split}/{name}.npy" for split in ("train", "test") for name in ("near_copies", "captions")]
-    times = [(folder / name).stat().st_mtime_ns for name in names]
+    folder, splits = with_copies / "cc2017" / "stimuli", ("train", "test")
+    files = [folder / split / f"{name}.npy" for split in splits for name in ("near_copies", "captions")]
+    times = [file.stat().st_mtime_ns for file in files]
     prepare_copies(folder)
-    assert times == [(folder / name).stat().st_mtime_ns for name in names]
-    for split in ("train", "test"):
+    assert times == [file.stat().st_mtime_ns for file in files]
+    for split in splits:
         file = folder / split / "e_img.npy"
         np.save(file, np.load(file)[::-1])
         prepare_copies(folder)
-        assert all((folder / name).stat().st_mtime_ns not in times for name in names)
-        times += [(folder / name).stat().st_mtime_ns for name in names]
+        assert all(file.stat().st_mtime_ns not in times for file in files)
+        times += [file.stat().st_mtime_ns for file in files]
     clips = Clips("cc2017", 1, "train", root=with_copies)
     assert clips.recall.copies_of(np.arange(60))[range(52, 60), range(12, 20)].all()
-    (folder / "test" / "captions.npy").unlink()
+    files[-1].unlink()
     prepare_copies(folder)
-    assert (folder / "test" / "captions.npy").is_file()
+    assert files[-1].is_file()
 
 
 def test_captions_are_equal_word_for_word(with_copies):
     folder = with_copies / "cc2017" / "stimuli"
-    write_captions(folder, lambda k: ("A dog, runs!", "a DOG  runs", f"clip {k}", f"clip {1000 + k}")[k % 4])
+    write_captions(folder, ["A dog, runs!", "a DOG  runs", "clip", "another"], "train", "test")
     number = np.load(folder / "train" / "captions.npy")
     assert number[0] == number[1] == number[4] and len(np.unique(number)) == 31
-    write_captions(folder, lambda k: ("a dog runs", "a bird", f"clip {k}", f"clip {1000 + k}")[k % 4], "test")
+    write_captions(folder, ["a dog runs", "a bird", "clip", "another"], "test")
     assert np.load(folder / "test" / "captions.npy")[:4].tolist() == [number[0], -1, number[2], number[3]]
     values = json.loads((folder / "train" / "near_copies.json").read_text())
     assert values["test clips with a caption of training"] == pytest.approx(22 / 30)
@@ -174,9 +153,8 @@ def test_captions_are_equal_word_for_word(with_copies):
 def test_which_showings_were_recorded_is_written_once_and_anew_for_other_recordings(with_copies):
     folder = with_copies / "cc2017" / "sub1"
     file, source = folder / "train" / "recorded.npy", folder / "train" / "fmri.npy"
-    fmri = np.load(source)
+    fmri, written_at = np.load(source), file.stat().st_mtime_ns
     assert np.array_equal(np.load(file), np.isfinite(fmri[:, :, 0, 0])) and np.load(file).dtype == bool
-    written_at = file.stat().st_mtime_ns
     prepare_recorded(folder)
     assert file.stat().st_mtime_ns == written_at
     fmri[3, 1], fmri[5, 0, 0, 2] = np.nan, np.nan  # a whole showing, and one number
@@ -217,23 +195,19 @@ def test_excluded_are_the_clip_its_neighbours_and_its_copies(recall_of):
     assert np.flatnonzero(excluded[1]).tolist() == [10, *range(75, 100)]
     # clip 50, next in the file but of another segment, stays
     assert np.flatnonzero(excluded[2]).tolist() == [*range(34, 50)]
-
-
-def test_a_clip_whose_caption_is_hidden_retrieves_none_like_it(recall_of):
-    recall, clips = recall_of(captions=np.arange(100) % 25), np.array([10, 10])
-    hidden, visible = recall.excluded(clips, np.array([True, False]))
-    assert np.array_equal(visible, recall.excluded(clips)[0])
-    assert {*np.flatnonzero(hidden)} == {*range(26), 35, 60, 85}
+    recall = recall_of(captions=np.arange(100) % 25)  # a caption that is hidden, and one that is not
+    hidden, visible = recall.excluded(np.array([10, 10]), np.array([True, False]))
+    assert np.flatnonzero(visible).tolist() == [*range(26)]
+    assert np.flatnonzero(hidden).tolist() == [*range(26), 35, 60, 85]
     recall = recall_of(captions=np.arange(100) % 25, val_segments="0")  # memories are clips 50 to 99
     hidden = recall.excluded(np.array([60]), np.array([True]))[0]
-    assert {*recall.trained[hidden]} == {*range(50, 76), 85}
+    assert recall.trained[hidden].tolist() == [*range(50, 76), 85]
 
 
-def test_training_clips_find_their_caption_as_seldom_as_held_out_clips(recall_of):
+def test_training_clips_find_their_caption_as_seldom_as_held_out_clips(recall_of, monkeypatch):
     captions = np.arange(100) % 50  # each twice, in two segments
     captions[:20], captions[50:70] = np.arange(100, 120), np.arange(200, 220)  # 40 clips: once
-    shares = {0.6: 0, 1.0: 0, 0.06: 0.9, 0.0: 1}  # 60 % have theirs: a tenth are 6 % of all
-    for share, hidden in shares.items():
+    for share, hidden in {0.6: 0, 1.0: 0, 0.06: 0.9, 0.0: 1}.items():  # 60 % have theirs
         recall = recall_of(captions=captions, share=share, in_test=[49, -1])
         assert recall.p_hidden == pytest.approx(hidden)
     recall = recall_of(captions=captions, in_test=[49, -1, -1, 100, -1], share=None)
@@ -243,10 +217,7 @@ def test_training_clips_find_their_caption_as_seldom_as_held_out_clips(recall_of
     assert "may retrieve 68 to 84 of them" in recall.describe()
     seen = recall_of(captions=captions, share=1.0)  # no caption is ever hidden
     assert (seen.most, seen.fewest) == (84, 69)
-
-
-def test_the_fewest_and_the_most_are_of_all_clips(recall_of, monkeypatch):
-    monkeypatch.setattr(prepare.copies, "BLOCK", 64)
+    monkeypatch.setattr(prepare.copies, "BLOCK", 64)  # of all blocks
     recall = recall_of(n=300, pairs=[(290, 20)])
     assert (recall.fewest, recall.most) == (300 - 32, 300 - 16)
 

@@ -1,6 +1,7 @@
-"""The frozen encoders on a tiny CLIP directory of the published layout, and a tiny ViCLIP."""
+"""The frozen encoders on the toy's CLIP, a directory of the published layout, and its ViCLIP."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,75 +13,40 @@ import torch
 from conftest import REPO
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from test_bombs import with_code
+from transformers import AutoTokenizer
 
 from prepare import encoders
 from prepare.encoders import encode_actions, encode_images, encode_texts, load_clip, prepare_frames
 from prepare.stimuli import _digests
 from prepare.viclip import ViCLIP
 from support.files import writing_array
-from support.videos import uniform_frames
 
-WORDS = "a red blue circle square moves left right".split()
-
-
-def save_tiny_clip(path: Path) -> None:
-    # The end token has the largest id: both text towers read their feature where the ids are largest.
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<bos>", *WORDS, "<eos>"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = [("<bos>", vocabulary["<bos>"]), ("<eos>", vocabulary["<eos>"])]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"
-    ).save_pretrained(path)
-    sizes = {"width": 64, "layers": 2}
-    text_cfg = {
-        "context_length": 12,
-        "vocab_size": len(vocabulary),
-        "hf_tokenizer_name": "tokenizer.json",
-        "heads": 2,
-    }
-    vision_cfg = {"image_size": 64, "patch_size": 8, "head_width": 32}
-    model_cfg = {
-        "embed_dim": 64,
-        "quick_gelu": True,
-        "vision_cfg": vision_cfg | sizes,
-        "text_cfg": text_cfg | sizes,
-    }
-    preprocess_cfg = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
-    (path / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    state = open_clip.CLIP(**model_cfg).state_dict()
-    save_file({name: value.half() for name, value in state.items()}, path / "open_clip_model.safetensors")
+CLIP, VICLIP = REPO / "toy" / "clip", REPO / "toy" / "viclip"
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    path = tmp_path_factory.mktemp("clip")
-    save_tiny_clip(path)
-    return load_clip(f"local-dir:{path}")
+def clip():
+    return load_clip(f"local-dir:{CLIP}")
 
 
 @pytest.fixture
 def frames():
-    return np.random.default_rng(0).integers(0, 256, (5, 3, 72, 96, 3), dtype=np.uint8)
+    blocks = np.random.default_rng(0).integers(0, 256, (5, 3, 3, 4, 3), dtype=np.uint8)
+    return blocks.repeat(24, 2).repeat(24, 3)
 
 
 def test_load_clip(clip):
     model, stats, tokenizer = clip
-    assert stats == {
-        "size": 64,
-        "mean": [*open_clip.OPENAI_DATASET_MEAN],
-        "std": [*open_clip.OPENAI_DATASET_STD],
-    }
+    mean, std = [*open_clip.OPENAI_DATASET_MEAN], [*open_clip.OPENAI_DATASET_STD]
+    assert stats == {"size": 64, "mean": mean, "std": std}
     assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, False)}
     assert not model.training
+    number = json.loads((CLIP / "tokenizer.json").read_text())["model"]["vocab"]
+    texts = ["<bos> a red circle <eos>", "<bos> <unk> moves <eos>", f"<bos> {'red ' * 14}<eos>"]
+    ids = [[number[word] for word in text.split()] for text in texts]
     tokens = tokenizer(["A red circle", "zebra moves", "red " * 30])
-    assert tokens.tolist() == [[2, 3, 4, 6, 11] + [0] * 7, [2, 1, 8, 11] + [0] * 8, [2] + [4] * 10 + [11]]
+    assert tokens.tolist() == [row + [0] * (16 - len(row)) for row in ids]
 
 
 def test_a_missing_folder_and_an_unknown_name_are_errors(tmp_path):
@@ -97,36 +63,35 @@ def test_a_missing_folder_and_an_unknown_name_are_errors(tmp_path):
     ("hf-hub:someone/clip", None, {"trust_remote_code": False}),
 ])  # fmt: skip
 def test_a_published_clip_is_loaded_by_open_clip_and_runs_no_code(clip, monkeypatch, name, config, options):
-    asked = []
+    create = Mock(return_value=clip[0])
     model_name, pretrained = (name, None) if config is None else name.split("/")
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: {"text_cfg": config})
-    monkeypatch.setattr(
-        open_clip,
-        "create_model_from_pretrained",
-        lambda *args, return_transform: asked.append(args) or clip[0],
-    )
+    monkeypatch.setattr(open_clip, "create_model_from_pretrained", create)
     monkeypatch.setattr(open_clip, "get_tokenizer", lambda name, **options: (name, options))
-    assert load_clip(name) == (clip[0], clip[1], (model_name, options)) and asked == [
-        (model_name, pretrained)
-    ]
+    assert load_clip(name) == (clip[0], clip[1], (model_name, options))
+    assert create.call_args.args == (model_name, pretrained)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    save_tiny_clip(tmp_path)
-    return tmp_path
+    return shutil.copytree(CLIP, tmp_path / "clip")
 
 
-def test_a_clip_is_loaded_at_a_revision(clip, folder, monkeypatch):
+def test_a_clip_is_loaded_at_a_revision_and_from_a_checkpoint_of_torch(clip, folder, monkeypatch):
     download = Mock(return_value=str(folder))
     monkeypatch.setattr(encoders, "snapshot_download", download)
     assert load_clip("hf-hub:someone/clip@v1")[1] == clip[1]
     assert download.call_args.args == ("someone/clip",) and download.call_args.kwargs["revision"] == "v1"
+    torch.save(load_file(folder / "open_clip_model.safetensors"), folder / "open_clip_pytorch_model.bin")
+    (folder / "open_clip_model.safetensors").unlink()
+    model, _, _ = load_clip(f"local-dir:{folder}")
+    for name, value in clip[0].state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_the_digest_of_the_encoders_is_that_of_their_weights(clip, tmp_path):
     """What one name stands for may change: the clips of a data set are encoded by the same weights."""
-    viclip, file = ViCLIP.from_pretrained(REPO / "toy" / "viclip"), tmp_path / "e_img.npy"
+    viclip, file = ViCLIP.from_pretrained(VICLIP), tmp_path / "e_img.npy"
     digests = _digests((clip[0], clip[2], viclip), [file])
     with writing_array(file, (1,), "float32", {}, digests):
         pass
@@ -141,41 +106,30 @@ def change_config(folder: Path, part: str, **values) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(config))
 
 
-def plant_bomb(folder: Path) -> Path:
-    """A tokenizer whose code would write a file; returns that file."""
-    exploded = folder / "exploded"
-    (folder / "bomb.py").write_text(
-        "from pathlib import Path\nfrom transformers import PreTrainedTokenizerFast\n"
-        f"Path({str(exploded)!r}).touch()\n\n\nclass Bomb(PreTrainedTokenizerFast):\n    pass\n"
-    )
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config |= {"tokenizer_class": "Bomb", "auto_map": {"AutoTokenizer": ["bomb.Bomb", "bomb.Bomb"]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return exploded
-
-
 def test_no_code_of_a_clip_folder_is_run(folder, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # a reader who says yes to everything
-    exploded = plant_bomb(folder)
+    exploded = folder / "exploded"
+    with_code(folder, exploded, "tokenizer_config.json", "PreTrainedTokenizerFast", ["AutoTokenizer"])
+    change = json.loads((folder / "tokenizer_config.json").read_text())
+    change |= {"tokenizer_class": "Bomb", "auto_map": {"AutoTokenizer": ["bomb.Bomb", "bomb.Bomb"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(change))
     try:
         load_clip(f"local-dir:{folder}")
     except ValueError as error:
         assert str(folder) in str(error)
-    assert not exploded.exists()
-    for part in ("text_cfg", "vision_cfg"):
-        change_config(folder, part, tokenizer_kwargs={"trust_remote_code": True})
-        with pytest.raises(ValueError, match="open_clip_config.json: found trust_remote_code"):
+    for part, key, value in (
+        ("text_cfg", "tokenizer_kwargs", {"trust_remote_code": True}),
+        ("vision_cfg", "tokenizer_kwargs", {"trust_remote_code": True}),
+        ("text_cfg", "hf_model_name", str(folder)),
+    ):
+        change_config(folder, part, **{key: value})
+        found = "trust_remote_code" if key == "tokenizer_kwargs" else key
+        with pytest.raises(ValueError, match=f"open_clip_config.json: found {found}"):
             load_clip(f"local-dir:{folder}")
-        change_config(folder, part, tokenizer_kwargs={})
+        change_config(folder, part, **{key: {}})
     assert not exploded.exists()
     AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # the bomb is one
     assert exploded.exists()
-
-
-def test_a_text_model_of_another_folder_is_refused(folder):
-    change_config(folder, "text_cfg", hf_model_name=str(folder))
-    with pytest.raises(ValueError, match="open_clip_config.json: found hf_model_name"):
-        load_clip(f"local-dir:{folder}")
 
 
 @pytest.mark.parametrize("kind", ["half", "missing", "left over", "infinite", "size"])
@@ -189,7 +143,7 @@ def test_damaged_weights_of_a_clip_name_the_file(folder, kind):
     elif kind == "infinite":
         state["visual.proj"][0, 0] = torch.inf
     elif kind == "size":  # open_clip would resize this one without a word
-        state["visual.positional_embedding"] = state["visual.positional_embedding"][:50].clone()
+        state["visual.positional_embedding"] = state["visual.positional_embedding"][:10].clone()
     save_file(state, file)
     if kind == "half":
         file.write_bytes(file.read_bytes()[:2000])
@@ -197,27 +151,16 @@ def test_damaged_weights_of_a_clip_name_the_file(folder, kind):
         load_clip(f"local-dir:{folder}")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"model_cfg": 3}', '{"model_cfg": {"text_cfg": {}, "vision_cfg": {}}}']
-)
-def test_a_damaged_config_of_a_clip_names_the_file(folder, text):
-    (folder / "open_clip_config.json").write_text(text)
-    with pytest.raises(ValueError, match="open_clip_config.json: found"):
-        load_clip(f"local-dir:{folder}")
-
-
-def test_a_damaged_tokenizer_names_the_folder(folder):
+def test_a_damaged_config_or_tokenizer_of_a_clip_names_the_file(folder):
+    config, whole = folder / "open_clip_config.json", (folder / "open_clip_config.json").read_text()
+    for damage in ("", "[]", '{"model_cfg": 3}', '{"model_cfg": {"text_cfg": {}, "vision_cfg": {}}}'):
+        config.write_text(damage)
+        with pytest.raises(ValueError, match="open_clip_config.json: found"):
+            load_clip(f"local-dir:{folder}")
+    config.write_text(whole)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=str(folder)):
         load_clip(f"local-dir:{folder}")
-
-
-def test_weights_of_a_clip_may_be_a_checkpoint_of_torch(folder, clip):
-    torch.save(load_file(folder / "open_clip_model.safetensors"), folder / "open_clip_pytorch_model.bin")
-    (folder / "open_clip_model.safetensors").unlink()
-    model, _, _ = load_clip(f"local-dir:{folder}")
-    for name, value in clip[0].state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
 
 
 def check_vectors(encode, items, e: np.ndarray) -> None:
@@ -237,10 +180,10 @@ def test_frames_are_encoded_as_open_clip_does(clip, frames):
     images = torch.stack([transform(Image.fromarray(frame)) for frame in frames[3]])
     with torch.no_grad():
         theirs = model.encode_image(images, normalize=True).numpy()
-    assert abs(e_img[3] - theirs).max() < 1e-3
+    assert abs(e_img[3] - theirs).max() < 2e-3
     others = prepare_frames(torch.from_numpy(frames[3]), 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.no_grad():  # by ViCLIP's statistics they would be others
-        assert abs(model.encode_image(others, normalize=True).numpy() - theirs).max() > 2e-3
+        assert abs(model.encode_image(others, normalize=True).numpy() - theirs).max() > 1e-2
 
 
 def test_captions_are_read_at_their_end_token(clip):
@@ -254,12 +197,12 @@ def test_captions_are_read_at_their_end_token(clip):
     with torch.no_grad():
         x = model.token_embedding(tokens) + model.positional_embedding
         x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
-        x = x[range(4), [6, 4, 6, 11]] @ model.text_projection
+        x = x[range(4), [6, 4, 6, 15]] @ model.text_projection
     np.testing.assert_allclose(e_txt, x / x.norm(dim=-1, keepdim=True), atol=1e-5)
 
 
 def test_actions_are_encoded_of_whole_frames_by_viclips_own_statistics():
-    viclip, rng = ViCLIP.from_pretrained(REPO / "toy" / "viclip"), np.random.default_rng(0)
+    viclip, rng = ViCLIP.from_pretrained(VICLIP), np.random.default_rng(0)
     frames = rng.integers(0, 256, (4, 8, 28, 56, 3), dtype=np.uint8)
     e_act = encode_actions(viclip, frames)
     check_vectors(partial(encode_actions, viclip), frames, e_act)
@@ -271,35 +214,18 @@ def test_actions_are_encoded_of_whole_frames_by_viclips_own_statistics():
     np.testing.assert_allclose(e_act, e / e.norm(dim=-1, keepdim=True), atol=1e-5)
 
 
-@pytest.mark.parametrize("height, width", [(72, 96), (97, 72), (50, 64), (64, 64), (33, 40)])
+@pytest.mark.parametrize("height, width", [(97, 72), (50, 64), (64, 64)])
 def test_prepare_frames_is_close_to_pil(height, width):
     y, x = np.mgrid[:height, :width]
-    picture = np.stack([128 + 120 * np.sin(x / 5), 128 + 120 * np.cos(y / 4), 20 + x + y], -1).astype(
-        np.uint8
-    )
+    picture = np.stack([128 + 120 * np.sin(x / 5), 128 + 120 * np.cos(y / 4), 20 + x + y], -1)
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    ours = prepare_frames(torch.from_numpy(picture), 64, mean, std)
-    theirs = open_clip.image_transform(64, is_train=False, mean=mean, std=std)(Image.fromarray(picture))
+    ours = prepare_frames(torch.from_numpy(picture.astype(np.uint8)), 64, mean, std)
+    transform = open_clip.image_transform(64, is_train=False, mean=mean, std=std)
+    theirs = transform(Image.fromarray(picture.astype(np.uint8)))
     assert ours.shape == theirs.shape == (3, 64, 64)
     assert (ours - theirs).abs().max() < 1.6 / 255 / min(std)  # PIL rounds to grey levels after each axis
-
-
-def test_prepare_frames_wants_uint8():
-    with pytest.raises(ValueError, match="float32 .*wanted uint8"):
-        prepare_frames(torch.zeros(1, 8, 8, 3), 8, (0, 0, 0), (1, 1, 1))
-
-
-@pytest.mark.parametrize(("n", "frames"), [
-    (17, [1, 3, 5, 7, 9, 11, 13, 15]),
-    (8, [0, 1, 2, 3, 4, 5, 6, 7]),
-    (60, [3, 11, 18, 26, 33, 41, 48, 56]),
-    (6, [0, 1, 1, 2, 3, 4, 4, 5]),
-    (1, [0] * 8),
-])  # fmt: skip
-def test_uniform_frames_are_the_middle_ones_of_equal_parts(n, frames):
-    assert uniform_frames(n, 8).tolist() == frames
-    with pytest.raises(ValueError, match="0 frames"):
-        uniform_frames(0, 8)
+    with pytest.raises(ValueError, match="float64 .*wanted uint8"):
+        prepare_frames(torch.from_numpy(picture), 64, mean, std)
 
 
 def test_viclip_sees_the_whole_frame_and_clip_its_centre():
