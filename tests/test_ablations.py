@@ -37,12 +37,14 @@ def commands(words: str) -> list[str]:
 
 TABLE_4 = [
     "--no-cls --no-action", "--no-action", "",  # the last is of two rows
-    "--stage1 full-no-cls-no-action --no-mom", "--stage1 full-no-action --no-mom", "--stage1 full --no-mom", "--stage1 full",
-    "--run full-no-cls-no-action-no-mom", "--run full-no-action-no-mom", "--run full-no-mom", "--run full", "--run full --shuffle",
+    "--stage1 full-no-cls-no-action --no-mom", "--stage1 full-no-action --no-mom", "--stage1 full --no-mom",
+    "--stage1 full --no-mom --own_captions 1 --run full-no-mom-any-caption", "--stage1 full",
+    "--run full --no-stage2", "--run full-no-cls-no-action-no-mom", "--run full-no-action-no-mom", "--run full-no-mom",
+    "--run full-no-mom-any-caption", "--run full", "--run full --shuffle",
 ]  # fmt: skip
 TABLE_6 = [
-    "", "--stage1 full --no-integration", "--stage1 full",
-    "--run full-no-integration", "--run full", "--run full --shuffle",
+    "", "--stage1 full --no-integration", "--stage1 full --alpha 0 --run full-alpha0", "--stage1 full",
+    "--run full-no-integration", "--run full-alpha0", "--run full", "--run full --shuffle",
 ]  # fmt: skip
 REGIONS = ["visual", "visual,hippocampus", "visual,hippocampus,mpfc"]
 
@@ -50,12 +52,12 @@ REGIONS = ["visual", "visual,hippocampus", "visual,hippocampus,mpfc"]
 def test_the_rows_share_their_stage_1(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert commands("--table 4 --seeds 3") == TABLE_4 and commands("--table 6 --seeds 3") == TABLE_6
-    alone, full = planned("--table 6 --seeds 3 --stage2 '--K=3 --lr 1e-4 --attention_heads 4'").waves[1]
+    alone, _, full = planned("--table 6 --seeds 3 --stage2 '--K=3 --lr 1e-4 --attention_heads 4'").waves[1]
     assert " ".join(alone.options[8:]) == "--no-integration --lr 1e-4"  # which uses no other
     assert " ".join(full.options[8:]) == "--K=3 --lr 1e-4 --attention_heads 4"
     first = planned("--table 6 --seeds 3 --subject 2 --data cc2017").waves[1][0]
     assert first.command.startswith("python train_stage2.py --data cc2017 --subject 2 --seed 3 --stage1 full")
-    assert len(commands("--table 4")) == 36
+    assert len(commands("--table 4")) == 45
 
 
 @pytest.mark.parametrize("data, full", [("toy", None), ("cinebrain", 1)])
