@@ -4,14 +4,15 @@
     python evaluate.py --data cc2017 --subject 1    the paper's size, on a GPU
     accelerate launch evaluate.py --data cc2017     on several
     python evaluate.py --shuffle                    the control: each clip from the fMRI of another scene
+    python evaluate.py --no-stage2                  the decoder as it came draws the best memory's caption
     python evaluate.py --pairs DIR                  anyone's videos, DIR/METHOD/NAME.* against DIR/gt/NAME.*
     python evaluate.py --compare full full-no-mom   runs side by side, over subjects and seeds, paired
     python evaluate.py --fmri x.npy --out out.mp4   one recording (T, N) or (N,), in z-scores -> mp4 or gif
 
 In:  a run of stage 2, and the test fMRI: averaged over the showings, z-scored over the clips.
 Out: runs/<data>/sub<K>/<run>-s<seed>/eval/ (the control eval-shuffled/, pairs DIR/metrics/; others have a
-     folder of their own: eval-4-clips/, eval-steps10/, eval-ssim/). Files in it are kept.
-     gt/NNNN.mp4, recon/NNNN.mp4     stimulus and reconstruction of clip NNNN
+     folder of their own: eval-no-stage2/, eval-4-clips/, eval-steps10/, eval-ssim/). Files in it are kept.
+     gt/, recon/, memory/NNNN.mp4    stimulus, reconstruction and best memory of clip NNNN
      retrieved.jsonl                 a line a clip: W_r, and the memories, lines of stage2/memories.json
      metrics.json, metrics.csv       of the set, of each clip, of clips like those of training and the others
      sheet.png, grid.gif             stimulus | top-1 memory | reconstruction, of six clips evenly spread
@@ -205,9 +206,23 @@ def load_decoder(settings: dict, vae: bool, dtype: torch.dtype) -> VideoDecoder:
 
 
 def load_run(config: Config, accelerator: Accelerator) -> CineNeuron:
-    """The run that is asked for."""
+    """The run that is asked for. Of one that has stage 1 alone, or with --no-stage2, what its stage 2 starts
+    from: zero-convolutions make f_fuse e_mem_txt, LoRA's B = 0 leaves the decoder as it came, W_r is even."""
     run = run_folder(config.data, config.subject, config.run, config.seed)
-    model = CineNeuron.from_pretrained(run, accelerator.device)
+    has_stage1, has_stage2 = ((run / stage / "config.json").is_file() for stage in ("stage1", "stage2"))
+    config.stage2 = config.stage2 and (has_stage2 or not has_stage1)
+    if config.stage2:
+        model = CineNeuron.from_pretrained(run, accelerator.device)
+    else:
+        from train_stage2 import untrained  # which imports this file
+
+        stage1, settings, clips = untrained(config, accelerator)
+        model = CineNeuron.from_stage1(stage1, settings, clips)
+        for zero in model.mom.router.R[-1].parameters():
+            nn.init.zeros_(zero)
+        model.folder = stage1
+        model.to(accelerator.device).eval().requires_grad_(False)
+        accelerator.print(f"{run}: no stage 2: the decoder as it came draws the best memory's caption")
     shared.check_place(model.settings, run)
     return model
 
@@ -255,22 +270,30 @@ def evaluate_run(config: Config) -> int:
     lines = {int(clip): test.lines[clip] for clip in clips}
     films = held_out.Films(config, model.size, [*lines.values(), *model.lines])
     made_by = held_out.made_by(config, model.settings, model.folder)
-    x = test.averaged()[order]  # (test clips, T, N)
+    x, stimuli = test.averaged()[order], {"gt": lines}  # (test clips, T, N); folder: lines of what it shows
 
     def make(rank: int, world: int) -> None:
-        films.write(out / "gt", {clip: lines[clip] for clip in clips[rank::world].tolist()}, silent=rank > 0)
+        for kind, line in stimuli.items():
+            share = {clip: line[clip] for clip in clips[rank::world].tolist()}
+            films.write(out / kind, share, silent=rank > 0)
         held_out.reconstruct(model, x, clips, out / "recon", config, rank, world)
 
     with FolderLock(out, take=accelerator.is_main_process):
         held_out.claim(out, made_by, accelerator.is_main_process)
+        retrieved = out / "retrieved.jsonl" if accelerator.is_main_process else None
+        top_1 = held_out.write_retrieved(model, x[clips], lines, retrieved)
+        played = top_1 is not None and not config.shuffle  # the best memories, beside the reconstructions
+        if played:
+            stimuli["memory"] = {clip: model.lines[i] for clip, i in zip(lines, top_1, strict=True)}
         in_processes(make, accelerator, config.processes)
         accelerator.wait_for_everyone()
-        sets = held_out.pairs_of(out, lines, "from shuffled fMRI" if config.shuffle else "reconstruction")
+        method = "from shuffled fMRI" if config.shuffle else "reconstruction"
+        sets = held_out.pairs_of(out, lines, method, played)
         unavailable = score_all(sets, config, out, accelerator)
         if accelerator.is_main_process:
-            top_1 = held_out.write_retrieved(model, x[clips], lines, out / "retrieved.jsonl")
             near_copy = has_near_copy(test.stimuli, clips)
-            source = {name: getattr(config, name) for name in ("data", "subject", "run", "seed", "shuffle")}
+            names = ("data", "subject", "run", "seed", "shuffle", "stage2")
+            source = {name: getattr(config, name) for name in names}
             evaluation = Evaluation(sets, out, config, unavailable, source)
             print(report(held_out.describe(evaluation, lines, model.lines, top_1, near_copy, films)))
     accelerator.end_training()

@@ -10,7 +10,7 @@ Mixture-of-Memories, LoRA, memories; samples (stimulus beside reconstruction), a
 After Ctrl-C, or a kill, the same command goes on where it was."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +194,21 @@ def main(config: Config) -> None:
     """Stage 1, the clips and the folder of the run; `learn` does the rest where the run is not finished."""
     accelerator = training.start(config.device)
     training.check_processes(config.batch_size, accelerator)
+    stage1, settings, train = starting_point(config, accelerator)
+    rois, size = settings["stage1_config"]["rois"], (config.frames, config.height, config.width)
+    test = Clips(config.data, config.subject, "test", rois, config.decoder, size)
+    folder = run_folder(config.data, config.subject, config.run, config.seed) / "stage2"
+    total = config.epochs * (len(train.trained) // config.batch_size)
+    with RunFolder(folder, settings, total, LAST, accelerator, MAY_CHANGE) as run:
+        if run.finished:
+            accelerator.print(f"{folder} is finished; another --run NAME or --seed trains anew")
+        else:
+            learn(config, accelerator, run, CineNeuron.from_stage1(stage1, settings, train), train, test)
+    accelerator.end_training()
+
+
+def starting_point(config: Config, accelerator: Accelerator) -> tuple[Path, dict, Clips]:
+    """The folder of the finished stage 1, the settings of the run, and the training clips."""
     config.precision = training.precision_of(config, accelerator.device)
     stage1, stage1_config = read_stage1(config)
     rois, size = stage1_config["rois"], (config.frames, config.height, config.width)
@@ -217,16 +232,20 @@ def main(config: Config) -> None:
         val_segments=stage1_config["val_segments"],
         caption_share=config.own_captions,
     )
-    test = Clips(config.data, config.subject, "test", rois, config.decoder, size)
-    folder = run_folder(config.data, config.subject, config.run, config.seed) / "stage2"
-    settings = settings_of(config) | {"sizes": train.sizes, "stage1_config": stage1_config}
-    total = config.epochs * (len(train.trained) // config.batch_size)
-    with RunFolder(folder, settings, total, LAST, accelerator, MAY_CHANGE) as run:
-        if run.finished:
-            accelerator.print(f"{folder} is finished; another --run NAME or --seed trains anew")
-        else:
-            learn(config, accelerator, run, CineNeuron.from_stage1(stage1, settings, train), train, test)
-    accelerator.end_training()
+    return stage1, settings_of(config) | {"sizes": train.sizes, "stage1_config": stage1_config}, train
+
+
+def untrained(named, accelerator: Accelerator) -> tuple[Path, dict, Clips]:
+    """`starting_point` of the run that options of evaluate.py name, with the Mixture-of-Memories: by the
+    options of its stage 2 where it has one, else by the preset."""
+    common = ["--data", named.data, "--subject", str(named.subject), "--seed", str(named.seed)]
+    config = parse([*common, "--stage1", named.run])
+    stage2 = run_folder(named.data, named.subject, named.run, named.seed) / "stage2"
+    if (stage2 / "config.json").is_file():
+        stored = shared.read_settings(stage2)
+        names = settings_of(config, "mom", "integration", "precision", "device").keys() & stored.keys()
+        config = replace(config, **{name: stored[name] for name in names})
+    return starting_point(replace(config, sample_every=1), accelerator)  # whose decoder has its VAE
 
 
 def read_stage1(config: Config) -> tuple[Path, dict]:

@@ -6,12 +6,13 @@
     python extras/ablations.py --table 4 --dry-run                        the commands and minutes, no more
     python extras/ablations.py --page                                     docs/ablations.md from docs/results/
 
-Table 4: L_clip; + L_cls; + L_action; + MoM. 5: visual areas; + hippocampus; + mPFC. 6: without and with
-integration. train_stage1.py, train_stage2.py and evaluate.py run as they do by hand, under their own names
-of runs, so that tables share what they can: the last row of Tables 4 and 6 is the run `full`, as is the row
-of Table 5 whose areas have all voxels (on the toy the second), and its stage 1 is also that of the rows
-without MoM and without integration. What is finished is kept; after Ctrl-C, or a kill, the same command goes
-on where it was. --jobs 2 runs two at once with a thread each: two cores do more so.
+Table 4: no stage 2; L_clip; + L_cls; + L_action, and this with any caption in training; + MoM. 5: visual
+areas; + hippocampus; + mPFC. 6: without integration, with alpha = 0, and with it. train_stage1.py,
+train_stage2.py and evaluate.py run as they do by hand, under their own names of runs, so that tables share
+what they can: the last row of Tables 4 and 6 is the run `full`, as is the row of Table 5 whose areas have all
+voxels (on the toy the second), and its stage 1 is also that of the rows without stage 2, MoM or integration.
+What is finished is kept; after Ctrl-C, or a kill, the same command goes on where it was. --jobs 2 runs two at
+once with a thread each: two cores do more so.
 
 In:  as the three scripts.
 Out: runs/ as of the three scripts, what they printed in runs/<data>/sub<K>/ablations/, and
@@ -73,23 +74,28 @@ class Row(NamedTuple):
     label: str
     stage1: Sequence[str] = ()  # options of train_stage1.py
     stage2: Sequence[str] = ()  # of train_stage2.py
-    quoted: str = ""  # 2-way, 50-way, CLIP-pcc, DTC, MS, as the paper prints them
+    quoted: str = ""  # 2-way, 50-way, CLIP-pcc, DTC, MS, as the paper prints them; "": it has no such row
     lacks: str = ""  # why it cannot be trained
+    has_stage2: bool = True  # without, it is evaluate.py --no-stage2 of its stage 1
 
 
 FULL = Row("", quoted="0.846±0.02 0.237±0.02 0.973±0.01 0.959±0.01 0.967±0.02")
 ROWS = {
     4: [
+        Row("no stage 2", has_stage2=False),
         Row("L_clip", ["--no-cls", "--no-action"], ["--no-mom"],
             "0.824±0.01 0.217±0.03 0.973±0.01 0.960±0.03 0.961±0.01"),
         Row("+ L_cls", ["--no-action"], ["--no-mom"],
             "0.829±0.01 0.228±0.03 0.965±0.01 0.951±0.01 0.956±0.02"),
         Row("+ L_action", [], ["--no-mom"], "0.835±0.02 0.223±0.04 0.970±0.01 0.957±0.01 0.963±0.01"),
+        Row("+ L_action, any caption in training", [],
+            "--no-mom --own_captions 1 --run full-no-mom-any-caption".split()),
         FULL._replace(label="+ MoM"),
     ],
     6: [
         Row("w/o integration", [], ["--no-integration"],
             "0.830±0.02 0.224±0.05 0.802±0.01 0.920±0.01 0.961±0.01"),
+        Row("alpha = 0", [], "--alpha 0 --run full-alpha0".split()),
         FULL._replace(label="w/ integration"),
     ],
 }  # fmt: skip
@@ -141,8 +147,10 @@ SCRIPTS = {
     "evaluate": Script("evaluate.py", partial(evaluate.parse, doc=evaluate.__doc__), "values/0.jsonl"),
 }
 # options that make rows and seeds, and hardly change what a command takes
-ROW_WORDS = "seed run stage1 shuffle no_cls no_action no_mom no_integration".split()
-MODES = {"shuffle", "fmri", "pairs", "compare"}  # of evaluate.py: the table's to choose
+ROW_WORDS = (
+    "seed run stage1 shuffle no_stage2 no_cls no_action no_mom no_integration own_captions alpha".split()
+)
+MODES = {"shuffle", "stage2", "fmri", "pairs", "compare"}  # of evaluate.py: the table's to choose
 
 
 class Job(NamedTuple):
@@ -167,13 +175,19 @@ class Job(NamedTuple):
         return self.script is SCRIPTS["evaluate"]
 
     def finished(self) -> bool:
-        """Is all written: an evaluation of the weights as they are, a stage by these settings? Where they
-        seem to differ, the script is to run, and to say so."""
+        """Is all written: an evaluation of the weights as they are, with the memory's where one is played, a
+        stage by these settings? Where they seem to differ, the script is to run, and to say so."""
         if self.is_evaluation:
             file = self.folder / "metrics.json"
-            weights = self.folder.with_name("stage2").glob("*/*.safetensors")
+            stage = "stage2" if self.config.stage2 else "stage1"
+            weights = self.folder.with_name(stage).glob("*/*.safetensors")
             newest = max((part.stat().st_mtime for part in weights), default=np.inf)
-            return file.is_file() and file.stat().st_mtime >= newest and "groups" in read_json(file)
+            keys = (
+                {"groups"}
+                if self.config.shuffle or "--no-integration" in self.stage2
+                else {"groups", "memory"}
+            )
+            return file.is_file() and file.stat().st_mtime >= newest and keys <= read_json(file).keys()
         file = self.folder / "config.json"
         if not file.is_file() or not (self.folder / self.script.last).is_file():
             return False
@@ -264,15 +278,17 @@ def plan(config: Config, rows: Sequence[Row]) -> Plan:
             stage1 = job_of("stage1", [*common, *row.stage1], config.stage1)
             from_stage1 = ["--stage1", stage1.config.run]
             stage2 = job_of("stage2", [*common, *from_stage1, *row.stage2], config.stage2)
-            if stage2.folder in waves[1]:
+            if row.has_stage2 and stage2.folder in waves[1]:
                 clash = f"two rows would be one run, {stage2.folder.parent}"
                 raise ValueError(f"--stage1 '{config.stage1}' --stage2 '{config.stage2}': {clash}")
             options = [*common, "--run", stage2.config.run]
-            jobs = [stage1, stage2, job_of("evaluate", options, config.evaluate, stage2)]
-            for wave, job in zip(waves, jobs, strict=True):
-                wave.setdefault(job.folder, job)
+            of_row = options if row.has_stage2 else [*options, "--no-stage2"]
+            scored = job_of("evaluate", of_row, config.evaluate, stage2)
+            for wave, job in zip(waves, (stage1, stage2 if row.has_stage2 else None, scored), strict=True):
+                if job:
+                    wave.setdefault(job.folder, job)
             files.stage1.setdefault(row.label, []).append(stage1.folder / train_stage1.LAST)
-            files.evaluations.setdefault(row.label, []).append(jobs[2].folder / "metrics.json")
+            files.evaluations.setdefault(row.label, []).append(scored.folder / "metrics.json")
             if row is rows[FULL_ROW[config.table]]:
                 control = job_of("evaluate", [*options, "--shuffle"], config.evaluate, stage2)
                 waves[2][control.folder] = control

@@ -236,7 +236,10 @@ def runs_of(args: argparse.Namespace) -> dict[str, Path]:
     from extras import ablations
 
     config = ablations.Config(table=args.table, data=args.data, subject=args.subject, seeds=[args.seed])
-    plan = ablations.plan(config, ablations.rows_of(config.table, config.data, config.subject))
+    rows = ablations.rows_of(config.table, config.data, config.subject)
+    plan = ablations.plan(
+        config, [row for row in rows if row.has_stage2]
+    )  # the others are no run of their own
     if args.command == "compare":
         return {label: files[0].parents[1] for label, files in plan.files.evaluations.items()}
     first, *_, last = [job.folder.parent for job in plan.waves[0]]

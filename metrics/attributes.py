@@ -23,7 +23,9 @@ class Recognised(NamedTuple):
     """What classifiers see in the reconstructions; empty where the clips have no attributes."""
 
     values: dict[str, list[str]] = {}  # attribute: of each clip the value
-    right: np.ndarray | None = None  # (clips,) bool: are all of them the clip's own?
+    right: dict[
+        str, np.ndarray
+    ] = {}  # of recon, gt and memory (clips,) bool: are all of them the clip's own?
     table: str = ""
 
 
@@ -82,36 +84,38 @@ def agreement(
     classifiers: Sequence[str],
     clips: dict[int, dict],
     train: list[dict],
-    top_1: np.ndarray | None,
     groups: dict[str, np.ndarray],
 ) -> Recognised:
     """What is recognised in out/recon/NNNN.mp4 of `clips` {number: line of clips.jsonl}, beside chance, the
-    stimuli, the top-1 memories (indices into `train`) and the control. Writes out/recognised.json; nothing
-    where the clips have no attributes or no classifier is a local folder."""
+    stimuli, the top-1 memories where they are played in out/memory/, and the control. train: lines of the
+    memories. Writes out/recognised.json; nothing where the clips have no attributes or no classifier is a
+    local folder."""
     values = {name: sorted({*column}) for name, column in attribute_values(train).items()}
     classifiers = list(filter(os.path.isdir, classifiers))
     if not (values and classifiers):
         return Recognised()
     lines, files = list(clips.values()), [f"{number:04d}.mp4" for number in clips]
-    stimuli, recognised = (
-        recognise([out / kind / file for file in files], classifiers, values) for kind in ("gt", "recon")
-    )
+    seen = {}
+    for kind in ("recon", "gt", "memory"):
+        if (out / kind).is_dir():
+            seen[kind] = recognise([out / kind / file for file in files], classifiers, values)
     shuffled = out.name.startswith("eval-shuffled")
     column = "shuffled fMRI" if shuffled else "reconstruction"
-    columns = {column: shares(recognised, lines, groups), "stimulus": shares(stimuli, lines, groups)}
-    if top_1 is not None:
-        memories = attribute_values([train[i] for i in top_1])
-        columns["top-1 memory"] = shares({name: memories[name] for name in recognised}, lines, groups)
-    chance = {name: 1 / len(values[name]) for name in recognised}
+    columns = {}
+    for title, kind in ((column, "recon"), ("stimulus", "gt"), ("top-1 memory", "memory")):
+        if kind in seen:
+            columns[title] = shares(seen[kind], lines, groups)
+    chance = {name: 1 / len(values[name]) for name in seen["recon"]}
     of_all = float(np.prod([*chance.values()]))
     columns["chance"] = {name: chance.get(name, of_all) for name in columns[column]}
-    write_json(out / "recognised.json", {"shares": columns, "videos": files, "seen": recognised})
+    write_json(out / "recognised.json", {"shares": columns, "videos": files, "seen": seen["recon"]})
     options = out.name.removeprefix("eval-shuffled" if shuffled else "eval")  # such as -4-clips
     file = out.with_name(("eval" if shuffled else "eval-shuffled") + options) / "recognised.json"
     more = read_json(file, keys={"shares": dict})["shares"] if file.is_file() else {}
     # the memories and stimuli in the table are those of the reconstruction
     columns = columns | more if shuffled else more | columns
-    return Recognised(recognised, right(recognised, lines)[ALL], _table(columns, len(files)))
+    every = {kind: right(values, lines)[ALL] for kind, values in seen.items()}
+    return Recognised(seen["recon"], every, _table(columns, len(files)))
 
 
 def _table(columns: dict[str, dict[str, float]], clips: int) -> str:

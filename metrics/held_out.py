@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data import Clips
 from metrics.attributes import Recognised, agreement, shown_in_training
 from metrics.pairs import Pair, Source, other_scenes
-from metrics.report import Evaluation
+from metrics.report import MEMORY, Evaluation
 from prepare.copies import far_apart
 from prepare.facts import raw_folder
 from support.files import sha256, write_json, written_whole
@@ -55,15 +55,17 @@ def order_of(config) -> slice | np.ndarray:
     return other_scenes(far_apart([line["segment"] for line in lines]))
 
 
-def write_retrieved(model, x: Tensor, lines: dict[int, dict], file: Path) -> np.ndarray | None:
-    """retrieved.jsonl of x (clips, T, N), fMRI of the clips with these lines of clips.jsonl, by an
-    evaluate.CineNeuron. Returns the top-1 memories (clips,); None where nothing is retrieved."""
+def write_retrieved(model, x: Tensor, lines: dict[int, dict], file: Path | None) -> np.ndarray | None:
+    """retrieved.jsonl (no file: none) of x (clips, T, N), fMRI of the clips with these lines of clips.jsonl,
+    by an evaluate.CineNeuron. Returns the top-1 memories (clips,); None where nothing is retrieved."""
     batches = [model.remember(batch) for batch in x.split(16)]
     if batches[0].indices is None:
         return None
     indices = torch.cat([recalled.indices for recalled in batches]).cpu().numpy()  # (clips, K)
     W_r = torch.cat([recalled.W_r for recalled in batches]).cpu().numpy().astype(float).round(4)  # (clips, 3)
     rows = zip(lines.items(), indices.tolist(), W_r.tolist(), strict=True)
+    if file is None:
+        return indices[:, 0]
     with written_whole(file) as part, open(part, "w", encoding="utf-8") as opened:
         for (clip, line), memories, weights in rows:
             row = {"clip": clip, "id": line["id"], "retrieved": memories, "W_r": weights}
@@ -71,17 +73,21 @@ def write_retrieved(model, x: Tensor, lines: dict[int, dict], file: Path) -> np.
     return indices[:, 0]
 
 
-def pairs_of(out: Path, lines: dict[int, dict], method: str) -> dict[str, list[Pair]]:
+def pairs_of(out: Path, lines: dict[int, dict], method: str, played: bool = False) -> dict[str, list[Pair]]:
     """Reconstruction and stimulus of these clips, {number: line of clips.jsonl}, in the folder of an
-    evaluation; the control is the stimulus of another scene, none where there are too few clips."""
+    evaluation; the control is the stimulus of another scene, none where there are too few clips. played:
+    also the best memory and the stimulus, without a control."""
     names = [f"{clip:04d}" for clip in lines]
-    stimuli, reconstructions = (
-        [Source(out / kind / f"{name}.mp4") for name in names] for kind in ("gt", "recon")
+    stimuli, reconstructions, memories = (
+        [Source(out / kind / f"{name}.mp4") for name in names] for kind in ("gt", "recon", "memory")
     )
     controls: list[Source | None] = [None] * len(names)
     with suppress(ValueError):
         controls = [stimuli[k] for k in other_scenes(far_apart([line["segment"] for line in lines.values()]))]
-    return {method: list(map(Pair, names, reconstructions, stimuli, controls))}
+    sets = {method: list(map(Pair, names, reconstructions, stimuli, controls))}
+    if played:
+        sets[MEMORY] = [Pair(*pair, None) for pair in zip(names, memories, stimuli, strict=True)]
+    return sets
 
 
 def describe(
@@ -100,7 +106,7 @@ def describe(
     groups = {name: members for name, members in groups.items() if members.any()}
     judges = (config.video_classifier, config.image_classifier)
     try:
-        recognised = agreement(evaluation.out, judges, lines, memories, top_1, groups)
+        recognised = agreement(evaluation.out, judges, lines, memories, groups)
     except (OSError, ValueError) as error:  # a damaged classifier: the scores are kept
         recognised = Recognised(table=f"attributes: n/a: {error}")
     texts = []
@@ -108,18 +114,23 @@ def describe(
         memory = [] if top_1 is None else [memories[top_1[i]]["caption"]]
         attributes = " ".join(values[i] for values in recognised.values.values())
         texts.append([line["caption"], *memory, f"seen as {attributes}" if attributes else ""])
-    values = {} if recognised.right is None else {"all_attributes": recognised.right}
+    values, played = (
+        {"all_attributes": recognised.right[kind]} if kind in recognised.right else {}
+        for kind in ("recon", "memory")
+    )
     recalled = None if top_1 is None else lambda i: films.frames(memories[top_1[i]])
-    seen = recognised.table
-    return evaluation._replace(groups=groups, values=values, texts=texts, memories=recalled, seen=seen)
+    more = {"texts": texts, "memories": recalled, "seen": recognised.table}
+    return evaluation._replace(groups=groups, values=values, played=played, **more)
 
 
 def evaluation_folder(
     run: Path, config, settings: dict, complete: bool, metrics: list[str], all_metrics: list[str]
 ) -> Path:
-    """eval or eval-shuffled of a run; fewer clips than the test set, other sampling than the run's and fewer
-    than all metrics have folders of their own, and so never replace the results of all."""
+    """eval or eval-shuffled of a run; no stage 2, fewer clips than the test set, other sampling than the
+    run's and fewer than all metrics have folders of their own, and so never replace the results of all."""
     name = "eval-shuffled" if config.shuffle else "eval"
+    if not config.stage2:
+        name += "-no-stage2"
     if not complete:
         name += f"-{config.clips}-clips"
     if config.steps not in (None, settings["sampling_steps"]):
@@ -140,13 +151,15 @@ def claim(folder: Path, settings: dict, write: bool = True) -> None:
         write_json(folder / "config.json", settings)
 
 
-def made_by(config, settings: dict, stage2: Path) -> dict:
-    """What the videos of an evaluation are made by."""
-    return {
+def made_by(config, settings: dict, stage: Path) -> dict:
+    """What the videos of an evaluation are made by. stage: folder of the weights, stage 1's with
+    --no-stage2."""
+    decoder = {} if config.stage2 else {"decoder": Path(settings["decoder"]).name}
+    return decoder | {
         "steps": settings["sampling_steps"] if config.steps is None else config.steps,
         "guidance": settings["guidance"] if config.guidance is None else config.guidance,
         "fps": config.fps,
-        "weights": sha256(*sorted(stage2.glob("*/*.safetensors")))[:16],
+        "weights": sha256(*sorted(stage.glob("*/*.safetensors")))[:16],
     }
 
 

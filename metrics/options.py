@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from metrics.table import TOY, Judging, asked
 from prepare.facts import CC2017_FPS, DATASETS, SECONDS
-from support.options import check_together, option, parse as parse_options
+from support.options import check_together, option, parse as parse_options, settings_of
 from support.training import DEVICES
 
 
@@ -18,6 +18,7 @@ class Config(Judging):
     run: str = option("full", "name of the run")
     seed: int = option(0, "of the run, and of the noise that the videos start from", least=0)
     shuffle: bool = option(False, "the control: reconstruct each clip from the fMRI of another scene")
+    stage2: bool = option(True, "without: the decoder as it came draws the best memory's caption")
     fmri: str | None = option(None, "one recording, .npy (T, N) or (N,), in place of the test set")
     pairs: str | None = option(None, "score the videos DIR/METHOD/NAME.* against DIR/gt/NAME.*")
     split: bool = option(False, "with --pairs: a video shows stimulus (left) and reconstruction side by side")
@@ -51,6 +52,7 @@ UNUSED = {  # option: the modes that do not use it
     "guidance": ("pairs", "compare"),
     "device": ("compare",),
     "shuffle": MODES,
+    "no-stage2": ("pairs", "compare"),
     "clips": MODES,
     "stimuli": MODES,
 }
@@ -63,6 +65,6 @@ def parse(arguments: list[str], doc: str) -> Config:
     if "--pairs" in given and "--data" not in given:
         arguments = [*arguments, "--data", "cc2017"]
     config = parse_options(Config, PRESETS, doc, "evaluate.py", arguments)
-    check_together(config, UNUSED, NEEDED)
+    check_together(config, UNUSED, NEEDED, settings_of(Config(**PRESETS[config.data])))
     asked(config)  # --metrics
     return config

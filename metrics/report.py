@@ -13,6 +13,7 @@ from metrics.table import BLOCKS, METRICS, NAMES, Judging, asked
 from support.files import write_json, written_whole
 from support.pictures import contact_sheet, grid_gif, spread
 
+MEMORY = "best memory, played"  # a set beside a reconstruction's: the stimulus of each clip's top-1 memory
 DRAWS, BLOCK = 2000, 20  # of the bootstrap; clips that are drawn together
 QUOTED = Path(__file__).with_name("quoted.csv")  # Tables 1 and 2 of the paper
 COLUMNS = ("method", "metric", "mean", "std", "ci95", "chance", "shuffled", "n", "weights", "reason")
@@ -28,6 +29,7 @@ class Evaluation(NamedTuple):
     provenance: dict  # of the videos
     groups: dict[str, np.ndarray] = {}  # name: (clips,) bool, such as which of them training shows
     values: dict[str, np.ndarray] = {}  # name: (clips,) another value of each
+    played: dict[str, np.ndarray] = {}  # likewise of MEMORY
     texts: list[list[str]] | None = None  # of each clip, below each column of the pictures; None: its name
     memories: Callable[[int], np.ndarray] | None = None  # clip -> the top-1 memory, uint8 (F, H, W, 3)
     seen: str = ""  # a table of what classifiers see
@@ -72,17 +74,18 @@ def blocks_of(clips: Sequence[str]) -> np.ndarray:
 def summarise(method: str, run: Evaluation, known: dict[str, object]) -> dict:
     """The contents of metrics.json: metrics of the set, of each group and of each clip; what made them."""
     config, scored, rows = run.config, [], []
+    others = run.played if method == MEMORY else run.values
     for i, pair in enumerate(run.sets[method]):
         values = {name: known_value(known, name, key) for name, key in keys_of(pair, config).items()}
         row = {"clip": pair.name} | {name: value and value[0] for name, value in values.items()}
-        rows.append(row | {name: float(more[i]) for name, more in run.values.items()})
+        rows.append(row | {name: float(values[i]) for name, values in others.items()})
         scored.append(values)
     clips = np.array([pair.name for pair in run.sets[method]])
     blocks = blocks_of(clips)
     groups = {}
     for group, members in run.groups.items():
         groups[group] = {"clips": clips[members].tolist()}
-        for name in (*asked(config), *run.values):
+        for name in (*asked(config), *others):
             values = values_of(name, rows)[members]
             groups[group][name] = estimate(name, values, blocks[members])._asdict()
     metrics = {name: _entry(name, scored, blocks, run) for name in NAMES}
@@ -91,6 +94,22 @@ def summarise(method: str, run: Evaluation, known: dict[str, object]) -> dict:
     step = step_of(run.sets, config.seconds) or "each video's own"
     provenance = run.provenance | {"method": method, "step": step} | options
     return {"metrics": metrics, "groups": groups, "clips": rows, "provenance": provenance}
+
+
+def less(result: dict, memory: dict) -> dict:
+    """How much more each metric is than the best memory's on the same clips, with its paired 95 % interval:
+    {"metrics": of all clips, "groups": of each group}."""
+    clips = [row["clip"] for row in result["clips"]]
+    names, blocks = result["clips"][0].keys() - {"clip"}, blocks_of(clips)
+
+    def of(members: np.ndarray) -> dict[str, dict]:
+        pairs = {
+            name: [values_of(name, rows["clips"])[members] for rows in (result, memory)] for name in names
+        }
+        return {name: estimate(name, a, blocks[members], b)._asdict() for name, (a, b) in pairs.items()}
+
+    groups = {name: of(np.isin(clips, group["clips"])) for name, group in result["groups"].items()}
+    return {"metrics": of(np.ones(len(clips), bool)), "groups": groups}
 
 
 def _entry(name: str, scored: list[dict], blocks: np.ndarray, run: Evaluation) -> dict:
@@ -124,18 +143,25 @@ def report(run: Evaluation) -> str:
     """Writes metrics.json of each method, metrics.csv and the pictures. Returns the text to print."""
     known, names, config = known_values(run.out), asked(run.config), run.config
     common = _common_clips(run, known)
-    pictured, some = run, config.pairs and common.any() and not common.all()
+    some = config.pairs and common.any() and not common.all()
+    pictured = run._replace(sets={method: run.sets[method] for method in run.sets if method != MEMORY})
     if some and len(run.sets) > 1:  # else means would be over different clips
         run = run._replace(groups={"that all methods have": common})
-    results: dict[str, dict] = {}
+    results = {method: summarise(method, run, known) for method in run.sets}
     reasons: dict[str, list[str]] = {}
     rows: list[Row] = []
     control = "another stimulus" if config.pairs else "shuffled"  # --pairs knows no scenes
-    for method in run.sets:
-        folder = run.out / method if config.pairs else run.out
-        result = results[method] = summarise(method, run, known)
-        write_json(folder / "metrics.json", result)
-        rows += _rows(method, result, names, control)
+    entries = {method: result["metrics"] for method, result in results.items()}  # of metrics.csv
+    memory = results.get(MEMORY)
+    for method, result in results.items():
+        if result is not memory:
+            if memory:
+                result["memory"] = {key: memory[key] for key in ("metrics", "groups", "clips")}
+                result["less_memory"] = less(result, memory)
+                of_set = result["less_memory"]["metrics"]
+                entries[f"{method} less memory"] = {name: of_set[name] for name in names}
+            write_json((run.out / method if config.pairs else run.out) / "metrics.json", result)
+            rows += _rows(method, result, names, control)
         for name in names:
             if reason := result["metrics"][name].get("reason"):
                 reasons.setdefault(f"{method}: {reason}", []).append(name)
@@ -143,8 +169,8 @@ def report(run: Evaluation) -> str:
     with written_whole(run.out / "metrics.csv") as part, part.open("w", -1, "utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for method, result in results.items():
-            for name, entry in result["metrics"].items():
+        for method, metrics in entries.items():
+            for name, entry in metrics.items():
                 writer.writerow({"method": method, "metric": name, **entry})
     size = "the stimuli's size" if config.size == "native" else f"{config.size} x {config.size}"
     text = (
@@ -157,7 +183,7 @@ def report(run: Evaluation) -> str:
     for reason, metrics in reasons.items():
         text += f"\nn/a or in part, {', '.join(metrics)}: {reason}"
     _pictures(pictured, results, common)
-    files = "gt, recon, retrieved.jsonl, metrics.json, ..."
+    files = "gt, recon, memory, retrieved.jsonl, metrics.json, ..."
     if config.pairs:
         files = "METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png"
     return f"{text}\n\nwritten: {run.out}/ ({files})"
@@ -180,7 +206,7 @@ def interval(ci95: list[float] | None) -> str:
 
 
 def _rows(method: str, result: dict, names: list[str], control: str) -> list[Row]:
-    """A method's rows, from its metrics.json."""
+    """A method's rows, from its metrics.json, with those of the memories beside it."""
     means, intervals, controls = {}, {}, {}
     for name in names:
         entry = result["metrics"][name]
@@ -188,10 +214,16 @@ def _rows(method: str, result: dict, names: list[str], control: str) -> list[Row
         intervals[name] = interval(entry["ci95"])
         controls[name] = number(entry["shuffled"])
     label = f"{method}, {len(result['clips'])} clips: mean ±"
-    rows = [(label, means), ("   95 % interval", intervals), (f"   {control}", controls)]
+    rows = [(label, means), ("   95 % interval", intervals)]
     for group, entries in result["groups"].items():
         cells = {name: number(entries[name]["mean"]) for name in names}
         rows.append((f"   {group}, {len(entries['clips'])} clips", cells))
+    if "memory" in result:
+        of_set = result["less_memory"]["metrics"]
+        rows += _rows(MEMORY, result["memory"], names, control)
+        rows.append((f"{method} less memory", {name: number(of_set[name]["mean"]) for name in names}))
+        rows.append(("   95 % interval, paired", {name: interval(of_set[name]["ci95"]) for name in names}))
+    rows.append((f"   {control}", controls))
     return rows
 
 

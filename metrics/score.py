@@ -142,7 +142,7 @@ def score(
     had, metric: why a clip has no value}. Raises ValueError for a video that cannot be read, unless
     --skip-bad."""
     known, judges = known_values(out), Judges(config, device)
-    read = lru_cache(3)(partial(_read, config))  # a prediction, its stimulus and the control's
+    read = lru_cache(4)(partial(_read, config))  # a prediction, its stimulus, the control's, the memory
     n = len(next(iter(sets.values())))
     order = sorted(range(n), key=lambda i: i % max(1, n // 2))  # a control's clip is next: read, judged once
     (out / "values").mkdir(parents=True, exist_ok=True)

@@ -36,13 +36,15 @@ def commands(words: str) -> list[str]:
 
 
 TABLE_4 = [
-    "--no-cls --no-action", "--no-action", "",  # the last is of two rows
-    "--stage1 full-no-cls-no-action --no-mom", "--stage1 full-no-action --no-mom", "--stage1 full --no-mom", "--stage1 full",
-    "--run full-no-cls-no-action-no-mom", "--run full-no-action-no-mom", "--run full-no-mom", "--run full", "--run full --shuffle",
+    "", "--no-cls --no-action", "--no-action",  # the first is of four rows
+    "--stage1 full-no-cls-no-action --no-mom", "--stage1 full-no-action --no-mom", "--stage1 full --no-mom",
+    "--stage1 full --no-mom --own_captions 1 --run full-no-mom-any-caption", "--stage1 full",
+    "--run full --no-stage2", "--run full-no-cls-no-action-no-mom", "--run full-no-action-no-mom", "--run full-no-mom",
+    "--run full-no-mom-any-caption", "--run full", "--run full --shuffle",
 ]  # fmt: skip
 TABLE_6 = [
-    "", "--stage1 full --no-integration", "--stage1 full",
-    "--run full-no-integration", "--run full", "--run full --shuffle",
+    "", "--stage1 full --no-integration", "--stage1 full --alpha 0 --run full-alpha0", "--stage1 full",
+    "--run full-no-integration", "--run full-alpha0", "--run full", "--run full --shuffle",
 ]  # fmt: skip
 REGIONS = ["visual", "visual,hippocampus", "visual,hippocampus,mpfc"]
 
@@ -50,12 +52,12 @@ REGIONS = ["visual", "visual,hippocampus", "visual,hippocampus,mpfc"]
 def test_the_rows_share_their_stage_1(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert commands("--table 4 --seeds 3") == TABLE_4 and commands("--table 6 --seeds 3") == TABLE_6
-    alone, full = planned("--table 6 --seeds 3 --stage2 '--K=3 --lr 1e-4 --attention_heads 4'").waves[1]
+    alone, _, full = planned("--table 6 --seeds 3 --stage2 '--K=3 --lr 1e-4 --attention_heads 4'").waves[1]
     assert " ".join(alone.options[8:]) == "--no-integration --lr 1e-4"  # which uses no other
     assert " ".join(full.options[8:]) == "--K=3 --lr 1e-4 --attention_heads 4"
     first = planned("--table 6 --seeds 3 --subject 2 --data cc2017").waves[1][0]
     assert first.command.startswith("python train_stage2.py --data cc2017 --subject 2 --seed 3 --stage1 full")
-    assert len(commands("--table 4")) == 36
+    assert len(commands("--table 4")) == 45
 
 
 @pytest.mark.parametrize("data, full", [("toy", None), ("cinebrain", 1)])
@@ -92,7 +94,7 @@ from pathlib import Path
 words = sys.argv[1:]
 option = dict(zip(words, words[1:]))
 run = option.get("--run") or option.get("--stage1", "full") + "".join(word[1:] for word in words if word[:5] == "--no-")
-scored = "eval" + "-shuffled" * ("--shuffle" in words) + "-video_50way-ms_flow" * ("--metrics" in words)
+scored = "eval" + "-shuffled" * ("--shuffle" in words) + "-no-stage2" * ("--no-stage2" in words) + "-video_50way-ms_flow" * ("--metrics" in words)
 stage = {"train_stage1.py": "stage1", "train_stage2.py": "stage2", "evaluate.py": scored}
 folder = Path("runs/cc2017/sub1", f"{run}-s{option['--seed']}", stage[Path(sys.argv[0]).name])
 with open("begun", "a") as file:
@@ -101,7 +103,8 @@ if not Path("store", folder).is_dir():
     sys.exit(f"a line\\nerror: no {folder.name}\\n\\n")
 shutil.copytree(Path("store", folder), folder)
 """
-GAIN = dict(zip([word[6:] for word in TABLE_4[7:11]], (0.0, 0.2, 0.1, 0.5), strict=True))  # on odd clips
+GAINS = (0.3, 0.0, 0.2, 0.1, 0.1, 0.5)  # on odd clips
+GAIN = dict(zip([word[6:] for word in TABLE_4[8:14]], GAINS, strict=True))
 STAGE1 = {"full-no-cls-no-action": 0.1, "full-no-action": 0.3, "full": 0.9}
 BASE = np.random.default_rng(0).uniform(0.2, 0.4, CLIPS)
 
@@ -115,7 +118,8 @@ def metrics_of(run: str, seed: int, shuffled: bool) -> dict:
     groups = {"shown in training": {"clips": clips[::2]}, "never shown": {"clips": clips[1::2]}}
     mean = {"video_50way": {"mean": float(values.mean()) + 0.04 * seed}, "ms_flow": {"mean": None}}
     provenance = {"subject": 1, "run": run, "seed": seed, "size": "native"}
-    return {"metrics": mean, "groups": groups, "clips": rows, "provenance": provenance}
+    result = {"metrics": mean, "groups": groups, "clips": rows, "provenance": provenance}
+    return result if shuffled or "no-integration" in run else result | {"memory": {}}
 
 
 def write_store(words: str) -> None:
@@ -124,6 +128,7 @@ def write_store(words: str) -> None:
         for job in jobs:
             seed, run, folder = job.config.seed, job.config.run, Path("store") / job.folder
             if stage == "eval":
+                run += "" if job.config.stage2 else " --no-stage2"
                 metrics = json.dumps(metrics_of(run, seed, job.config.shuffle))
                 files = {"gt/0000.mp4": ("", 3000), "gt/0001.mp4": ("", 3020), "values/0.jsonl": ("", 3030)}
                 files["metrics.json"] = metrics, 5000
@@ -133,6 +138,7 @@ def write_store(words: str) -> None:
             if stage == "stage1":
                 scores = {"action 50-way": STAGE1[run] + 0.02 * seed, "image top-1": 0.3}
                 files["test.json"] = json.dumps({"fmri": scores, "shuffled": {"action 50-way": 0.02}}), 1090
+                files["heads/x.safetensors"] = "", 1080
             if stage == "stage2":
                 last = 1180 if run == "full" else 1300
                 files |= {"lora/x.safetensors": ("", 1200), "losses.png": ("", last)}
@@ -165,8 +171,8 @@ def study(words: str, scripts: Path, monkeypatch) -> list[str]:
 
 ABOUT = {"date": "2026-11-25", "commit": "23a6b329465a5914", "versions": {"torch": "2.14"}}
 TABLE_6_STUDY = "--table 6 --data cc2017 --seeds 4"
-OF_TABLE_6 = ["full-s4/stage1", "full-no-integration-s4/stage2", "full-s4/stage2"]
-SCORED = ["full-no-integration-s4/eval", "full-s4/eval", "full-s4/eval-shuffled"]
+OF_TABLE_6 = ["full-s4/stage1", "full-no-integration-s4/stage2", "full-alpha0-s4/stage2", "full-s4/stage2"]
+SCORED = ["full-no-integration-s4/eval", "full-alpha0-s4/eval", "full-s4/eval", "full-s4/eval-shuffled"]
 
 
 def test_a_study_goes_on_where_it_was_and_overwrites_nothing(tmp_path, scripts, monkeypatch, capsys):
@@ -188,18 +194,18 @@ def test_a_study_goes_on_where_it_was_and_overwrites_nothing(tmp_path, scripts, 
         return capsys.readouterr().out.splitlines()
 
     *lines, total = left(TABLE_6_STUDY)
-    assert [line[:33] for line in lines] == ["     ? min  python evaluate.py --"] * 3
-    assert total == "3 commands are left; no finished run says how long 3 of them take"
+    assert [line[:33] for line in lines] == ["     ? min  python evaluate.py --"] * 4
+    assert total == "4 commands are left; no finished run says how long 4 of them take"
 
     Path("away").rename(away)
     threads = [f"{folder} 1" for folder in SCORED]
-    assert sorted(study(TABLE_6_STUDY + " --jobs 3", scripts, monkeypatch)) == threads
+    assert sorted(study(TABLE_6_STUDY + " --jobs 3", scripts, monkeypatch)) == sorted(threads)
     assert study(TABLE_6_STUDY, scripts, monkeypatch) == []
     assert "w/ integration" in capsys.readouterr().out
     assert left(TABLE_6_STUDY) == ["0 commands are left"]
     *lines, total = left("--table 6 --data cc2017 --seeds 7 8 --jobs 2")
-    assert [float(line[:6]) for line in lines] == [1.5, 1.5, 5, 3, 5, 3, *[0.5] * 6]
-    assert total.startswith("12 commands are left, about 11 minutes at 2 a time: the median of finished runs")
+    assert [float(line[:6]) for line in lines] == [1.5, 1.5, 5, 5, 3, 5, 5, 3, *[0.5] * 8]
+    assert total.startswith("16 commands are left, about 16 minutes at 2 a time: the median of finished runs")
     assert len(left(TABLE_6_STUDY + " --stage1=--tau=0.5")) == 2  # another setting: the script is to say so
     assert left(TABLE_6_STUDY + " --stage1=--save_every=3") == ["0 commands are left"]
     runs = Path("runs/cc2017/sub1")
@@ -226,8 +232,8 @@ def test_what_never_ran_is_counted_on_paper(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablations.count, "card_of", lambda name: ("NVIDIA H100", 0, ""))
     ablations.main([*shlex.split("--table 4 --data cc2017 --dry-run --stage2 '--lora_rank 8'")])
     *lines, total = capsys.readouterr().out.splitlines()
-    assert len(lines) == 36 and {line[:10] for line in lines} == {"   2.0 min"}
-    assert "36 of them counted, not measured" in total
+    assert len(lines) == 45 and {line[:10] for line in lines} == {"   2.0 min"}
+    assert "45 of them counted, not measured" in total
     of_data = ["--data", "cc2017", "--subject", "1"]
     stage2 = [*of_data, "--lora_rank", "8"]
     assert calls == [("stage1", of_data, 1), ("stage2", stage2, 1), ("evaluate", of_data, 1, stage2)]
@@ -323,7 +329,7 @@ def test_means_deviations_and_paired_intervals(table_4):
     """± is over the seeds; `more` is over the clips of the row and the row before, with its sign."""
     result, previous, approx = table_4[0], None, pytest.approx
     assert [row["run"] for row in result["rows"]] == [*GAIN]
-    for row, gain, stage1 in zip(result["rows"], GAIN.values(), (0.1, 0.3, 0.9, 0.9), strict=True):
+    for row, gain, stage1 in zip(result["rows"], GAIN.values(), (0.9, 0.1, 0.3, 0.9, 0.9, 0.9), strict=True):
         cells = [row["metrics"], row["groups"]["shown in training"], row["groups"]["never shown"]]
         values, share = [cell["video_50way"] for cell in cells], np.array([0.5, 0, 1])  # of clips that gain
         assert values[0]["mean"] == approx(BASE.mean() + gain / 2 + 0.02)
@@ -346,7 +352,7 @@ def test_means_deviations_and_paired_intervals(table_4):
         "python extras/ablations.py --table 4 --"
     )
     minutes = [result["minutes"][f"full-{name}"] for name in ("s0-stage1", "no-mom-s1-stage2")]
-    assert minutes == [1.5, 5] and len(result["minutes"]) == 24
+    assert minutes == [1.5, 5] and len(result["minutes"]) == 30
 
 
 def test_the_table_has_rows_controls_groups_and_what_is_quoted(table_4, tmp_path, monkeypatch):
@@ -497,7 +503,7 @@ def test_the_toy_is_prepared_once_for_the_decoder_of_stage_2(tmp_path, monkeypat
         ablations.main(
             shlex.split("--table 6 --subject 2 --stage2 '--decoder else/where --frames 9 --height 32'")
         )
-    assert prepared == [{"decoder": "else/where", "size": (9, 32, 64), "subject": 2}, 3, 6, 9]
+    assert prepared == [{"decoder": "else/where", "size": (9, 32, 64), "subject": 2}, 3, 9, 12]
 
 
 # ---------------------------------------------------------------- as a reader runs it

@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from test_metrics import upper, write_classifier
 from tiny import COLOURS, D_TXT, LATENT, SETTINGS, SHAPES, SIZE, Films, L, N, T
 from watch import EVALUATE, watch_evaluation
 
 import evaluate
+import train_stage2
 from brain_model import BrainModel
-from data import Clips, memories
+from data import Clips, memories, noise_generator
 from evaluate import CineNeuron, load_decoder, main
 from heads import Stage1Heads
 from metrics import held_out
@@ -251,7 +253,7 @@ def test_copies_of_the_process_make_the_same_videos_and_values(tmp_path):
         run_evaluation(steps=1, processes=processes)
         (RUN / EVAL.replace("clips-", "clips-steps1-")).rename(tmp_path / str(processes))
     files = sorted(file.relative_to(tmp_path / "1") for file in (tmp_path / "1").glob("*/*.mp4"))
-    assert len(files) == 2 * len(CLIPS)
+    assert len(files) == 3 * len(CLIPS)  # gt, memory and recon
     for file in (*files, "metrics.json", "retrieved.jsonl"):
         assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes(), file
     assert len([*(tmp_path / "2" / "values").iterdir()]) == 2
@@ -356,6 +358,70 @@ def test_the_control_of_a_clip_is_another_scene(tmp_path):
         assert (int(pair.control.path.stem) < 13) != (int(pair.name) < 13)
     few = held_out.pairs_of(tmp_path, {clip: lines[clip] for clip in range(4)}, "ours")["ours"]
     assert [pair.control for pair in few] == [None] * 4
+
+
+# -- the baselines --------------------------------------------------------------------------------------------
+
+
+def test_the_best_memory_is_played_beside_the_reconstruction(out, judge, capsys):
+    """Its videos are the stimuli of the top-1 memories; its values stand in metrics.json, less them paired."""
+    test, train = Clips("cc2017", 1, "test"), Clips("cc2017", 1, "train")
+    stimuli = held_out.Films(Config(data="cc2017"), SIZE, [])
+    for row in lines_of(out / "retrieved.jsonl"):
+        memory = stimuli.frames(train.lines[train.trained[row["retrieved"][0]]])
+        assert abs(frames_of(out / "memory" / f"{row['clip']:04d}.mp4") - memory).mean() < 3
+    videos = [file.stat().st_mtime_ns for file in sorted(out.glob("*/*.mp4"))]
+    run_evaluation(video_classifier=judge)
+    assert videos == [file.stat().st_mtime_ns for file in sorted(out.glob("*/*.mp4"))]
+    result = json.loads((out / "metrics.json").read_text())
+    memory, less = result["memory"], result["less_memory"]
+    assert [*memory] == ["metrics", "groups", "clips"] and memory["metrics"].keys() == result[
+        "metrics"
+    ].keys()
+    assert memory["metrics"]["ssim"]["shuffled"] is None and memory["metrics"]["ssim"]["n"] == len(CLIPS)
+    for name in ("ssim", "psnr", "all_attributes"):
+        values = [[row[name] for row in rows] for rows in (result["clips"], memory["clips"])]
+        for entry in (less["metrics"][name], less["groups"]["shown in training"][name]):
+            assert entry["mean"] == pytest.approx(np.mean(values[0]) - np.mean(values[1]))
+    seen = recognise(sorted((out / "memory").iterdir()), [judge], {"colour": [*COLOURS], "shape": [*SHAPES]})
+    right = [all(seen[n][k] == test.lines[i][n] for n in seen) for k, i in enumerate(CLIPS)]
+    assert [row["all_attributes"] for row in memory["clips"]] == right
+    text = capsys.readouterr().out.split("\n")
+    labels = "reconstruction, 6|best memory, played, 6|reconstruction less memory|   shuffled".split("|")
+    places = [next(i for i, line in enumerate(text) if line.startswith(label)) for label in labels]
+    assert places == sorted(places)
+    methods = [line.split(",ssim,")[0] for line in open(out / "metrics.csv") if ",ssim," in line]
+    assert methods == ["reconstruction", '"best memory, played"', "reconstruction less memory"]
+
+
+def test_no_stage_2_draws_the_best_memorys_caption(world, x, capsys, monkeypatch):
+    """Of stage 1 alone and with --no-stage2 the same videos: f_fuse is e_mem_txt, W_r even, the decoder the file's."""
+    preset = {
+        name: SETTINGS[name]
+        for name in ("K", "attention_heads", "frames", "height", "width", "sampling_steps", "guidance")
+    }
+    monkeypatch.setitem(train_stage2.PRESETS, "cc2017", preset | {"decoder": str(world / "models" / "wan")})
+    shutil.copytree(RUN / "stage1", RUN.with_name("alone-s0") / "stage1")
+    name = EVAL.replace("eval-6", "eval-no-stage2-2")
+    assert run_evaluation(clips=2, stage2=False) == run_evaluation(clips=2, run="alone") == 0
+    folders = [run / name for run in (RUN, RUN.with_name("alone-s0"))]
+    assert (
+        "alone-s0: no stage 2" in capsys.readouterr().out
+        and not (RUN.with_name("alone-s0") / "eval").exists()
+    )
+    for file in ("recon/0000.mp4", "recon/0025.mp4", "config.json", "retrieved.jsonl"):
+        assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
+    assert all(row["W_r"] == [0.3333] * 3 for row in lines_of(folders[0] / "retrieved.jsonl"))
+    model = evaluate.load_run(Config(data="cc2017", run="alone"), Accelerator(cpu=True))
+    recalled, decoder = model.remember(x), load_decoder(model.settings, True, torch.float32)
+    e_mem_txt = model.pool.text(recalled.indices[:, 0], L)
+    assert torch.equal(recalled.f_fuse, e_mem_txt)
+    video = decoder.generate(e_mem_txt[:1], model.empty, SIZE, [noise_generator(0, 0)], 2, 2.0).numpy()
+    assert np.array_equal(model.reconstruct(x[:1]), video)
+    for run, changes in (("no-mom", {"stage2": False}), ("none", {"stage2": False}), ("none", {})):
+        with pytest.raises(OSError, match=rf"{run}-s0.*train_stage[12].py"):
+            run_evaluation(run=run, **changes)
+    shutil.rmtree(RUN.with_name("alone-s0"))
 
 
 # -- one recording ----------------------------------------------------------------------------------------

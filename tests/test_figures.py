@@ -174,9 +174,9 @@ def test_clips_are_chosen_by_rule_half_of_each_group(own_run):
 
 
 @pytest.mark.parametrize("command, titles, runs", [
-    ("compare --table 4", ["L_clip", "+ L_cls", "+ L_action", "+ MoM"],
-     ["full-no-cls-no-action-no-mom", "full-no-action-no-mom", "full-no-mom", "full"]),
-    ("compare --table 6", ["w/o integration", "w/ integration"], ["full-no-integration", "full"]),
+    ("compare --table 4", ["L_clip", "+ L_cls", "+ L_action", "+ L_action, any caption in training", "+ MoM"],
+     ["full-no-cls-no-action-no-mom", "full-no-action-no-mom", "full-no-mom", "full-no-mom-any-caption", "full"]),
+    ("compare --table 6", ["w/o integration", "alpha = 0", "w/ integration"], ["full-no-integration", "full-alpha0", "full"]),
     ("weights --table 4", ["without L_cls, L_action", "with"], ["full-no-cls-no-action", "full"]),
 ])  # fmt: skip
 def test_the_rows_of_a_table_are_its_runs(command, titles, runs, tmp_path, monkeypatch, capsys):

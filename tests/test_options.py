@@ -193,6 +193,8 @@ OF_EVALUATE = {
     "subject": (2, lambda a, b: b.out.parts[2] == "sub2" and not torch.equal(a.x(), b.x())),
     "run": ("no-mom", lambda a, b: b.out.parent.name == "no-mom-s0" and torch.equal(a.x(), b.x())),
     "seed": (3, lambda a, b: b.out.parent.name == "full-s3" and {key[0] for key in b.keys()} == {3}),
+    "stage2": (False, lambda a, b: b.out.name.startswith("eval-no-stage2") and torch.equal(a.x(), b.x())
+               and not b.evaluation.provenance["stage2"]),
     "shuffle": (True, lambda a, b: b.out.name.startswith("eval-shuffled") and not (a.x() == b.x()).all((1, 2)).any()
                 and a.keys() == b.keys()),
     "fmri": ("x.npy --out one.mp4", lambda a, b: "written: one.mp4" in b.printed and b.x().shape == (1, 2, 40)
