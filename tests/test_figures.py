@@ -13,7 +13,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import press, wait
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -208,25 +207,11 @@ def test_weights_are_on_one_scale_for_all_runs(run, tmp_path, capsys, monkeypatc
     np.testing.assert_allclose([[float(x) for x in line[42:].split()] for line in lines], cells, atol=6e-4)
 
 
-def test_bars_are_areas_of_enough_voxels_the_greatest_first():
+def test_areas_have_enough_voxels_the_greatest_first():
     area = np.array(["V1"] * 5 + ["V2"] * 5 + ["8Ad"] * 4 + ["PHA1"] * 6)
     values = np.concatenate([[0.1, 0.2, 0.2, 0.2, 0.3], np.full(5, 0.4), np.ones(4), np.full(6, 0.9)])
-    areas = figures.by_area([values, values[:10] / 2], [area, area[:10]])
-    group, ax = "early visual (V1-V4)", Figure().subplots()
+    areas, group = figures.by_area([values, values[:10] / 2], [area, area[:10]]), "early visual (V1-V4)"
     assert [row[:3] for row in areas] == [("V2", group, 5), ("V1", group, 5), ("PHA1", "other areas", 6)]
-    figures.draw_areas(ax, areas, ["one", "two"], {"V2": "light"})
-    bars = [[bar.get_width() for bar in container] for container in ax.containers[::2]]
-    np.testing.assert_allclose(bars, [[0.4, 0.2, 0.9], [0.2, 0.1, np.nan]])
-    (start, end) = ax.collections[0].get_segments()[1]  # V1 by the first run: mean ± deviation
-    assert (start[0], end[0]) == pytest.approx((0.2 - 0.004**0.5, 0.2 + 0.004**0.5))
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["V2 (5)", "V1 (5)", "PHA1 (6)"]
-
-
-@pytest.mark.parametrize(
-    "area, drive", [("MT", "motion"), ("p24", "nothing"), ("hippocampus_left", "conjunction")]
-)
-def test_the_toy_says_what_drives_an_area(area, drive):
-    assert figures.drives_of("toy")[area] == drive and figures.drives_of("cc2017") == {}
 
 
 def test_voxels_lie_where_the_atlas_has_them():
@@ -295,21 +280,6 @@ def test_memories_shows_stimulus_memories_and_reconstruction(run, tmp_path, monk
     np.testing.assert_allclose([args[0] for args in drawn["draw_attention"]], attention)
 
 
-def test_bars_and_curves_are_the_numbers():
-    scores, attention, without = Figure().subplots(3)
-    memories.draw_score(scores, np.array([0.5, 0.3, 0.2]) * [0.8, -0.5, 0.25])
-    bars = [(bar.get_x(), bar.get_width()) for bar in scores.patches]
-    np.testing.assert_allclose(bars, [(0, 0.4), (0.4, -0.15), (0.4, 0.05)])  # -0.15 is drawn back over 0.4
-    assert [text.get_text() for text in scores.texts] == ["S = 0.300"]
-    weights = np.random.default_rng(0).dirichlet(np.ones(50), 2).T  # (K, 2)
-    memories.draw_attention(attention, weights)
-    curves = [line.get_xydata() for line in attention.lines]
-    np.testing.assert_array_equal(curves, [np.c_[np.arange(1, 51), values] for values in weights.T])
-    assert [line.get_color() for line in attention.lines] == [memories.COLOURS[m] for m in ("img", "act")]
-    memories.draw_attention(without, None)
-    assert not without.lines
-
-
 def page_of(run: Path, out: Path, *options: str) -> tuple[str, dict]:
     """The page, and the run in it."""
     figures.main(["memories", str(run), "--html", "--stimuli", "films", "--out", str(out), *options])
@@ -343,34 +313,6 @@ def test_the_page_holds_all_that_it_shows(own_run, tmp_path):
         assert (stream.pix_fmt, stream.height, stream.width) == ("yuv420p", 256, 384)
     assert text.count("</script>") == memories.PAGE.read_text().count("</script>")  # no caption ends it
     assert not re.search(r"(src|href)=|https?:|fetch\(", text.replace(json.dumps(page), ""))
-
-
-@pytest.mark.slow
-def test_the_page_in_a_browser(browser, run, tmp_path):
-    _, page = page_of(run, tmp_path / "page.html", "--rows", "3")
-    browser.get((tmp_path / "page.html").as_uri())
-
-    def words(element: str) -> str:
-        return browser.find_element("id", element).text
-
-    def films(value: str) -> list:
-        return browser.execute_script(f"return [...document.querySelectorAll('video')].map(v => v.{value})")
-
-    wait(lambda: all(time > 0 for time in films("currentTime")))
-    clip = page["clips"][0]
-    assert films("src")[:2] == [clip["gt"], clip["recon"]] and len(films("src")) == 2 + K
-    assert words("where") == "clip 1 of 3" and words("caption").endswith("[shown in training]")
-    for k, figure in enumerate(browser.find_elements("css selector", "#memories figure")):
-        text = " ".join(figure.text.split())
-        assert f"S {np.dot(clip['W_r'], clip['cosines'][k]):.3f}" in text
-        assert f"image {clip['attention'][k][0]:.3f}" in text
-    press(browser, "p")
-    wait(lambda: all(films("paused")))
-    press(browser, "\ue012")  # the left arrow, for WebDriver
-    assert words("where") == "clip 3 of 3" and words("caption").endswith("[never shown]")
-    wait(lambda: all(films("paused")))  # what is paused stays so
-    press(browser, " ")
-    wait(lambda: not any(films("paused")))
 
 
 # ---------------------------------------------------------------- what is refused
@@ -478,27 +420,6 @@ def test_a_clips_response_is_the_mean_of_its_volumes_by_showing(tiny):
     film = read_video(tiny / "data/cc2017/raw/stimuli/seg3.mp4").frames[80:100]  # 10 frames a second
     last = figure.axes[-1].images[0].get_array()
     np.testing.assert_array_equal(last, film[18])  # the middle of the last eighth
-
-
-def test_areas_and_maps_show_each_showing_and_voxel(monkeypatch):
-    roi = np.array(["L_V1"] * 3 + ["R_V1", "R_4", "L_4", "hippocampus_left"])
-    voxels = np.array([[0, 1, 2, 3, 0.5, -0.5, 1], [1, 1, 1, 1, -1, -2, 2.0]])
-    clips = SimpleNamespace(roi=roi, index=np.array([5, 6, 7, 8, 9, 10, 70_000]))
-    response, ax = show.Response(clips, {}, [0, 2], voxels), Figure().subplots()
-    show.plot_areas(ax, response)
-    names = [label.get_text() for label in ax.get_yticklabels()]
-    assert names == ["V1  (4)", "4  (2)", "hippocampus left  (1)"]
-    dots = [line.get_xdata().tolist() for line in ax.lines[:2]]
-    assert dots == [[1.5, 0, 1], [1, -1.5, 2]]  # of each showing the areas' means
-    bar = ax.get_legend_handles_labels()[0][0].get_segments()[0]
-    assert bar[:, 0] == pytest.approx([0.3, 2.7])  # 10 and 90 % of 0, 1, 2, 3
-    monkeypatch.setattr(show, "draw_cortex", lambda ax, *args: ax.scatter([0], [0], c=[0]))
-    drawn, maps = spy(monkeypatch, show, "draw_cortex"), Figure().subplots(3)
-    show.draw_maps(maps, response, np.linspace(0.2, 0.8, 7), 30)
-    (_, index, mean, _, limits), (_, _, r, _, highest) = drawn
-    assert index is clips.index and mean.tolist() == voxels.mean(0).tolist() and r[0] == 0.2
-    assert limits == pytest.approx((-1.97, 1.97), abs=0.05) and highest[1] == pytest.approx(0.8, abs=0.01)
-    assert "hippocampus left 1 voxels, response +1.50 +- 0.00, r 0.80" in maps[2].texts[0].get_text()
 
 
 # ---------------------------------------------------------------- judge.py
