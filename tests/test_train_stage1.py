@@ -385,23 +385,6 @@ def test_several_processes_train_as_one_does(linked, processes, batch, more):
 
 
 @pytest.mark.slow
-def test_8_bit_moments_train_and_go_on(linked):
-    """bitsandbytes runs on the CPU, too; it is an extra."""
-    pytest.importorskip("bitsandbytes")
-    words = "--steps 30 --width 64 --optimizer adamw8bit".split()
-    train(*words)
-    train(*words[:4], "--run", "32")
-    eight, full = ([row["loss"] for row in log(out)] for out in (OUT, of("32")))
-    assert eight[0] == full[0] and eight[-1] == pytest.approx(full[-1], rel=0.02)
-    state = torch.load(OUT / "state" / "state.pt", weights_only=True)["optimiser"]["state"]
-    moments = [entry.get("__bnb_optimizer_quant_state__", entry)["state1"] for entry in state.values()]
-    kinds = {(x.numel() >= 4096, x.dtype) for x in moments}
-    assert kinds == {(True, torch.uint8), (False, torch.float32)}
-    (OUT / "test.json").unlink()
-    train(*words)  # its state is read again
-
-
-@pytest.mark.slow
 def test_the_import_of_the_script_loads_no_encoder_and_no_decoder():
     code = "import sys, train_stage1; print([n for n in ('open_clip', 'diffusers') if n in sys.modules])"
     stdout = subprocess.check_output([sys.executable, "-c", code], env=environment(), text=True)
