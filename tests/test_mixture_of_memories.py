@@ -137,16 +137,9 @@ def test_integration_is_torchs_attention_of_each_kind_and_two_convolutions(pool,
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_at_step_0_f_fuse_is_the_top_1_text_exactly(pool, f_e, q):
-    out = make_mom()(f_e, q, pool)
-    assert torch.equal(out.f_fuse, captions_by_hand(pool, out.indices[:, 0])) and not out.z_f.any()
-    assert torch.equal(out.z_t, out.f_fuse) and out.W_r.shape == (B, 3)
-
-
 def test_f_hat_differs_between_tokens_from_the_start():
     """Unit vectors of D = 768 must not make every logit vanish: then all tokens would read the same from memory."""
-    mom = MixtureOfMemories(tokens=L, width=64, embed_dim=768, text_dim=32, K=5, attention_heads=4)
-    outputs = []
+    mom, outputs = MixtureOfMemories(L, 64, 768, 32, K=5, attention_heads=4), []
     mom.integration.W_O.register_forward_hook(lambda module, args, out: outputs.append(out))
     mom(torch.randn(8, L, 64), torch.randn(8, 3, 768), make_pool(D=768, D_txt=32))
     between_tokens = (outputs[0] - outputs[0].mean(1, keepdim=True)).square().mean()
@@ -176,10 +169,12 @@ def test_bfloat16_autocast_runs_forward_and_backward(pool, f_e, q):
 
 
 def test_router_and_brain_model_learn_from_the_diffusion_loss_after_one_step(pool, f_e, q):
-    """Zero-convs stop every gradient at step 0 but their own; one step later all that is to train is reached."""
+    """Zero-convs make f_fuse the top-1 text at step 0 and stop every gradient but their own; one step later all that
+    is to train is reached."""
     mom, denoiser, epsilon = make_mom(), nn.Linear(D_TXT, D_TXT), torch.randn(B, L, D_TXT)
     trainable = dict(mom.named_parameters()) | {"f_e": f_e.requires_grad_(), "q": q.requires_grad_()}
-    optimizer = torch.optim.AdamW(mom.parameters(), lr=1e-3)
+    optimizer, out = torch.optim.AdamW(mom.parameters(), lr=1e-3), mom(f_e, q, pool)
+    assert torch.equal(out.f_fuse, captions_by_hand(pool, out.indices[:, 0])) and not out.z_f.any()
 
     def reached() -> set[str]:
         for x in trainable.values():
@@ -199,26 +194,20 @@ def test_condition_is_brain_model_queries_and_mixture(pool, excluded):
     mom, x = trained(make_mom()), torch.randn(B, 2, 7)
     expected, f_e = brain_model(x)
     q = torch.stack([expected, expected, heads.phi_a(expected)], 1)
-    for bound in (None, excluded):
-        f_c, recalled = condition(brain_model, heads, mom, pool, x, bound)
-        assert torch.equal(f_c, expected)
-        assert torch.equal(recalled.f_fuse, mom(f_e, q, pool, bound).f_fuse)
-        assert recalled.S.isneginf().any() == (bound is not None)
+    f_c, recalled = condition(brain_model, heads, mom, pool, x, excluded)
+    assert torch.equal(f_c, expected) and torch.equal(recalled.S.isneginf(), excluded)
+    assert torch.equal(recalled.f_fuse, mom(f_e, q, pool, excluded).f_fuse)
 
 
-def test_ragged_text_is_padded_with_zeros_in_float32(pool):
+def test_ragged_text_is_padded_with_zeros_in_float32_and_captions_do_not_move(pool):
     i = torch.tensor([5, 0, 59, 5])
     text = pool.text(i, L + 2)
     assert text.shape == (4, L + 2, D_TXT) and not text[:, L:].any()
     assert torch.equal(text[:, :L], captions_by_hand(pool, i))
     half = MemoryPool(pool.e, [caption.half() for caption in pool.captions]).text(i, L)
     assert half.dtype == torch.float32 and torch.equal(half, text[:, :L].half().float())
-
-
-def test_the_captions_stay_where_they_are_when_the_pool_moves(pool):
-    captions = [*pool.captions]
     moved = pool.to("meta")  # shows what a GPU would
-    assert moved.e.is_meta and all(a is b for a, b in zip(moved.captions, captions, strict=True))
+    assert moved.e.is_meta and not any(caption.is_meta for caption in moved.captions)
     assert pool.state_dict().keys() == {"e"} and not [*pool.parameters()]
 
 
@@ -226,7 +215,6 @@ def test_save_and_load(tmp_path, pool, f_e, q):
     mom = trained(make_mom(alpha=0.5, tau=0.3, text_rms=2.5))
     mom.save_pretrained(tmp_path)
     loaded = MixtureOfMemories.from_pretrained(tmp_path)
-    assert (loaded.K, loaded.tau, loaded.integration.alpha, loaded.tokens) == (K, 0.3, 0.5, L)
     assert torch.equal(loaded(f_e, q, pool).f_fuse, mom(f_e, q, pool).f_fuse)
 
 

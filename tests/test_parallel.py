@@ -20,12 +20,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="copies take Lin
 
 def test_each_copy_does_its_share_with_one_thread_and_they_return_in_order():
     at_hand = torch.arange(10)  # not sent: a copy has it
+
+    def work(k: int, n: int) -> tuple[int, int, int]:
+        return os.getpid(), torch.get_num_threads(), int(at_hand[k::n].sum())
+
     torch.set_num_threads(2)
-    shares = in_processes(
-        lambda k, n: (os.getpid(), torch.get_num_threads(), int(at_hand[k::n].sum())), ALONE, 3
-    )
+    pids, threads, sums = zip(*in_processes(work, ALONE, 3), strict=True)
     torch.set_num_threads(1)
-    pids, threads, sums = zip(*shares, strict=True)
     assert len({*pids, os.getpid()}) == 4 and threads == (1, 1, 1) and sums == (18, 12, 15)
     assert not multiprocessing.active_children()
 
@@ -59,10 +60,11 @@ def test_a_copy_that_is_ended_as_it_starts_ends():
             raise ValueError("0007.mp4: found nothing")
         time.sleep(20)
 
+    def wait() -> None:
+        time.sleep(len(forks) == 2)
+
     before, forks, parent = signal.signal(signal.SIGTERM, terminated), [], os.getpid()
-    os.register_at_fork(
-        before=lambda: forks.append(0), after_in_child=lambda: len(forks) == 2 and time.sleep(1)
-    )
+    os.register_at_fork(before=lambda: forks.append(0), after_in_child=wait)
     try:
         with pytest.raises(ValueError, match="0007.mp4: found nothing"):
             in_processes(work, ALONE, 2)
@@ -91,21 +93,14 @@ door(lambda: in_processes(work, ALONE, 2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_copy_outlives_its_parent(number):
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGKILL, -9)])
+def test_no_copy_outlives_its_parent(number, status):
     """Ctrl-C goes to all of them, as in a terminal; the others only to the parent."""
-    parent = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=REPO / "tests",
-        start_new_session=True,
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    parent = subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=REPO / "tests", **pipes)
     copies = [int(parent.stdout.readline()) for _ in range(2)]
     os.killpg(parent.pid, number) if number == signal.SIGINT else parent.send_signal(number)
-    assert "Traceback" not in parent.communicate(timeout=60)[1]
-    assert parent.returncode == {signal.SIGINT: 130, signal.SIGTERM: 0, signal.SIGKILL: -9}[number]
+    assert "Traceback" not in parent.communicate(timeout=60)[1] and parent.returncode == status
     for _ in range(100):
         alive = [pid for pid in copies if os.path.exists(f"/proc/{pid}")]
         time.sleep(0.1 if alive else 0)

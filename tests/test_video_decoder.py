@@ -82,35 +82,29 @@ def generators(*clips: int) -> list[torch.Generator]:
     return [noise_generator(0, clip) for clip in clips]
 
 
-def lora_gradients(decoder: VideoDecoder) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
+def edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_only_the_parts_asked_for_are_loaded_in_the_dtype_that_the_family_wants(folder, family, tmp_path):
     decoder = load(folder)
     assert decoder.pipe.vae is None and decoder.pipe.text_encoder is None and decoder.pipe.tokenizer is None
     assert (decoder.text_length, decoder.text_width) == (L, D_TXT)
-    pipe = load(folder, transformer=False, vae=True, text_encoder=True, dtype=torch.bfloat16).pipe
+    decoder = load(folder, transformer=False, vae=True, text_encoder=True, dtype=torch.bfloat16)
+    pipe = decoder.pipe
     assert pipe.transformer is None and pipe.text_encoder.dtype == torch.bfloat16
     assert pipe.vae.dtype == (torch.float32 if family == "wan" else torch.bfloat16)
     assert not (pipe.vae.use_tiling or pipe.vae.use_slicing)
-    if family == "wan":  # whose tokenizer may say more than 512, or nothing
-        pipe.tokenizer.model_max_length = int(1e30)
-        pipe.tokenizer.save_pretrained(tmp_path / "tokenizer")
-        for name in ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            shutil.copy(folder / name, tmp_path / name)
-        assert load_pipeline(tmp_path)[1] == 512
-
-
-def test_a_text_encoder_of_t5_xxls_width_is_in_bf16_on_a_cpu_too(folder, family, tmp_path):
-    wide = shutil.copytree(folder, tmp_path / "wide")
-    config = json.loads((wide / "transformer/config.json").read_text())
-    config["text_dim" if family == "wan" else "text_embed_dim"] = 4096
-    (wide / "transformer/config.json").write_text(json.dumps(config))
-    for name, dtype in ((folder, torch.float32), (wide, torch.bfloat16)):
-        pipe = load_pipeline(name, vae=True, text_encoder=True)[0]
+    assert decoder.to("meta") is decoder  # shows what a GPU would
+    assert pipe.vae.device.type == pipe.text_encoder.device.type == "meta"
+    wide = shutil.copytree(folder, tmp_path / "wide")  # a text encoder of T5-XXL's width is in bf16 anywhere
+    edit(wide / "transformer/config.json", **{"text_dim" if family == "wan" else "text_embed_dim": 4096})
+    if family == "wan":  # whose tokenizer may say more than 512
+        edit(wide / "tokenizer/tokenizer_config.json", model_max_length=int(1e30))
+    for name, dtype, length in ((folder, torch.float32, L), (wide, torch.bfloat16, 512)):
+        pipe, text_length, _ = load_pipeline(name, vae=True, text_encoder=True)
         assert (pipe.text_encoder.dtype, pipe.vae.dtype) == (dtype, torch.float32)
+        assert family == "cogvideox" or text_length == length
 
 
 def test_lora_is_on_every_attention_projection_and_all_else_is_frozen(folder, family):
@@ -125,21 +119,13 @@ def test_lora_is_on_every_attention_projection_and_all_else_is_frozen(folder, fa
     assert not any(p.requires_grad for p in load(folder, rank=0).parameters())
 
 
-def test_all_that_is_loaded_moves(folder):
-    decoder = load(folder, vae=True, text_encoder=True)
-    assert decoder.to("meta") is decoder  # shows what a GPU would
-    for part in (decoder.pipe.transformer, decoder.pipe.vae, decoder.pipe.text_encoder):
-        assert part.device.type == "meta"
-
-
 def test_lora_starts_as_nothing_and_adds_alpha_over_rank_of_its_product(folder, batch):
     pipe, text_length, config = load_pipeline(folder, transformer=True)
     plain = VideoDecoder(pipe, text_length, config, lora_rank=0).diffusion_loss(*batch)
     decoder = VideoDecoder(load_pipeline(folder, transformer=True)[0], text_length, config)
     assert torch.equal(decoder.diffusion_loss(*batch), plain)
-    module = load(folder).transformer.get_submodule(
-        f"{'blocks' if decoder.is_wan else 'transformer_blocks'}.1.attn1.to_q"
-    )
+    blocks = "blocks" if decoder.is_wan else "transformer_blocks"
+    module = load(folder).transformer.get_submodule(f"{blocks}.1.attn1.to_q")
     A, B = module.lora_A.default.weight, module.lora_B.default.weight
     x = torch.randn(3, A.shape[1])
     torch.testing.assert_close(module(x), module.base_layer(x) + 8 / 4 * x @ (B @ A).T, rtol=1e-4, atol=1e-5)
@@ -155,51 +141,42 @@ REFUSED = [  # file, change, error
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("file", "change", "fault"), REFUSED)
+@pytest.mark.parametrize("file, change, fault", REFUSED)
 def test_another_pipeline_is_refused(folder, tmp_path, file, change, fault):
     copy = shutil.copytree(folder, tmp_path / "decoder")
-    (copy / file).write_text(json.dumps(json.loads((copy / file).read_text()) | change))
+    edit(copy / file, **change)
     wanted = "wanted a WanPipeline with one transformer or a CogVideoXPipeline 1.0"
     with pytest.raises(ValueError, match=f"{copy}: found {fault}, {wanted}"):
         load_pipeline(copy)
 
 
 def damage(file: Path, fault: str) -> None:
-    if fault == "cut":
-        file.write_bytes(file.read_bytes()[:-40])
+    weights = load_file(file) if file.suffix == ".safetensors" else {}
+    names = [name for name, weight in weights.items() if weight.dim() > 1]
+    if fault == "pickled":  # it would run code
+        torch.save(weights, file.with_suffix(".bin"))
+        file.unlink()
     elif fault == "gone":
         file.unlink()
-    elif fault == "pickled":  # it would run code
-        torch.save(load_file(file), file.with_suffix(".bin"))
-        file.unlink()
-    elif fault in ("NaN", "missing"):
-        weights = load_file(file)
-        name = [name for name in weights if weights[name].dim() > 1][-1]
-        weights[name].view(-1)[-1] = torch.nan
-        if fault == "missing":
-            del weights[name]
-        save_file(weights, file, metadata={"format": "pt"})
-    else:
+    elif fault == "{":
         file.write_text(fault)
+    else:
+        weights[names[-1]].view(-1)[-1] = torch.nan
+        left = weights if fault == "NaN" else {k: x for k, x in weights.items() if k != names[-1]}
+        save_file(left, file, metadata={"format": "pt"})
 
 
-DAMAGED = [("model_index.json", fault) for fault in ("{", "[1]", "gone")]
-DAMAGED += [(f"transformer/{WEIGHTS}", fault) for fault in ("cut", "gone", "NaN", "missing", "pickled")]
-DAMAGED += [
-    (f"vae/{WEIGHTS}", "NaN"),
-    ("text_encoder/model.safetensors", "NaN"),
-    ("transformer/config.json", "{"),
-]
-DAMAGED += [(f"tokenizer/{name}.json", "{") for name in ("tokenizer", "tokenizer_config")]
+DAMAGED = [(f"transformer/{WEIGHTS}", fault) for fault in ("gone", "NaN", "missing", "pickled")]
+DAMAGED += [(f"vae/{WEIGHTS}", "NaN"), ("text_encoder/model.safetensors", "NaN")]
+DAMAGED += [(f"{name}.json", "{") for name in ("model_index", "tokenizer/tokenizer")]
 
 
-@pytest.mark.parametrize(("file", "fault"), DAMAGED)
+@pytest.mark.parametrize("file, fault", DAMAGED)
 def test_a_damaged_pipeline_is_one_error_that_names_its_folder(folder, tmp_path, file, fault):
     copy = shutil.copytree(folder, tmp_path / "decoder")
     damage(copy / file, fault)
     found = {"NaN": "no finite .*", "missing": r"no [\w.]+"}.get(fault, ".*")
-    wanted = f"^{copy}: found {found}, wanted a WanPipeline .*: download it again"
-    with pytest.raises(ValueError, match=wanted) as error:
+    with pytest.raises(ValueError, match=f"^{copy}: found {found}, wanted a .*: download it again") as error:
         load_pipeline(copy, transformer=True, vae=True, text_encoder=True)
     assert len(str(error.value).splitlines()) == 1
 
@@ -243,22 +220,17 @@ def test_cogvideox_loss_is_the_weighted_error_of_the_clean_latents(tiny, batch):
     rotary = plain._prepare_rotary_positional_embeddings(*SIZE[1:], LATENT[1], torch.device("cpu"))
     expected = []
     for i in range(B):
-        t = int(1000 * u[i])
+        t, text = torch.tensor([int(1000 * u[i])]), f_fuse[i : i + 1]
         a = plain.scheduler.alphas_cumprod[t].float()
-        y_t = a.sqrt() * y[i] + (1 - a).sqrt() * noise[i]
-        inputs = {
-            "timestep": torch.tensor([t]),
-            "encoder_hidden_states": f_fuse[i : i + 1],
-            "image_rotary_emb": rotary,
-        }
-        prediction = decoder.transformer(y_t.transpose(0, 1)[None], **inputs)
-        y_hat = a.sqrt() * y_t - (1 - a).sqrt() * prediction.sample[0].transpose(0, 1)
-        expected.append((y_hat - y[i]).square().mean() / (1 - a))
+        y_t = (a.sqrt() * y[i] + (1 - a).sqrt() * noise[i]).transpose(0, 1)
+        prediction = decoder.transformer(
+            y_t[None], timestep=t, encoder_hidden_states=text, image_rotary_emb=rotary
+        )
+        y_hat = (a.sqrt() * y_t - (1 - a).sqrt() * prediction.sample[0]).transpose(0, 1)
+        expected.append((y_hat - y[i]).square().mean() / (1 - a[0]))
     torch.testing.assert_close(decoder.diffusion_loss(*batch), torch.stack(expected), rtol=1e-3, atol=1e-4)
-    prepared, inputs = y.half(), batch[1:]  # as latents are kept: noised in float32 all the same
-    assert torch.equal(
-        decoder.diffusion_loss(prepared, *inputs), decoder.diffusion_loss(prepared.float(), *inputs)
-    )
+    half, single = (decoder.diffusion_loss(x, *batch[1:]) for x in (y.half(), y.half().float()))
+    assert torch.equal(half, single)  # as latents are kept: noised in float32 all the same
 
 
 @pytest.mark.parametrize("kind", ["velocity", "v_prediction", "epsilon", "sample"])
@@ -275,9 +247,8 @@ def test_a_perfect_prediction_costs_nothing(tiny, batch, kind, monkeypatch):
     monkeypatch.setattr(decoder.transformer, "forward", lambda *args, **kwargs: (answer,))
     torch.testing.assert_close(decoder.diffusion_loss(*batch), torch.zeros(B), rtol=0, atol=1e-10)
     answer[0] += 1  # and an error of one everywhere costs one
-    torch.testing.assert_close(
-        decoder.diffusion_loss(*batch), torch.tensor([1.0, 0, 0, 0]), rtol=0, atol=1e-5
-    )
+    wanted = torch.tensor([1.0, 0, 0, 0])
+    torch.testing.assert_close(decoder.diffusion_loss(*batch), wanted, rtol=0, atol=1e-5)
 
 
 class Counted(TorchDispatchMode):
@@ -299,11 +270,12 @@ def test_gradients_reach_lora_and_prompt_alone_and_recomputation_keeps_every_bit
         with Counted() as counted:
             decoder.diffusion_loss(batch[0], f_fuse, *batch[2:]).mean().backward()
         assert (f_fuse.grad.abs().sum((1, 2)) > 0).all()
-        for name, p in decoder.named_parameters():
-            assert (p.grad is not None and p.grad.abs().sum() > 0) == ("lora_" in name), name
+        named = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+        assert named.keys() == {name for name, _ in decoder.named_parameters() if "lora_" in name}
+        assert all(gradient.abs().sum() > 0 for gradient in named.values())
         gelu.append(counted.times[torch.ops.aten.gelu.default])
         attention.append(counted.times[getattr(torch.ops.aten, ATTENTION).default])
-        gradients.append(lora_gradients(decoder) | {"f_fuse": f_fuse.grad})
+        gradients.append(named | {"f_fuse": f_fuse.grad})
     assert attention == ([4, 4] if family == "wan" else [2, 2])  # of 2 blocks, once
     assert gelu[1] == gelu[0] + 2  # all else runs twice
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
@@ -331,11 +303,10 @@ def test_generate_is_the_pipeline_with_the_same_prompt_embeds(folder, plain, pro
     ).frames  # fmt: skip
     assert video.dtype == torch.uint8 and video.shape == (2, *SIZE, 3)
     assert abs(video.numpy() - expected * 255).max() <= 0.501 and video.float().std() > 1
-    alone = decoder.generate(
-        f_fuse[1:], empty, SIZE, generators(1), 3, 4.0
-    )  # a clip does not depend on its batch
-    assert (video[1].int() - alone[0].int()).abs().max() <= 1
-    without = decoder.generate(f_fuse[1:], f_fuse[1], SIZE, generators(1), 3, 4.0)
+    alone, without = (
+        decoder.generate(f_fuse[1:], x, SIZE, generators(1), 3, 4.0) for x in (empty, f_fuse[1])
+    )
+    assert (video[1].int() - alone[0].int()).abs().max() <= 1  # a clip does not depend on its batch
     assert (without - alone).abs().max() > 1  # prompt and empty prompt matter
 
 
@@ -353,11 +324,8 @@ def test_latents_are_the_normalised_mode_and_decode_as_the_pipeline_does(folder,
     torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-6)
     decoded = decoder.decode_latents(latents)
     assert decoded.shape == video.shape and abs(decoded.numpy() - frames * 255).max() <= 0.51
-    tiled = load(folder, vae=True, tiling=True)
-    assert (
-        tiled.pipe.vae.use_tiling and tiled.pipe.vae.use_slicing
-    )  # of no effect on what is smaller than a tile
-    torch.testing.assert_close(tiled.encode_latents(video), latents, rtol=1e-4, atol=1e-5)
+    tiled = load(folder, vae=True, tiling=True).pipe.vae
+    assert tiled.use_tiling and tiled.use_slicing
 
 
 def test_a_vae_of_other_factors_works_where_its_config_says_them(video):
@@ -389,34 +357,36 @@ def test_text_tokens_are_the_pipelines_prompt_embeds(folder, family, plain):
 def test_sizes_of_latents_or_the_reason_why_a_size_does_not_fit(folder, family):
     decoder = load(folder, transformer=False, vae=True)
     assert latent_shape(decoder, *SIZE) == LATENT and latent_shape(decoder, 17, 32, 64) == (4, 5, 4, 8)
-    for size in ((8, 32, 48), (9, 40, 48), (9, 32, 40), (11, 32, 48), (13, 32, 48)):
-        if (family, size[0]) == ("wan", 13):  # its VAE takes 4k+1 frames, CogVideoX's 8k+1
-            assert latent_shape(decoder, *size) == (4, 4, 4, 6)
-            continue
+    sizes = [(8, 32, 48), (9, 40, 48), (9, 32, 40), (11, 32, 48)]
+    if family == "wan":  # its VAE takes 4k+1 frames, CogVideoX's 8k+1
+        assert latent_shape(decoder, 13, 32, 48) == (4, 4, 4, 6)
+    else:
+        sizes.append((13, 32, 48))
+    for size in sizes:
         wanted = f"{folder}: a video of {size[0]} frames, {size[1]}x{size[2]}, does not fit: wanted [48]k"
         with pytest.raises(ValueError, match=wanted):
             latent_shape(decoder, *size)
     if family == "wan":
-        decoder.config = decoder.config | {"patch_size": (1, 2, 3)}
-        with pytest.raises(ValueError, match="a multiple of 16 and a width of 24"):
-            latent_shape(decoder, 9, 48, 32)
-        assert latent_shape(decoder, *SIZE) == LATENT
-        decoder.config = decoder.config | {"patch_size": (2, 2, 3)}
-        with pytest.raises(ValueError, match=r"a multiple of 2 latent frames \(now 3\)"):
-            latent_shape(decoder, *SIZE)
+        patches = {(1, 2, 3): (9, 48, 32, "a multiple of 16 and a width of 24")}
+        patches[2, 2, 3] = (*SIZE, r"a multiple of 2 latent frames \(now 3\)")
+        for patch, (*size, wanted) in patches.items():
+            decoder.config = decoder.config | {"patch_size": patch}
+            with pytest.raises(ValueError, match=wanted):
+                latent_shape(decoder, *size)
 
 
-def test_what_was_prepared_for_another_decoder_is_refused(folder):
+@pytest.mark.parametrize("latents, empty", [
+    (LATENT, (L, 8)), (LATENT, (9, D_TXT)), ((3, 3, 4, 6), (L, D_TXT)), ((4, 3, 5, 6), (L, D_TXT)),
+    ((4, 3, 4, 5), (L, D_TXT)),
+])  # fmt: skip
+def test_what_was_prepared_for_another_decoder_is_refused(folder, latents, empty):
     decoder = load(folder)
     check_prepared(decoder, LATENT, (L, D_TXT))
     reads = (
         f"but {folder} reads 4 channels in patches of .*, {L} tokens of width {D_TXT}: prepare them for it"
     )
-    cases = [(LATENT, (L, 8)), (LATENT, (9, D_TXT)), ((3, 3, 4, 6), (L, D_TXT))]
-    cases += [((4, 3, 5, 6), (L, D_TXT)), ((4, 3, 4, 5), (L, D_TXT))]
-    for latents, empty in cases:
-        with pytest.raises(ValueError, match=reads):
-            check_prepared(decoder, latents, empty)
+    with pytest.raises(ValueError, match=reads):
+        check_prepared(decoder, latents, empty)
 
 
 def test_saved_lora_loads_in_plain_diffusers_and_gives_the_same_videos(folder, plain, prompts, tmp_path):
@@ -440,37 +410,28 @@ def test_lora_loads_back_and_another_models_is_refused(folder, batch, tmp_path):
     assert not torch.allclose(fresh.diffusion_loss(*batch), decoder.diffusion_loss(*batch), rtol=1e-4)
     load_lora(fresh, tmp_path)
     torch.testing.assert_close(fresh.diffusion_loss(*batch), decoder.diffusion_loss(*batch))
-    # an optimiser keeps hold of them
-    assert all(a is b for a, b in zip(fresh.parameters(), parameters, strict=True))
+    assert all(a is b for a, b in zip(fresh.parameters(), parameters, strict=True))  # an optimiser has them
     for rank, alpha in ((8, 8), (4, 4)):
         wanted = f"found .*rank 4, alpha 8, wanted the .*rank {rank}, alpha {alpha} of {folder}"
         with pytest.raises(ValueError, match=f"{LORA_FILE}: {wanted}"):
             load_lora(load(folder, rank, alpha), tmp_path)
 
 
-BROKEN = {  # weights -> other weights: the error
-    "a block is missing": (lambda w: {k: x for k, x in w.items() if "blocks.0" not in k}, "lora_A.weight missing, wanted"),
-    "other names": (lambda w: {k.replace("lora_A", "lora_C"): x for k, x in w.items()}, "lora_A.weight missing, wanted"),
-    "smaller": (lambda w: {k: x[:1].contiguous() for k, x in w.items()}, "lora_A.weight .1, .*, wanted .4, "),
-    "no number": (lambda w: {k: x * torch.nan for k, x in w.items()}, "NaN or infinity in .*lora_"),
-    "no metadata": (dict, "object is not subscriptable, wanted the .* matrices of rank 4"),
-    "cut": (dict, "wanted the .* matrices of rank 4, alpha 8"),
-}  # fmt: skip
+BROKEN = {  # the error: weights -> other weights
+    "lora_A.weight missing, wanted": lambda w: {k.replace("lora_A", "lora_C"): x for k, x in w.items()},
+    "lora_A.weight .1, .*, wanted .4, ": lambda w: {k: x[:1].contiguous() for k, x in w.items()},
+    "NaN or infinity in .*lora_": lambda w: {k: x * torch.nan for k, x in w.items()},
+}
 
 
-@pytest.mark.parametrize("fault", BROKEN)
-def test_a_damaged_lora_is_one_error_and_changes_nothing(folder, tmp_path, fault):
-    decoder, file, (change, message) = load(folder), tmp_path / LORA_FILE, BROKEN[fault]
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_damaged_lora_is_one_error_and_changes_nothing(folder, tmp_path, message):
+    decoder, file = load(folder), tmp_path / LORA_FILE
     save_lora(decoder, tmp_path)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    save_file(change(load_file(file)), file, None if fault == "no metadata" else metadata)
-    if fault == "cut":
-        damage(file, fault)
+    save_file(BROKEN[message](load_file(file)), file, metadata)
     before = [p.clone() for p in decoder.parameters()]
     with pytest.raises(ValueError, match=f"{LORA_FILE}: found .*{message}.*: load it into the decoder"):
         load_lora(decoder, tmp_path)
     assert all(map(torch.equal, before, decoder.parameters()))
-    file.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{LORA_FILE} is not there: load it into the decoder"):
-        load_lora(decoder, tmp_path)

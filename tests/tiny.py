@@ -3,7 +3,7 @@ and finished runs. No two of its sizes that could be taken for each other are eq
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,27 +62,15 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def write_prepared(
-    root: Path,
-    name: str = "cc2017",
-    clips: tuple[int, int] = (48, 24),
-    segments: tuple[int, int] = (3, 2),
-    N: int = 40,
-    T: int = 1,
-    D: int = 16,
-    F: int = 3,
-    hidden_numbers: int = 4,
-    noise: float = 0.3,
-    copies: int = 0,
-    subject: int = 1,
-    seed: int = 0,
-) -> Path:
-    """root/name as the contract has it (2 and 3 showings, the last of the last training segment not
-    recorded). Returns root/name.
+    root: Path, clips=(48, 24), segments=(3, 2), N=40, T=1, D=16, F=3, hidden_numbers=4, copies=0, subject=1, seed=0
+) -> Path:  # fmt: skip
+    """root/cc2017 as the contract has it (2 and 3 showings, the last of the last training segment not recorded), with
+    so many clips and segments of training and test. Returns root/cc2017.
 
     fMRI and embeddings are linear in the same `hidden_numbers` a clip, so that one can be read from the
     other. The first `copies` clips of the first segment have the frames of the first of the last segment.
     """
-    rng, folder = np.random.default_rng(seed), root / name
+    rng, folder = np.random.default_rng(seed), root / "cc2017"
     to_fmri, to_text, to_action = (rng.normal(size=(hidden_numbers, k)) for k in (T * N, D, D))
 
     def save(path: Path, array: np.ndarray, **recipe) -> None:
@@ -90,30 +78,27 @@ def write_prepared(
         np.save(path, array)
         manifest = path.with_name("manifest.json")
         entries = json.loads(manifest.read_text()) if manifest.is_file() else {}
-        entries[path.name] = {
+        about = {
             "shape": array.shape,
             "dtype": str(array.dtype),
             "recipe": recipe,
             "inputs": {},
             "versions": {},
         }
-        manifest.write_text(json.dumps(entries))
+        manifest.write_text(json.dumps(entries | {path.name: about}))
 
     for split, n, parts, repeats in (("train", clips[0], segments[0], 2), ("test", clips[1], segments[1], 3)):
         length, prefix = n // parts, {"train": "seg", "test": "test"}[split]
         hidden = rng.normal(size=(n, hidden_numbers))
         if split == "train" and copies:
             hidden[:copies] = hidden[-length:][:copies]
-        fmri = (hidden @ to_fmri).reshape(n, 1, T, N) + noise * hidden_numbers**0.5 * rng.normal(
-            size=(n, repeats, T, N)
-        )
+        noise = 0.3 * hidden_numbers**0.5 * rng.normal(size=(n, repeats, T, N))
+        fmri = (hidden @ to_fmri).reshape(n, 1, T, N) + noise
         fmri = (fmri - fmri.mean(0)) / fmri.std(0)
         if split == "train":
             fmri[-length:, -1] = np.nan
-        frames = (
-            hidden[:, None]
-            + 0.1 * rng.normal(size=(n, F, hidden_numbers)) * (np.arange(n) >= copies)[:, None, None]
-        )
+        moves = (np.arange(n) >= copies)[:, None, None]
+        frames = hidden[:, None] + 0.1 * rng.normal(size=(n, F, hidden_numbers)) * moves
         if split == "train" and copies:
             frames[:copies] = frames[-length:][:copies]
         labels = (hidden[:, :4] > 0.5).astype(np.uint8)
@@ -126,16 +111,10 @@ def write_prepared(
         with open(stimuli / "clips.jsonl", "w") as file:
             for i, row in enumerate(labels):
                 segment, k = f"{prefix}{i // length + 1}", i % length
-                named = [name for name, true in zip(CLASSES, row, strict=True) if true]
-                clip = {
-                    "id": f"{segment}-{k:03d}",
-                    "segment": segment,
-                    "video": f"{segment}.mp4",
-                    "start_s": 2.0 * k,
-                }
-                file.write(
-                    json.dumps(clip | {"caption": f"clip {i}", "tags": [], "categories": named}) + "\n"
-                )
+                clip = {"id": f"{segment}-{k:03d}", "segment": segment, "video": f"{segment}.mp4"}
+                clip |= {"start_s": 2.0 * k, "caption": f"clip {i}", "tags": []}
+                clip["categories"] = [CLASSES[m] for m in np.flatnonzero(row)]
+                file.write(json.dumps(clip) + "\n")
     roi = np.array([AREAS[i % len(AREAS)] for i in range(N)])
     np.savez(folder / f"sub{subject}" / "voxels.npz", index=np.arange(N) * 7, roi=roi)
     prepare_copies(folder / "stimuli")
@@ -203,8 +182,8 @@ class Films(Release):
 
     splits = SEGMENTS
 
-    def __init__(self, root: Path, length: dict[str, int] = LENGTH):
-        self.root, self.length = root, length
+    def __init__(self, root: Path):
+        self.root = root
 
     def stimulus(self, segment: str) -> list[Path]:
         path = self.root / f"{segment}.mp4"
@@ -212,7 +191,7 @@ class Films(Release):
         return [path]
 
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
-        for k in range(self.length["test" if segment.startswith("test") else "train"]):
+        for k in range(LENGTH["test" if segment.startswith("test") else "train"]):
             clip = np.full((20, 40, 60, 3), 40, np.uint8)
             for t, frame in enumerate(clip):
                 frame[:, (t + 3 * k) % 60 :][:, :8, k % 3] = 230
@@ -272,19 +251,16 @@ def describe_clip(line: dict, i: int, rng: np.random.Generator) -> dict:
     return line | {"caption": caption, "colour": COLOURS[i % 2], "shape": SHAPES[i // 2 % 2]}
 
 
-def write_films(
-    root: Path, describe: Callable = describe_clip, decoders: tuple[str, ...] = ("wan",), **sizes
-) -> Path:
+def write_films(root: Path, decoders: tuple[str, ...] = ("wan",)) -> Path:
     """data/cc2017 with its films, described, and prepared for the tiny decoders in models/. Returns data/cc2017."""
-    shape = dict(clips=(45, 26), T=T, D=D, F=F, copies=10) | sizes
-    folder = write_prepared(root / "data", **shape)
+    folder = write_prepared(root / "data", clips=(45, 26), T=T, D=D, F=F, copies=10)
     rng = np.random.default_rng(0)
     for split in SEGMENTS:
         file = folder / "stimuli" / split / "clips.jsonl"
-        lines = [describe(json.loads(line), i, rng) for i, line in enumerate(open(file))]
+        lines = [describe_clip(json.loads(line), i, rng) for i, line in enumerate(open(file))]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepare_copies(folder / "stimuli")  # the captions are others now
-    films = Films(root, {"train": shape["clips"][0] // 3, "test": shape["clips"][1] // 2})
+    films = Films(root)
     films.write(folder / "raw" / "stimuli")
     torch.manual_seed(0)
     for name in decoders:

@@ -29,12 +29,7 @@ from video_decoder import VideoDecoder
 
 SMALL = "--data cc2017 --log_every 1 --batch_size 8 --attention_heads 4 --precision fp32".split()
 STAGE1 = [*SMALL, *"--tokens 12 --width 24 --layers 2 --rank 2 --steps 8 --dropout 0.25 --lr 3e-3".split()]
-STAGE2 = [
-    *SMALL,
-    "--decoder",
-    "models/wan",
-    *"--epochs 2 --micro_batch 4 --lora_rank 4 --lora_alpha 8".split(),
-]
+STAGE2 = [*SMALL, *"--decoder models/wan --epochs 2 --micro_batch 4 --lora_rank 4 --lora_alpha 8".split()]
 STAGE2 += [f"--{name}={value}" for name, value in zip(("frames", "height", "width"), SIZE, strict=True)]
 STAGE2 += "--lr 1e-3 --lr_lora 1e-3 --lr_fusion 2e-3 --condition_dropout 0.4 --sample_every 0".split()
 
@@ -69,9 +64,7 @@ class Watched:
 
     def weights(self) -> dict[str, Tensor]:
         return {
-            f"{k}.{name}": p.detach().clone()
-            for k, m in enumerate(self.models)
-            for name, p in m.state_dict().items()
+            f"{k}.{name}": p.clone() for k, m in enumerate(self.models) for name, p in m.state_dict().items()
         }
 
 
@@ -100,11 +93,9 @@ def watch(script: ModuleType, arguments: list, stop: int = 3) -> Watched:
         return result
 
     def moved(optimiser, *_) -> None:
-        gradients = [
-            p.grad for group in optimiser.param_groups for p in group["params"] if p.grad is not None
-        ]
         watched.optimiser = optimiser
-        watched.norms.append(float(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]))))
+        moving = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
+        watched.norms.append(float(torch.cat([p.grad.flatten() for p in moving]).norm()))
         watched.rates.append([group["lr"] for group in optimiser.param_groups])
 
     def saving(run: RunFolder, number: int) -> None:
