@@ -11,9 +11,9 @@ MS without the package vbench. On a CPU the Brain Model has four layers; 24-laye
 
 Prints and writes DIR/rehearsal.md: a row a command, seen / planned (extras/plan.py). `RSS` is of the process,
 `peak` of the tensors that live in a step. Two steps are counted, the third is timed, without AdamW's update.
-Ends with 1 where a command fails, or a plan is off by 15 % in memory, 5 % in disk or operations. With --small
-only disk counts, on a CPU not the memory of preparation and evaluation: the plan is of true sizes on a GPU. The
-same command goes on. A smaller card takes options of both trainings: --training "--micro_batch 8".
+Ends with 1 where a command fails, or a plan, of true sizes on a GPU, is off by 15 % in memory, 5 % in disk or
+operations: with --small disk alone, on a CPU all but the memory of preparation and evaluation. A smaller card
+takes options of both trainings: --training "--micro_batch 8".
 """
 
 import argparse
@@ -348,26 +348,24 @@ class Rehearsal:
         self.numbers, self.logs, self.rows, self.faults = folder / "numbers.json", folder / "logs", [], []
         self.environment = os.environ | {
             "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO), "REHEARSAL_NUMBERS": str(self.numbers),
-            "TORCH_HOME": str(folder / "weights" / "torch"),
+            "TORCH_HOME": str(folder / "weights" / "torch"), **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
         }  # fmt: skip
-        if device == "cpu":
-            self.environment["CUDA_VISIBLE_DEVICES"] = ""
 
     def run(self, script: str, options: str, plan_of: str = "", stage: Path | None = None) -> None:
         """A command; "" is a row of the plan alone. plan_of: options of extras/plan.py; stage: the folder whose
         size the plan foretells."""
-        log, command = self.logs / f"{len(self.rows):02d}-{Path(script).stem}.txt", f"{script} {options}"
+        command = " ".join(f"{script or 'extras/plan.py'} {options}".split())
+        log = self.logs / f"{len(self.rows):02d}-{Path(command.split()[0]).stem}.txt"
         self.numbers.unlink(missing_ok=True)
         self.logs.mkdir(exist_ok=True)
         argv, start = [sys.executable, __file__, "--inside", *command.split()], time.perf_counter()
         with open(log, "wb") as out:
             process = dict(cwd=self.folder, env=self.environment, stdout=out, stderr=out)
             code = subprocess.call(argv, **process) if script else 0
-        seconds = time.perf_counter() - start
         numbers = json.loads(self.numbers.read_text()) if self.numbers.exists() else {}
         if code and (code, script) != (1, "extras/check.py"):  # the films of a miniature repeat: a leak
             self.faults.append(f"{command}: exit status {code}, see {log}")
-        cells = [f"{code}", f"{seconds:.0f}", f"{numbers.get('resident', 0) / 2**20:.1f}"]
+        cells = [f"{code}", f"{time.perf_counter() - start:.0f}", f"{numbers.get('resident', 0) / 2**20:.1f}"]
         try:
             with chdir(self.folder):
                 cells += self.compare(command, numbers, plan_of, stage) if plan_of else [""] * 4
@@ -441,7 +439,6 @@ def write_all(folder: Path, small: bool) -> tuple[str, str, str, str]:
 
 
 def rehearse(folder: Path, small: bool, device: str, training: str) -> int:
-    folder.mkdir(parents=True, exist_ok=True)
     wan, cog, encoders, judges = write_all(folder, small)
     sizes = SMALL if small else PAPER if device == "cuda" else ON_CPU
     sizes = sizes._replace(training=f"{sizes.training} {training}")
@@ -454,8 +451,9 @@ def rehearse(folder: Path, small: bool, device: str, training: str) -> int:
     show.run("extras/check.py", "--data cc2017")
     show.run("extras/delay.py", "--data cc2017 --subject 1")
     if sizes.brain == ON_CPU.brain:
-        words = f"--data cc2017 --precision bf16 {FEW}"
-        show.run(DEPTH, words, f"stage1 {words}")
+        show.run(
+            DEPTH, f"--data cc2017 --precision bf16 {FEW}", f"stage1 --data cc2017 --precision bf16 {FEW}"
+        )
     show.subject("cinebrain", "wan", wan, f"--raw raw/cinebrain {encoders}")
     fourteen = "stage2 --data cc2017 --decoder weights/wan14"
     show.run("", fourteen, fourteen)
@@ -474,8 +472,7 @@ def rehearse(folder: Path, small: bool, device: str, training: str) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--inside"]:
-        inside(sys.argv[2], sys.argv[3:])
-        sys.exit()
+        sys.exit(inside(sys.argv[2], sys.argv[3:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--small", action="store_true", help="the toy's networks")
