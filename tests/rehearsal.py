@@ -444,16 +444,16 @@ def rehearse(folder: Path, small: bool, device: str, training: str) -> int:
     sizes = sizes._replace(training=f"{sizes.training} {training}")
     show = Rehearsal(folder, device, small, sizes, judges)
     for run, decoder in {"wan": wan, "cog": cog}.items():
-        release = f"--raw raw/cc2017 --captions raw/cc2017/captions.jsonl {encoders}"
-        show.subject("cc2017", run, decoder, release)
+        show.subject(
+            "cc2017", run, decoder, f"--raw raw/cc2017 --captions raw/cc2017/captions.jsonl {encoders}"
+        )
     for out in (folder / "runs/cc2017/sub1/wan-s0").glob("eval-*"):
         show.run("evaluate.py", f"--data cc2017 --subject 1 --compare wan/{out.name} cog/{out.name}")
     show.run("extras/check.py", "--data cc2017")
     show.run("extras/delay.py", "--data cc2017 --subject 1")
     if sizes.brain == ON_CPU.brain:
-        show.run(
-            DEPTH, f"--data cc2017 --precision bf16 {FEW}", f"stage1 --data cc2017 --precision bf16 {FEW}"
-        )
+        words = f"--data cc2017 --precision bf16 {FEW}"
+        show.run(DEPTH, words, f"stage1 {words}")
     show.subject("cinebrain", "wan", wan, f"--raw raw/cinebrain {encoders}")
     fourteen = "stage2 --data cc2017 --decoder weights/wan14"
     show.run("", fourteen, fourteen)
