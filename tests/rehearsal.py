@@ -442,11 +442,9 @@ def rehearse(folder: Path, small: bool, device: str, training: str) -> int:
     wan, cog, encoders, judges = write_all(folder, small)
     sizes = SMALL if small else PAPER if device == "cuda" else ON_CPU
     sizes = sizes._replace(training=f"{sizes.training} {training}")
-    show = Rehearsal(folder, device, small, sizes, judges)
+    show, purdue = Rehearsal(folder, device, small, sizes, judges), f"--raw raw/cc2017 {encoders}"
     for run, decoder in {"wan": wan, "cog": cog}.items():
-        show.subject(
-            "cc2017", run, decoder, f"--raw raw/cc2017 --captions raw/cc2017/captions.jsonl {encoders}"
-        )
+        show.subject("cc2017", run, decoder, f"{purdue} --captions raw/cc2017/captions.jsonl")
     for out in (folder / "runs/cc2017/sub1/wan-s0").glob("eval-*"):
         show.run("evaluate.py", f"--data cc2017 --subject 1 --compare wan/{out.name} cog/{out.name}")
     show.run("extras/check.py", "--data cc2017")
@@ -461,7 +459,7 @@ def rehearse(folder: Path, small: bool, device: str, training: str) -> int:
     show.folder.mkdir(exist_ok=True)
     for name in {"raw", "weights"} - {*os.listdir(show.folder)}:
         (show.folder / name).symlink_to(folder / name)
-    show.subject("cc2017", "wan", wan, f"--raw raw/cc2017 --fmri-release raw/neuroclips {encoders}")
+    show.subject("cc2017", "wan", wan, f"{purdue} --fmri-release raw/neuroclips")
     gpu = [sys.executable, "-m", "pytest", "-n", "0", "-m", "gpu", "tests/test_gpu.py"]
     if device == "cuda" and subprocess.run(gpu, cwd=REPO).returncode:
         show.faults.append("pytest -m gpu failed: results of the GPU are not the CPU's")
