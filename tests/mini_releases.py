@@ -136,14 +136,15 @@ def planted_voxels(step: int) -> tuple[np.ndarray, np.ndarray]:
 
 def write_purdue(
     folder: Path, train_segments: int = 4, test_segments: int = 1, test_repeats: int = 2,
-    as_unpacked: bool = False, size: int = 64,
+    as_unpacked: bool = False, size: int = 64, step: int = 16,
 ) -> Mini:  # fmt: skip
-    """The Purdue release, and captions.jsonl beside it. as_unpacked: in the folders of the publisher's archives.
+    """The Purdue release, and captions.jsonl beside it. as_unpacked: in the folders of the publisher's archives;
+    step: one of so many visual voxels is planted.
 
     Few segments give the selection few degrees of freedom, so the planted voxels are almost free of noise.
     """
     rng, clips = np.random.default_rng(0), contents(size)
-    planted, areas = planted_voxels(16)
+    planted, areas = planted_voxels(step)
     broken, noise = np.flatnonzero(areas[:CORTEX] == "4")[:7], np.flatnonzero(areas[:CORTEX] == "PF")[::9]
     columns = np.concatenate([planted, noise, broken])
     pattern = rng.standard_normal((12, len(planted)), dtype=np.float32)
@@ -203,14 +204,15 @@ def episodes_of(subject: int) -> list[int]:
 
 
 def write_cinebrain(
-    folder: Path, subject: int = 3, train: int = 1, test: int = 1, kind: str = "cifti", size: int = 48
-) -> Mini:
+    folder: Path, subject: int = 3, train: int = 1, test: int = 1, kind: str = "cifti", size: int = 48,
+    step: int = 16,
+) -> Mini:  # fmt: skip
     """The first episodes of both splits: `kind` "cifti" (runs and CSV), or "volumes" of 8,405 numbers (1,000 times the
     run, plus the number in the run). Episodes have facts.EPISODE_CLIPS clips, of five volumes each."""
     rng, clips, length = np.random.default_rng(subject), contents(size), facts.EPISODE_CLIPS
-    planted, areas = planted_voxels(16)
+    planted, areas = planted_voxels(step)
     deep = np.isin(areas, ["10r", "d32", "hippocampus_left", "hippocampus_right"])
-    planted = np.sort(np.concatenate([planted, np.flatnonzero(deep)[::4]]))
+    planted = np.sort(np.concatenate([planted, np.flatnonzero(deep)[:: -(-step // 4)]]))
     columns = np.concatenate([planted, planted_voxels(1)[0][1:3]])  # one that is constant, one that is broken
     pattern = rng.standard_normal((12, len(planted)))
     (folder / "videos").mkdir(parents=True, exist_ok=True)

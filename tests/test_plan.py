@@ -104,6 +104,15 @@ def test_stage_1_at_the_papers_size(options, peak, flop, tmp_path, monkeypatch, 
     assert ("fits in 80.0" in text) is (peak < 80) and not list(tmp_path.iterdir())
 
 
+def test_stage_1_counts_what_a_pencil_counts():
+    N, L, S, W = plan.PUBLISHED["cc2017"]["voxels"], 512, 513, 2048
+    matrices = 12 + 8 + 24  # x S W^2: forward, recomputed but for the last matrix of each block, backward
+    attention = (1 + 1 + 2.5) * 2  # x S^2 W; its backward pass computes the logits once more
+    blocks = 24 * (matrices * S * W**2 + attention * S**2 * W)  # multiply-adds of a clip
+    ends = 2 * N * L * 4 + 3 * L * 4 * W + 3 * W * 768  # no gradient of the voxels
+    assert stage1().flop == pytest.approx(2 * 144 * (blocks + ends), rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
