@@ -143,6 +143,7 @@ def save_lora(decoder, folder: Path) -> None:
     lora = decoder.transformer.peft_config["default"].to_dict()
     lora["target_modules"] = sorted(lora["target_modules"])
     weights = get_peft_model_state_dict(decoder.transformer)
+    folder.mkdir(parents=True, exist_ok=True)
     check_room(folder, weights)
     save = type(decoder.pipe).save_lora_weights
     save(folder, weights, weight_name=LORA_FILE, transformer_lora_adapter_metadata=lora)
