@@ -42,6 +42,7 @@ import train_stage2  # noqa: E402
 from extras import plan as count  # noqa: E402
 from extras.ablation_tables import PAGE, RESULTS, Files, as_text, provenance, result_of, write_page  # noqa: E402
 from metrics.held_out import evaluation_folder  # noqa: E402
+from metrics.parallel import end_with_parent  # noqa: E402
 from metrics.table import asked  # noqa: E402
 from prepare.facts import ROIS, in_areas, raw_folder  # noqa: E402
 from support import training  # noqa: E402
@@ -352,9 +353,9 @@ class Process:
         print(f"begins: {job.command}", flush=True)
         command = [sys.executable, str(REPO / job.script.file), *job.options]
         with open(self.log, "wb") as log:
-            self.child = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
+            first = end_with_parent if sys.platform == "linux" else None
+            about = dict(stdout=log, stderr=log, env=environment, start_new_session=True)
+            self.child = subprocess.Popen(command, preexec_fn=first, **about)
 
     def check(self) -> None:
         """Of one that has ended: a line on the terminal. Raises ValueError where it failed."""

@@ -42,11 +42,16 @@ def in_processes(work: Callable[[int, int], object], accelerator: Accelerator, p
             copy.join()
 
 
+def end_with_parent() -> None:
+    """This process gets SIGTERM when its parent ends, however that does: under Linux."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _copy(work: Callable[[int, int], object], k: int, processes: int, sender: Connection) -> None:
     for number in SIGNALS:
         signal.signal(number, lambda *_: sys.exit(1))  # without a word: the parent speaks
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()
     torch.set_num_threads(1)  # more would hang: OpenMP's threads are not copied
     try:
         sender.send(work(k, processes))

@@ -50,6 +50,8 @@ def written_whole(path: Path, keep: bool = False) -> Iterator[Path]:
             os.replace(part, path)
     except Exception as error:
         _raise_if_full(path, part, error)
+        if isinstance(error, FileNotFoundError) and str(part) in (error.filename, str(error.filename)):
+            raise ValueError(f"{path}: another process writes it: wait for it, or choose another") from error
         raise
     finally:
         if part.is_dir():

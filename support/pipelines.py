@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from support.files import find_weights
+from support.files import check_room, find_weights
 from support.readers import read_tensors, reading
 
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -143,6 +143,8 @@ def save_lora(decoder, folder: Path) -> None:
     lora = decoder.transformer.peft_config["default"].to_dict()
     lora["target_modules"] = sorted(lora["target_modules"])
     weights = get_peft_model_state_dict(decoder.transformer)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_room(folder, weights)
     save = type(decoder.pipe).save_lora_weights
     save(folder, weights, weight_name=LORA_FILE, transformer_lora_adapter_metadata=lora)
 

@@ -194,10 +194,12 @@ def load_model(kind: type, folder: Path) -> nn.Module:
     """kind.from_pretrained(folder) of config.json and model.safetensors: all its weights, finite."""
     weights = folder / "model.safetensors"
     with reading(folder, f"a {kind.__name__}"):  # its sizes, names and weights
-        read_json(folder / "config.json")
-        with reading(weights):
-            open(weights, "rb").close()  # as in read_tensors
+        config = read_json(folder / "config.json")
+        tensors = read_tensors(weights)
+        if config.get("layers", 0) > len(tensors):
+            raise ValueError(f"{config['layers']} layers and {len(tensors)} weights")
+        with torch.device("meta"):  # sizes that are not those of the weights take no memory
+            shapes = kind(**config).state_dict()
+        check_tensors(tensors, weights, {name: x.shape for name, x in shapes.items()})
         with redirect_stdout(None):  # it prints where it reads the weights from
-            model = kind.from_pretrained(folder, strict=True)  # the mixin lets weights be missing
-        check_tensors(model.state_dict(), weights)
-    return model
+            return kind.from_pretrained(folder, strict=True)  # the mixin lets weights be missing

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from support.files import follow_umask, save_model, write_json, written_whole
+from support.files import check_room, follow_umask, save_model, write_json, written_whole
 from support.options import lies_within, range_text
 from support.pipelines import check_prepared, latent_shape, save_lora
 from support.readers import (
@@ -37,7 +37,7 @@ from support.readers import (
 
 MEMORIES = "memories.safetensors"
 PROJECT = Path(__file__).parents[1]
-HUB_ID = r"[\w.-]+/[\w.-]+(@[\w.-]+)?"  # at a branch, a tag or a commit
+HUB_ID = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"  # at a branch, a tag, a commit or refs/pr/1
 KEYS = {"data": str, "subject": int, "decoder": str, "mom": bool, "integration": bool, "stage1_config": dict}
 KEYS |= dict.fromkeys(("frames", "height", "width", "sampling_steps", "lora_rank"), int)
 KEYS |= {"guidance": float, "lora_alpha": float, "noise_shift": float, "checkpointing": bool}
@@ -190,6 +190,7 @@ def write_memories(folder: Path, model) -> None:
         "empty": model.empty.detach().cpu().contiguous(),
     }
     with written_whole(folder / MEMORIES) as part:
+        check_room(folder, tensors)
         save_file(tensors, part)
         follow_umask(part)
     write_json(folder / "memories.json", model.lines)

@@ -213,7 +213,8 @@ def _decode(path: Path, start: float = 0.0) -> Iterator:
             turns = round((opening.rotation or 0) / 90) % 4  # anticlockwise
             film = (container.duration or 0) / av.time_base  # s; of its sound, too
             alone = float(stream.duration * tick) if stream.duration else _tagged(stream.metadata)
-            yield VideoInfo(float(stream.average_rate or 0), min(alone or film, film or alone))
+            length = min(alone or film, film or alone) or _last_end(path)
+            yield VideoInfo(float(stream.average_rate or 0), length)
             if start and not is_avi:  # of which the frames are counted from the beginning
                 container.seek(first + int(start / tick), stream=stream)  # the last key frame not after it
                 frames = _timed(container, stream)
@@ -240,6 +241,19 @@ def _timed(container, stream) -> Iterator[tuple]:
         for frame in packet.decode():
             time = times.pop(0)
             yield (time if container.format.name == "avi" else frame.pts), frame
+
+
+def _last_end(path: Path) -> float:
+    """Seconds to the end of the last picture, of a film whose header does not say it (recorded live); of a
+    GIF 0."""
+    import av
+
+    if path.suffix.lower() == ".gif":
+        return 0.0
+    with av.open(str(path)) as container:
+        stream = container.streams.best("video")
+        ends = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.size]
+        return float((max(ends) - (stream.start_time or 0)) * stream.time_base)
 
 
 def _tagged(metadata: dict[str, str]) -> float:

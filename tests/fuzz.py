@@ -27,12 +27,14 @@ from tiny import SIZE  # noqa: E402
 from brain_model import BrainModel  # noqa: E402
 from data import Clips  # noqa: E402
 from evaluate import CineNeuron  # noqa: E402
+from extras.ablation_tables import write_page  # noqa: E402
 from heads import Stage1Heads  # noqa: E402
 from metrics.score import known_values  # noqa: E402
 from prepare.captions import read_captions  # noqa: E402
 from support.readers import load_model, read_json  # noqa: E402
 from support.runs import BAD_INPUT, RunFolder, read_log  # noqa: E402
 from support.videos import read_video, write_video  # noqa: E402
+from toy.release import VERSION, ToyRelease, make_toy  # noqa: E402
 
 JUNK = [None, True, -1, 0, 1e308, float("nan"), "", "x" * 99, [], {}, [[]], {"a": 1}, "\u2028", 2**70]
 
@@ -116,7 +118,7 @@ def targets(root: Path) -> list[tuple[Path, Callable[[], object], list]]:
         write_video(videos / f"a{suffix}", frames, 8)
     np.save(videos / "a.npy", np.zeros((9, 32, 32, 3), np.uint8))
     rows += [(p, lambda p=p: read_video(p), BYTES) for p in sorted(videos.iterdir())] * 4
-    return rows + caption_targets(root) + cifti_targets(root)
+    return rows + caption_targets(root) + cifti_targets(root) + ablation_targets(root) + toy_targets(root)
 
 
 def caption_targets(root: Path) -> list:
@@ -149,6 +151,33 @@ def cifti_targets(root: Path) -> list:
     path.parent.mkdir()
     write_cifti(path, np.random.default_rng(0).normal(size=(6, 91_282)).astype(np.float32))
     return [(path, lambda: read_cifti(path, slice(200), 2.0), BYTES)]
+
+
+def ablation_targets(root: Path) -> list:
+    """What ablations.py reads again: docs/results/table*.json."""
+    results = root / "results"
+    shutil.copytree(Path(__file__).parents[1] / "docs" / "results", results)
+    files = sorted(results.glob("table*.json"))
+    return [(path, lambda: write_page(root / "page.md", results), TEXT) for path in files]
+
+
+def toy_targets(root: Path) -> list:
+    """The films, recordings and captions of the toy world that its preparation reads, in a smaller one."""
+    folder, places = root / "toy-raw", "fmri/seg1_1.npy stimuli/seg1.mp4 captions.jsonl version.json".split()
+    run, film, lines, version = (folder / name for name in places)
+    rows = [{"split": "train", "segment": "seg1", "clip": k, "caption": "a red disc"} for k in range(16)]
+    run.parent.mkdir(parents=True)
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    version.write_text(json.dumps({"version": VERSION}))
+    release = ToyRelease(folder)
+    np.save(run, np.zeros((92, len(release.voxels[1])), np.float32))
+    write_video(film, np.zeros((16 * 16, 32, 32, 3), np.uint8), 8)
+    return [
+        (run, lambda: release.load_run("seg1", 0), BYTES),
+        (film, lambda: next(release.read_clips("seg1")), BYTES),
+        (lines, lambda: (ToyRelease(folder), read_captions(lines, ["seg1"])), TEXT),
+        (version, lambda: make_toy(folder), TEXT),
+    ]
 
 
 class Hang(BaseException):

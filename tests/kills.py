@@ -1,21 +1,24 @@
 """Kill each script at random moments, give the same command again, and compare: `python tests/kills.py --kills 20`.
 
-In a small prepared world: train_stage1, train_stage2, evaluate, and data.py on a miniature of the NeuroClips
-release. Each is killed with SIGKILL so many times, then left to end; what it leaves must equal, bit by bit, what an
-undisturbed one leaves. And on a full disk (a file system of few MB where this may mount one) each ends in one error
-that says so, and goes on when there is room.
+In a small prepared world: train_stage1, train_stage2, evaluate with two workers, ablations, the preparation of the toy
+world, and data.py on miniatures of the NeuroClips and the Purdue release. Each is killed with SIGKILL so many times,
+then left to end; what it leaves must equal, bit by bit, what an undisturbed one leaves: no file more, and no process.
+And on a full disk (a file system of few MB where this may mount one) each ends in one error that says so, and goes on
+when there is room.
 """
 
 import argparse
 import hashlib
 import json
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 REPO = Path(__file__).parents[1]
@@ -23,7 +26,16 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 from conftest import environment  # noqa: E402
 
-VOLATILE = ("events.out", "state.pt", "log.jsonl", "README.md", "manifest.json")  # times, orders of keys
+# times, orders of keys
+VOLATILE = (
+    "events.out",
+    "state.pt",
+    "log.jsonl",
+    ".log",
+    "README.md",
+    "manifest.json",
+    "table6-cc2017-sub1.json",
+)
 
 
 def files_of(root: Path) -> dict[str, str]:
@@ -40,8 +52,18 @@ def files_of(root: Path) -> dict[str, str]:
     return found
 
 
+def left_in(folder: Path) -> list[Path]:
+    """The processes that work in a folder."""
+    left = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "cwd").readlink() == folder.resolve():
+                left.append(process)
+    return left
+
+
 def run(command: list[str], cwd: Path, seconds: float | None = None) -> tuple[int, str]:
-    """Exit status and stderr; killed after `seconds`."""
+    """Exit status and stderr; killed after `seconds`. Raises TimeoutError where processes of it live on."""
     process = subprocess.Popen(
         command, cwd=cwd, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -50,6 +72,11 @@ def run(command: list[str], cwd: Path, seconds: float | None = None) -> tuple[in
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         _, stderr = process.communicate()
+    end = time.time() + 60  # what it started saves what it has, and ends
+    while left := left_in(cwd):
+        if time.time() > end:
+            raise TimeoutError(f"{left} live on after {shlex.join(command)}")
+        time.sleep(0.1)
     return process.returncode, stderr
 
 
@@ -106,39 +133,51 @@ def full_disk(name: str, command: list[str], world: Path, folder: Path) -> bool:
         subprocess.run(["umount", str(place)], check=False)
 
 
+def commands(root: Path) -> dict[str, str]:
+    """What is tried, by name, in a world with the releases to prepare."""
+    from mini_releases import write_neuroclips, write_purdue
+    from test_faults import EVALUATE, STAGE1, STAGE2
+
+    write_neuroclips(root / "release")
+    write_purdue(root / "purdue", train_segments=2)
+    few = f"--train-segments 2 --test-segments 1 --viclip {REPO}/toy/viclip --clip local-dir:{REPO}/toy/clip"
+    of_rows = [words.replace("--data cc2017 ", "") for words in (STAGE1, STAGE2, EVALUATE)]
+    stage1, stage2, evaluate = map(shlex.quote, of_rows)
+    rows = f"--stage1 {stage1} --stage2 {stage2} --evaluate {evaluate}"
+    return {
+        "neuroclips": f"data.py cc2017 --fmri-release release {few}",
+        "purdue": f"data.py cc2017 --raw purdue --captions purdue/captions.jsonl {few}",
+        "toy": "train_stage1.py --data toy --steps 1",
+        "train_stage1": f"train_stage1.py {STAGE1.replace('--steps 4', '--steps 60')} --run k",
+        "train_stage2": f"train_stage2.py {STAGE2} --run k --stage1 full",
+        "evaluate": f"evaluate.py {EVALUATE.replace('--steps 1', '--steps 3')} --processes 2",
+        "ablations": f"extras/ablations.py --data cc2017 --table 6 --seeds 0 {rows}",
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--only", help="one of the scripts")
+    parser.add_argument("--only", nargs="+", help="names of commands")
     args = parser.parse_args()
-    from mini_releases import write_neuroclips
-    from test_faults import EVALUATE, STAGE1, STAGE2, make_world
+    from test_faults import make_world
 
     right = True
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "world").mkdir()
         world = make_world(folder / "world")
-        write_neuroclips(world / "release")
-        data = (
-            f"cc2017 --fmri-release release --train-segments 2 --test-segments 1 --viclip {REPO}/toy/viclip"
-        )
-        options = {
-            "data": f"{data} --clip local-dir:{REPO}/toy/clip",
-            "train_stage1": STAGE1.replace("--steps 4", "--steps 60") + " --run k",
-            "train_stage2": STAGE2 + " --run k --stage1 full",
-            "evaluate": EVALUATE.replace("--steps 1", "--steps 3"),
-        }
         rng = random.Random(0)
-        for name, words in options.items():
-            command = [sys.executable, str(REPO / f"{name}.py"), *words.split()]
-            if args.only in (None, name):
+        for name, words in commands(world).items():
+            script, *options = shlex.split(words)
+            if not args.only or name in args.only:
                 bare = folder / f"{name}-world"
                 shutil.copytree(world, bare)
-                if name == "data":
+                if name in ("neuroclips", "purdue", "toy"):
                     shutil.rmtree(bare / "data")
+                command = [sys.executable, str(REPO / script), *options]
                 right &= try_one(name, command, bare, args.kills, rng, folder)
                 right &= full_disk(name, command, bare, folder)
     sys.exit(0 if right else 1)

@@ -8,6 +8,7 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock, call
 
 import numpy as np
@@ -24,7 +25,7 @@ from evaluate import CineNeuron
 from metrics import card
 from prepare import facts
 from support import pipelines, shared
-from support.files import write_json, writing_array
+from support.files import save_folder, write_json, writing_array
 
 RUN = Path("runs/cc2017/sub1/full-s0")
 PARTS = "brain_model config.json heads lora memories.json memories.safetensors mixture_of_memories voxels.npz".split()
@@ -67,6 +68,17 @@ def test_the_folder_holds_what_the_run_holds(tiny, folder):
     assert sorted(file.name for file in folder.iterdir()) == sorted([*PARTS, "README.md"])
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert len(files) > 10 and {file.stat().st_mode & 0o777 for file in files} == {0o640}  # as the umask was
+
+
+def test_what_there_is_no_room_for_is_said_beforehand(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    for write in (
+        shared.write_memories,
+        lambda folder, model: save_folder(folder, shared.writers(model)["lora"]),
+    ):
+        with pytest.raises(OSError, match="no room on the disk: it takes .* MB or more, 0.0 MB are free"):
+            write(tmp_path / "new", model)
+    assert not [*tmp_path.glob("**/*.safetensors")]
 
 
 def test_its_memories_and_voxels_are_those_of_the_data(tiny, folder):
@@ -120,10 +132,10 @@ def test_push_and_load_by_name(model, x, tmp_path, monkeypatch):
     monkeypatch.setattr(shared, "snapshot_download", download)
     again = CineNeuron.from_pretrained("lab/subject-1")
     assert np.array_equal(again.reconstruct(x[:1]), model.reconstruct(x[:1]))
-    assert shared.locate("lab/subject-1@v1.0") == Path("uploaded")
+    assert shared.locate("lab/subject-1@refs/pr/1") == Path("uploaded")
     assert download.mock_calls == [
         call("lab/subject-1", revision=None),
-        call("lab/subject-1", revision="v1.0"),
+        call("lab/subject-1", revision="refs/pr/1"),
     ]
     monkeypatch.setitem(model.settings, "decoder", "Wan-AI/Wan@v1")
     assert card.model_card(model, "x", None).data.base_model == "Wan-AI/Wan"
@@ -259,7 +271,9 @@ STRANGE = [
         ("K", 0), ("K", 46), ("K", "3"), ("K", 2.5), ("tau", 0.0), ("tau", -1), ("alpha", float("nan")), ("attention_heads", 5), ("tokens", 11)]],
     (BRAIN, setting(attention_heads=5), "brain_model/config.json: found attention_heads = 5, wanted a divisor of 24"),
     *[(file, without(name), f"{file}: found no {name}") for file, name in [(BRAIN, "attention_heads"), (MOM, "attention_heads"), (MOM, "tokens"), (MOM, "K")]],
-    (BRAIN, setting(rank=-2), "brain_model"), (BRAIN, pipe, "brain_model/config.json: found a pipe or a device"),
+    (BRAIN, setting(layers=10**6), "brain_model: found 1000000 layers and .* weights"), ("heads/config.json", setting(frames=0), "heads: found"),
+    *[(BRAIN, setting(**{name: 10**9}), "brain_model/model.safetensors: found .*wanted") for name in ("voxels", "tokens", "rank")],
+    (BRAIN, setting(dropout=7.0), "brain_model: found .*dropout"), (BRAIN, setting(rank=-2), "brain_model"), (BRAIN, pipe, "brain_model/config.json: found a pipe or a device"),
     ("heads/model.safetensors", pipe, "heads/model.safetensors: found a pipe"), (MEMORIES, pipe, "found a pipe"),
     ("lora/pytorch_lora_weights.safetensors", pipe, "found a pipe"), ("voxels.npz", device, "voxels.npz: found a pipe or a device"),
     ("config.json", device, "config.json: found a pipe or a device"), ("memories.json", device, "found a pipe or a device"),

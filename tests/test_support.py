@@ -10,7 +10,6 @@ import os
 import pickle
 import re
 import signal
-import subprocess
 import sys
 import warnings
 import zipfile
@@ -24,7 +23,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from conftest import REPO, environment
+from conftest import REPO
 from safetensors import SafetensorError
 from torch import nn
 
@@ -35,7 +34,7 @@ from metrics.table import METRICS, TOY
 from prepare.facts import decoder_recipes
 from support import files, runs, shared, training
 from support.files import MissingData, read_manifest, resumable_arrays, save_folder, write_json, written_whole
-from support.options import check_name, check_together, option, parse, within
+from support.options import check_name, option, parse
 from support.readers import (
     FileFault,
     MissingFile,
@@ -66,42 +65,22 @@ def test_advice_is_that_of_the_innermost_that_has_one(tmp_path):
     assert str(damaged(path, "x", "y")) == f"{path}: found x, wanted y: delete it and make it anew"
 
 
-@pytest.mark.parametrize(
-    "error", [KeyError("w"), EOFError(), RuntimeError("two\nlines"), IsADirectoryError(21, "b")]
-)
-def test_whatever_a_library_raises_is_damage(error: Exception):
-    with pytest.raises(FileFault, match="^a: found .*, wanted b: c$"), reading("a", "b", "c"):
+DAMAGE = [KeyError("w"), EOFError(), RuntimeError("two\nlines"), IsADirectoryError(21, "b")]
+MACHINE = [MemoryError(), ImportError(), ConnectionError(), TimeoutError()]
+MACHINE += map(RuntimeError, ["<a>: Too many open files (24)", "DefaultCPUAllocator: not enough memory"])
+
+
+@pytest.mark.parametrize("error", [*DAMAGE, *MACHINE, FileFault("a: found"), MissingFile("a is not there: b")])
+def test_whatever_a_library_raises_is_damage_unless_it_is_of_the_machine(error: Exception):
+    with pytest.raises(FileFault if error in DAMAGE else type(error)) as caught, reading("a", "b", "c"):
         raise error
+    is_damage = re.match("a: found .*, wanted b: c$", str(caught.value))
+    assert is_damage if error in DAMAGE else caught.value is error
 
 
-MACHINE = [
-    MemoryError(),
-    ImportError(),
-    ConnectionError(),
-    TimeoutError(),
-    RuntimeError("<a>: Too many open files (24)"),
-    RuntimeError("DefaultCPUAllocator: not enough memory"),
-]
-
-
-@pytest.mark.parametrize("error", [*MACHINE, FileFault("a: found"), MissingFile("a is not there: b")])
-def test_what_is_no_damage_passes_through(error: Exception):
-    with pytest.raises(type(error)) as caught, reading("a", "b", "delete it"):
-        raise error
-    assert caught.value is error
-
-
-@pytest.mark.parametrize(
-    "number", [errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO]
-)
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.EIO])
 def test_no_file_is_deleted_for_a_fault_of_the_machine(number: int, tmp_path, monkeypatch):
-    readers = [
-        read_array,
-        read_json,
-        read_tensors,
-        partial(read_npz, kinds={"a": "f"}),
-        partial(read_state, keys={}),
-    ]
+    readers = [read_array, read_json, read_tensors, partial(read_npz, kinds={}), partial(read_state, keys={})]
     path = tmp_path / "a"
     path.write_bytes(b"whole")
 
@@ -134,10 +113,7 @@ def test_a_model_is_loaded_whole_or_not(tmp_path, capsys):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     assert capsys.readouterr().out == ""
     (tmp_path / "config.json").write_text('{"voxels": "six"}')
-    with (
-        pytest.raises(FileFault, match="found .*, wanted a BrainModel: train again"),
-        advising("train again"),
-    ):
+    with pytest.raises(FileFault, match="found .*, wanted a BrainModel: again"), advising("again"):
         load_model(BrainModel, tmp_path)
 
 
@@ -153,6 +129,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         part.write_text("half")
         assert json.loads(path.read_text()) == ["é"] and part.parent == path.parent  # of one file system
         raise RuntimeError
+    with pytest.raises(ValueError, match="b: another process writes it"), written_whole(tmp_path / "b") as part:
+        part.touch()
+        part.unlink()  # it was done first, and has renamed it
 
     def write(part: Path) -> None:
         (part / "x").write_text("new")
@@ -184,23 +163,17 @@ def test_a_full_disk_is_one_error_whatever_a_library_says(error, tmp_path, monke
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=500_000))
     for old in (0, 3_000_000):  # the last one says how much the next will take
         path.write_bytes(bytes(old))
-        message = (
-            f"a.pt: no room on the disk: it takes {max(old, 2e6) / 1e6} MB or more, 0.5 MB are free: make"
-        )
-        with (
-            pytest.raises(OSError, match=message),
-            written_whole(tmp_path / "b"),
-            written_whole(path) as part,
-        ):
-            part.write_bytes(bytes(2_000_000))
-            raise error
+        message = f"a.pt: no room on the disk: it takes {max(old, 2e6) / 1e6} MB or more, 0.5 MB are free: m"
+        with pytest.raises(OSError, match=message), written_whole(tmp_path / "b"):
+            with written_whole(path) as part:
+                part.write_bytes(bytes(2_000_000))
+                raise error
     with pytest.raises(OSError, match="m: no room on the disk: it takes 0.0 MB"):
         save_folder(tmp_path / "m", lambda folder: (_ for _ in ()).throw(error))
     with pytest.raises(OSError, match="m: no room on the disk: it takes 4.8 MB or more, 0.5 MB"):
         save_folder(tmp_path / "m", lambda folder: files.check_room(folder, {"a": [torch.ones(1_200_000)]}))
-    monkeypatch.setattr(
-        "builtins.open", lambda *_, **__: throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    )
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("builtins.open", lambda *_, **__: throw(full))
     with pytest.raises(OSError, match="a.pt: no room on the disk: it takes 3.0 MB"):
         files.append_text(path, "a line")
     monkeypatch.undo()
@@ -281,9 +254,7 @@ def test_the_manifest_says_what_made_an_array(tmp_path):
     assert entry["recipe"] == {"frames": [8, 9]} and entry["inputs"] == inputs and entry["shape"] == [3, 2]
     assert entry["dtype"] == "float32" and entry["versions"]["numpy"] == np.__version__
     assert files.is_made_by(path, {"frames": (8, 9)}) and files.is_made_by(tmp_path / "b.npy", {})
-    with pytest.raises(
-        ValueError, match=r"a.npy was made with frames = \[8, 9\], but frames = 4 is asked for; delete it"
-    ):
+    with pytest.raises(ValueError, match=r"a.npy was made with frames = \[8, 9\], but frames = 4 is .*delete it"):
         files.is_made_by(path, {"frames": 4})
     with pytest.raises(ValueError, match="a.npy was made with more = None, but more = 1"):
         files.is_made_by(path, {"frames": (8, 9), "more": 1})
@@ -303,9 +274,8 @@ def test_every_text_file_is_opened_as_utf8():
     """Windows takes its code page for what does not say."""
     rooms = "prepare metrics support toy extras extras/page".split()
     for file in [path for room in (".", *rooms) for path in (REPO / room).glob("*.py")]:
-        for call in filter(
-            lambda node: isinstance(node, ast.Call), ast.walk(ast.parse(file.read_text("utf-8")))
-        ):
+        nodes = ast.walk(ast.parse(file.read_text("utf-8")))
+        for call in [node for node in nodes if isinstance(node, ast.Call)]:
             *owner, name = ast.unparse(call.func).split(".")
             if name not in ("open", "read_text", "write_text") or owner[:1] in (["os"], ["av"], ["Image"]):
                 continue
@@ -333,9 +303,8 @@ class Options:
 
 
 def ask(words: str, *more: str) -> Options:
-    return parse(
-        Options, {"toy": {"batch_steps": 5}, "real": {}}, "What it does.", "it.py", [*words.split(), *more]
-    )
+    presets = {"toy": {"batch_steps": 5}, "real": {}}
+    return parse(Options, presets, "What it does.", "it.py", [*words.split(), *more])
 
 
 @pytest.mark.parametrize(("words", "changes"), [
@@ -360,49 +329,16 @@ def test_an_option_out_of_range_is_one_line(words: str, capsys):
 
 
 def test_errors_and_help_name_the_range_and_the_default(capsys):
-    messages = {
-        "--drop 1": "--drop 1.0: wanted at least 0 and below 1",
-        "--flow x": "--flow x: wanted one of ('raft', 'farneback')",
-    }
-    for words, message in messages.items():
-        with pytest.raises(SystemExit):
-            ask(words)
-        assert message in capsys.readouterr().err
-    for words in (["", "--rois", "a\0b"], ["--help"]):
+    for words in (["--drop 1"], ["--flow x"], ["", "--rois", "a\0b"], ["--help"]):
         with pytest.raises(SystemExit):
             ask(*words)
     text, error = capsys.readouterr()
-    assert (
-        "wanted text without a null character" in error
-        and "temperature, in % of nothing [default: 0.07]" in text
-    )
-    assert (
-        "steps [default: 10; toy: 5]" in " ".join(text.split())
-        and "--no-cls" in text
-        and "[default: None" not in text
-    )
-
-
-def test_a_number_within_its_range():
-    share, count = within(float, least=0, below=1), within(int, above=2)
-    assert share("0") == 0 and count("3") == 3
-    for number, text, message in [
-        (share, "1", "'1', wanted a number at least 0 and below 1"), (share, "nan", "'nan', wanted"), (share, "x", "'x', wanted"),
-        (count, "2", "'2', wanted a whole number above 2"), (count, "3.5", "wanted a whole number"),
-    ]:  # fmt: skip
-        with pytest.raises(Exception, match=message):
-            number(text)
-
-
-def test_options_together():
-    check = partial(check_together, unused={"names": ("rois",)}, needed={"flow": ("size", "rois")})
-    check(Options(flow=None, names=["a"]))
-    check(Options(size=3))
-    check(Options(rois="x"))
-    with pytest.raises(ValueError, match="--names with --rois, which does not use it"):
-        check(Options(names=["a"], rois="x"))
-    with pytest.raises(ValueError, match="--flow without --size or --rois"):
-        check(Options())
+    text = " ".join(text.split())
+    for message in ("--drop 1.0: wanted at least 0 and below 1", "without a null character", "--flow x: wanted one of ('raft', "):
+        assert message in error
+    for message in ("temperature, in % of nothing [default: 0.07]", "steps [default: 10; toy: 5]", "--no-cls"):
+        assert message in text
+    assert "[default: None" not in text
 
 
 def test_a_name_is_one_folder():
@@ -443,9 +379,8 @@ def test_a_step_of_adamw_by_hand():
     optimiser, schedule = training.adamw_onecycle([([p], 0.5)], "adamw", 0.1, 20)
     p.grad = torch.tensor([30.0, -40.0])
     numbers = training.update(optimiser, schedule, 1.0)
-    torch.testing.assert_close(
-        p.data, torch.tensor([3.0, -2.0]) * (1 - 0.02 * 0.1) - 0.02 * torch.tensor([1.0, -1.0])
-    )
+    expected = torch.tensor([3.0, -2.0]) * (1 - 0.02 * 0.1) - 0.02 * torch.tensor([1.0, -1.0])
+    torch.testing.assert_close(p.data, expected)
     assert numbers["norm"] == 50 and numbers["lr"] == schedule.get_last_lr()[0] > 0.02 and p.grad is None
 
 
@@ -462,17 +397,13 @@ def test_gradients_are_clipped_together_and_averaged(monkeypatch):
     assert (a.item(), b.item()) == pytest.approx((-1.5, -2))
     monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(training.dist, "get_world_size", lambda: 4)
-    monkeypatch.setattr(
-        training.dist, "all_reduce", lambda x: x.mul_(2)
-    )  # all of them together have twice this one's
+    monkeypatch.setattr(training.dist, "all_reduce", lambda x: x.mul_(2))  # twice this one's in all
     a.grad, b.grad = torch.tensor([6.0]), torch.tensor([8.0])
     assert training.update(optimiser, schedule, 10.0)["norm"] == 5
     assert (a.item(), b.item()) == pytest.approx((-3, -4))  # at half the rate
     for bad in (torch.nan, torch.inf):
         a.grad = torch.tensor([bad])
-        with pytest.raises(
-            ValueError, match="step 2: the gradient's norm is (nan|inf), training diverged: the last"
-        ):
+        with pytest.raises(ValueError, match="step 2: the gradient's norm is (nan|inf), training diverged: the"):
             training.update(optimiser, schedule, 1.0)
         assert a.item() == pytest.approx(-3)
 
@@ -502,18 +433,14 @@ def test_bitsandpagekeeps_all_but_the_first_group_in_32_bits(monkeypatch):
             calls["size"] = min_8bit_size
             super().__init__(params, weight_decay=weight_decay)
 
-    manager = SimpleNamespace(
-        override_config=lambda params, key, value: calls.update({key: (params, value)}),
-        register_parameters=lambda params: None,
-    )
+    manager = SimpleNamespace(register_parameters=lambda params: None)
+    manager.override_config = lambda params, key, value: calls.update({key: (params, value)})
     module.AdamW8bit, module.GlobalOptimManager = AdamW8bit, SimpleNamespace(get_instance=lambda: manager)
     monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
     optimiser, _ = training.adamw_onecycle(groups, "adamw8bit", 0.3, 9)
-    assert (
-        calls == {"size": 4096, "optim_bits": (parameters[1:], 32)}
-        and optimiser.param_groups[2]["weight_decay"] == 0.3
-    )
+    assert calls == {"size": 4096, "optim_bits": (parameters[1:], 32)}
+    assert optimiser.param_groups[2]["weight_decay"] == 0.3
 
 
 def test_processes_precision_and_compilation(monkeypatch):
@@ -530,10 +457,8 @@ def test_processes_precision_and_compilation(monkeypatch):
     names = "checkpointing micro_batch compile precision device save_every log_every"
     assert set(training.MAY_CHANGE) == {*names.split()}
     calls = []
-    block, dit = (
-        SimpleNamespace(compile=lambda: calls.append("block")),
-        SimpleNamespace(compile_repeated_blocks=lambda: calls.append("dit")),
-    )
+    block = SimpleNamespace(compile=lambda: calls.append("block"))
+    dit = SimpleNamespace(compile_repeated_blocks=lambda: calls.append("dit"))
     monkeypatch.setattr(torch, "compile", lambda _: lambda x: throw(RuntimeError("No compiler\nmore")))
     with pytest.raises(ValueError, match="--compile: No compiler: install .*, or leave the option out$"):
         training.compile_blocks([block])
@@ -614,9 +539,7 @@ def begin(root: Path, total: int = TOTAL, accelerator=None, **settings) -> RunFo
     return RunFolder(folder, settings, total, "losses.png", accelerator or Accelerator(cpu=True), may_change)
 
 
-def fit(
-    root: Path, steps: int = 99, at_step=lambda step: None, write_once=None, sample=None, **settings
-) -> dict:
+def fit(root: Path, steps=99, at_step=lambda step: None, write_once=None, sample=None, **settings) -> dict:
     """A regression on data drawn by step, `steps` of its steps at most. Returns its weights."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
@@ -637,9 +560,8 @@ def fit(
             numbers = training.update(optimiser, schedule, 1.0)
             at_step(step)
             numbers["exact"] = loss.item()
-            run.after_step(
-                step, {"loss": loss, "image": 2 * loss}, numbers, lambda step=step: {"held out": step}
-            )
+            validate = lambda step=step: {"held out": step}  # noqa: E731
+            run.after_step(step, {"loss": loss, "image": 2 * loss}, numbers, validate)
     return model.state_dict()
 
 
@@ -689,21 +611,17 @@ def test_what_is_due_after_a_step(tmp_path):
     """Saved, validated, logged and drawn at their steps, the last among them; once, what is written once."""
     samples, folders, config = [], [], stage(tmp_path) / "config.json"
     saved = {}
-    options = dict(
-        save_every=3, log_every=4, sample_every=2, write_once=folders.append, sample=samples.append
-    )
-    fit(
-        tmp_path,
-        at_step=lambda step: saved.update({step: read_json(config)["step"] if config.exists() else 0}),
-        **options,
-    )
+    every = dict(save_every=3, log_every=4, sample_every=2)
+
+    def at_step(step: int) -> None:
+        saved[step] = read_json(config)["step"] if config.exists() else 0
+
+    fit(tmp_path, at_step=at_step, write_once=folders.append, sample=samples.append, **every)
     assert list(saved.values()) == [0, 0, 0, 3, 3, 3, 6] and read_json(config)["step"] == TOTAL
     rows = {row["step"]: row for row in rows_of(tmp_path)}
     assert [*rows] == [0, 2, 4, 5, 6] and [step for step in rows if "held out" in rows[step]] == [2, 5, 6]
     assert rows[5]["held out"] == 5 and {"loss", "image", "norm", "lr"} <= rows[0].keys()
-    assert [file.relative_to(stage(tmp_path)).as_posix() for file in samples] == [
-        f"samples/step-{n:06d}.gif" for n in (2, 4, 6, 7)
-    ]
+    assert samples == [stage(tmp_path) / f"samples/step-{n:06d}.gif" for n in (2, 4, 6, 7)]
     assert folders == [stage(tmp_path)]
     fit(tmp_path / "none", sample_every=0, sample=samples.append)
     assert len(samples) == 4
@@ -719,9 +637,7 @@ def test_a_run_is_new_or_goes_on_or_is_finished(tmp_path):
         assert run.first_step == 2 and not run.finished
     files_of = {file: file.read_bytes() for file in stage(tmp_path).rglob("*") if file.is_file()}
     for change in ({"lr": 2.0}, {"save_every": 3}, {"shape": (1, 3)}, {"more": 1}):
-        with pytest.raises(
-            ValueError, match=rf"^\S+stage1 was made with {[*change][0]} .* \(now .*: .*--run NAME, or delete"
-        ):
+        with pytest.raises(ValueError, match=rf"stage1 was made with {[*change][0]} .* \(now .*: .*, or delete"):
             begin(tmp_path, **change)
     assert {file: file.read_bytes() for file in stage(tmp_path).rglob("*") if file.is_file()} == files_of
     fit(tmp_path)
@@ -729,10 +645,8 @@ def test_a_run_is_new_or_goes_on_or_is_finished(tmp_path):
     with begin(tmp_path) as run:
         assert run.first_step == TOTAL and not run.finished  # what is written last is missing
         run.finish({"loss": "a loss"}, "A run", {"table.txt": "é", "table.json": {"a": 1}})
-        assert (
-            read_json(run.folder / "table.json") == {"a": 1}
-            and (run.folder / "table.txt").read_text("utf-8") == "é"
-        )
+        assert read_json(run.folder / "table.json") == {"a": 1}
+        assert (run.folder / "table.txt").read_text("utf-8") == "é"
     with begin(tmp_path) as run:
         assert run.finished and (run.folder / "losses.png").stat().st_size > 1000
     with begin(tmp_path, total=9) as run:
@@ -744,10 +658,7 @@ def test_one_process_at_a_time(tmp_path):
         for _ in range(2):
             with pytest.raises(ValueError, match="another process works in it: wait for it, or"):
                 begin(tmp_path)
-        with begin(
-            tmp_path, accelerator=SimpleNamespace(is_main_process=False)
-        ):  # one lock for all of a launch
-            pass
+        begin(tmp_path, accelerator=SimpleNamespace(is_main_process=False))  # one lock for all of a launch
     with begin(tmp_path):
         pass
 
@@ -759,9 +670,6 @@ def test_settings_of_an_evaluation_are_claimed(tmp_path):
         claim(tmp_path / "eval", {"steps": 2})
     with pytest.raises(ValueError, match=r"^\S+eval was made with steps 2 \(now 3\): .*rm -r "):
         claim(tmp_path / "eval", {"steps": 3})
-    (tmp_path / "eval" / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="config.json: found list.*rm -r "):
-        claim(tmp_path / "eval", {"steps": 2})
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
@@ -786,14 +694,10 @@ def test_a_signal_ends_training_after_its_step_and_the_run_goes_on(number, statu
 
 def test_all_processes_stop_once_one_got_a_signal():
     stopping = runs.Stopping()
-    others = SimpleNamespace(
-        num_processes=2, device="cpu", gather=lambda x: torch.cat([x, torch.tensor([15])])
-    )
-    assert (
-        not stopping.asked(SimpleNamespace(num_processes=1))
-        and stopping.asked(others)
-        and stopping.number == 15
-    )
+    gather = lambda x: torch.cat([x, torch.tensor([15])])  # noqa: E731
+    assert not stopping.asked(SimpleNamespace(num_processes=1))
+    assert stopping.asked(SimpleNamespace(num_processes=2, device="cpu", gather=gather))
+    assert stopping.number == 15
 
 
 # ---------------------------------------------------------------- the door
@@ -882,16 +786,3 @@ def test_one_error_of_several_processes_is_printed_once(monkeypatch, tmp_path, c
     for _ in range(2):
         runs.say("alone")
     assert capsys.readouterr().err.split() == ["first", "third", "alone", "alone"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_a_signal_ends_a_process_in_good_order(number: int, status: int):
-    script = "import time\nfrom support.runs import door\ndef main():\n print('ready', flush=True)\n time.sleep(20)\ndoor(main)"
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores it
-    options = dict(cwd=REPO, env=environment(), stdout=-1, stderr=-1, text=True, preexec_fn=heard)
-    process = subprocess.Popen([sys.executable, "-c", script], **options)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == status and "the same command goes on" in error and "Traceback" not in error

@@ -20,6 +20,7 @@ from support.videos import (
     resized,
     uniform_frames,
     video_frames,
+    video_info,
     write_video,
 )
 
@@ -211,6 +212,7 @@ def test_frames_of_several_sizes_get_that_of_the_first(tmp_path):
     ("a.mkv", {"sound": 3}, 1, 1),
     ("a.mp4", {"sound": 3}, 1, 1),
     ("a.mkv", {"cover": True}, 1, 1),
+    ("a.mkv", {"options": {"live": "1"}}, 1, 1),  # whose header does not say how long it is
     ("a.avi", {"max_b_frames": 2}, 1, 1),
 ])  # fmt: skip
 def test_no_cover_and_no_longer_sound_are_shown_and_pixels_are_as_wide_as_told(
@@ -220,6 +222,7 @@ def test_no_cover_and_no_longer_sound_are_shown_and_pixels_are_as_wide_as_told(
     shown = film().repeat(wider, 2).repeat(higher, 1)
     assert near(read_video(tmp_path / name).frames, shown)
     assert near(read_clip(tmp_path / name, 1.0, 1.0), shown[10:])
+    assert video_info(tmp_path / name).duration == pytest.approx(2.0, abs=0.02)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.npy"])
