@@ -63,6 +63,7 @@ def stimuli(tmp_path, monkeypatch):
     monkeypatch.setattr("prepare.stimuli.prepare_stimuli", lambda *args, **more: calls.append((args, more)))
     monkeypatch.setattr("prepare.copies.prepare_copies", lambda folder: calls.append(folder))
     monkeypatch.setattr("prepare.decoder.prepare_decoder", lambda *args: calls.append(args))
+    monkeypatch.setattr("prepare.decoder.check_decoder", lambda *args: None)
     return calls
 
 
@@ -290,6 +291,16 @@ def test_captions_that_differ_in_number_from_the_clips_are_refused_first(neurocl
     with pytest.raises(ValueError, match="test.json has 479 captions for the 480 test clips of 2 segments"):
         main([*command, "--test-segments", "2", "--captions", *map(str, lists)])
     assert not stimuli and not (tmp_path / "data").exists()
+
+
+def test_of_the_complete_files_of_neuroclips_the_first_segments_are_taken(neuroclips, monkeypatch):
+    monkeypatch.setattr(NeuroClipsRelease, "complete", {"train": (3, 240), "test": (2, 240)})
+    few = NeuroClipsRelease(neuroclips.folder, 1, train_segments=2, test_segments=1)
+    full = NeuroClipsRelease(neuroclips.folder, 1, **FEW)
+    few.check()
+    assert few.segments == ["seg1", "seg2", "test1"]
+    for segment in few.segments:
+        assert np.array_equal(few.load_run(segment, 1), full.load_run(segment, 1))
 
 
 def test_bad_input_of_the_neuroclips_release_is_named(neuroclips, stimuli, tmp_path):

@@ -176,7 +176,7 @@ def test_what_is_drawn_belongs_to_seed_step_and_clip_alone(recurring, field):
 def test_the_draws_of_stage_2_are_those_of_eq_9(read, stored):
     train = read(decoder="wan", batch_size=45, seed=3, condition_dropout=0.3)
     steps = [train.batch(step) for step in range(60)]
-    assert np.array_equal(steps[0].y, stored("stimuli/train/wan/latents.npy")[steps[0].clips])
+    assert np.array_equal(steps[0].y, stored("stimuli/train/wan/latents-9x32x48.npy")[steps[0].clips])
     batch = joined(steps)
     assert batch.dropped.shape == (2700, 1, 1) and batch.u.shape == (2700,)
     dropped, u = batch.dropped.flatten(), batch.u
@@ -364,7 +364,7 @@ def test_what_is_not_prepared_is_named_with_the_way_to_it(prepared, name):
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), [
-    ("latents.npy", resave(lambda y: y[:-1]), "found float16 of shape .44, 4"),
+    ("latents-9x32x48.npy", resave(lambda y: y[:-1]), "found float16 of shape .44, 4"),
     ("text_tokens.npy", resave(lambda tokens: tokens[:-1]), r"shape .\d+, 16., wanted .*\d+, 16"),
     ("text_tokens.npy", with_value(np.nan), r"nan at \(\d, 0\)"),
     ("text_offsets.npy", with_value(0, slice(0, 2)), "numbers that rise by 1 to 12, from 0"),
@@ -380,7 +380,7 @@ def test_damaged_latents_and_text_are_named(copied, name, damage, message):
     assert str(error.value).startswith(str(folder / name).replace("train/wan/../../", ""))
 
 
-@pytest.mark.parametrize("name", ["latents.npy", "text_tokens.npy", "../../wan/empty_prompt.npy"])
+@pytest.mark.parametrize("name", ["latents-9x32x48.npy", "text_tokens.npy", "../../wan/empty_prompt.npy"])
 def test_what_a_decoder_needs_is_named_with_the_command(copied, tiny, name):
     read, folder = copied
     (folder / name).unlink()
@@ -390,11 +390,11 @@ def test_what_a_decoder_needs_is_named_with_the_command(copied, tiny, name):
 
 def test_what_was_prepared_for_another_size_or_decoder_is_an_error(copied, tiny, tmp_path):
     read, _ = copied
-    with pytest.raises(ValueError, match="latents.npy was made with height = 32, but height = 48 is"):
+    with pytest.raises(MissingData, match="latents-9x48x32.npy, .*--frames 9 --height 48 --width 32"):
         read(size=(SIZE[0], SIZE[2], SIZE[1]))
-    with pytest.raises(MissingData, match="other/latents.npy, for .*other, is not there"):
+    with pytest.raises(MissingData, match="other/latents-9x32x48.npy, for .*other, is not there"):
         read(tmp_path / "other")
-    for part, file in (("vae", "latents.npy"), ("text_encoder", "text_tokens.npy")):
+    for part, file in (("vae", "latents-9x32x48.npy"), ("text_encoder", "text_tokens.npy")):
         wan = shutil.copytree(tiny / "models" / "wan", tmp_path / part / "wan")
         (wan / part / "config.json").write_text("{}")
         with pytest.raises(ValueError, match=f"{file} was made with {part} = "):

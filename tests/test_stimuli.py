@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import sha256
-from tiny import SEGMENTS, SIZE, Films as Bars, unit
+from tiny import LATENT, SEGMENTS, SIZE, Films as Bars, unit
 from tqdm import tqdm
 
 import prepare.decoder
@@ -288,6 +288,9 @@ def test_latents_and_text_are_those_of_each_clip(tiny, decoder):
         assert (len(clips.texts[0]) == L) == (decoder != "wan")
 
 
+LATENTS = "latents-9x32x48.npy"
+
+
 @pytest.fixture
 def described(tiny, tmp_path):
     """prepare(...) of the tiny Wan for a copy of the tiny world's stimuli without what a decoder needs."""
@@ -315,7 +318,7 @@ def test_the_first_sentences_of_a_caption_go_to_the_text_encoder(described, tmp_
         described()
 
 
-def test_latents_that_stopped_go_on_and_what_is_finished_is_left(described, tiny, monkeypatch):
+def test_latents_that_stopped_go_on_and_what_is_finished_is_left(described, tiny, tmp_path, monkeypatch):
     encode, calls = prepare.decoder.VideoDecoder.encode_latents, []
 
     def stop(self, video):
@@ -331,16 +334,21 @@ def test_latents_that_stopped_go_on_and_what_is_finished_is_left(described, tiny
     # a plan tries one clip twice; 32 of the 45 training clips are not encoded again
     assert calls == [1, 1, 16, 16, 13, 1, 1, 13, 1, 1, 16, 10]
     for split in SEGMENTS:
-        for name in ("latents", "text_tokens", "text_offsets"):
+        for name in (LATENTS, "text_tokens.npy", "text_offsets.npy"):
             roots = folder, tiny / "data" / "cc2017" / "stimuli"
-            assert np.array_equal(*(np.load(root / split / "wan" / f"{name}.npy") for root in roots))
+            assert np.array_equal(*(np.load(root / split / "wan" / name) for root in roots))
     described()
     assert len(calls) == 12
     (folder / "test" / "wan" / "text_offsets.npy").unlink()
     described()  # text alone
     assert len(calls) == 12 and (folder / "test" / "wan" / "text_offsets.npy").is_file()
-    with pytest.raises(ValueError, match="latents.npy was made with frames = 9, but frames = 5 is asked for"):
-        described((5, *SIZE[1:]))
+    first = (folder / "test" / "wan" / LATENTS).read_bytes()
+    (tmp_path / "cc2017" / "sub1").symlink_to(tiny / "data" / "cc2017" / "sub1")
+    described(smaller := (5, *SIZE[1:]))  # of another size, beside
+    for size, shape in ((SIZE, (26, *LATENT)), (smaller, (26, 4, 2, *LATENT[2:]))):
+        clips = Clips("cc2017", 1, "test", None, tiny / "models/wan", size, tmp_path)
+        assert clips.latents.shape == shape and len(clips.texts) == 26
+    assert (folder / "test" / "wan" / LATENTS).read_bytes() == first
 
 
 def test_text_that_float16_does_not_hold_is_an_error(described, monkeypatch):
@@ -359,7 +367,7 @@ def test_presets_are_encoded_in_whole_frames(described, monkeypatch, size, tiled
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare.decoder, "_load", stop)
-    monkeypatch.setattr(prepare.decoder, "is_made_for", lambda file, recipe: file.name != "latents.npy")
+    monkeypatch.setattr(prepare.decoder, "is_made_for", lambda file, recipe: "latents" not in file.name)
     with pytest.raises(KeyboardInterrupt):
         described(size)
     assert tiling == [tiled]

@@ -157,7 +157,7 @@ def test_prepared_latents_and_text_are_the_decoders_own(tiny, model):
 def test_files_of_another_vae_or_text_encoder_are_refused(tiny, tmp_path):
     model = tmp_path / "wan"
     shutil.copytree(tiny / "models" / "wan", model)
-    for part, file in (("vae", "latents.npy"), ("text_encoder", "text_tokens.npy")):
+    for part, file in (("vae", "latents-9x32x48.npy"), ("text_encoder", "text_tokens.npy")):
         weights = next((model / part).glob("*.safetensors"))
         before = weights.read_bytes()
         weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
@@ -273,7 +273,7 @@ def test_the_log_tells_how_alike_clips_and_their_first_memories_are(tiny, clips)
 def test_a_step_gets_the_clips_that_the_files_hold(world):
     run = watch(train_stage2, STAGE2, stop=6)
     folder = world / "data/cc2017/stimuli/train"
-    latents = np.load(folder / "wan" / "latents.npy")
+    latents = np.load(folder / "wan" / "latents-9x32x48.npy")
     segment = np.arange(45) // 15
     e_img = normalize(torch.from_numpy(np.load(folder / "e_img.npy")).float().mean(1), dim=1)
     dropped, hidden = [], []
