@@ -33,6 +33,9 @@ def test_the_example_from_its_files_to_a_step_of_stage_1(raw, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     wan_pipeline().save_pretrained("wan")
     size = ["--frames", "9", "--height", "32", "--width", "48"]
+    with pytest.raises(ValueError, match="wan: a video of 9 frames, 32x40, does not fit"):  # before any work
+        command.main(["mine", "--raw", str(raw), *ENCODERS, "--decoder", "wan", *size[:-1], "40"])
+    assert not Path("data").exists()
     command.main(["mine", "--raw", str(raw), *ENCODERS, "--decoder", "wan", *size])
     assert np.load("data/mine/sub1/train/fmri.npy").shape[:3] == (90, 2, 3)
     assert np.load("data/mine/stimuli/test/wan/latents-9x32x48.npy", mmap_mode="r").shape == (30, 4, 3, 4, 6)
