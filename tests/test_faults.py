@@ -352,7 +352,7 @@ TABLE = [
     (s1, f"{STIMULI}/train/manifest.json", raw("[1]"), "manifest.json: found list .*delete .*prepare it again"),
     (s1, f"{STIMULI}/train/manifest.json", setting(**{"categories.npy": {"recipe": {}, "inputs": {}}}), "manifest.json"),
     (s1, f"{STIMULI}/train/manifest.json", setting(**{"e_img.npy": 4}), "manifest.json: found e_img.npy = '4'"),
-    (s2, f"{DECODED}/latents-9x32x48.npy", array(lambda x: x[..., :-1]), "latents.npy"),
+    (s2, f"{DECODED}/latents-9x32x48.npy", array(lambda x: x[..., :-1]), "latents-9x32x48.npy"),
     (s2, f"{DECODED}/text_tokens.npy", first(np.nan), "text_tokens.npy: found nan"),
     (s2, f"{DECODED}/text_offsets.npy", array(lambda x: x[::-1]), "text"),
     (s2, f"{STIMULI}/wan/empty_prompt.npy", array(lambda x: x[:-1]), "empty_prompt.npy"),
