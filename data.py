@@ -152,11 +152,11 @@ class Clips:
 
     def _read_decoder(self) -> None:
         folder = facts.decoder_folder(self.stimuli, self.decoder)
-        latents_file = folder / "latents.npy"
+        self.size = self.size or facts.VIDEO[self.name]
+        latents_file = folder / facts.latents_name(self.size)
         offsets_file = folder / "text_offsets.npy"
         empty_file = self.stimuli.parent / folder.name / "empty_prompt.npy"
         self.text_file = folder / "text_tokens.npy"
-        self.size = self.size or facts.VIDEO[self.name]
         latents, text = facts.decoder_recipes(self.decoder, self.size)
         for file, recipe in ((latents_file, latents), (self.text_file, text), (empty_file, text)):
             facts.check_decoded(file, recipe, self.decoder, self.command)

@@ -121,9 +121,12 @@ def near_copies(p: Prepared) -> Iterator[Line]:
 
 def decoders(p: Prepared) -> Iterator[Line]:
     """Latents finite and of unit-ish scale, text tokens where the offsets say."""
-    folders = {file.parent for file in p.arrays if file.name in ("latents.npy", "text_offsets.npy")}
-    for folder in sorted(folders):
-        files = [folder / name for name in ("latents.npy", "text_tokens.npy", "text_offsets.npy")]
+    latents = {file for file in p.arrays if file.name.startswith("latents")}
+    folders = {file.parent for file in p.arrays if file.name == "text_offsets.npy"}
+    latents |= {folder / "latents.npy" for folder in folders - {file.parent for file in latents}}
+    for file in sorted(latents):
+        folder = file.parent
+        files = [file, *(folder / name for name in ("text_tokens.npy", "text_offsets.npy"))]
         files.append(p.stimuli / folder.name / "empty_prompt.npy")
         missing = [str(file) for file in files if file not in p.arrays]
         if missing:

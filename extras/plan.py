@@ -1,5 +1,6 @@
-"""What a training step or an evaluation needs, counted before anything is downloaded, loaded or run.
+"""What preparation, a training step or an evaluation needs, counted before anything is downloaded or run.
 
+    python extras/plan.py prepare --data cc2017 --decoder ID        memory, hours, disk of data.py
     python extras/plan.py stage1 --data cc2017                      memory, hours, disk of train_stage1.py
     python extras/plan.py stage2 --data cc2017 --card 4090          of train_stage2.py, on a named card
     python extras/plan.py evaluate --data cc2017 --processes 8      of evaluate.py, in one of eight processes
@@ -7,7 +8,7 @@
 All other options are the script's. Only sizes are read, of the run and the data where they are there, else
 those published. Without --card the plan is for the GPU at hand and its free memory, or for an H100. The
 scripts' own train_step runs on fake tensors (extras/counter.py), in bf16; of an evaluation one pass of DiT
-and VAE."""
+and VAE; of preparation a batch of each encoder."""
 
 import argparse
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import diffusers
+import open_clip
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, this file sees the project
@@ -26,14 +27,17 @@ import train_stage1  # noqa: E402
 import train_stage2  # noqa: E402
 from brain_model import BrainModel  # noqa: E402
 from data import Batch, Clips  # noqa: E402
-from extras.counter import Count, Repeated, counting  # noqa: E402
+from extras.counter import WAN_1_3B, Count, Repeated, counting, fake_pipeline  # noqa: E402, F401
 from heads import Stage1Heads  # noqa: E402
 from metrics.options import MODES  # noqa: E402
 from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories, TopTextMemory  # noqa: E402
+from prepare import command  # noqa: E402
+from prepare.decoder import WHOLE  # noqa: E402
 from prepare.facts import SIZES  # noqa: E402
+from prepare.viclip import ViCLIP  # noqa: E402
 from support.files import MissingData  # noqa: E402
 from support.options import Parser, settings_of, within  # noqa: E402
-from support.pipelines import ADVICE, PIPELINES, WAN, WANTED, latent_shape, read_configs  # noqa: E402
+from support.pipelines import latent_shape  # noqa: E402
 from support.readers import read_json, reading  # noqa: E402
 from support.runs import door, run_folder  # noqa: E402
 from support.shared import check_parts, read_settings  # noqa: E402
@@ -54,48 +58,8 @@ PUBLISHED = {  # what Clips.sizes will be, where no data is prepared
     "cc2017": {"volumes": 1, "voxels": 13_447, "frames": 8, "embed_dim": 768, "classes": 12},
     "cinebrain": {"volumes": 5, "voxels": 8405 + 764 + 795, "frames": 8, "embed_dim": 768, "classes": 12},
 }
-# Wan2.1's 1.3B, which need not be downloaded: the numbers are those of "Wan-T2V-1.3B" in diffusers'
-# scripts/convert_wan_to_diffusers.py
-WAN_1_3B = {
-    "transformer": {
-        "_class_name": "WanTransformer3DModel", "num_layers": 30, "num_attention_heads": 12,
-        "attention_head_dim": 128, "ffn_dim": 8960, "freq_dim": 256, "in_channels": 16, "out_channels": 16,
-        "patch_size": [1, 2, 2], "text_dim": 4096, "cross_attn_norm": True, "eps": 1e-6,
-        "qk_norm": "rms_norm_across_heads",
-    },
-    "vae": {"_class_name": "AutoencoderKLWan"},  # whose defaults in diffusers are Wan2.1's
-    "scheduler": {"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0, "use_flow_sigmas": True,
-                  "prediction_type": "flow_prediction"},
-}  # fmt: skip
-
-
-def fake_pipeline(name: str) -> tuple[diffusers.DiffusionPipeline, int]:
-    """The pipeline of a folder or of the Hub's cache, without its text encoder, in a GPU's precision, and its
-    text length L. Raises FileFault for a pipeline that training refuses, or that is not there."""
-    parts, kind, L = {"tokenizer": None, "text_encoder": None}, "WanPipeline", 512
-    advice = (
-        ADVICE if Path(name).is_dir() else f"hf download {name} --include '*.json' brings what is counted"
-    )
-    with reading(name, WANTED, advice):
-        if name != WAN:
-            kind, _, L = read_configs(name, local_files_only=True)
-        for part in ("transformer", "vae", "scheduler"):
-            if name == WAN:
-                config = WAN_1_3B[part]
-            else:  # the loaders read the config of any class
-                loader = diffusers.DDIMScheduler if part == "scheduler" else diffusers.AutoModel
-                config = loader.load_config(name, subfolder=part, local_files_only=True)
-            with torch.device("cpu" if part == "scheduler" else "meta"):
-                parts[part] = getattr(diffusers, config["_class_name"]).from_config(config)
-    in_fp32 = parts["transformer"]._keep_in_fp32_modules or ()
-    for key, p in parts["transformer"].named_parameters():
-        if not any(module in key for module in in_fp32):
-            p.data = p.data.bfloat16()
-    if kind != "WanPipeline":  # its VAE has the precision of its DiT
-        parts["vae"].bfloat16()
-    pipe = PIPELINES[kind](**parts)
-    pipe.register_to_config(_name_or_path=name)  # as errors name it
-    return pipe, L
+SHOWINGS = {"cc2017": (2, 10), "cinebrain": (1, 1)}  # of a training and of a test clip
+CAPTION = 40  # tokens of a caption (Wan's: those of CogVideoX fill the text length)
 
 
 def fake_model(settings: dict, brain: dict, sizes: dict[str, int], memories: int) -> evaluate.CineNeuron:
@@ -215,6 +179,36 @@ def count_evaluation(model: evaluate.CineNeuron, config: evaluate.Config, sizes:
     return need._replace(flop=need.flop // B)
 
 
+def count_preparation(config: command.Config, decoder: VideoDecoder | None) -> dict[str, Count]:
+    """The encoders of data.py, one after the other, of as many clips or captions at once as on a CPU."""
+    kind, wanted = config.clip.partition("/")[0], "open_clip's MODEL/PRETRAINED, in a plan"
+    with reading(config.clip, wanted, "choose another --clip"), torch.device("meta"):
+        clip, viclip = open_clip.CLIP(**open_clip.get_model_config(kind)), ViCLIP()
+
+    def encode(name: str, n: int) -> None:
+        if name == "text encoder":
+            decoder.pipe.text_encoder(torch.empty(n, decoder.text_length, dtype=torch.long))
+        elif name == "VAE":
+            decoder.encode_latents(torch.empty(n, *config.size, 3, dtype=torch.uint8))
+        else:
+            images = torch.empty(n, 8, 3, *clip.visual.image_size)
+            with torch.autocast("cpu", torch.bfloat16):
+                clip.encode_image(images.flatten(0, 1))
+                viclip.encode_video(torch.empty(n, 8, 3, 224, 224))
+
+    encoders, needs = {"CLIP and ViCLIP": (16, clip, viclip)}, {}
+    if decoder:
+        encoders |= {"text encoder": (32, decoder.pipe.text_encoder.eval()), "VAE": (1, decoder.pipe.vae)}
+        decoder.pipe.vae.use_tiling = prod(config.size) > WHOLE
+    for name, (n, *models) in encoders.items():
+        with counting() as counter, torch.no_grad():
+            counter.hold(*models)
+            encode(name, n)
+            need = counter.count()
+        needs[name] = need._replace(flop=need.flop // n)
+    return needs
+
+
 # ---------------------------------------------------------------- the plans
 
 
@@ -230,9 +224,9 @@ class Plan(NamedTuple):
 def check_sizes(config, processes: int = 1) -> None:
     """Raises ValueError for sizes that overflow or take hours to count, and a batch that cannot be shared."""
     for name, most in LARGEST.items():
-        if getattr(config, name, 0) > most:
+        if (getattr(config, name, 0) or 0) > most:
             raise ValueError(f"--{name} {getattr(config, name)}: wanted at most {most:,} in a plan")
-    check_processes(config.batch_size, SimpleNamespace(num_processes=processes))
+    check_processes(getattr(config, "batch_size", 1), SimpleNamespace(num_processes=processes))
 
 
 def sizes_of(config, rois: str | None) -> dict[str, int]:
@@ -254,6 +248,30 @@ def stage1_of(config: train_stage2.Config) -> tuple[dict, dict[str, int]]:
             return read_json(folder / "brain_model" / "config.json"), sizes
     sizes = sizes_of(config, None)
     return {name: sizes[name] for name in ("voxels", "volumes", "embed_dim")}, sizes
+
+
+def plan_preparation(options: list[str], processes: int) -> Plan:
+    config, decoder = command.read(options), None
+    if config.data not in SHOWINGS or processes > 1:
+        raise ValueError(f"{config.data} in {processes} processes: wanted {' or '.join(SHOWINGS)}, in one")
+    check_sizes(config)
+    sizes, segments = sizes_of(config, None), (config.train_segments, config.test_segments)
+    of_split = [n * clips for n, (_, clips) in zip(segments, SIZES[config.data].values(), strict=True)]
+    showings = sum(n * shown for n, shown in zip(of_split, SHOWINGS[config.data], strict=True))
+    clips, disk = sum(of_split), {"of fMRI, a subject": 4 * showings * config.window * sizes["voxels"]}
+    disk["of embeddings"] = 4 * clips * (sizes["frames"] + 2) * sizes["embed_dim"]
+    title = f"preparation of {config.data}, {clips:,} clips"
+    if config.decoder:
+        pipe, L = fake_pipeline(config.decoder, text_encoder=True)
+        decoder = VideoDecoder(pipe, L, pipe.transformer.config, 0)
+        disk["of latents, fp16"] = 2 * clips * prod(latent_shape(decoder, *config.size))
+        tokens = CAPTION if decoder.is_wan else L
+        disk[f"of text, {tokens} tokens a caption"] = 2 * clips * tokens * decoder.text_width
+        title += " of {} x {} x {} by {}".format(*config.size, config.decoder)
+    needs = count_preparation(config, decoder)
+    largest = max(needs, key=lambda name: needs[name].peak)
+    need = needs[largest]._replace(flop=sum(need.flop for need in needs.values()))
+    return Plan(f"{title}, most memory by the {largest}", need, "clip", clips, 0.40, disk)
 
 
 def plan_stage1(options: list[str], processes: int) -> Plan:
@@ -310,7 +328,7 @@ def plan_evaluation(options: list[str], processes: int, stage2: Sequence[str] = 
     return Plan(title, need, "clip", ceil(clips / processes), 0.40, disk)
 
 
-PLANS = {"stage1": plan_stage1, "stage2": plan_stage2, "evaluate": plan_evaluation}
+PLANS = dict(prepare=plan_preparation, stage1=plan_stage1, stage2=plan_stage2, evaluate=plan_evaluation)
 
 
 def card_of(name: str | None) -> tuple[str, float, str]:

@@ -71,7 +71,8 @@ class Prepared:
             case ".npz":
                 self.voxels = read_npz(file, {"index": "iu", "roi": "U"})
             case ".npy":
-                shape = [None] * DIMENSIONS[file.name] if file.name in DIMENSIONS else None
+                kind = file.stem.partition("-")[0] + file.suffix  # latents-9x32x48.npy: latents.npy
+                shape = [None] * DIMENSIONS[kind] if kind in DIMENSIONS else None
                 self.arrays[file] = read_array(file, "b" if file.name == "recorded.npy" else "fiu", shape)
             case ".jsonl":
                 self.clips[file.parent.name] = read_json_lines(file, LINE)

@@ -12,7 +12,9 @@ A row's `clip` (or `idx`) orders a segment or a list; its numbers count from 0 o
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +128,8 @@ def _in_order(place: Path | str, rows: list[dict]) -> list[dict]:
 
 
 def describe_clips(source: Release, split: str, captions: Path) -> list[dict]:
-    """The lines of clips.jsonl. Raises ValueError where number or names show captions of other clips."""
+    """The lines of clips.jsonl; of a list for the complete release the first captions, with a warning. Raises
+    ValueError where number or names show captions of other clips."""
     segments = source.splits[split]
     clips = [(segment, k) for segment in segments for k in range(source.clips_of(segment))]
     videos = [source.video(segment, k) for segment, k in clips]
@@ -134,6 +137,10 @@ def describe_clips(source: Release, split: str, captions: Path) -> list[dict]:
     files = [path.name for path, _ in videos]
     if rows and "video" in rows[0] and len(set(files)) == len(files):  # a file a clip
         rows = _of_videos(captions, rows, split, files)
+    if len(clips) < len(rows) == prod(source.complete.get(split, [0])):
+        part = f"the first {len(clips):,} of {len(rows):,} captions are taken, for {len(segments)} segments"
+        warnings.warn(f"{captions}: {part}", stacklevel=2)
+        rows = rows[: len(clips)]
     if len(rows) != len(clips):
         clips_of_split = f"{len(clips)} {split} clips of {len(segments)} segments"
         raise ValueError(f"{captions} has {len(rows)} captions for the {clips_of_split}")

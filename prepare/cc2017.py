@@ -7,13 +7,22 @@ import codecs
 import warnings
 import zipfile
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from prepare.cifti import mmp_areas, read_cifti
-from prepare.facts import CC2017_DELAY, CC2017_FPS, CC2017_TR, CORTEX, SEGMENT_VOLUMES, cc2017_splits
+from prepare.facts import (
+    CC2017_DELAY,
+    CC2017_FPS,
+    CC2017_TR,
+    CORTEX,
+    SEGMENT_VOLUMES,
+    SIZES,
+    cc2017_splits,
+)
 from prepare.release import Release, only, visible
 from support.readers import FileFault, advising, check_array, damaged
 
@@ -23,6 +32,8 @@ DOWNLOAD = "download it again"
 
 class CC2017(Release):
     """Segments of 8 minutes. Raises ValueError for a delay that leaves the runs."""
+
+    complete = SIZES["cc2017"]
 
     def __post_init__(self):
         if not 0 <= (self.delay or 0) <= AFTER:
@@ -150,14 +161,16 @@ class NeuroClipsRelease(CC2017):
         return self.raw / f"subj{subject or self.subject:02d}_{split}_fmri.pt"
 
     def _load(self, split: str, file: Path) -> torch.Tensor:
+        """A tensor of the segments: the whole file, or the first clips of the complete release."""
         value, segments = load_pt(file), len(self.splits[split])
         if not isinstance(value, torch.Tensor) or value.ndim == 0:
             raise damaged(file, type(value).__name__, "a tensor", DOWNLOAD)
-        if len(value) != SEGMENT_VOLUMES * segments:
-            clips = f"{SEGMENT_VOLUMES * segments} ({segments} segments)"
+        n = SEGMENT_VOLUMES * segments
+        if len(value) not in (n, prod(self.complete[split])):
+            clips = f"{n} ({segments} segments)"
             advice = "download it again, or give --train-segments, --test-segments"
             raise ValueError(f"{file} has {len(value)} clips, wanted {clips}: {advice}")
-        return value
+        return value[:n]
 
     def _place(self, segment: str) -> tuple[str, slice]:
         """Split of a segment, and where its clips are in the split's files."""

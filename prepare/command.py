@@ -67,9 +67,12 @@ UNUSED = dict.fromkeys(PRESETS, {"fmri_release"}) | {"cc2017": set()}
 UNUSED["toy"] = {f.name for f in fields(Config)} - {"data", "subject"}
 
 
-def check(config: Config) -> None:
-    """Raises ValueError, naming the option, for what the dataset does not have, MissingData for no release,
-    FileNotFoundError for a folder that is not there."""
+def read(argv: Sequence[str], doc: str | None = __doc__) -> Config:
+    """The options. Raises ValueError, naming the option, for what the dataset does not have."""
+    words = [*argv]
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--data")
+    config = parse(Config, PRESETS, doc, "data.py", words)
     name, n = config.data, len(config.captions)
     if name is None:
         raise ValueError(f"which dataset? wanted python data.py {' or '.join(PRESETS)}")
@@ -84,6 +87,12 @@ def check(config: Config) -> None:
             raise ValueError(f"--{split}_segments {segments}: {name} has {most}")
     if n > 2:
         raise ValueError(f"--captions: {n} files are given, wanted one, or the training and the test list")
+    return config
+
+
+def check_release(config: Config) -> None:
+    """Raises MissingData where no release is given, FileNotFoundError for a folder that is not there."""
+    name = config.data
     if name != "toy" and not config.folders:
         either = ", --fmri-release (NeuroClips release), or both" if name == "cc2017" else ""
         raise MissingData(f"give --raw (the release){either}\n\n{facts.guide(name, config.subject)}")
@@ -121,6 +130,10 @@ def prepare(config: Config, root: Path = Path("data")) -> None:
     encoded = all((stimuli / split / "e_act.npy").is_file() for split in source.splits)
     if config.viclip.endswith(".pth") and not encoded and not Path(config.viclip).is_file():
         raise FileNotFoundError(f"--viclip {config.viclip} is not there: docs/cc2017.md says where it is had")
+    if config.decoder:
+        from prepare.decoder import check_decoder, prepare_decoder
+
+        check_decoder(config.decoder, config.size)
     if not config.allow_duplicate_subject:
         refuse_twins(source, folder)
     prepare_fmri(source, folder, source.recipe | {"window": config.window}, config.window)
@@ -128,8 +141,6 @@ def prepare(config: Config, root: Path = Path("data")) -> None:
     prepare_stimuli(source, stimuli, captions, config.clip, config.viclip, sentences=sentences)
     prepare_copies(stimuli)
     if config.decoder:
-        from prepare.decoder import prepare_decoder
-
         prepare_decoder(source, stimuli, config.decoder, config.size, sentences)
     for file in sorted([*folder.rglob("*.npy"), *stimuli.rglob("*.npy")]):
         with reading(file, "a whole .npy file"):
@@ -140,11 +151,8 @@ def prepare(config: Config, root: Path = Path("data")) -> None:
 
 def main(argv: Sequence[str], doc: str | None = __doc__) -> None:
     """python data.py ARGV: prepare a subject of a dataset below data/, and print what is there then."""
-    words = [*argv]
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--data")
-    config = parse(Config, PRESETS, doc, "data.py", words)
-    check(config)
+    config = read(argv, doc)
+    check_release(config)
     if config.data == "toy":
         from toy.release import prepare_toy
 

@@ -1,6 +1,6 @@
 """For the video decoder, beside the embeddings: latents, text tokens and the empty prompt (§4.1).
 
-stimuli/{train,test}/<decoder>/latents.npy          float16 (clips, C, f, h, w)
+stimuli/{train,test}/<decoder>/latents-FxHxW.npy    float16 (clips, C, f, h, w) of videos of this size
 stimuli/{train,test}/<decoder>/text_tokens.npy      float16 (rows, D_txt), the real tokens of each caption
 stimuli/{train,test}/<decoder>/text_offsets.npy     int64 (clips + 1,), where each caption's rows begin
 stimuli/<decoder>/empty_prompt.npy                  float32 (L, D_txt)
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from prepare.facts import decoder_recipes, is_made_for
+from prepare.facts import decoder_recipes, is_made_for, latents_name
 from prepare.release import Release
 from prepare.stimuli import clips_from, encode_all, first_sentences, plan
 from support.files import hashes, resumable_arrays, writing_array
@@ -47,12 +47,17 @@ def prepare_decoder(
     files = [empty, *(folder / name for folder in captions for name in names)]
     if not all([is_made_for(file, text_recipe) for file in files]):
         _prepare_text(decoder, captions, empty, text_recipe)
-    files = {split: folder / "latents.npy" for split, folder in folders.items()}
+    files = {split: folder / latents_name(size) for split, folder in folders.items()}
     if not all([is_made_for(file, latent_recipe) for file in files.values()]):
         encoder = _load(decoder, vae=True, tiling=np.prod(size) > WHOLE)
         latent_recipe, _ = decoder_recipes(decoder, size)  # its files are here now
         for split in [split for split, file in files.items() if not is_made_for(file, latent_recipe)]:
             _prepare_latents(encoder, source, rows[split], files[split], latent_recipe)
+
+
+def check_decoder(decoder: str, size: Size) -> None:
+    """Raises ValueError where a decoder is not whole, or its videos cannot have this size: before hours."""
+    latent_shape(_load(decoder, vae=True), *size)
 
 
 def _load(decoder: str, **parts: bool) -> VideoDecoder:

@@ -194,6 +194,11 @@ def _digest(folder: Path) -> str | None:
     return sha.hexdigest()[:16]
 
 
+def latents_name(size: Sequence[int]) -> str:
+    """The file of latents, by frames, height and width of the videos: several sizes lie side by side."""
+    return "latents-{}x{}x{}.npy".format(*size)
+
+
 def decoder_folder(stimuli: Path, decoder: str) -> Path:
     """Where a split's latents and text tokens for a decoder lie: by its name, or by that of another copy of
     its VAE and text encoder."""
@@ -201,7 +206,7 @@ def decoder_folder(stimuli: Path, decoder: str) -> Path:
     if folder.is_dir():
         return folder
     latents, text = decoder_recipes(decoder, (0, 0, 0))
-    for other in sorted(stimuli.glob("*/latents.npy")):
+    for other in sorted(stimuli.glob("*/latents-*.npy")):
         entries = [read_manifest(file) for file in (other, other.with_name("text_tokens.npy"))]
         vae, encoder = ((entry or {"recipe": {}})["recipe"] for entry in entries)
         stored = vae.get("vae"), encoder.get("text_encoder")

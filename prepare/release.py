@@ -24,6 +24,7 @@ class Release:
     volumes: how many a clip has for itself; TR: seconds a volume
     preprocessed: do runs come trimmed, delayed and standardised?
     voxels: (N,) int64 index of each voxel in the source, (N,) str name of its area
+    complete: of each split the segments of the complete release and the clips of each; none: not known
     film: what a film must be: frames a second, seconds, and how many seconds longer it may last
     """
 
@@ -36,6 +37,7 @@ class Release:
     volumes = 1
     TR = 2.0
     preprocessed = False
+    complete = {}
     film = None
 
     def __post_init__(self):

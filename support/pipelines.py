@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoModel, CogVideoXPipeline, DiffusionPipeline, WanPipeline
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
@@ -55,7 +55,8 @@ def load_pipeline(
     memory. Raises ValueError where the pipeline is of another kind or damaged."""
     name = find_weights(name)
     with reading(name, WANTED, ADVICE):  # whatever damage makes diffusers, transformers and safetensors say
-        kind, config, L = read_configs(name)
+        hub = {"local_files_only": constants.HF_HUB_OFFLINE}  # else diffusers tells that it is offline
+        kind, config, L = read_configs(name, **hub)
         D_txt = config["text_dim" if kind == "WanPipeline" else "text_embed_dim"]
         dtypes = {  # Wan's VAE is meant to run in fp32; T5-XXL takes 11 GB in bf16, 23 in fp32
             "default": dtype,
@@ -64,7 +65,8 @@ def load_pipeline(
         }
         parts = dict(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=text_encoder)
         absent = {part: None for part, load in parts.items() if not load}
-        pipe = PIPELINES[kind].from_pretrained(name, dtype=dtypes, use_safetensors=True, **absent)
+        hub["variant"] = "fp16" if any(_in_fp16(Path(name, part)) for part in parts.keys() - absent) else None
+        pipe = PIPELINES[kind].from_pretrained(name, dtype=dtypes, use_safetensors=True, **hub, **absent)
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 _check_finite(part)
@@ -90,6 +92,12 @@ def read_configs(name: str, **hub) -> tuple[str, dict, int]:
     # no config of Wan's DiT has L: the pipeline is called with 512; a tiny model says less here
     tokenizer = get_tokenizer_config(name, subfolder="tokenizer", **hub)
     return kind, config, min(512, int(tokenizer.get("model_max_length", 512)))
+
+
+def _in_fp16(folder: Path) -> bool:
+    """Are the weights of a part there in this variant alone?"""
+    files = [*folder.glob("*.safetensors")]
+    return bool(files) and all(".fp16" in file.name for file in files)
 
 
 def _check_finite(model: nn.Module) -> None:

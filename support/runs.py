@@ -337,10 +337,11 @@ def heard(text: str = "") -> bool:
 
 
 def quiet() -> None:
-    """No bar of a library but for downloads, nor nibabel's remarks on files. A warning is its words, without
-    the line of code that it comes from."""
+    """No bar of a library but for downloads, nor remarks of nibabel on files and of the Hub's cache on being
+    offline. A warning is its words, without the line of code that it comes from."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    logging.getLogger("nibabel.global").setLevel(logging.ERROR)
+    for name in ("nibabel.global", "huggingface_hub.hf_api"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     hidden = are_progress_bars_disabled()
     for library in ("diffusers", "transformers"):
         if library in sys.modules:

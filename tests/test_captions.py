@@ -187,6 +187,20 @@ def test_rows_keep_their_tags_and_categories(tmp_path):
             describe_clips(Films(one_film=True), "train", tmp_path / "a.json")
 
 
+def test_of_a_list_for_the_complete_release_the_first_captions_are_taken(tmp_path):
+    """And no list of another number."""
+    films = Films(one_film=True)
+    films.complete = {"train": (3, 2)}
+    file, captions = tmp_path / "a.json", [f"a dog {k}" for k in range(6)]
+    file.write_text(json.dumps(captions))
+    with pytest.warns(UserWarning, match="a.json: the first 4 of 6 captions are taken, for 2 segments"):
+        described = describe_clips(films, "train", file)
+    assert [line["caption"] for line in described] == captions[:4]
+    file.write_text(json.dumps(captions[:5]))
+    with pytest.raises(ValueError, match="a.json has 5 captions for the 4 train clips of 2 segments"):
+        describe_clips(films, "train", file)
+
+
 def of(*pairs: tuple[str, str]) -> list[dict]:
     return [{"caption": caption, "segment": segment} for caption, segment in pairs]
 

@@ -59,6 +59,7 @@ def stimuli(tmp_path, monkeypatch):
     monkeypatch.setattr("prepare.stimuli.prepare_stimuli", lambda *args, **more: calls.append((args, more)))
     monkeypatch.setattr("prepare.copies.prepare_copies", lambda folder: calls.append(folder))
     monkeypatch.setattr("prepare.decoder.prepare_decoder", lambda *args: calls.append(args))
+    monkeypatch.setattr("prepare.decoder.check_decoder", lambda *args: None)
     return calls
 
 
@@ -280,6 +281,16 @@ PT_FAULTS = [  # file of the test set, its value, what the error says
     (FILMS, torch.zeros(480, 3, 6, 8, 8), r"has the shape \(480, .*, wanted .clips, 6, 3, H, W"),
     (FILMS, torch.zeros(480, 6, 3, 8), r"has the shape \(480, .*, wanted .clips, 6, 3, H, W"),
 ]
+
+
+def test_of_the_complete_files_of_neuroclips_the_first_segments_are_taken(neuroclips, monkeypatch):
+    monkeypatch.setattr(NeuroClipsRelease, "complete", {"train": (3, 240), "test": (2, 240)})
+    few = NeuroClipsRelease(neuroclips.folder, 1, train_segments=2, test_segments=1)
+    full = NeuroClipsRelease(neuroclips.folder, 1, **FEW)
+    few.check()
+    assert few.segments == ["seg1", "seg2", "test1"]
+    for segment in few.segments:
+        assert np.array_equal(few.load_run(segment, 1), full.load_run(segment, 1))
 
 
 def test_bad_input_of_the_neuroclips_release_is_named(neuroclips, tmp_path):

@@ -163,7 +163,7 @@ def test_what_is_drawn_belongs_to_seed_step_and_clip_alone(recurring, field):
 def test_the_draws_of_stage_2_are_those_of_eq_9(read, stored):
     train = read(decoder="wan", batch_size=45, seed=3, condition_dropout=0.3)
     steps = [train.batch(step) for step in range(60)]
-    assert np.array_equal(steps[0].y, stored("stimuli/train/wan/latents.npy")[steps[0].clips])
+    assert np.array_equal(steps[0].y, stored("stimuli/train/wan/latents-9x32x48.npy")[steps[0].clips])
     batch = joined(steps)
     assert batch.dropped.shape == (2700, 1, 1) and batch.u.shape == (2700,)
     dropped, u = batch.dropped.flatten(), batch.u
@@ -296,7 +296,7 @@ FAULTS = [
     (CATEGORIES, array(lambda x: x[:, :3]), "45, 4"),
     (CATEGORIES, value(2), "wanted 0 and 1"),
     (MANIFEST, lambda file: file.write_text(file.read_text().replace('"person"', "1")), "a list of names"),
-    (f"{TRAIN}/wan/latents.npy", array(lambda y: y[:-1]), "found float16 of shape .44, 4"),
+    (f"{TRAIN}/wan/latents-9x32x48.npy", array(lambda y: y[:-1]), "found float16 of shape .44, 4"),
     (TOKENS, array(lambda tokens: tokens[:-1]), r"shape .\d+, 16., wanted .*\d+, 16"),
     (TOKENS, value(np.nan), r"nan at \(\d, 0\)"),
     (OFFSETS, value(0, slice(0, 2)), "numbers that rise by 1 to 12, from 0"),
@@ -323,7 +323,7 @@ LACKS = [  # file, what the error says
     ("sub1/voxels.npz", RAW),
     (f"{TRAIN}/e_img.npy", RAW),
     (f"{TRAIN}/captions.npy", " is not there: python data.py cc2017 .* --subject 1 makes it"),
-    (f"{TRAIN}/wan/latents.npy", LATER),
+    (f"{TRAIN}/wan/latents-9x32x48.npy", LATER),
     (TOKENS, LATER),
     ("stimuli/wan/empty_prompt.npy", LATER),
 ]
@@ -340,9 +340,9 @@ def test_what_is_not_prepared_is_named_with_the_way_to_it(copied, name, message)
 
 def test_what_was_prepared_for_another_size_or_decoder_is_an_error(copied, tiny, tmp_path):
     read, _ = copied
-    with pytest.raises(ValueError, match="latents.npy was made with height = 32, but height = 48 is"):
+    with pytest.raises(MissingData, match="latents-9x48x32.npy, .*--frames 9 --height 48 --width 32"):
         read(size=(SIZE[0], SIZE[2], SIZE[1]))
-    for part, file in (("vae", "latents.npy"), ("text_encoder", "text_tokens.npy")):
+    for part, file in (("vae", "latents-9x32x48.npy"), ("text_encoder", "text_tokens.npy")):
         wan = shutil.copytree(tiny / "models" / "wan", tmp_path / part / "wan")
         (wan / part / "config.json").write_text("{}")
         with pytest.raises(ValueError, match=f"{file} was made with {part} = "):

@@ -290,7 +290,7 @@ TABLE = [
     (s1, f"{STIMULI}/train/e_txt.npy", array(lambda x: x.astype(np.float64)), "e_txt.npy: found float64.*manifest.json"),
     (s1, f"{STIMULI}/train/categories.npy", array(lambda x: x * 1.5), "categories.npy"), (s1, f"{STIMULI}/train/clips.jsonl", line(start_s=float("nan")), "line 2: found start_s = nan"),
     (s1, f"{STIMULI}/train/manifest.json", raw("[1]"), "manifest.json: found list .*delete .*prepare it again"),
-    (s1, f"{STIMULI}/train/manifest.json", setting(**{"e_img.npy": 4}), "manifest.json: found e_img.npy = '4'"), (s2, f"{DECODED}/latents.npy", array(lambda x: x[..., :-1]), "latents.npy"),
+    (s1, f"{STIMULI}/train/manifest.json", setting(**{"e_img.npy": 4}), "manifest.json: found e_img.npy = '4'"), (s2, f"{DECODED}/latents-9x32x48.npy", array(lambda x: x[..., :-1]), "latents-9x32x48.npy"),
     (s2, "models/wan/transformer/config.json", raw("null"), "wan"),
     # a run
     (command("s1again"), f"{RUN}/stage1/config.json", setting(kernel="auto"), r"stage1 was made with kernel 'auto' \(now None\): choose another --run"),

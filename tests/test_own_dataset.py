@@ -33,14 +33,17 @@ def test_the_example_from_its_files_to_a_step_of_stage_1(raw, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     wan_pipeline().save_pretrained("wan")
     size = ["--frames", "9", "--height", "32", "--width", "48"]
+    with pytest.raises(ValueError, match="wan: a video of 9 frames, 32x40, does not fit"):  # before any work
+        command.main(["mine", "--raw", str(raw), *ENCODERS, "--decoder", "wan", *size[:-1], "40"])
+    assert not Path("data").exists()
     command.main(["mine", "--raw", str(raw), *ENCODERS, "--decoder", "wan", *size])
     assert np.load("data/mine/sub1/train/fmri.npy").shape[:3] == (90, 2, 3)
-    assert np.load("data/mine/stimuli/test/wan/latents.npy", mmap_mode="r").shape == (30, 4, 3, 4, 6)
+    assert np.load("data/mine/stimuli/test/wan/latents-9x32x48.npy", mmap_mode="r").shape == (30, 4, 3, 4, 6)
     assert len(Clips("mine", 1, "test", decoder="wan", size=(9, 32, 48))) == 30
-    anew = "latents.npy was made with frames = 9, but frames = 17 .*--decoder wan"
-    with pytest.raises(ValueError, match=f"{anew}$"):  # the size of its row needs no option
+    anew = "latents-17x.*.npy, for wan, is not there: run python data.py mine .*--decoder wan"
+    with pytest.raises(FileNotFoundError, match=f"{anew}$"):  # the size of its row needs no option
         Clips("mine", 1, "test", decoder="wan")
-    with pytest.raises(ValueError, match=f"{anew} --frames 17 --height 32 --width 48"):
+    with pytest.raises(FileNotFoundError, match=f"{anew} --frames 17 --height 32 --width 48"):
         Clips("mine", 1, "test", decoder="wan", size=(17, 32, 48))
     assert check.main(["--data", "mine"]) == 0
     show = ["--show", "seg1-001", "--stimuli", str(raw / "stimuli")]

@@ -20,6 +20,7 @@ from extras import plan
 from extras.counter import Count, Repeated, aten, counting
 from support.files import write_json
 from support.options import settings_of
+from support.pipelines import WAN, load_pipeline
 from support.runs import door
 
 SMALL = "--tokens 63 --width 256 --layers 3 --attention_heads 4 --batch_size 16".split()
@@ -158,6 +159,24 @@ def test_an_evaluation_at_the_papers_size(tmp_path, monkeypatch, capsys):
     assert "for 4 x 4090" in text and "60 clips of 33 x 480 x 720" in text and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("cc2017", [12.3, 120.3, 0.5, 1.1, 0.2, 16.1, 1.8]),
+        ("cinebrain", [12.3, 65.8, 0.2, 1.1, 0.2, 8.4, 1.8]),
+    ],
+)
+def test_preparation_at_the_papers_size(data, expected, tmp_path, monkeypatch, capsys):
+    """UMT5's weights are 11.4 GB of bf16, and 32 captions at once the rest."""
+    monkeypatch.chdir(tmp_path)
+    text = printed(capsys, "prepare", "--data", data, "--decoder", WAN, "--card", "4090")
+    units = ["GiB", "TFLOP", "hours", *(f"GB of {kind}" for kind in ("fMRI", "embed", "latents", "text"))]
+    expected[2] *= 989 / 165
+    assert numbers(text, *units) == pytest.approx(expected, rel=0.1) and "by the text encoder" in text
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------- against truth
 
 
@@ -282,6 +301,32 @@ def test_ablations_are_planned(switch, tiny, monkeypatch):
     assert need.trained < of_full.trained and need.flop < of_full.flop
 
 
+@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+def test_preparation_takes_what_encoding_takes(family, tiny, tmp_path, monkeypatch):
+    """Of a small trial; by hand what lies on the disk."""
+    monkeypatch.chdir(tmp_path)
+    decoder = str(tiny / "models" / family)
+    options = f"cc2017 --raw . --train-segments 2 --test-segments 1 --decoder {decoder} {' '.join(TINY[2:8])}"
+    planned = plan.plan_preparation(options.split(), 1)
+    tokens = 2 * 16 * (40 if family == "wan" else 12)
+    of_clip = [4 * 10 * 768, 4 * 3 * 4 * 4 * 2, tokens]
+    assert planned.number == 720 and "CLIP and ViCLIP" in planned.title and planned.unit == "clip"
+    fmri, *others = planned.disk.values()
+    assert fmri == 4 * 13_447 * (480 * 2 + 240 * 10) and others == [720 * size for size in of_clip]
+    config, (pipe, L) = plan.command.read(options.split()), plan.fake_pipeline(decoder, text_encoder=True)
+    needs = plan.count_preparation(config, plan.VideoDecoder(pipe, L, pipe.transformer.config, 0))
+    pipe, *_ = load_pipeline(decoder, vae=True, text_encoder=True)
+    video, ids = torch.zeros(1, 9, 32, 32, 3, dtype=torch.uint8), torch.zeros(1, L, dtype=torch.long)
+    real = plan.VideoDecoder(pipe, L, {"text_dim": 16, "text_embed_dim": 16}, 0)
+    runs = {"VAE": lambda: real.encode_latents(video), "text encoder": lambda: pipe.text_encoder(ids)}
+    for name, run in runs.items():
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter, torch.no_grad():
+            run()
+        assert needs[name].flop == pytest.approx(counter.get_total_flops(), rel=0.001)
+    text = sum(p.nbytes for p in pipe.text_encoder.parameters()) / 2  # in bf16; tied weights once
+    assert text < needs["text encoder"].peak < text + 100 * 32 * L * 32 * 4
+
+
 COG = {  # CogVideoX-2b, whose numbers are diffusers' defaults
     "transformer": {"_class_name": "CogVideoXTransformer3DModel", "max_text_seq_length": 226},
     "vae": {"_class_name": "AutoencoderKLCogVideoX"},
@@ -360,7 +405,10 @@ def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, caps
     ("options", "error"),
     [
         ("stage2 --card T4", "'T4' .*H200.*3090"),
-        ("stage3", "'stage3' .*stage1.*stage2.*evaluate"),
+        ("stage3", "'stage3' .*prepare.*stage1.*stage2.*evaluate"),
+        ("prepare --data toy", "toy in 1 processes: wanted cc2017 or cinebrain, in one"),
+        ("prepare --data cc2017 --clip x", "x: found .*, wanted open_clip's MODEL/PRETRAINED"),
+        ("prepare --data cc2017 --decoder CogVideoX1.5", "CogVideoX1.5: found a CogVideoXPipeline 1.5"),
         ("stage1 --processes 0", "'0', wanted a whole number at least 1"),
         ("stage1 --decoder x", "unrecognized arguments: --decoder x"),
         ("evaluate --pairs x", "--pairs: wanted the evaluation of a run"),

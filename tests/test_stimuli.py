@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import SEGMENTS, SIZE, Films as Bars, unit
+from tiny import LATENT, SEGMENTS, SIZE, Films as Bars, unit
 from tqdm import tqdm
 
 import prepare.decoder
@@ -237,6 +237,9 @@ def test_latents_and_text_are_those_of_each_clip(tiny, decoder):
         assert clips.empty.shape == (L, clips.texts[0].shape[1])
 
 
+LATENTS = "latents-9x32x48.npy"
+
+
 @pytest.fixture
 def described(tiny, tmp_path):
     """prepare(...) of the tiny Wan for a copy of the tiny world's stimuli without what a decoder needs."""
@@ -269,7 +272,7 @@ def test_the_first_sentences_of_a_caption_go_to_the_text_encoder(described, tmp_
         described(sentences=1)
 
 
-def test_latents_that_stopped_go_on_and_what_is_finished_is_left(described, tiny, monkeypatch):
+def test_latents_that_stopped_go_on_and_what_is_finished_is_left(described, tiny, tmp_path, monkeypatch):
     encode, calls = prepare.decoder.VideoDecoder.encode_latents, []
 
     def stop(self, video):
@@ -285,14 +288,19 @@ def test_latents_that_stopped_go_on_and_what_is_finished_is_left(described, tiny
     # a plan tries one clip twice; 32 of the 45 training clips are not encoded again
     assert calls == [1, 1, 16, 16, 13, 1, 1, 13, 1, 1, 16, 10]
     for split in SEGMENTS:
-        for name in ("latents", "text_tokens", "text_offsets"):
+        for name in (LATENTS, "text_tokens.npy", "text_offsets.npy"):
             roots = folder, tiny / "data" / "cc2017" / "stimuli"
-            assert np.array_equal(*(np.load(root / split / "wan" / f"{name}.npy") for root in roots))
+            assert np.array_equal(*(np.load(root / split / "wan" / name) for root in roots))
     (folder / "test" / "wan" / "text_offsets.npy").unlink()
     described()  # text alone
     assert len(calls) == 12 and (folder / "test" / "wan" / "text_offsets.npy").is_file()
-    with pytest.raises(ValueError, match="latents.npy was made with frames = 9, but frames = 5 is asked for"):
-        described((5, *SIZE[1:]))
+    first = (folder / "test" / "wan" / LATENTS).read_bytes()
+    (tmp_path / "cc2017" / "sub1").symlink_to(tiny / "data" / "cc2017" / "sub1")
+    described(smaller := (5, *SIZE[1:]))  # of another size, beside
+    for size, shape in ((SIZE, (26, *LATENT)), (smaller, (26, 4, 2, *LATENT[2:]))):
+        clips = Clips("cc2017", 1, "test", None, tiny / "models/wan", size, tmp_path)
+        assert clips.latents.shape == shape and len(clips.texts) == 26
+    assert (folder / "test" / "wan" / LATENTS).read_bytes() == first
 
 
 def test_presets_are_encoded_in_whole_frames(described, monkeypatch):
@@ -303,7 +311,7 @@ def test_presets_are_encoded_in_whole_frames(described, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare.decoder, "_load", stop)
-    monkeypatch.setattr(prepare.decoder, "is_made_for", lambda file, recipe: file.name != "latents.npy")
+    monkeypatch.setattr(prepare.decoder, "is_made_for", lambda file, recipe: "latents" not in file.name)
     for size in (VIDEO["cc2017"], (81, 720, 1280)):
         with pytest.raises(KeyboardInterrupt):
             described(size)

@@ -228,7 +228,7 @@ TIMES = {"": lambda u: u}  # options: the diffusion time of a uniform draw
 @pytest.mark.parametrize("options", TIMES)
 def test_a_step_gets_the_clips_that_the_files_hold(world, options):
     run, folder = watch(train_stage2, [*STAGE2, *options.split()], 6), world / "data/cc2017/stimuli/train"
-    latents, segment = np.load(folder / "wan" / "latents.npy"), np.arange(45) // 15
+    latents, segment = np.load(folder / "wan" / "latents-9x32x48.npy"), np.arange(45) // 15
     e_img = normalize(torch.from_numpy(np.load(folder / "e_img.npy")).float().mean(1), dim=1)
     dropped, hidden = [], []
     for step, (batch, recalled) in enumerate(zip(run.batches, run.recalled, strict=True)):

@@ -2,12 +2,16 @@
 the LoRA files behind it (support/pipelines.py)."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPO
 from diffusers import CogVideoXPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,6 +20,7 @@ from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import noise_generator
+from support.files import write_text
 from support.pipelines import (
     LORA_FILE,
     _check_finite,
@@ -435,3 +440,30 @@ def test_a_damaged_lora_is_one_error_and_changes_nothing(folder, tmp_path, messa
     with pytest.raises(ValueError, match=f"{LORA_FILE}: found .*{message}.*: load it into the decoder"):
         load_lora(decoder, tmp_path)
     assert all(map(torch.equal, before, decoder.parameters()))
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{LORA_FILE} is not there: load it into the decoder"):
+        load_lora(decoder, tmp_path)
+
+
+OFFLINE = """
+import sys; sys.path.insert(0, sys.argv[1])
+from support.runs import quiet
+from support.pipelines import load_pipeline
+quiet()
+assert load_pipeline("a/wan", vae=True, text_encoder=True)[0].vae
+"""
+
+
+def test_fp16_weights_alone_are_found_and_a_cache_is_read_offline_in_silence(tmp_path):
+    cache = tmp_path / "hub" / "models--a--wan"
+    folder = cache / "snapshots" / ("f" * 40)
+    wan_pipeline().save_pretrained(folder, variant="fp16")
+    pipe, *_ = load_pipeline(str(folder), transformer=True, vae=True, text_encoder=True)
+    assert all(part is not None for part in (pipe.transformer, pipe.vae, pipe.text_encoder))
+    wan_pipeline().save_pretrained(folder)
+    write_text(cache / "refs" / "main", folder.name)
+    offline = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", OFFLINE, str(REPO)]
+    loaded = subprocess.run(command, env=offline, capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    assert "the Hub" not in loaded.stderr

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from prepare.copies import prepare_copies, prepare_recorded
-from prepare.facts import VIDEO, check_subject, decoder_recipes, raw_folder, stimuli_folder
+from prepare.facts import VIDEO, check_subject, decoder_recipes, latents_name, raw_folder, stimuli_folder
 from prepare.release import Release, visible
 from support.files import is_made_by, write_json, written_whole
 from support.readers import advising, read_array, read_json, read_json_lines, read_npz
@@ -168,6 +168,6 @@ def _decoder_is_prepared(stimuli: Path, decoder: str, size: tuple[int, int, int]
     recipes = {stimuli / name / "empty_prompt.npy": text}
     for split in ("train", "test"):
         folder = stimuli / split / name
-        recipes[folder / "latents.npy"] = latents
+        recipes[folder / latents_name(size)] = latents
         recipes[folder / "text_tokens.npy"] = recipes[folder / "text_offsets.npy"] = text
     return all([is_made_by(file, recipe) for file, recipe in recipes.items()])
