@@ -131,10 +131,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
         part.write_text("half")
         assert json.loads(path.read_text()) == ["é"] and part.parent == path.parent  # of one file system
         raise RuntimeError
-    with (
-        pytest.raises(ValueError, match="b: another process writes it"),
-        written_whole(tmp_path / "b") as part,
-    ):
+    with pytest.raises(ValueError, match="b: another process"), written_whole(tmp_path / "b") as part:
         part.touch()
         part.unlink()  # it was done first, and has renamed it
 
@@ -259,9 +256,7 @@ def test_the_manifest_says_what_made_an_array(tmp_path):
     assert entry["recipe"] == {"frames": [8, 9]} and entry["inputs"] == inputs and entry["shape"] == [3, 2]
     assert entry["dtype"] == "float32" and entry["versions"]["numpy"] == np.__version__
     assert files.is_made_by(path, {"frames": (8, 9)}) and files.is_made_by(tmp_path / "b.npy", {})
-    with pytest.raises(
-        ValueError, match=r"a.npy was made with frames = \[8, 9\], but frames = 4 is .*delete it"
-    ):
+    with pytest.raises(ValueError, match=r"a.npy was made with frames = \[8, 9\], but .* 4 is .*delete it"):
         files.is_made_by(path, {"frames": 4})
     with pytest.raises(ValueError, match="a.npy was made with more = None, but more = 1"):
         files.is_made_by(path, {"frames": (8, 9), "more": 1})
@@ -341,17 +336,9 @@ def test_errors_and_help_name_the_range_and_the_default(capsys):
             ask(*words)
     text, error = capsys.readouterr()
     text = " ".join(text.split())
-    for message in (
-        "--drop 1.0: wanted at least 0 and below 1",
-        "without a null character",
-        "--flow x: wanted one of ('raft', ",
-    ):
+    for message in ("--drop 1.0: wanted at least 0 and below 1", "null character", "--flow x: wanted one of"):
         assert message in error
-    for message in (
-        "temperature, in % of nothing [default: 0.07]",
-        "steps [default: 10; toy: 5]",
-        "--no-cls",
-    ):
+    for message in ("in % of nothing [default: 0.07]", "steps [default: 10; toy: 5]", "--no-cls"):
         assert message in text
     assert "[default: None" not in text
 
@@ -418,9 +405,7 @@ def test_gradients_are_clipped_together_and_averaged(monkeypatch):
     assert (a.item(), b.item()) == pytest.approx((-3, -4))  # at half the rate
     for bad in (torch.nan, torch.inf):
         a.grad = torch.tensor([bad])
-        with pytest.raises(
-            ValueError, match="step 2: the gradient's norm is (nan|inf), training diverged: the"
-        ):
+        with pytest.raises(ValueError, match="step 2: .* norm is (nan|inf), training diverged: the"):
             training.update(optimiser, schedule, 1.0)
         assert a.item() == pytest.approx(-3)
 
@@ -654,9 +639,7 @@ def test_a_run_is_new_or_goes_on_or_is_finished(tmp_path):
         assert run.first_step == 2 and not run.finished
     files_of = {file: file.read_bytes() for file in stage(tmp_path).rglob("*") if file.is_file()}
     for change in ({"lr": 2.0}, {"save_every": 3}, {"shape": (1, 3)}, {"more": 1}):
-        with pytest.raises(
-            ValueError, match=rf"stage1 was made with {[*change][0]} .* \(now .*: .*, or delete"
-        ):
+        with pytest.raises(ValueError, match=rf"made with {[*change][0]} .* \(now .*: .*, or delete"):
             begin(tmp_path, **change)
     assert {file: file.read_bytes() for file in stage(tmp_path).rglob("*") if file.is_file()} == files_of
     fit(tmp_path)
