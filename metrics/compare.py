@@ -1,5 +1,5 @@
-"""Runs side by side, over subjects and seeds. The ± of the runs' means is what differs between them; intervals
-are over clips and runs: where a mean would lie on other clips, from other seeds."""
+"""Runs side by side, over subjects and seeds. The ± of the runs' means is what differs between them; their
+intervals are over clips and runs: where a mean would lie on other clips, from other seeds."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -42,6 +42,17 @@ def interval(mean: float, variances: Sequence[float], freedoms: Sequence[float])
     return Estimate(float(mean), [float(mean - half), float(mean + half)], freedom)
 
 
+def pooled(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of independent ones, such as of two films. No interval where one has none."""
+    if any(one.mean is None for one in estimates):
+        return Estimate(None, None)
+    n, mean = len(estimates), np.mean([one.mean for one in estimates])
+    if not all(one.ci95 and one.freedom for one in estimates):
+        return Estimate(float(mean), None)
+    errors = [(one.ci95[1] - one.ci95[0]) / 2 / t.ppf(0.975, one.freedom) for one in estimates]
+    return interval(mean, [(error / n) ** 2 for error in errors], [one.freedom for one in estimates])
+
+
 def of_mean(clips: np.ndarray, runs: np.ndarray, blocks: np.ndarray) -> Estimate:
     """The mean of `clips` (clips,), and its interval over other clips and other seeds, where `runs` (runs,)
     are the means of single runs. The clips' part is the jackknife: how the mean moves without each block. It
