@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 from metrics.compare import Runs, check_alike, read_runs
-from metrics.intervals import Estimate, pooled
+from metrics.intervals import Difference, pooled
 from metrics.report import number
 from metrics.table import METRICS
 from support.files import written_whole
@@ -89,14 +89,12 @@ def result_of(rows: Sequence, files: Files, metrics: list[str]) -> dict:
         return {"metrics": cells(runs, others, columns), "groups": by_group}
 
     full = shuffled.results[0]["provenance"]["run"]
-    (model,) = (runs for runs in trained.values() if runs.results[0]["provenance"]["run"] == full)
-    memory = model.memory()
-    rivals = {row.label: trained[row.label] for row in rows if not row.quoted and not row.lacks}
-    rivals |= {f"the {PLAYED}": memory} if memory else {}
-    entries, before = [], {}
-    for row in sorted(
-        rows, key=lambda row: not row.quoted
-    ):  # the paper's first, each more than the one before
+    steps = [row.label for row in rows if row.quoted and not row.lacks]
+    k = [trained[label].results[0]["provenance"]["run"] for label in steps].index(full)
+    model, memory = trained[steps[k]], trained[steps[k]].memory()
+    rivals = [row.label for row in rows if not row.quoted and not row.lacks] + steps[max(k - 1, 0) : k]
+    entries, before = [], None
+    for row in rows:
         entry = {"label": row.label, "quoted": row.quoted.split()}
         if row.lacks:
             entry["lacks"] = row.lacks
@@ -104,8 +102,12 @@ def result_of(rows: Sequence, files: Files, metrics: list[str]) -> dict:
             runs = trained[row.label]
             entry["run"] = runs.results[0]["provenance"]["run"]
             entry["stage1"] = stage1_cells(files.stage1[row.label], "fmri")
-            entry |= measured(runs, (before if row.quoted else {}) | (rivals if runs is model else {}))
-            before = {BEFORE: runs}
+            others = {BEFORE: before} if before else {}
+            if runs is model:  # it is to be measured from the strongest
+                others |= {label: trained[label] for label in rivals if trained[label] is not before}
+                others |= {f"the {PLAYED}": memory} if memory else {}
+            entry |= measured(runs, others)
+            before = runs
         entries.append(entry)
     if memory:
         entries.append({"label": PLAYED, "quoted": [], **measured(memory, {})})
@@ -266,7 +268,7 @@ def pooled_cells(films: list[dict]) -> dict[str, dict]:
         than = {}
         for other in [label for label in differences[0] if all(label in film for film in differences)]:
             of_films = [[of_film[other].get(key) for key in DIFFERENCE] for of_film in differences]
-            than[other] = dict(zip(DIFFERENCE, pooled([Estimate(*one) for one in of_films]), strict=True))
+            than[other] = dict(zip(DIFFERENCE, pooled([Difference(*one) for one in of_films]), strict=True))
         entries[name] |= than.pop(BEFORE, {})
         entries[name] |= {"than": than} if than else {}
     return entries

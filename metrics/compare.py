@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metrics.intervals import Estimate, blocks_of, estimate, remark
+from metrics.intervals import Difference, blocks_of, difference, estimate, remark
 from metrics.report import beside_quoted, interval, number, table, values_of
 from metrics.table import NAMES
 from prepare.facts import stimuli_folder
@@ -41,12 +41,12 @@ class Runs(NamedTuple):
             return None
         return float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1 else None
 
-    def less(self, metric: str, others: "Runs | None" = None, group: str | None = None) -> Estimate:
+    def less(self, metric: str, others: "Runs | None" = None, group: str | None = None) -> Difference:
         """The metric less that of others (of none: the metric itself) on the clips that both have, and its
         paired 95 % interval."""
         keys = self.shared(others, group)
         b = others.values(metric, keys) if others else 0.0
-        return estimate(metric, self.values(metric, keys), self.blocks(keys), b)
+        return difference(metric, self.values(metric, keys), self.blocks(keys), b)
 
     def values(self, metric: str, keys: Sequence[tuple]) -> np.ndarray:
         """(runs, clips), NaN where a subject has fewer runs than another, and where a run has no value."""
@@ -68,7 +68,7 @@ class Runs(NamedTuple):
     def memory(self) -> "Runs | None":
         """The best memory of each clip, played, as if a run had made it; None where not all runs have it."""
         results = [
-            run["memory"] | {"provenance": run["provenance"]} for run in self.results if "memory" in run
+            run["memory"] | {"provenance": run["provenance"]} for run in self.results if run.get("memory")
         ]
         return joined(f"{self.name}, its memory", results) if len(results) == len(self.results) else None
 
@@ -172,7 +172,7 @@ def read_metrics(file: Path) -> dict:
     with advising("python evaluate.py makes it anew"):
         result = _check(read_json(file), str(file))
         check_keys(check_keys(result, file, {"provenance": dict})["provenance"], file, {"size": str})
-        if "memory" in result:
+        if result.get("memory"):
             memory = check_keys(result, file, {"memory": dict})["memory"]
             result["memory"] = _check(memory, f"{file}, memory")
     return result

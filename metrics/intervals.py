@@ -16,7 +16,12 @@ BLOCK, FEWEST = 20, 6  # clips of a block; blocks that an interval needs
 class Estimate(NamedTuple):
     mean: float | None
     ci95: list[float] | None  # the 95 % interval
-    freedom: float | None = None  # how many independent values it rests on, less one
+
+
+class Difference(NamedTuple):
+    more: float | None
+    ci95: list[float] | None
+    freedom: float | None = None  # how many independent values the interval rests on, less one
 
 
 def blocks_of(clips: Sequence[str], data: str = "") -> np.ndarray:
@@ -33,34 +38,34 @@ def remark(blocks: np.ndarray) -> str:
     return by if n >= FEWEST else f"{by} are n/a: {n} of them, wanted {FEWEST}"
 
 
-def interval(mean: float, variances: Sequence[float], freedoms: Sequence[float]) -> Estimate:
+def interval(mean: float, variances: Sequence[float], freedoms: Sequence[float]) -> Difference:
     """Of a mean with these variances, to be added, each with its degrees of freedom (Satterthwaite's t)."""
     parts = np.array(variances)
     doubt = np.sum(parts**2 / freedoms)
     freedom = float(parts.sum() ** 2 / doubt) if doubt > 0 else float(min(freedoms))
     half = t.ppf(0.975, freedom) * parts.sum() ** 0.5
-    return Estimate(float(mean), [float(mean - half), float(mean + half)], freedom)
+    return Difference(float(mean), [float(mean - half), float(mean + half)], freedom)
 
 
-def pooled(estimates: Sequence[Estimate]) -> Estimate:
+def pooled(estimates: Sequence[Difference]) -> Difference:
     """The mean of independent ones, such as of two films. No interval where one has none."""
-    if any(one.mean is None for one in estimates):
-        return Estimate(None, None)
-    n, mean = len(estimates), np.mean([one.mean for one in estimates])
+    if any(one.more is None for one in estimates):
+        return Difference(None, None)
+    n, mean = len(estimates), np.mean([one.more for one in estimates])
     if not all(one.ci95 and one.freedom for one in estimates):
-        return Estimate(float(mean), None)
+        return Difference(float(mean), None)
     errors = [(one.ci95[1] - one.ci95[0]) / 2 / t.ppf(0.975, one.freedom) for one in estimates]
     return interval(mean, [(error / n) ** 2 for error in errors], [one.freedom for one in estimates])
 
 
-def of_mean(clips: np.ndarray, runs: np.ndarray, blocks: np.ndarray) -> Estimate:
+def of_mean(clips: np.ndarray, runs: np.ndarray, blocks: np.ndarray) -> Difference:
     """The mean of `clips` (clips,), and its interval over other clips and other seeds, where `runs` (runs,)
     are the means of single runs. The clips' part is the jackknife: how the mean moves without each block. It
     holds the runs' noise, too, so that the sum errs to the wide side."""
     _, numbers, counts = np.unique(blocks, return_inverse=True, return_counts=True)
     n = len(counts)
     if n < FEWEST:
-        return Estimate(float(clips.mean()), None)
+        return Difference(float(clips.mean()), None)
     without = (clips.sum() - np.bincount(numbers, clips)) / (len(clips) - counts)  # (blocks,)
     variances, freedoms = [(n - 1) / n * np.sum((without - clips.mean()) ** 2)], [n - 1]
     if len(runs) > 1:
@@ -70,18 +75,23 @@ def of_mean(clips: np.ndarray, runs: np.ndarray, blocks: np.ndarray) -> Estimate
 
 
 def estimate(name: str, a: np.ndarray, blocks: np.ndarray, b: np.ndarray | float = 0.0) -> Estimate:
+    """`difference` without its degrees of freedom."""
+    return Estimate(*difference(name, a, blocks, b)[:2])
+
+
+def difference(name: str, a: np.ndarray, blocks: np.ndarray, b: np.ndarray | float = 0.0) -> Difference:
     """A metric of the set from its clips' values a, (clips,) or of several runs (runs, clips), less that of
     b; NaN where there is none. The interval is paired, and None for fewer than six blocks. Of a `name` not in
     METRICS the set's value is the mean."""
     sides = [np.atleast_2d(a), np.atleast_2d(np.broadcast_to(b, a.shape) if np.ndim(b) == 0 else b)]
     finite = np.isfinite(sides[0]).any(0) & np.isfinite(sides[1]).any(0)
     if not finite.any():
-        return Estimate(None, None)
+        return Difference(None, None)
     clips = [np.nanmean(side[:, finite], 0) for side in sides]
     runs = [side[: min(map(len, sides)), finite].mean(1) for side in sides]  # NaN of one that lacks a clip
     complete = np.isfinite(runs[0] + runs[1])
 
-    def less(sign_a: float, sign_b: float) -> Estimate:
+    def less(sign_a: float, sign_b: float) -> Difference:
         values, means = (sign_a * of[0] - sign_b * of[1] for of in (clips, runs))
         return of_mean(values, means[complete], blocks[finite])
 

@@ -68,7 +68,7 @@ def _entry(name: str, scored: list[dict], blocks: np.ndarray, run: Evaluation) -
     metric = METRICS[name]
     values, controls = np.array([row.get(name) or (None, None) for row in scored], float).T  # (clips,) each
     finite = values[np.isfinite(values)]
-    mean, ci95, _ = estimate(name, values, blocks)
+    mean, ci95 = estimate(name, values, blocks)
     std = shuffled = None
     if len(finite) and metric.chance:  # as the papers' ±
         std = float(np.sqrt(finite * (1 - finite) / (run.config.trials or 100)).mean())

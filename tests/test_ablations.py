@@ -534,7 +534,7 @@ def test_the_real_scripts_make_a_table(tiny_copy, capsys, monkeypatch):
 
 
 def test_the_papers_model_is_measured_from_the_strongest_of_the_others(tmp_path):
-    """From the best memory, played, and from each row that the paper does not have; these stand last."""
+    """From the best memory, played, and from each row that the paper does not have."""
     paths, rows = (
         {},
         [ablations.Row("no stage 2"), ablations.Row("+ L_action", quoted="1 2 3 4 5"), ablations.FULL],
@@ -552,13 +552,13 @@ def test_the_papers_model_is_measured_from_the_strongest_of_the_others(tmp_path)
     files = ablation_tables.Files(dict.fromkeys(paths, [stage1]), paths, paths[""])
     result = ablation_tables.result_of(rows, files, ["video_50way"])
     approx = pytest.approx
-    assert [row["label"] for row in result["rows"]] == ["+ L_action", "", "no stage 2", "best memory, played"]
-    cell = result["rows"][1]["metrics"]["video_50way"]
+    assert [row["label"] for row in result["rows"]] == ["no stage 2", "+ L_action", "", "best memory, played"]
+    cell = result["rows"][2]["metrics"]["video_50way"]
     assert cell["more"] == approx(0.15) and {*cell["than"]} == {"no stage 2", "the best memory, played"}
     assert cell["than"]["no stage 2"] == {"more": approx(0.2), "ci95": approx([0.2, 0.2]), "freedom": 5}
-    never = result["rows"][1]["groups"]["never shown"]["video_50way"]
+    never = result["rows"][2]["groups"]["never shown"]["video_50way"]
     assert never["than"]["the best memory, played"]["more"] == approx(0.4)
-    assert "more" not in result["rows"][2]["metrics"]["video_50way"]
+    assert "than" not in result["rows"][1]["metrics"]["video_50way"]
     (tmp_path / "table4.json").write_text(json.dumps(result | TABLE))
     lines = [
         row[:3:2] for row in ablation_tables.lines_of(ablation_tables.read_result(tmp_path / "table4.json"))

@@ -40,7 +40,7 @@ import metrics.score
 from evaluate import Config, main
 from metrics import card, features, motion, pixels, retrieval
 from metrics.classes import Classifier, n_way_top_k
-from metrics.intervals import blocks_of, estimate, remark
+from metrics.intervals import blocks_of, difference, remark
 from metrics.pairs import Source, Watched, find_pairs, other_scenes, watch
 from metrics.report import Evaluation, beside_quoted, report
 from metrics.score import Judges, keys_of, known_value, known_values, score
@@ -580,7 +580,7 @@ def test_what_is_reported_of_values(three):
     row = {name: values[2][0] for name, values in VALUES.items()}
     assert result["clips"][2] == {"clip": "0002", **row, "all_attributes": 0}
     old = result["groups"]["old"]
-    assert old["clips"] == ["0000", "0002"] and old["psnr"] == {"mean": 13.5, "ci95": None, "freedom": None}
+    assert old["clips"] == ["0000", "0002"] and old["psnr"] == {"mean": 13.5, "ci95": None}
     assert old["all_attributes"]["mean"] == 0.5 and old["delta_dynamic_degree"]["mean"] == 0
     origin = result["provenance"]
     assert [origin[name] for name in ("run", "method", "trials")] == ["full", "ours", 64]
@@ -780,52 +780,55 @@ def test_an_interval_is_of_95_percent_of_blocks_and_paired():
     """With t of one block fewer; by scipy's test of the blocks' means where all are of one size."""
     rng = np.random.default_rng(0)
     values, blocks = rng.normal(3, 2, size=160), np.arange(160) // 20
-    mean, ci95, freedom = estimate("epe", values, blocks)
+    mean, ci95, freedom = difference("epe", values, blocks)
     test = ttest_1samp(values.reshape(8, 20).mean(1), 0).confidence_interval(0.95)
     assert (mean, ci95, freedom) == (pytest.approx(values.mean()), pytest.approx([*test]), pytest.approx(7))
     alike = np.repeat(values[:40], 20) + 0.01 * rng.normal(size=800)  # neighbours
-    low, high = estimate("epe", alike, np.arange(800) // 20)[1]
+    low, high = difference("epe", alike, np.arange(800) // 20)[1]
     assert high - low == pytest.approx(2 * 2.02 * values[:40].std() / 40**0.5, rel=0.05)
     uneven = np.concatenate([values, [np.nan, 3.0]])  # a ratio of sums: a block of one clip weighs little
-    assert estimate("epe", uneven, np.append(blocks, [3, 8]))[1] == pytest.approx(ci95, abs=0.1)
-    assert estimate("epe", values[:100], blocks[:100]) == (pytest.approx(values[:100].mean()), None, None)
-    assert estimate("epe", np.full(3, np.nan), np.arange(3)) == (None, None, None)
+    assert difference("epe", uneven, np.append(blocks, [3, 8]))[1] == pytest.approx(ci95, abs=0.1)
+    assert difference("epe", values[:100], blocks[:100]) == (pytest.approx(values[:100].mean()), None, None)
+    assert difference("epe", np.full(3, np.nan), np.arange(3)) == (None, None, None)
     assert remark(blocks) == "intervals by blocks of 20 clips"
     assert remark(blocks[:100]) == "intervals by blocks of 20 clips are n/a: 5 of them, wanted 6"
-    assert estimate("ssim", np.where(blocks, 1.0, 0.9), blocks)[1][1] == 1  # its greatest value
+    assert difference("ssim", np.where(blocks, 1.0, 0.9), blocks)[1][1] == 1  # its greatest value
     a = values - 3
-    assert estimate("epe", a + 0.01, blocks, a)[:2] == (pytest.approx(0.01), pytest.approx([0.01, 0.01]))
+    assert difference("epe", a + 0.01, blocks, a)[:2] == (pytest.approx(0.01), pytest.approx([0.01, 0.01]))
 
 
 def test_an_interval_of_several_runs_is_over_their_seeds_too():
     rng = np.random.default_rng(1)
     clips, blocks, seeds = rng.normal(size=160), np.arange(160) // 20, np.array([[-0.3], [0.1], [0.2]])
-    alone, ci95 = np.subtract(*estimate("", clips, blocks)[1]), [0.5 - 4.3027 * 0.2646 / 3**0.5, 0.5 + 0.6573]
-    same = estimate("", np.stack([clips] * 3), blocks)
+    alone, ci95 = (
+        np.subtract(*difference("", clips, blocks)[1]),
+        [0.5 - 4.3027 * 0.2646 / 3**0.5, 0.5 + 0.6573],
+    )
+    same = difference("", np.stack([clips] * 3), blocks)
     assert np.subtract(*same.ci95) == pytest.approx(alone) and same.freedom == pytest.approx(7)
     # the clips cancel: what is left is t of two degrees of freedom over the seeds
-    assert estimate("", clips + 0.5 + seeds, blocks, np.stack([clips] * 3))[:2] == (
+    assert difference("", clips + 0.5 + seeds, blocks, np.stack([clips] * 3))[:2] == (
         pytest.approx(0.5), pytest.approx(ci95, abs=1e-3)
     )  # fmt: skip
-    both = estimate("", clips + seeds, blocks)
+    both = difference("", clips + seeds, blocks)
     assert -np.subtract(*both.ci95) > -alone and 2 < both.freedom < 7
     ragged = np.stack([clips, np.where(blocks < 4, clips + 1, np.nan)])  # the second subject has one run
-    assert estimate("", ragged, blocks).mean == pytest.approx(clips.mean() + 0.25)
+    assert difference("", ragged, blocks).more == pytest.approx(clips.mean() + 0.25)
 
 
 def test_an_interval_of_a_signed_metric_is_of_the_absolute_mean():
     rng, blocks = np.random.default_rng(2), np.arange(320) // 20
     a = rng.normal(size=320)
     a -= a.mean()
-    low, high = estimate("", a, blocks)[1]
-    mean, ci95, _ = estimate("delta_dynamic_degree", a - 0.01, blocks)
+    low, high = difference("", a, blocks)[1]
+    mean, ci95, _ = difference("delta_dynamic_degree", a - 0.01, blocks)
     assert mean == pytest.approx(0.01) and ci95 == [0, pytest.approx(high + 0.01)]
-    assert estimate("delta_dynamic_degree", a - 0.5, blocks)[1] == pytest.approx([0.5 - high, 0.5 - low])
+    assert difference("delta_dynamic_degree", a - 0.5, blocks)[1] == pytest.approx([0.5 - high, 0.5 - low])
     # equally far from the stimuli; -0.5 is farther from 0 than 0.4 by 0.1, whatever its sign
-    mean, ci95, _ = estimate("delta_dynamic_degree", -a - 0.5, blocks, a + 0.5)
+    mean, ci95, _ = difference("delta_dynamic_degree", -a - 0.5, blocks, a + 0.5)
     assert [mean, *ci95] == pytest.approx([0, 0, 0], abs=1e-9)
-    assert estimate("delta_dynamic_degree", a - 0.5, blocks, 0.4 - a)[0] == pytest.approx(0.1)
-    holds = estimate("delta_dynamic_degree", a + 0.01, blocks, rng.permutation(a) + 0.01)[1]
+    assert difference("delta_dynamic_degree", a - 0.5, blocks, 0.4 - a)[0] == pytest.approx(0.1)
+    holds = difference("delta_dynamic_degree", a + 0.01, blocks, rng.permutation(a) + 0.01)[1]
     assert holds[0] < 0 < holds[1]  # both signs are open
 
 
