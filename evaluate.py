@@ -304,7 +304,7 @@ def evaluate_run(config: Config) -> int:
 def main(config: Config) -> int:
     """Returns the exit status."""
     if config.compare:
-        print(compare(config.compare, config.data))
+        print(compare(config.compare, config.data, config.subject, config.seed))
         return 0
     if config.pairs:
         return evaluate_pairs(config)

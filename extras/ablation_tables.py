@@ -1,15 +1,17 @@
 """The runs of extras/ablations.py -> docs/results/*.json; those -> the terminal and the tables of
 docs/ablations.md."""
 
+import json
 import subprocess
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 from metrics.compare import Runs, check_alike, read_runs
+from metrics.intervals import Difference, pooled
 from metrics.report import number
 from metrics.table import METRICS
 from support.files import written_whole
@@ -24,6 +26,8 @@ OF_STAGE1 = ("image 50-way", "text 50-way", "action 50-way", "category mAP")  # 
 TITLES = {name: f"{metric.title} {metric.better}" for name, metric in METRICS.items()}
 TITLES[ALL] = "all attributes ↑"
 MODEL = "paper's model, shuffled fMRI"
+BEFORE, PLAYED = "the row before", "best memory, played"
+DIFFERENCE = ("more", "ci95", "freedom")
 KEYS = dict.fromkeys(("table", "subject", "clips"), int)  # of docs/results/table*.json
 KEYS |= dict.fromkeys(("data", "quoted_of", "command", "date", "commit"), str)
 KEYS |= dict.fromkeys(("groups", "shuffled", "stage1 shuffled", "chance", "minutes", "versions"), dict)
@@ -40,16 +44,20 @@ class Files(NamedTuple):
     controls: list[Path]  # metrics.json of the paper's model on shuffled fMRI, one a seed
 
 
-def cells(runs: Runs, previous: Runs | None, names: Sequence[str], group: str | None = None) -> dict:
-    """Of each metric that has a value: mean and std over the seeds, and how much `more` it is than by the
-    previous runs, with its paired 95 % interval; of all clips or of a group."""
+def cells(runs: Runs, others: dict[str, Runs], names: Sequence[str], group: str | None = None) -> dict:
+    """Of each metric that has a value: mean and std over the seeds, and how much `more` it is than by others,
+    with its paired 95 % interval and degrees of freedom; of all clips or of a group. That of the row before
+    stands in the cell itself, the rest in "than"."""
     entries = {}
     for name in names:
         if summary := runs.summary(name, group):
             entries[name] = {"mean": summary[0], "std": summary[1]}
-            if previous:
-                more, ci95 = runs.less(name, previous, group)
-                entries[name] |= {"more": more, "ci95": ci95}
+            than = {}
+            for label, other in others.items():
+                than[label] = dict(zip(DIFFERENCE, runs.less(name, other, group), strict=True))
+            entries[name] |= than.pop(BEFORE, {})
+            if than:
+                entries[name]["than"] = than
     return entries
 
 
@@ -61,7 +69,7 @@ def stage1_cells(files: list[Path], column: str) -> dict[str, dict]:
             scores.append(read_json(file)[column])
     for name in OF_STAGE1:
         if values := [score[name] for score in scores if name in score]:
-            entries[name] = {"mean": fmean(values), "std": pstdev(values) if len(values) > 1 else None}
+            entries[name] = {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None}
     return entries
 
 
@@ -76,11 +84,16 @@ def result_of(rows: Sequence, files: Files, metrics: list[str]) -> dict:
     columns += [ALL] * (ALL in first["clips"][0])
     of_groups = [name for name in OF_GROUPS if name in columns]
 
-    def measured(runs: Runs, previous: Runs | None) -> dict:
-        by_group = {group: cells(runs, previous, of_groups, group) for group in groups}
-        return {"metrics": cells(runs, previous, columns), "groups": by_group}
+    def measured(runs: Runs, others: dict[str, Runs]) -> dict:
+        by_group = {group: cells(runs, others, of_groups, group) for group in groups}
+        return {"metrics": cells(runs, others, columns), "groups": by_group}
 
-    entries, previous = [], None
+    full = shuffled.results[0]["provenance"]["run"]
+    steps = [row.label for row in rows if row.quoted and not row.lacks]
+    k = [trained[label].results[0]["provenance"]["run"] for label in steps].index(full)
+    model, memory = trained[steps[k]], trained[steps[k]].memory()
+    rivals = [row.label for row in rows if not row.quoted and not row.lacks] + steps[max(k - 1, 0) : k]
+    entries, before = [], None
     for row in rows:
         entry = {"label": row.label, "quoted": row.quoted.split()}
         if row.lacks:
@@ -89,15 +102,21 @@ def result_of(rows: Sequence, files: Files, metrics: list[str]) -> dict:
             runs = trained[row.label]
             entry["run"] = runs.results[0]["provenance"]["run"]
             entry["stage1"] = stage1_cells(files.stage1[row.label], "fmri")
-            entry |= measured(runs, previous)
-            previous = runs
+            others = {BEFORE: before} if before else {}
+            if runs is model:  # it is to be measured from the strongest
+                others |= {label: trained[label] for label in rivals if trained[label] is not before}
+                others |= {f"the {PLAYED}": memory} if memory else {}
+            entry |= measured(runs, others)
+            before = runs
         entries.append(entry)
+    if memory:
+        entries.append({"label": PLAYED, "quoted": [], **measured(memory, {})})
     return {
         "clips": len(first["clips"]),
         "groups": groups,
         "columns": columns,
         "rows": entries,
-        "shuffled": measured(shuffled, None),
+        "shuffled": measured(shuffled, {}),
         "stage1 shuffled": stage1_cells(files.stage1[[*trained][-1]], "shuffled"),
         "chance": {name: METRICS[name].chance for name in columns if name != ALL and METRICS[name].chance},
     }
@@ -121,13 +140,20 @@ def provenance(repository: Path) -> dict:
 
 
 def cell_rows(entries: list[tuple[str, dict]], columns: Sequence[str]) -> list[list[str]]:
-    """Of each label and its `cells` a row, and one of how much more it is than the row before."""
+    """Of each label and its `cells` a row, and one each of how much more it is than others."""
     rows = []
     for label, entry in entries:
         rows.append([label, *(mean(entry.get(name)) for name in columns)])
-        if any("more" in cell for cell in entry.values()):
-            rows.append(["   more than the row before", *(more(entry.get(name)) for name in columns)])
+        differences = {name: differences_of(cell) for name, cell in entry.items()}
+        for other in dict.fromkeys(other for of_cell in differences.values() for other in of_cell):
+            texts = [more(differences.get(name, {}).get(other)) for name in columns]
+            rows.append([f"   more than {other}", *texts])
     return rows
+
+
+def differences_of(cell: dict) -> dict[str, dict]:
+    """How much more a cell is than the row before and others, by their labels."""
+    return ({BEFORE: cell} if "more" in cell else {}) | cell.get("than", {})
 
 
 def mean(cell: dict | None) -> str:
@@ -138,10 +164,13 @@ def mean(cell: dict | None) -> str:
 
 
 def more(cell: dict | None) -> str:
-    """+0.085 [0.026, 0.144]"""
+    """+0.085 [0.026, 0.144]; "not shown" where the interval holds 0."""
     if not cell or cell.get("more") is None:
         return ""
-    return f"{cell['more']:+.3f}" + (" [{:.3f}, {:.3f}]".format(*cell["ci95"]) if cell["ci95"] else "")
+    text, ci95 = f"{cell['more']:+.3f}", cell["ci95"]
+    if not ci95:
+        return text
+    return f"{text} [{ci95[0]:.3f}, {ci95[1]:.3f}]" + " not shown" * (ci95[0] <= 0 <= ci95[1])
 
 
 def lines_of(result: dict) -> list[list[str]]:
@@ -165,7 +194,8 @@ def lines_of(result: dict) -> list[list[str]]:
         entries = [(row["label"], row["groups"][group]) for row in trained]
         lines += cell_rows([*entries, (MODEL, result["shuffled"]["groups"][group])], columns)
     lines.append([f"quoted from the paper ({result['quoted_of']}):", *empty])
-    lines += [[row["label"], *(row["quoted"] + empty)[: len(columns)]] for row in result["rows"]]
+    quoted = [row for row in result["rows"] if row["quoted"]]
+    lines += [[row["label"], *(row["quoted"] + empty)[: len(columns)]] for row in quoted]
     return lines
 
 
@@ -177,8 +207,11 @@ def stage1_lines(result: dict) -> list[list[str]]:
 
 
 def heading(result: dict) -> str:
-    table = f"Table {result['table']} on {result['data']}, subject {result['subject']}"
-    seeds = " ".join(map(str, result["seeds"]))
+    table, seeds = f"Table {result['table']} on {result['data']}", " ".join(map(str, result["seeds"]))
+    if "subjects" in result:
+        subjects = " and ".join(map(str, result["subjects"]))
+        return f"{table}, subjects {subjects} together: {result['clips']} held-out clips, mean of the films"
+    table += f", subject {result['subject']}"
     return f"{table}: {result['clips']} held-out clips, mean ± deviation over the seeds {seeds}"
 
 
@@ -195,7 +228,7 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 
 def as_text(result: dict) -> str:
-    remark = "Intervals: 95 %, paired, over blocks of 20 clips, each clip the mean over the seeds."
+    remark = "Intervals: 95 %, paired, over blocks of 20 clips and over the seeds."
     tables = [*aligned(lines_of(result)), "", *aligned(stage1_lines(result))]
     return "\n".join([heading(result), "", *tables, "", remark])
 
@@ -209,12 +242,74 @@ def markdown_table(rows: list[list[str]]) -> list[str]:
 
 def as_markdown(result: dict) -> str:
     """The table, and what made it."""
-    minutes = [value for value in result["minutes"].values() if value is not None]
-    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
-    source = f"`{result['command']}`, {result['date']}, commit {result['commit'][:10]}, {versions}"
-    duration = f"{len(minutes)} commands took {sum(minutes):.0f} minutes, one after the other"
     tables = [*markdown_table(lines_of(result)), "", *markdown_table(stage1_lines(result))]
-    return "\n".join([f"### {heading(result)}", "", *tables, "", f"{source}; {duration}."])
+    if "subjects" in result:
+        source = "Of the tables above: the mean of the films' means, whose variances are added"
+    else:
+        minutes = [value for value in result["minutes"].values() if value is not None]
+        versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+        commit = result["commit"][:10] + "+" * result["commit"].endswith("+")
+        source = (
+            f"`{result['command']}`, {result['date']}, commit {commit}, {versions}; {len(minutes)} commands"
+        )
+        source += f" took {sum(minutes):.0f} minutes, one after the other"
+    return "\n".join([f"### {heading(result)}", "", *tables, "", f"{source}."])
+
+
+# ---------------------------------------------------------------- films together
+
+
+def pooled_cells(films: list[dict]) -> dict[str, dict]:
+    """Of each metric that all films' `cells` have the mean over the films, and of their differences."""
+    entries = {}
+    for name in [name for name in films[0] if all(name in film for film in films)]:
+        entries[name] = {"mean": fmean(film[name]["mean"] for film in films), "std": None}
+        differences = [differences_of(film[name]) for film in films]
+        than = {}
+        for other in [label for label in differences[0] if all(label in film for film in differences)]:
+            of_films = [[of_film[other].get(key) for key in DIFFERENCE] for of_film in differences]
+            than[other] = dict(zip(DIFFERENCE, pooled([Difference(*one) for one in of_films]), strict=True))
+        entries[name] |= than.pop(BEFORE, {})
+        entries[name] |= {"than": than} if than else {}
+    return entries
+
+
+def pooled_result(films: list[dict]) -> dict | None:
+    """The results of one table on two films or more as one; None where they are not alike, or older than what
+    pooling needs."""
+    alike = {repr([film["columns"], [*film["groups"]], shape(film)]) for film in films}
+    old = '"ci95"' in json.dumps(films) and '"freedom"' not in json.dumps(films)
+    if len(films) < 2 or len(alike) > 1 or old:
+        return None
+
+    def together(entries: list[dict]) -> dict:
+        groups = {
+            name: pooled_cells([entry["groups"][name] for entry in entries]) for name in films[0]["groups"]
+        }
+        return {"metrics": pooled_cells([entry["metrics"] for entry in entries]), "groups": groups}
+
+    rows = []
+    for entries in zip(*(film["rows"] for film in films), strict=True):
+        stage1 = [entry["stage1"] for entry in entries if "stage1" in entry]
+        row = entries[0] | ({"stage1": pooled_cells(stage1)} if stage1 else {})
+        rows.append(row | (together(entries) if "metrics" in row else {}))
+    return films[0] | {
+        "subjects": [film["subject"] for film in films],
+        "clips": sum(film["clips"] for film in films),
+        "groups": {name: sum(film["groups"][name] for film in films) for name in films[0]["groups"]},
+        "rows": rows,
+        "shuffled": together([film["shuffled"] for film in films]),
+        "stage1 shuffled": pooled_cells([film["stage1 shuffled"] for film in films]),
+    }
+
+
+def shape(result: dict) -> list:
+    """The rows' labels, and what each is compared with."""
+    rows = []
+    for row in result["rows"]:
+        compared = {name: [*differences_of(cell)] for name, cell in row.get("metrics", {}).items()}
+        rows.append((row["label"], "lacks" in row, compared))
+    return rows
 
 
 # ---------------------------------------------------------------- read again
@@ -230,12 +325,20 @@ def check_cells(entries: dict, place: str) -> None:
     """Of `cells`. Raises FileFault."""
     check_all(entries, place, dict)
     for name, cell in entries.items():
-        check_keys(cell, f"{place}, {name}", {"mean": float})
-        check_all([cell.get("std"), cell.get("more")], f"{place}, {name}", (float, type(None)))
-        if cell.get("ci95") is not None:
-            check_all(check_keys(cell, f"{place}, {name}", {"ci95": list})["ci95"], f"{place}, {name}", float)
-            if len(cell["ci95"]) != 2:
-                raise damaged(f"{place}, {name}", f"ci95 = {cell['ci95']}", "its two ends")
+        check_keys({"than": {}} | cell, f"{place}, {name}", {"mean": float, "than": dict})
+        check_all([cell.get("std")], f"{place}, {name}", (float, type(None)))
+        check_all(cell.get("than", {}), f"{place}, {name}", dict)
+        for difference in (cell, *cell.get("than", {}).values()):
+            check_difference(difference, f"{place}, {name}")
+
+
+def check_difference(cell: dict, place: str) -> None:
+    """Raises FileFault."""
+    check_all([cell.get("more"), cell.get("freedom")], place, (float, type(None)))
+    if cell.get("ci95") is not None:
+        check_all(check_keys(cell, place, {"ci95": list})["ci95"], place, float)
+        if len(cell["ci95"]) != 2:
+            raise damaged(place, f"ci95 = {cell['ci95']}", "its two ends")
 
 
 def check_measured(entry: dict, groups: dict, place: str) -> None:
@@ -259,12 +362,13 @@ def read_result(file: Path) -> dict:
     for k, row in enumerate(result["rows"], 1):
         place = f"{file}, row {k}"
         check_all(check_keys(row, place, {"label": str, "quoted": list})["quoted"], place, str)
-        if len(row["quoted"]) != len(COLUMNS):
+        if len(row["quoted"]) not in (0, len(COLUMNS)):
             raise damaged(place, f"{len(row['quoted'])} quoted numbers", len(COLUMNS))
         if "lacks" in row:
             check_keys(row, place, {"lacks": str})
         else:
-            check_cells(check_keys(row, place, {"stage1": dict})["stage1"], f"{place}, stage1")
+            stage1 = {"stage1": {}} | row if row["label"] == PLAYED else row  # a memory has no stage 1
+            check_cells(check_keys(stage1, place, {"stage1": dict})["stage1"], f"{place}, stage1")
             check_measured(row, result["groups"], place)
     check_measured(result["shuffled"], result["groups"], f"{file}, shuffled")
     check_cells(result["stage1 shuffled"], f"{file}, stage1 shuffled")
@@ -274,15 +378,20 @@ def read_result(file: Path) -> dict:
 def write_page(page: Path = PAGE, results: Path = RESULTS) -> None:
     """The tables of docs/ablations.md between its two marks; the words around them stay. Raises
     FileNotFoundError or ValueError where there is no result, or the page has no marks."""
-    tables = []
+    tables: dict[tuple, list[dict]] = {}  # table and data: the results of each film
     for file in sorted(results.glob("table*.json")):
         with reading(file, advice="python extras/ablations.py makes it anew"):
-            tables.append(as_markdown(read_result(file)))
+            result = read_result(file)
+            tables.setdefault((result["table"], result["data"]), []).append(result)
     if not tables:
         raise FileNotFoundError(f"{results}/table*.json is not there: python extras/ablations.py makes it")
     text = page.read_text(encoding="utf-8") if page.is_file() else "\n".join((*MARKS, ""))
     start, end = (text.find(mark) for mark in MARKS)
     if not 0 <= start < end:
         raise damaged(page, "another text", f"the lines {' and '.join(MARKS)}", "put them back")
+    parts = [text[: start + len(MARKS[0])]]
+    for films in tables.values():
+        together = pooled_result(films)
+        parts += map(as_markdown, [*films, together] if together else films)
     with written_whole(page) as part:
-        part.write_text("\n\n".join([text[: start + len(MARKS[0])], *tables, text[end:]]), encoding="utf-8")
+        part.write_text("\n\n".join([*parts, text[end:]]), encoding="utf-8")

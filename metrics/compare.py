@@ -1,5 +1,5 @@
-"""Runs side by side, over subjects and seeds. Every clip is first the mean of the runs' values: intervals are
-over clips; the ± of the runs' means is what differs between seeds."""
+"""Runs side by side, over subjects and seeds. The ± of the runs' means is what differs between them; their
+intervals are over clips and runs: where a mean would lie on other clips, from other seeds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metrics.report import Estimate, blocks_of, estimate, interval, number, table, values_of
+from metrics.intervals import Difference, blocks_of, difference, estimate, remark
+from metrics.report import beside_quoted, interval, number, table, values_of
 from metrics.table import NAMES
+from prepare.facts import stimuli_folder
 from support.readers import advising, check_keys, damaged, read_json
 
 
@@ -37,23 +39,48 @@ class Runs(NamedTuple):
         means = [mean for mean in means if mean is not None]
         if not means:
             return None
-        return float(np.mean(means)), float(np.std(means)) if len(means) > 1 else None
+        return float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1 else None
 
-    def less(self, metric: str, others: "Runs | None" = None, group: str | None = None) -> Estimate:
+    def less(self, metric: str, others: "Runs | None" = None, group: str | None = None) -> Difference:
         """The metric less that of others (of none: the metric itself) on the clips that both have, and its
         paired 95 % interval."""
         keys = self.shared(others, group)
-        b = others.means(metric, keys) if others else 0.0
-        return estimate(metric, self.means(metric, keys), blocks_of([clip for _, clip in keys]), b)
+        b = others.values(metric, keys) if others else 0.0
+        return difference(metric, self.values(metric, keys), self.blocks(keys), b)
 
-    def means(self, metric: str, keys: Sequence[tuple]) -> np.ndarray:
-        """(clips,) of each the mean of the runs' values."""
-        return np.array([values_of(metric, self.rows[key]).mean() for key in keys])
+    def values(self, metric: str, keys: Sequence[tuple]) -> np.ndarray:
+        """(runs, clips), NaN where a subject has fewer runs than another, and where a run has no value."""
+        most = max((len(self.rows[key]) for key in keys), default=1)
+        values = np.full((most, len(keys)), np.nan)
+        for i, key in enumerate(keys):
+            of_runs = values_of(metric, self.rows[key])
+            if np.isfinite(of_runs).all():
+                values[: len(of_runs), i] = of_runs
+        return values
+
+    def blocks(self, keys: Sequence[tuple]) -> np.ndarray:
+        """(clips,) of each its block; subjects who saw one film share its blocks."""
+        data = self.results[0]["provenance"].get("data", "")
+        numbers = blocks_of([clip for _, clip in keys], data)
+        films = [stimuli_folder(data, subject or 1) for subject, _ in keys]
+        return np.array([f"{film} {number}" for film, number in zip(films, numbers, strict=True)], str)
+
+    def memory(self) -> "Runs | None":
+        """The best memory of each clip, played, as if a run had made it; None where not all runs have it."""
+        results = [
+            run["memory"] | {"provenance": run["provenance"]} for run in self.results if run.get("memory")
+        ]
+        return joined(f"{self.name}, its memory", results) if len(results) == len(self.results) else None
 
 
 def read_runs(name: str, files: Sequence[Path]) -> Runs:
+    """Runs of one kind, from the metrics.json of each."""
+    return joined(name, [read_metrics(file) for file in files])
+
+
+def joined(name: str, results: list[dict]) -> Runs:
     """Runs of one kind. Raises ValueError where two scored other clips of one subject."""
-    runs, scored = Runs(name, [read_metrics(file) for file in files], {}, {}), {}
+    runs, scored = Runs(name, results, {}, {}), {}
     for run in runs.results:
         subject, clips = run["provenance"].get("subject"), [row["clip"] for row in run["clips"]]
         if scored.setdefault(subject, clips) != clips:
@@ -76,28 +103,55 @@ def check_alike(groups: Sequence[Runs]) -> None:
         raise ValueError(f"--compare: measured with {', and '.join(sorted(options))}, wanted all alike")
 
 
-def compare(names: Sequence[str], data: str) -> str:
-    """The table: each the mean over its subjects and seeds; the first less each of the rest, clip by clip."""
-    every = [read_runs(name, _metrics_files(name, data)) for name in names]
+def compare(names: Sequence[str], data: str, subject: int | None = None, seed: int | None = None) -> str:
+    """The table: each the mean over its subjects and seeds, or of one of them; the first less each of the
+    rest, and each less its best memory, clip by clip."""
+    every = [_runs(name, data, {"subject": subject, "seed": seed}) for name in names]
     check_alike(every)
     rows, first = [], every[0]
     for runs in every:
-        labels: dict[str | None, str] = {None: f"{runs.name}: mean ± over {len(runs.results)} runs"}
-        labels |= {group: f"   {group}, {len(runs.shared(group=group))} clips" for group in runs.groups}
-        for group, label in labels.items():
-            summaries = {metric: runs.summary(metric, group) for metric in NAMES}
-            rows.append((label, {metric: number(*pair) for metric, pair in summaries.items() if pair}))
-    for runs in every:
-        second = None if runs.name == first.name else runs
-        means, intervals = {}, {}
-        for metric in NAMES:
-            less = first.less(metric, second)
-            means[metric] = number(less.mean)
-            intervals[metric] = interval(less.ci95)
-        clips = f"{len(first.shared(second))} clips"
-        rows.append((f"{first.name} less {runs.name}, {clips}" if second else f"   {clips}", means))
-        rows.append(("   95 % interval, paired" if second else "   95 % interval", intervals))
-    return table(rows, data)
+        n, memory = len(runs.results), runs.memory()
+        over = f"mean ± over {n} runs" if n > 1 else "1 run"
+        rows.append((f"{runs.name}, {len(runs.rows)} clips: {over}", _means(runs)))
+        rows.append((f"   95 % interval of {runs.name}", _less(runs, None)[1]))
+        for group in runs.groups:
+            rows.append((f"   {group}, {len(runs.shared(group=group))} clips", _means(runs, group)))
+        if memory:
+            rows.append(("   best memory, played", _means(memory)))
+    differences = [(first, runs, runs.name) for runs in every[1:]]
+    differences += [(runs, memory, "its memory") for runs in every if (memory := runs.memory())]
+    for runs, others, name in differences:
+        means, intervals = _less(runs, others)
+        rows.append((f"{runs.name} less {name}, {len(runs.shared(others))} clips", means))
+        rows.append(("   95 % interval, paired", intervals))
+    origins = [(run["provenance"], len(run["clips"])) for runs in every for run in runs.results]
+    beside = min(beside_quoted(data, *origin) for origin in origins)
+    return f"{table(rows, beside)}\n\n{remark(first.blocks(first.shared()))}, and runs"
+
+
+def _means(runs: Runs, group: str | None = None) -> dict[str, str]:
+    summaries = {metric: runs.summary(metric, group) for metric in NAMES}
+    return {metric: number(*pair) for metric, pair in summaries.items() if pair}
+
+
+def _less(runs: Runs, others: Runs | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Of each metric the text of `Runs.less`: the mean, the interval."""
+    means, intervals = {}, {}
+    for metric in NAMES:
+        mean, ci95, _ = runs.less(metric, others)
+        means[metric], intervals[metric] = number(mean), interval(ci95)
+    return means, intervals
+
+
+def _runs(name: str, data: str, only: dict[str, int | None]) -> Runs:
+    """The runs of a name, of `only` this subject and seed. Raises ValueError where there is none."""
+    runs = read_runs(name, _metrics_files(name, data))
+    wanted = {key: number for key, number in only.items() if number is not None}
+    results = [run for run in runs.results if wanted.items() <= run["provenance"].items()]
+    if not results:
+        options = " ".join(f"--{key} {number}" for key, number in wanted.items())
+        raise ValueError(f"--compare {name} {options}: none of its {len(runs.results)} runs is of these")
+    return joined(name, results)
 
 
 def _metrics_files(name: str, data: str) -> list[Path]:
@@ -115,6 +169,17 @@ def _metrics_files(name: str, data: str) -> list[Path]:
 
 def read_metrics(file: Path) -> dict:
     """metrics.json, checked; "groups" is empty in older ones. Raises ValueError naming the file."""
+    with advising("python evaluate.py makes it anew"):
+        result = _check(read_json(file), str(file))
+        check_keys(check_keys(result, file, {"provenance": dict})["provenance"], file, {"size": str})
+        if result.get("memory"):
+            memory = check_keys(result, file, {"memory": dict})["memory"]
+            result["memory"] = _check(memory, f"{file}, memory")
+    return result
+
+
+def _check(result: dict, file: str) -> dict:
+    """What was measured of some videos: of the set, of groups and of each clip."""
 
     def check(values: object, place: str, keys: dict) -> None:
         if not isinstance(values, dict):
@@ -122,17 +187,14 @@ def read_metrics(file: Path) -> dict:
         check_keys(values, f"{file}, {place}", keys)
 
     optional = (float, type(None))
-    with advising("python evaluate.py makes it anew"):
-        kinds = {"metrics": dict, "groups": dict, "clips": list, "provenance": dict}
-        result = check_keys({"groups": {}} | read_json(file), file, kinds)
-        check(result["provenance"], "provenance", {"size": str})
-        for name in result["metrics"].keys() & set(NAMES):
-            check(result["metrics"][name], name, {"mean": optional})
-        for name, group in result["groups"].items():
-            check(group, f"groups, {name}", {"clips": list})
-            if not all(isinstance(clip, str) for clip in group["clips"]):
-                raise damaged(file, group["clips"], "names of clips")
-        for row in result["clips"]:
-            check(row, "clips", {"clip": str})
-            check(row, "clips", {name: optional for name in NAMES if name in row})
+    result = check_keys({"groups": {}} | result, file, {"metrics": dict, "groups": dict, "clips": list})
+    for name in result["metrics"].keys() & set(NAMES):
+        check(result["metrics"][name], name, {"mean": optional})
+    for name, group in result["groups"].items():
+        check(group, f"groups, {name}", {"clips": list})
+        if not all(isinstance(clip, str) for clip in group["clips"]):
+            raise damaged(file, group["clips"], "names of clips")
+    for row in result["clips"]:
+        check(row, "clips", {"clip": str})
+        check(row, "clips", {name: optional for name in NAMES if name in row})
     return result

@@ -28,7 +28,9 @@ class Config(Judging):
         "with --pairs: motion at common times of all METHODs (default), or own",
         choices=("common", "own"),
     )
-    compare: list[str] = option([], "runs (NAME: all subjects and seeds; NAME/eval-shuffled) or folders")
+    compare: list[str] = option(
+        [], "runs (NAME: all subjects and seeds, or those given; NAME/eval-shuffled) or folders"
+    )
     out: str | None = option(None, "with --fmri the video (out.mp4), with --pairs the folder (DIR/metrics)")
     clips: int | None = option(None, "so many, spread over the test set (default: all)", least=1)
     batch_size: int = option(1, "clips that are in the decoder at once", least=1)
@@ -65,6 +67,9 @@ def parse(arguments: list[str], doc: str) -> Config:
     if "--pairs" in given and "--data" not in given:
         arguments = [*arguments, "--data", "cc2017"]
     config = parse_options(Config, PRESETS, doc, "evaluate.py", arguments)
+    for name in {"subject", "seed"} if config.compare else ():
+        if f"--{name}" not in given:
+            setattr(config, name, None)  # all of them
     check_together(config, UNUSED, NEEDED, settings_of(Config(**PRESETS[config.data])))
     asked(config)  # --metrics
     return config

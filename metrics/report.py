@@ -2,19 +2,21 @@
 
 import csv
 from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from metrics.intervals import blocks_of, estimate, remark
 from metrics.pairs import Pair, watch
 from metrics.score import VERSIONS, keys_of, known_value, known_values, step_of, weights_of
 from metrics.table import BLOCKS, METRICS, NAMES, Judging, asked
+from prepare.facts import DATASETS
 from support.files import write_json, written_whole
 from support.pictures import contact_sheet, grid_gif, spread
 
 MEMORY = "best memory, played"  # a set beside a reconstruction's: the stimulus of each clip's top-1 memory
-DRAWS, BLOCK = 2000, 20  # of the bootstrap; clips that are drawn together
 QUOTED = Path(__file__).with_name("quoted.csv")  # Tables 1 and 2 of the paper
 COLUMNS = ("method", "metric", "mean", "std", "ci95", "chance", "shuffled", "n", "weights", "reason")
 
@@ -35,40 +37,9 @@ class Evaluation(NamedTuple):
     seen: str = ""  # a table of what classifiers see
 
 
-class Estimate(NamedTuple):
-    mean: float | None
-    ci95: list[float] | None  # the 95 % interval
-
-
-def estimate(name: str, a: np.ndarray, blocks: np.ndarray, b: np.ndarray | float = 0.0) -> Estimate:
-    """A metric of the set from its clips' values a (clips,), NaN where there is none, less that of b; and its
-    95 % interval, None for fewer than two blocks. Blocks of clips are drawn (the same for all), since
-    neighbours are not independent. Of a `name` not in METRICS the set's value is the mean."""
-    finite = np.isfinite(a + b)
-    if not finite.any():
-        return Estimate(None, None)
-    rows = np.column_stack([a, np.broadcast_to(b, a.shape), np.ones(len(a))])[finite]
-    sums = np.stack([rows[blocks[finite] == block].sum(0) for block in np.unique(blocks[finite])])
-    n = len(sums)
-    drawn = sums[np.random.default_rng(0).integers(n, size=(DRAWS, n))].sum(1)  # (draws, 3)
-    of_set = METRICS[name].of_set if name in METRICS else np.asarray
-
-    def difference(x: np.ndarray) -> np.ndarray:
-        return of_set(x[..., 0] / x[..., 2]) - of_set(x[..., 1] / x[..., 2])
-
-    interval = np.quantile(difference(drawn), [0.025, 0.975]).tolist() if n > 1 else None
-    return Estimate(float(difference(rows.sum(0))), interval)
-
-
 def values_of(name: str, rows: Sequence[dict]) -> np.ndarray:
     """(clips,) with NaN where there is no value."""
     return np.array([row.get(name) for row in rows], float)
-
-
-def blocks_of(clips: Sequence[str]) -> np.ndarray:
-    """20 consecutive clips are a block: by their numbers where the names are numbers."""
-    numbers = [int(clip) if clip.isdecimal() else i for i, clip in enumerate(clips)]
-    return np.array(numbers) // BLOCK
 
 
 def summarise(method: str, run: Evaluation, known: dict[str, object]) -> dict:
@@ -81,7 +52,7 @@ def summarise(method: str, run: Evaluation, known: dict[str, object]) -> dict:
         rows.append(row | {name: float(values[i]) for name, values in others.items()})
         scored.append(values)
     clips = np.array([pair.name for pair in run.sets[method]])
-    blocks = blocks_of(clips)
+    blocks = blocks_of(clips, run.provenance.get("data", ""))
     groups = {}
     for group, members in run.groups.items():
         groups[group] = {"clips": clips[members].tolist()}
@@ -100,7 +71,8 @@ def less(result: dict, memory: dict) -> dict:
     """How much more each metric is than the best memory's on the same clips, with its paired 95 % interval:
     {"metrics": of all clips, "groups": of each group}."""
     clips = [row["clip"] for row in result["clips"]]
-    names, blocks = result["clips"][0].keys() - {"clip"}, blocks_of(clips)
+    names = result["clips"][0].keys() - {"clip"}
+    blocks = blocks_of(clips, result["provenance"].get("data", ""))
 
     def of(members: np.ndarray) -> dict[str, dict]:
         pairs = {
@@ -173,11 +145,9 @@ def report(run: Evaluation) -> str:
             for name, entry in metrics.items():
                 writer.writerow({"method": method, "metric": name, **entry})
     size = "the stimuli's size" if config.size == "native" else f"{config.size} x {config.size}"
-    text = (
-        run.seen
-        + f"\nSSIM, PSNR and EPE at {size} and common frame times; intervals by blocks of {BLOCK} clips"
-    )
-    text += table(rows, config.data)
+    blocks = blocks_of([pair.name for pair in next(iter(run.sets.values()))], run.provenance.get("data", ""))
+    text = run.seen + f"\nSSIM, PSNR and EPE at {size} and common frame times; {remark(blocks)}"
+    text += table(rows, beside_quoted(config.data, run.provenance, len(blocks)))
     if step := step_of(run.sets, config.seconds):
         text += f"\nCLIP-pcc, DTC, MS, Dyn. Degree, EPE: of the coarsest video's times, {step}"
     for reason, metrics in reasons.items():
@@ -241,6 +211,13 @@ def table(rows: list[Row], data: str) -> str:
             for label, cells in [("", titles), *filled]:
                 lines.append(f"{label:<40}" + "".join(f"{cells.get(name) or '-':>17}" for name in titles))
     return "\n".join(lines)
+
+
+def beside_quoted(data: str, origin: dict, clips: int) -> str:
+    """`data`, whose quoted rows may stand beside these clips; "" where they are not of its test set: of
+    --pairs only so many are."""
+    whole = data in DATASETS and clips == prod(DATASETS[data].test)
+    return data if origin.get("data") == data and (whole or "pairs" not in origin) else ""
 
 
 def _common_clips(run: Evaluation, known: dict[str, object]) -> np.ndarray:

@@ -3,7 +3,7 @@
 top-1, top-5    share of the clips whose own embedding is the most similar to the prediction, or among the
                 five most similar, of all clips. Chance: 1 / clips, 5 / clips
 50-way          share where it is the most similar among itself and 49 clips of other scenes: exactly, the
-                mean over all ways to draw them. Chance: 1 / 50
+                mean over all ways to draw them. Chance: 1 / 50. Left out where there are fewer than 49
 category mAP    mean over the categories of the average precision. Chance: their frequency
 """
 
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 WAYS = 50
 
 
-def retrieval(f: Tensor, e: Tensor, far: np.ndarray, n: int = WAYS) -> tuple[float, float, float]:
+def retrieval(f: Tensor, e: Tensor, far: np.ndarray, n: int = WAYS) -> dict[str, float]:
     """top-1, top-5 and n-way of f (clips, D) against the clips' own e (clips, D). far (clips, clips) bool:
-    which clips (columns) may be drawn beside a clip (row). Among equals (clips of one caption) the first two
-    take one at random: their expectation. Raises ValueError where f is not finite."""
+    which clips (columns) may be drawn beside a clip (row); no n-way where they are fewer than n - 1. Among
+    equals (clips of one caption) the first two take one at random: their expectation. Raises ValueError where
+    f is not finite."""
     f, e = (nn.functional.normalize(vectors, dim=-1) for vectors in (f, e))
     S = (f @ e.T).double().numpy().round(6)  # (clips, clips); what is equal up to rounding is equally similar
     if not np.isfinite(S).all():
@@ -28,12 +29,12 @@ def retrieval(f: Tensor, e: Tensor, far: np.ndarray, n: int = WAYS) -> tuple[flo
     correct = S.diagonal()[:, None]  # (clips, 1)
     better = (S > correct).sum(1)  # (clips,)
     equal = (S == correct).sum(1)  # (clips,) itself, too
-    top_1, top_5 = (np.clip((m - better) / equal, 0, 1).mean() for m in (1, 5))
+    rows = {f"top-{m}": float(np.clip((m - better) / equal, 0, 1).mean()) for m in (1, 5)}
     candidates = far.sum(1)  # (clips,)
     above = (far & (S >= correct)).sum(1)  # (clips,) of n - 1 drawn none may be among these
-    n = min(n, int(candidates.min()) + 1)
-    n_way = hypergeom.cdf(0, candidates, above, n - 1).mean() if n > 1 else 1.0
-    return float(top_1), float(top_5), float(n_way)
+    if candidates.min() >= n - 1:
+        rows[f"{n}-way"] = float(hypergeom.cdf(0, candidates, above, n - 1).mean())
+    return rows
 
 
 def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -57,7 +58,7 @@ def scores(
     pairs = {"image": (f_c, e_img), "text": (f_c, targets.e_txt), "action": (f_a, targets.e_act)}
     rows = {}
     for name, (f, e) in pairs.items():
-        rows[f"{name} top-1"], rows[f"{name} top-5"], rows[f"{name} {WAYS}-way"] = retrieval(f, e, far)
+        rows |= {f"{name} {test}": score for test, score in retrieval(f, e, far).items()}
     rows["category mAP"] = average_precision(logits.numpy(), targets.categories.numpy())
     return rows
 
@@ -66,12 +67,12 @@ def with_controls(
     model: nn.Module, heads: nn.Module, x: Tensor, targets: NamedTuple, far: np.ndarray
 ) -> dict[str, dict[str, float]]:
     """The table's columns: the `scores`, those with the fMRI of other clips, and what guessing reaches."""
-    n, ways = len(x), min(WAYS, int(far.sum(1).min()) + 1)  # fewer ways where the test set is small
+    n = len(x)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     fmri = scores(model, heads, x, targets, far)
     shuffled = scores(model, heads, x[order], targets, far)
     labels = targets.categories.float()  # (clips, classes)
-    by_guessing = {"top-1": 1 / n, "top-5": min(1, 5 / n), f"{WAYS}-way": 1 / ways}
+    by_guessing = {"top-1": 1 / n, "top-5": min(1, 5 / n), f"{WAYS}-way": 1 / WAYS}
     by_guessing["mAP"] = float(labels.mean(0)[labels.any(0)].mean())
     chance = {name: by_guessing[name.split()[1]] for name in fmri}
     return {"fmri": fmri, "shuffled": shuffled, "chance": chance}
@@ -83,4 +84,6 @@ def table(columns: dict[str, dict[str, float]], title: str) -> str:
     for name in columns["fmri"]:
         cells = f"{columns['shuffled'][name]:>10.3f}{columns['chance'][name]:>9.3f}"
         lines.append(f"{name:<28}{columns['fmri'][name]:>9.3f}{cells}")
+    if f"image {WAYS}-way" not in columns["fmri"]:
+        lines.append(f"{WAYS}-way: n/a: some clip has fewer than {WAYS - 1} clips of other scenes beside it")
     return "\n".join(lines)

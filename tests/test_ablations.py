@@ -17,7 +17,7 @@ from conftest import REPO, environment
 from extras import ablation_tables, ablations
 from support.options import settings_of
 
-CLIPS = 80  # four blocks of the bootstrap
+CLIPS = 120  # six blocks
 ODD = np.arange(CLIPS) % 2  # never shown in training
 
 # ---------------------------------------------------------------- the commands
@@ -333,9 +333,11 @@ def test_means_deviations_and_paired_intervals(table_4):
         cells = [row["metrics"], row["groups"]["shown in training"], row["groups"]["never shown"]]
         values, share = [cell["video_50way"] for cell in cells], np.array([0.5, 0, 1])  # of clips that gain
         assert values[0]["mean"] == approx(BASE.mean() + gain / 2 + 0.02)
-        assert [value["std"] for value in values] == approx([0.02] * 3)
+        assert [value["std"] for value in values] == approx([0.02 * 2**0.5] * 3)
         assert [cell["all_attributes"]["mean"] for cell in cells] == [0.5, 1, 0]
-        assert row["stage1"] == {"action 50-way": {"mean": approx(stage1 + 0.01), "std": approx(0.01)}}
+        assert row["stage1"] == {
+            "action 50-way": {"mean": approx(stage1 + 0.01), "std": approx(0.01 * 2**0.5)}
+        }
         if previous is not None:
             more = share * (gain - previous)
             assert [value["more"] for value in values] == approx(more, abs=1e-9)
@@ -343,10 +345,10 @@ def test_means_deviations_and_paired_intervals(table_4):
         assert ("more" in values[0]) == (previous is not None)
         previous = gain
     shuffled = result["shuffled"]
-    assert shuffled["metrics"]["video_50way"] == {"mean": approx(0.07), "std": approx(0.02)}
+    assert shuffled["metrics"]["video_50way"] == {"mean": approx(0.07), "std": approx(0.02 * 2**0.5)}
     assert shuffled["groups"]["never shown"]["all_attributes"]["mean"] == 1
     assert result["stage1 shuffled"] == {"action 50-way": {"mean": approx(0.02), "std": 0}}
-    assert (result["clips"], result["groups"]) == (80, {"shown in training": 40, "never shown": 40})
+    assert (result["clips"], result["groups"]) == (120, {"shown in training": 60, "never shown": 60})
     assert result["columns"] == ["video_2way", "video_50way", "clip_pcc", "dtc", "ms_flow", "all_attributes"]
     assert result["seeds"] == [0, 1] and result["command"].startswith(
         "python extras/ablations.py --table 4 --"
@@ -361,15 +363,15 @@ def test_the_table_has_rows_controls_groups_and_what_is_quoted(table_4, tmp_path
     lines = [[cell.strip() for cell in row] for row in ablation_tables.lines_of(result)]
     columns = [(row[0], row[2]) for row in lines]
     assert lines[0][2::4] == ["50-way video ↑", "all attributes ↑"] and lines[1][1::5] == ["-", "0.500±0.000"]
-    assert columns[1] == ("L_clip", f"{mean:.3f}±0.020") and columns[6] == (
+    assert columns[1] == ("L_clip", f"{mean:.3f}±0.028") and columns[6] == (
         "+ MoM",
-        f"{mean + 0.25:.3f}±0.020",
+        f"{mean + 0.25:.3f}±0.028",
     )
     assert columns[5] == ("more than the row before", "-0.050 [-0.050, -0.050]")
     assert columns[7] == ("more than the row before", "+0.200 [0.200, 0.200]")
-    assert columns[8:10] == [("paper's model, shuffled fMRI", "0.070±0.020"), ("chance", "0.058")]
+    assert columns[8:10] == [("paper's model, shuffled fMRI", "0.070±0.028"), ("chance", "0.058")]
     headings = [row[0] for row in lines[1:] if not any(row[1:])]
-    groups = ["shown in training, 40 clips:", "never shown, 40 clips:"]
+    groups = ["shown in training, 60 clips:", "never shown, 60 clips:"]
     assert headings == [*groups, "quoted from the paper (cc2017, subject 1):"]
     never = [row[0] for row in lines].index(groups[1])
     assert columns[never + 2][0] == "+ L_cls" and columns[never + 3][1] == "+0.200 [0.200, 0.200]"
@@ -378,13 +380,13 @@ def test_the_table_has_rows_controls_groups_and_what_is_quoted(table_4, tmp_path
         "0.846±0.02",
     ]
     stage1 = [row[3] for row in ablation_tables.stage1_lines(result)]
-    scores = ["0.110±0.010", "0.310±0.010", "0.910±0.010", "0.910±0.010", "0.020±0.000"]
+    scores = ["0.110±0.014", "0.310±0.014", "0.910±0.014", "0.910±0.014", "0.020±0.000"]
     assert stage1 == ["action 50-way", *scores]
     text = ablation_tables.as_text(result)
     head, _, titles, *rest = text.splitlines()
-    assert text in printed and head.endswith("80 held-out clips, mean ± deviation over the seeds 0 1")
+    assert text in printed and head.endswith("120 held-out clips, mean ± deviation over the seeds 0 1")
     end = titles.index("50-way video ↑") + len("50-way video ↑")
-    assert rest[0][end - 11 : end] == f"{mean:.3f}±0.020"  # flush right
+    assert rest[0][end - 11 : end] == f"{mean:.3f}±0.028"  # flush right
     printed_cells = [re.split(" {2,}", line.strip()) for line in [titles, *rest][: len(lines)]]
     assert printed_cells == [[cell for cell in row if cell] for row in lines]
 
@@ -416,7 +418,7 @@ def test_the_page_keeps_the_words_around_its_tables(table_4, tmp_path):
         assert text.startswith(f"# Words\n\n{begin}\n\n### Table 4")
         assert text.endswith(f"\n\n{end}\n\nmore words\n")
     source = "2026-11-25, commit 23a6b32946, torch 2.14; 2 commands took 4 minutes, one after the other."
-    assert "old" not in text and "| *never shown, 40 clips:* |  |" in text and source in text
+    assert "old" not in text and "| *never shown, 60 clips:* |  |" in text and source in text
     page.write_text("# Words\n")
     with pytest.raises(ValueError, match="put them back"):
         ablation_tables.write_page(page, results)
@@ -532,3 +534,90 @@ def test_the_real_scripts_make_a_table(tiny_copy, capsys, monkeypatch):
     assert "shown in training, 6 clips" in capsys.readouterr().out
     ablations.main([*words, "--dry-run"])
     assert capsys.readouterr().out == "0 commands are left\n"
+
+
+# ---------------------------------------------------------------- rivals, films together, the page's words
+
+
+def test_the_papers_model_is_measured_from_the_strongest_of_the_others(tmp_path):
+    """From the best memory, played, and from each row that the paper does not have."""
+    paths, rows = (
+        {},
+        [ablations.Row("no stage 2"), ablations.Row("+ L_action", quoted="1 2 3 4 5"), ablations.FULL],
+    )
+    for run, gain in (("no stage 2", 0.1), ("+ L_action", 0.2), ("", 0.5)):
+        result = metrics_of(run or "full", 0, False)
+        memory = {key: json.loads(json.dumps(result[key])) for key in ("metrics", "groups", "clips")}
+        for row, played, odd in zip(result["clips"], memory["clips"], ODD, strict=True):
+            row["video_50way"], played["video_50way"] = 0.2 + gain * odd, 0.3
+        paths[run] = [tmp_path / (run or "full") / "metrics.json"]
+        paths[run][0].parent.mkdir()
+        paths[run][0].write_text(json.dumps(result | {"memory": memory}))
+    stage1 = tmp_path / "test.json"
+    stage1.write_text(json.dumps({"fmri": {}, "shuffled": {}}))
+    files = ablation_tables.Files(dict.fromkeys(paths, [stage1]), paths, paths[""])
+    result = ablation_tables.result_of(rows, files, ["video_50way"])
+    approx = pytest.approx
+    assert [row["label"] for row in result["rows"]] == ["no stage 2", "+ L_action", "", "best memory, played"]
+    cell = result["rows"][2]["metrics"]["video_50way"]
+    assert cell["more"] == approx(0.15) and {*cell["than"]} == {"no stage 2", "the best memory, played"}
+    assert cell["than"]["no stage 2"] == {"more": approx(0.2), "ci95": approx([0.2, 0.2]), "freedom": 5}
+    never = result["rows"][2]["groups"]["never shown"]["video_50way"]
+    assert never["than"]["the best memory, played"]["more"] == approx(0.4)
+    assert "than" not in result["rows"][1]["metrics"]["video_50way"]
+    (tmp_path / "table4.json").write_text(json.dumps(result | TABLE))
+    lines = [
+        row[:3:2] for row in ablation_tables.lines_of(ablation_tables.read_result(tmp_path / "table4.json"))
+    ]
+    assert ["   more than no stage 2", "+0.200 [0.200, 0.200]"] in lines
+    assert ["   more than the best memory, played", "+0.150 [0.150, 0.150]"] in lines
+    assert [row[0] for row in lines[-2:]] == ["+ L_action", ""]  # what the paper does not have is not quoted
+
+
+TABLE = {
+    "table": 4,
+    "subject": 2,
+    "data": "toy",
+    "quoted_of": "x",
+    "command": "x",
+    "minutes": {},
+    "seeds": [0],
+} | ABOUT
+
+
+def test_two_films_are_pooled_below_their_tables(table_4, tmp_path):
+    result, end = json.loads(json.dumps(table_4[0])), ablation_tables.MARKS[1]
+    page, cell = tmp_path / "page.md", result["rows"][3]["metrics"]["video_50way"]
+    cell |= {"more": 0.2, "ci95": [0.1, 0.3], "freedom": 7.0}
+    (tmp_path / "table4-a.json").write_text(json.dumps(result | {"commit": "23a6b329465a5914+"}))
+    cell |= {"mean": cell["mean"] + 0.1, "more": -0.1, "ci95": [-0.3, 0.1]}
+    (tmp_path / "table4-b.json").write_text(json.dumps(result | {"subject": 2}))
+    ablation_tables.write_page(page, tmp_path)
+    first, second, both = page.read_text().split("### ")[1:]
+    assert "commit 23a6b32946+, torch" in first and "+0.200 [0.100, 0.300] |" in first
+    assert "-0.100 [-0.300, 0.100] not shown |" in second
+    assert both.startswith("Table 4 on cc2017, subjects 1 and 2 together: 240 held-out clips")
+    # by hand: half lengths of 0.1 and 0.2 by t(7); of their sum by t(10.3): 7 * 0.05^2 / (0.01^2 + 0.04^2)
+    half = (0.1**2 + 0.2**2) ** 0.5 / 2 / 2.3646 * 2.2191
+    assert f"| +0.050 [{0.05 - half:.3f}, {0.05 + half:.3f}] not shown |" in both and end in both
+    assert f"| + MoM | - | {cell['mean'] - 0.05:.3f} |" in both
+    (tmp_path / "table4-b.json").write_text(
+        json.dumps(result | {"subject": 2, "columns": result["columns"][:3]})
+    )
+    ablation_tables.write_page(page, tmp_path)
+    assert "together" not in page.read_text()  # not measured alike
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/ablations.md"])
+def test_a_sentence_with_an_interval_has_it_from_the_tables(name):
+    """0.369 [0.309, 0.430], or with the other sign; an interval that holds 0 is no sentence's claim."""
+    page = ablation_tables.PAGE.read_text(encoding="utf-8")
+    start, end = (page.index(mark) for mark in ablation_tables.MARKS)
+    number = r"[+-]?\d\.\d{3}"
+    known = set()
+    for more, low, high in re.findall(rf"({number}) \[({number}), ({number})\]", page[start:end]):
+        more, low, high = float(more), float(low), float(high)
+        known |= {(more, low, high), (-more, -high, -low)}
+    text = (REPO / name).read_text(encoding="utf-8").replace(page[start:end], "")
+    for words in re.findall(rf"({number}) \[({number}), ({number})\]", text):
+        assert tuple(map(float, words)) in known, words

@@ -20,6 +20,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.stats import ttest_1samp
 from tiny import unit
 from torch import nn
 from torchvision.utils import make_grid
@@ -39,8 +40,9 @@ import metrics.score
 from evaluate import Config, main
 from metrics import card, features, motion, pixels, retrieval
 from metrics.classes import Classifier, n_way_top_k
+from metrics.intervals import blocks_of, difference, remark
 from metrics.pairs import Source, Watched, find_pairs, other_scenes, watch
-from metrics.report import Evaluation, blocks_of, estimate, report
+from metrics.report import Evaluation, beside_quoted, report
 from metrics.score import Judges, keys_of, known_value, known_values, score
 from metrics.table import METRICS, NAMES
 from prepare.copies import far_apart
@@ -524,7 +526,7 @@ def test_formats_names_and_several_methods(tmp_path, capsys):
     assert main(parse(["--pairs", str(tmp_path), "--metrics", "ssim,psnr", "--size", "native"])) == 0
     assert [row["clip"] for row in results_of(tmp_path, "a")["clips"]] == ["9", "10", "11"]
     text, out = capsys.readouterr().out, tmp_path / "metrics"
-    assert "NeuroClips, quoted from the paper" in text and "9.211±1.46" in text
+    assert "quoted" not in text and "are n/a: 1 of them" in text  # three clips are not cc2017's test set
     assert "another stimulus" in text and "shuffled" not in text  # --pairs knows no scenes
     with Image.open(out / "sheet.png") as sheet, Image.open(out / "grid.gif") as grid:
         for column, folder in enumerate(colours):  # stimulus | a | b: each in its own colour
@@ -801,94 +803,185 @@ def test_presets():
 
 
 def test_an_interval_is_of_95_percent_of_blocks_and_paired():
+    """With t of one block fewer; by scipy's test of the blocks' means where all are of one size."""
     rng = np.random.default_rng(0)
-    values, each = rng.normal(3, 2, size=800), np.arange(800)
-    mean, (low, high) = estimate("ssim", values, each)
-    assert mean == pytest.approx(values.mean())
-    half = 1.96 * values.std() / 800**0.5
-    assert [low, high] == pytest.approx([mean - half, mean + half], abs=0.08 * half)
+    values, blocks = rng.normal(3, 2, size=160), np.arange(160) // 20
+    mean, ci95, freedom = difference("epe", values, blocks)
+    test = ttest_1samp(values.reshape(8, 20).mean(1), 0).confidence_interval(0.95)
+    assert (mean, ci95, freedom) == (pytest.approx(values.mean()), pytest.approx([*test]), pytest.approx(7))
     alike = np.repeat(values[:40], 20) + 0.01 * rng.normal(size=800)  # neighbours
-    low, high = estimate("ssim", alike, each // 20)[1]
-    assert high - low == pytest.approx(2 * 1.96 * values[:40].std() / 40**0.5, rel=0.1)
-    assert estimate("ssim", np.array([0, 0, 0, 4.0, np.nan]), np.array([0, 0, 0, 1, 1])) == (1, [0, 4])
-    assert estimate("ssim", values[:20], each[:20] // 20) == (pytest.approx(values[:20].mean()), None)
-    assert estimate("ssim", np.full(3, np.nan), np.arange(3)) == (None, None)
+    low, high = difference("epe", alike, np.arange(800) // 20)[1]
+    assert high - low == pytest.approx(2 * 2.02 * values[:40].std() / 40**0.5, rel=0.05)
+    uneven = np.concatenate([values, [np.nan, 3.0]])  # a ratio of sums: a block of one clip weighs little
+    assert difference("epe", uneven, np.append(blocks, [3, 8]))[1] == pytest.approx(ci95, abs=0.1)
+    assert difference("epe", values[:100], blocks[:100]) == (pytest.approx(values[:100].mean()), None, None)
+    assert difference("epe", np.full(3, np.nan), np.arange(3)) == (None, None, None)
+    assert remark(blocks) == "intervals by blocks of 20 clips"
+    assert remark(blocks[:100]) == "intervals by blocks of 20 clips are n/a: 5 of them, wanted 6"
+    assert difference("ssim", np.where(blocks, 1.0, 0.9), blocks)[1][1] == 1  # its greatest value
+    a = values - 3
+    assert difference("epe", a + 0.01, blocks, a)[:2] == (pytest.approx(0.01), pytest.approx([0.01, 0.01]))
+
+
+def test_an_interval_of_several_runs_is_over_their_seeds_too():
+    rng = np.random.default_rng(1)
+    clips, blocks, seeds = rng.normal(size=160), np.arange(160) // 20, np.array([[-0.3], [0.1], [0.2]])
+    alone, ci95 = (
+        np.subtract(*difference("", clips, blocks)[1]),
+        [0.5 - 4.3027 * 0.2646 / 3**0.5, 0.5 + 0.6573],
+    )
+    same = difference("", np.stack([clips] * 3), blocks)
+    assert np.subtract(*same.ci95) == pytest.approx(alone) and same.freedom == pytest.approx(7)
+    # the clips cancel: what is left is t of two degrees of freedom over the seeds
+    assert difference("", clips + 0.5 + seeds, blocks, np.stack([clips] * 3))[:2] == (
+        pytest.approx(0.5), pytest.approx(ci95, abs=1e-3)
+    )  # fmt: skip
+    both = difference("", clips + seeds, blocks)
+    assert -np.subtract(*both.ci95) > -alone and 2 < both.freedom < 7
+    ragged = np.stack([clips, np.where(blocks < 4, clips + 1, np.nan)])  # the second subject has one run
+    assert difference("", ragged, blocks).more == pytest.approx(clips.mean() + 0.25)
+
+
+def test_an_interval_of_a_signed_metric_is_of_the_absolute_mean():
+    rng, blocks = np.random.default_rng(2), np.arange(320) // 20
+    a = rng.normal(size=320)
+    a -= a.mean()
+    low, high = difference("", a, blocks)[1]
+    mean, ci95, _ = difference("delta_dynamic_degree", a - 0.01, blocks)
+    assert mean == pytest.approx(0.01) and ci95 == [0, pytest.approx(high + 0.01)]
+    assert difference("delta_dynamic_degree", a - 0.5, blocks)[1] == pytest.approx([0.5 - high, 0.5 - low])
+    # equally far from the stimuli; -0.5 is farther from 0 than 0.4 by 0.1, whatever its sign
+    mean, ci95, _ = difference("delta_dynamic_degree", -a - 0.5, blocks, a + 0.5)
+    assert [mean, *ci95] == pytest.approx([0, 0, 0], abs=1e-9)
+    assert difference("delta_dynamic_degree", a - 0.5, blocks, 0.4 - a)[0] == pytest.approx(0.1)
+    holds = difference("delta_dynamic_degree", a + 0.01, blocks, rng.permutation(a) + 0.01)[1]
+    assert holds[0] < 0 < holds[1]  # both signs are open
+
+
+def test_a_block_never_straddles_segments():
     assert blocks_of(["0003", "0019", "0020", "0041"]).tolist() == [0, 0, 1, 2]
     assert blocks_of([f"clip{i}" for i in range(21)]).tolist() == [0] * 20 + [1]
-    a, blocks = values - 3, each // 20
-    assert estimate("ssim", a + 0.01, blocks, a) == (pytest.approx(0.01), pytest.approx([0.01, 0.01]))
-    # a signed metric's set is the absolute mean: equally far from the stimuli
-    assert estimate("delta_dynamic_degree", -a, blocks, a).mean == pytest.approx(0)
+    episodes = blocks_of([f"{i:04d}" for i in range(540)], "cinebrain")  # of 270 clips
+    assert np.bincount(episodes).tolist() == [20] * 13 + [10] + [20] * 13 + [10] and episodes[270] == 14
+    assert len(set(blocks_of([f"{i:04d}" for i in range(1200)], "cc2017"))) == 60
+
+
+def test_quoted_rows_stand_beside_the_test_set_alone():
+    run, pairs = {"data": "cc2017"}, {"data": "cc2017", "pairs": "DIR"}
+    assert beside_quoted("cc2017", run, 12) == beside_quoted("cc2017", pairs, 1200) == "cc2017"
+    assert (
+        beside_quoted("cc2017", pairs, 12)
+        == beside_quoted("toy", run, 160)
+        == beside_quoted("x", run, 3)
+        == ""
+    )
 
 
 def write_metrics(
-    folder: Path, ssim: np.ndarray, dynamic: np.ndarray, subject: int, size: str = "256", **more
-) -> None:
+    folder: Path, ssim: np.ndarray, dynamic: np.ndarray, subject: int, seed: int = 0, size="256", **more
+) -> dict:
     folder.mkdir(parents=True)
     names = ("ssim", "dynamic_degree", "delta_dynamic_degree")
     columns = np.stack([ssim, dynamic, dynamic - 1], 1).tolist()
     rows = [{"clip": f"{i:04d}", **dict(zip(names, row, strict=True))} for i, row in enumerate(columns)]
     entries = {name: {"mean": None} for name in NAMES} | {"ssim": {"mean": float(ssim.mean())}}
     entries["delta_dynamic_degree"] = {"mean": float(abs(dynamic.mean() - 1))}
-    result = {"metrics": entries, "clips": rows, "provenance": {"size": size, "subject": subject}} | more
+    origin = {"size": size, "data": "cc2017", "subject": subject, "seed": seed}
+    result = {"metrics": entries, "clips": rows, "provenance": origin} | more
     (folder / "metrics.json").write_text(json.dumps(result))
+    return result
 
 
 @pytest.fixture
 def four_runs(tmp_path, monkeypatch) -> np.ndarray:
-    """runs/cc2017 of two subjects and two seeds: full and no-mom. Returns the SSIM that they share."""
+    """runs/cc2017 of two subjects and two seeds: full, with its best memories of subject 1, and no-mom. Returns the
+    SSIM that they share."""
     monkeypatch.chdir(tmp_path)
-    base = np.random.default_rng(0).uniform(0.2, 0.4, 80)
+    base = np.random.default_rng(0).uniform(0.2, 0.4, 120)  # six blocks
     for subject, seed in ((1, 0), (1, 1), (2, 0), (2, 1)):
         folder = Path("runs") / "cc2017" / f"sub{subject}"
-        clips = [f"{i:04d}" for i in range(40 if subject == 1 else 60)]  # each subject's own
-        groups = {"groups": {"never shown": {"clips": clips}}}
-        full, less = base + 0.1 + 0.05 * seed, base + 0.02 * subject
-        write_metrics(folder / f"full-s{seed}" / "eval", full, np.ones(80), subject, **groups)
-        write_metrics(folder / f"no-mom-s{seed}" / "eval", less, np.repeat([1.0, 0.0], 40), subject, **groups)
+        clips = [f"{i:04d}" for i in range(60 if subject == 1 else 90)]  # each subject's own
+        full, less = base + 0.1 + 0.05 * seed, base + 0.02 * subject + 0.05 * seed
+        more: dict = {"groups": {"never shown": {"clips": clips}}}
+        write_metrics(
+            folder / f"no-mom-s{seed}" / "eval", less, np.repeat([1.0, 0.0], 60), subject, seed, **more
+        )
+        if subject == 1:
+            more["memory"] = write_metrics(Path("played", f"{seed}"), base + 0.08, np.ones(120), 1)
+        write_metrics(folder / f"full-s{seed}" / "eval", full, np.ones(120), subject, seed, **more)
     return base
 
 
-def compared(capsys, *names: str) -> list[str]:
-    assert main(parse(["--data", "cc2017", "--compare", *names])) == 0
-    return capsys.readouterr().out.splitlines()
+def compared(capsys, words: str) -> list[tuple[str, str, str]]:
+    """Of each row its label, Δ Dyn. Degree and SSIM; the title and the remark."""
+    assert main(parse(["--data", "cc2017", "--compare", *words.split()])) == 0
+    lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines() if line]
+    assert lines[0][1::2] == ["Δ Dyn. Degree ↓", "SSIM ↑", "PSNR ↑"]
+    return [(line[0], *line[2::2][:2]) for line in lines]
 
 
 def test_runs_side_by_side(four_runs, capsys):
-    lines, base = compared(capsys, "full", "no-mom"), four_runs
-    (full,) = (line for line in lines if line.startswith("full: mean") and "±0.02" in line)
-    assert "over 4 runs" in full and f"{base.mean() + 0.125:.3f}±0.02" in full
-    at = next(i for i, line in enumerate(lines) if line.startswith("full less no-mom, 160 clips"))
-    # nearer to the stimuli's dynamic degree; and 0.1 + 0.05/2 less 0.02 or 0.04
-    assert "-0.500" in lines[at] and "0.095" in lines[at] and "-0.095" not in lines[at]
-    assert "95 % interval, paired" in lines[at + 1] and "[0.095, 0.095]" in lines[at + 1]
-    assert any("CineNeuron, quoted" in line for line in lines)
-    of_group, _ = (line for line in lines if "never shown" in line)
-    both = (base[:40].mean() + base[:60].mean()) / 2 + 0.125
-    assert "never shown, 100 clips" in of_group and f"{both:.3f}±0.03" in of_group
-    write_metrics(Path("fewer"), base - 0.03, base, 1)  # on the clips that both have
-    result = json.loads(Path("fewer/metrics.json").read_text())
+    """By hand. ± is by n - 1: 0.029 of 0, 0, 0.05, 0.05; by n it would be 0.025. A row names its run."""
+    mean = four_runs.mean()
+    _, full, own, group, no_mom, *_, less, paired, quoted = compared(capsys, "full no-mom")[:10]
+    assert full == ("full, 240 clips: mean ± over 4 runs", "0.000±0.00", f"{mean + 0.125:.3f}±0.03")
+    assert own[:2] == ("95 % interval of full", "[0.000, 0.000]")
+    both = (four_runs[:60].mean() + four_runs[:90].mean()) / 2 + 0.125
+    assert group == ("never shown, 150 clips", "0.000±0.00", f"{both:.3f}±0.03")
+    assert no_mom[0] == "no-mom, 240 clips: mean ± over 4 runs"
+    # nearer to the stimuli's dynamic degree; and 0.1 less 0.02 or 0.04; seeds are paired
+    assert less == ("full less no-mom, 240 clips", "-0.500", "0.070") and paired[0] == "95 % interval, paired"
+    assert paired[2] == "[0.070, 0.070]" and quoted[0].endswith("quoted from the paper")
+    # of one subject, whose runs all have their best memories; of one seed; both
+    rows = compared(capsys, "full no-mom --subject 1")
+    labels = [label for label, *_ in rows]
+    assert (
+        labels[1] == "full, 120 clips: mean ± over 2 runs"
+        and "no-mom, 120 clips: mean ± over 2 runs" in labels
+    )
+    assert rows[4] == ("best memory, played", "0.000±0.00", f"{mean + 0.08:.3f}±0.00")
+    at = labels.index("full less its memory, 120 clips")
+    assert rows[at][2] == "0.045" and rows[at + 1][0] == "95 % interval, paired"
+    assert compared(capsys, "full --seed 1")[1][::2] == (
+        "full, 240 clips: mean ± over 2 runs",
+        f"{mean + 0.15:.3f}±0.00",
+    )
+    rows = compared(capsys, "full --seed 1 --subject 1")
+    assert (
+        rows[1] == ("full, 120 clips: 1 run", "0.000", f"{mean + 0.15:.3f}")
+        and "intervals by blocks of 20" in rows[-1][0]
+    )
+    # on the clips that both have: too few blocks for an interval
+    result = write_metrics(Path("fewer"), four_runs - 0.03, four_runs, 1)
     Path("fewer/metrics.json").write_text(json.dumps(result | {"clips": result["clips"][:19:-1]}))
-    lines = compared(capsys, "runs/cc2017/sub1/full-s0", "fewer")
-    at = next(i for i, line in enumerate(lines) if "less fewer, 60 clips" in line)
-    assert "0.130" in lines[at] and "[0.130, 0.130]" in lines[at + 1]
-    lines = compared(capsys, "runs/cc2017/sub1/full-s0", "runs/cc2017/sub1/no-mom-s0/eval")
-    assert any("less runs/cc2017/sub1/no-mom-s0/eval, 80 clips" in line and "0.080" in line for line in lines)
+    rows = compared(capsys, "runs/cc2017/sub1/full-s0 fewer --subject 1")
+    assert [row[2] for row in rows if row[0] == "runs/cc2017/sub1/full-s0 less fewer, 100 clips"] == ["0.130"]
+    assert [row[0] for row in rows].count("95 % interval, paired") == 1  # of full-s0 less its memory
+    rows = compared(capsys, "runs/cc2017/sub1/full-s0 runs/cc2017/sub1/no-mom-s0/eval")
+    assert ("runs/cc2017/sub1/full-s0 less runs/cc2017/sub1/no-mom-s0/eval, 120 clips", "0.080") in [
+        row[::2] for row in rows
+    ]
+    for folder in Path("runs/cc2017").glob("sub*/*/eval/metrics.json"):  # other clips than cc2017's
+        folder.write_text(folder.read_text().replace('"cc2017"', '"toy"'))
+    assert not any("quoted" in label for label, *_ in compared(capsys, "full no-mom"))
 
 
 def test_runs_that_cannot_be_compared(four_runs, tmp_path):
     for seed, n in ((0, 80), (1, 40)):
         write_metrics(Path(f"runs/cc2017/sub1/uneven-s{seed}/eval"), four_runs[:n], four_runs[:n], 1)
-    write_metrics(tmp_path / "native", four_runs, four_runs, 1, "native")
+    write_metrics(tmp_path / "native", four_runs, four_runs, 1, 0, "native")
     origin = {"size": "256", "subject": 1, "classifier_frames": "own"}
     write_metrics(tmp_path / "frames", four_runs, four_runs, 1, provenance=origin)
     write_metrics(tmp_path / "damaged", four_runs, four_runs, 1, groups={"never shown": {"clips": [3]}})
+    write_metrics(tmp_path / "played2", four_runs, four_runs, 1, memory={"metrics": {}, "clips": 3})
     for second, message in (
         ("uneven", "uneven: its runs scored 80 and 40 clips"),
         ("full/eval-shuffled", "no metrics.json there, nor in runs/cc2017/sub.*/full-s.*/eval-shuffled/"),
         ("native", "--size 256 .* and --size native"),
         ("frames", "--classifier-frames 16, and .* --classifier-frames own"),
         ("damaged", "wanted names of clips"),
+        ("played2", "metrics.json, memory: found clips = '3'"),
+        ("no-mom --subject 3 --seed 1", "full --subject 3 --seed 1: none of its 4 runs is of these"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             main(parse(f"--data cc2017 --compare full {second}".split()))
@@ -921,8 +1014,15 @@ def test_stage_1s_table_holds_the_fmri_another_clips_and_chance():
     for name in ("image top-1", "image 50-way", "action top-5", "category mAP"):
         assert fmri[name] == pytest.approx(1) and shuffled[name] < 0.6, name
     expected = retrieval.retrieval(f_c, noisy, far)
-    assert (fmri["text top-1"], fmri["text top-5"], fmri["text 50-way"]) == expected and expected[0] < 1
+    assert {name: fmri[f"text {name}"] for name in expected} == expected and expected["top-1"] < 1
     assert (chance["text top-1"], chance["image top-5"], chance["action 50-way"]) == (1 / n, 5 / n, 1 / 50)
+    assert [*expected] == ["top-1", "top-5", "50-way"] and "n/a" not in retrieval.table(columns, "")
+    far[7, 8:29] = False  # 48 others are left
+    few = retrieval.with_controls(Reader(), Reader(), f_c[:, None], targets, far)
+    assert [*few["chance"]] == [name for name in chance if "way" not in name]
+    assert retrieval.table(few, "").endswith(
+        "\n50-way: n/a: some clip has fewer than 49 clips of other scenes beside it"
+    )
     occurring = labels[:, :2].float().mean().item()  # the third does not occur
     assert chance["category mAP"] == pytest.approx(occurring)
 

@@ -210,7 +210,7 @@ def watch_evaluation(arguments: list) -> Evaluated:
         patch.setattr(evaluate, "in_processes", in_processes)
         patch.setattr(score, "in_processes", in_processes)
         patch.setattr(evaluate, "report", report)
-        patch.setattr(evaluate, "compare", lambda runs, data: f"compared: {runs} {data}")
+        patch.setattr(evaluate, "compare", lambda runs, data, *only: f"compared: {runs} {data}")
         patch.setitem(LOADERS, "video_classifier", classifier)
         evaluate.main(evaluate.parse([str(word) for word in arguments], evaluate.__doc__))
     seen.printed = printed.getvalue()
