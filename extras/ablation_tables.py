@@ -1,7 +1,6 @@
 """The runs of extras/ablations.py -> docs/results/*.json; those -> the terminal and the tables of
 docs/ablations.md."""
 
-import json
 import subprocess
 import time
 from collections.abc import Sequence
@@ -208,9 +207,6 @@ def stage1_lines(result: dict) -> list[list[str]]:
 
 def heading(result: dict) -> str:
     table, seeds = f"Table {result['table']} on {result['data']}", " ".join(map(str, result["seeds"]))
-    if "subjects" in result:
-        subjects = " and ".join(map(str, result["subjects"]))
-        return f"{table}, subjects {subjects} together: {result['clips']} held-out clips, mean of the films"
     table += f", subject {result['subject']}"
     return f"{table}: {result['clips']} held-out clips, mean ± deviation over the seeds {seeds}"
 
@@ -240,67 +236,79 @@ def markdown_table(rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(map(str.strip, line)) + " |" for line in lines]
 
 
-def as_markdown(result: dict) -> str:
-    """The table, and what made it."""
-    tables = [*markdown_table(lines_of(result)), "", *markdown_table(stage1_lines(result))]
-    if "subjects" in result:
-        source = "Of the tables above: the mean of the films' means, whose variances are added"
-    else:
-        minutes = [value for value in result["minutes"].values() if value is not None]
-        versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
-        commit = result["commit"][:10] + "+" * result["commit"].endswith("+")
-        source = (
-            f"`{result['command']}`, {result['date']}, commit {commit}, {versions}; {len(minutes)} commands"
-        )
-        source += f" took {sum(minutes):.0f} minutes, one after the other"
-    return "\n".join([f"### {heading(result)}", "", *tables, "", f"{source}."])
+# ---------------------------------------------------------------- the page: films side by side
+
+WORTH = "video_50way"  # by which the page says what a part is worth
 
 
-# ---------------------------------------------------------------- films together
+def of_film(results: list[dict]) -> list[list[str]]:
+    """The rows of all tables of one film, each once: a row of cells each, the titles first."""
+    groups, chance = [*results[0]["groups"]], results[0]["chance"]
+    of_groups = [f"50-way, {group}" for group in groups], [f"all four, {group}" for group in groups]
+    titles = ["2-way", "50-way", *of_groups[0], "all four", *of_groups[1]]
+    rows: dict[str, list[str]] = {}
+    for result in results:
+        entries = [row for row in result["rows"] if "metrics" in row]
+        entries.append({"label": MODEL} | result["shuffled"])
+        for row in entries:
+            sets = [row["metrics"], *(row["groups"][group] for group in groups)]
+            cells = [entry.get(name) for name in (WORTH, ALL) for entry in sets]
+            label = row["label"].removeprefix("+ ") + f" (Table {result['table']})" * ("stage1" in row)
+            rows.setdefault(row.get("run", label), [label, *map(mean, [sets[0].get("video_2way"), *cells])])
+    guessed = [f"{chance[name]:.3f}" if name in chance else "-" for name in ("video_2way", WORTH)]
+    return [["", *titles], *rows.values(), ["chance", *guessed, *["-"] * (len(titles) - 2)]]
 
 
-def pooled_cells(films: list[dict]) -> dict[str, dict]:
-    """Of each metric that all films' `cells` have the mean over the films, and of their differences."""
-    entries = {}
-    for name in [name for name in films[0] if all(name in film for film in films)]:
-        entries[name] = {"mean": fmean(film[name]["mean"] for film in films), "std": None}
-        differences = [differences_of(film[name]) for film in films]
-        than = {}
-        for other in [label for label in differences[0] if all(label in film for film in differences)]:
-            of_films = [[of_film[other].get(key) for key in DIFFERENCE] for of_film in differences]
-            than[other] = dict(zip(DIFFERENCE, pooled([Difference(*one) for one in of_films]), strict=True))
-        entries[name] |= than.pop(BEFORE, {})
-        entries[name] |= {"than": than} if than else {}
-    return entries
+def worth(films: list[dict]) -> list[list[str]]:
+    """How much more the rows of a table have in 50-way than others, on each film and together, with the
+    interval over clips and seeds: a row of cells each."""
+    lines, before = [], ""
+    for rows in zip(*(film["rows"] for film in films), strict=True):
+        label, entries = rows[0]["label"], [row for row in rows if "metrics" in row]
+        first = entries[0]["metrics"].get(WORTH) if len(entries) == len(films) else None
+        for other in differences_of(first) if first else ():
+            measured = [[entry["metrics"], *entry["groups"].values()] for entry in entries]
+            sets = [[of[k] for of in measured] for k in range(len(measured[0]))]  # all clips, and each group
+            parts = [[differences_of(of[WORTH])[other] for of in one] for one in sets]
+            together = [pooled([Difference(*map(part.get, DIFFERENCE)) for part in one]) for one in parts]
+            each = " / ".join(f"{part['more']:+.3f}" for part in parts[0])
+            less = before if other == BEFORE else other.removeprefix("the ")
+            cells = [more({"more": of.more, "ci95": of.ci95}).removesuffix(" not shown") for of in together]
+            ci95 = together[0].ci95
+            sure = ("no" if ci95[0] <= 0 <= ci95[1] else "yes") if ci95 else "-"
+            lines.append([f"{label} less {less}".replace("+ ", ""), each, *cells, sure])
+        before = label
+    return lines
 
 
-def pooled_result(films: list[dict]) -> dict | None:
-    """The results of one table on two films or more as one; None where they are not alike, or older than what
-    pooling needs."""
-    alike = {repr([film["columns"], [*film["groups"]], shape(film)]) for film in films}
-    old = '"ci95"' in json.dumps(films) and '"freedom"' not in json.dumps(films)
-    if len(films) < 2 or len(alike) > 1 or old:
-        return None
+def page_of(tables: dict[tuple, list[dict]]) -> list[str]:
+    """The generated part of the page. tables: of each table and dataset the results of its films."""
+    parts = []
+    for data in dict.fromkeys(data for _, data in tables):
+        films = {number: films for (number, name), films in tables.items() if name == data}
+        subjects = sorted({film["subject"] for of in films.values() for film in of})
+        groups = [*next(iter(films.values()))[0]["groups"]]
+        titles = ["50-way", f"subject {' / '.join(map(str, subjects))}", "together", *groups, "sure?"]
+        rows = [
+            row for of in films.values() if len({repr(shape(film)) for film in of}) == 1 for row in worth(of)
+        ]
+        parts += [f"### What a part is worth on {data}", "\n".join(markdown_table([titles, *rows]))]
+        for subject in subjects:
+            results = [film for of in films.values() for film in of if film["subject"] == subject]
+            seeds = " ".join(map(str, results[0]["seeds"]))
+            remark = f"{results[0]['clips']} held-out clips, mean ± deviation over the seeds {seeds}"
+            parts += [f"### {data}, subject {subject}: {remark}", "\n".join(markdown_table(of_film(results)))]
+            parts += ["\n".join(map(source, results))]
+    return parts
 
-    def together(entries: list[dict]) -> dict:
-        groups = {
-            name: pooled_cells([entry["groups"][name] for entry in entries]) for name in films[0]["groups"]
-        }
-        return {"metrics": pooled_cells([entry["metrics"] for entry in entries]), "groups": groups}
 
-    rows = []
-    for entries in zip(*(film["rows"] for film in films), strict=True):
-        stage1 = [entry["stage1"] for entry in entries if "stage1" in entry]
-        row = entries[0] | ({"stage1": pooled_cells(stage1)} if stage1 else {})
-        rows.append(row | (together(entries) if "metrics" in row else {}))
-    return films[0] | {
-        "subjects": [film["subject"] for film in films],
-        "clips": sum(film["clips"] for film in films),
-        "groups": {name: sum(film["groups"][name] for film in films) for name in films[0]["groups"]},
-        "rows": rows,
-        "shuffled": together([film["shuffled"] for film in films]),
-        "stage1 shuffled": pooled_cells([film["stage1 shuffled"] for film in films]),
-    }
+def source(result: dict) -> str:
+    """What made a table."""
+    minutes = [value for value in result["minutes"].values() if value is not None]
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+    commit = result["commit"][:10] + "+" * result["commit"].endswith("+")
+    made = f"- `{result['command']}`, {result['date']}, commit {commit}, {versions}; {len(minutes)} commands"
+    return f"{made} took {sum(minutes):.0f} minutes, one after the other."
 
 
 def shape(result: dict) -> list:
@@ -389,9 +397,6 @@ def write_page(page: Path = PAGE, results: Path = RESULTS) -> None:
     start, end = (text.find(mark) for mark in MARKS)
     if not 0 <= start < end:
         raise damaged(page, "another text", f"the lines {' and '.join(MARKS)}", "put them back")
-    parts = [text[: start + len(MARKS[0])]]
-    for films in tables.values():
-        together = pooled_result(films)
-        parts += map(as_markdown, [*films, together] if together else films)
+    parts = [text[: start + len(MARKS[0])], *page_of(tables), text[end:]]
     with written_whole(page) as part:
-        part.write_text("\n\n".join([*parts, text[end:]]), encoding="utf-8")
+        part.write_text("\n\n".join(parts), encoding="utf-8")

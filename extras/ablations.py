@@ -3,6 +3,7 @@
     python extras/ablations.py --table 4                                  on the toy world, three seeds
     python extras/ablations.py --table 6 --data toy --subject 2 --seeds 0 1 2 --jobs 2
     python extras/ablations.py --table 5 --data cinebrain --subject 5 --seeds 0
+    python extras/ablations.py --table 4 --rows 1 4 6                     some rows: the table is of these
     python extras/ablations.py --table 4 --dry-run                        the commands and minutes, no more
     python extras/ablations.py --page                                     docs/ablations.md from docs/results/
 
@@ -60,6 +61,7 @@ class Config:
     data: str = option("toy", "toy, cc2017 or cinebrain")
     subject: int = option(1, "number of the subject (paper: 1 of cc2017, in Table 5 5 of CineBrain)", least=1)
     seeds: list[int] = option([0, 1, 2], "of the runs", least=0)
+    rows: list[int] = option([], "of the table, from 1; none: all", least=1)
     jobs: int = option(1, "trainings at once; two or more take a thread each", least=1, most=64)
     dry_run: bool = option(False, "list the commands that are left and their minutes, and run none")
     page: bool = option(False, "write the tables of docs/ablations.md from docs/results/*.json")
@@ -106,7 +108,7 @@ REGIONS = {  # of Table 5, a row each
     "mpfc": Row("+ mPFC", quoted="0.945±0.01 0.442±0.03 0.993±0.01 0.981±0.01 0.976±0.01"),
 }
 QUOTED_OF = {4: "cc2017, subject 1", 5: "CineBrain, subject 5", 6: "cc2017, subject 1"}
-FULL_ROW = {4: -1, 5: -2, 6: -1}  # the paper's model, of which the control is
+FULL_ROWS = {4: FULL.quoted, 5: REGIONS["hippocampus"].quoted, 6: FULL.quoted}  # of which the control is
 
 
 def rows_of(table: int, data: str, subject: int) -> list[Row]:
@@ -130,6 +132,18 @@ def rows_of(table: int, data: str, subject: int) -> list[Row]:
             row = row._replace(stage1=options)
         rows.append(row)
     return rows
+
+
+def chosen_rows(config: Config) -> list[Row]:
+    """The rows of --rows, or all. Raises ValueError for a number that the table lacks, and where the paper's
+    model is left out, whose control and memories every table shows."""
+    rows = rows_of(config.table, config.data, config.subject)
+    numbers = config.rows or range(1, len(rows) + 1)
+    chosen = [rows[k - 1] for k in sorted({*numbers}) if k <= len(rows)]
+    if max(numbers) > len(rows) or FULL_ROWS[config.table] not in [row.quoted for row in chosen]:
+        full = [row.quoted for row in rows].index(FULL_ROWS[config.table]) + 1
+        raise ValueError(f"--rows {' '.join(map(str, numbers))}: wanted 1 to {len(rows)}, {full} among them")
+    return chosen
 
 
 # ---------------------------------------------------------------- what is to be run
@@ -290,7 +304,7 @@ def plan(config: Config, rows: Sequence[Row]) -> Plan:
                     wave.setdefault(job.folder, job)
             files.stage1.setdefault(row.label, []).append(stage1.folder / train_stage1.LAST)
             files.evaluations.setdefault(row.label, []).append(scored.folder / "metrics.json")
-            if row is rows[FULL_ROW[config.table]]:
+            if row.quoted == FULL_ROWS[config.table]:
                 control = job_of("evaluate", [*options, "--shuffle"], config.evaluate, stage2)
                 waves[2][control.folder] = control
                 files.controls.append(control.folder / "metrics.json")
@@ -403,12 +417,12 @@ def main(argv: Sequence[str]) -> None:
         return
     if len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, config.seeds))}: wanted each once")
-    plan(config, rows_of(table, data, subject))  # refuses what cannot end, before the toy is prepared
+    plan(config, chosen_rows(config))  # refuses what cannot end, before the toy is prepared
     if data == "toy" and not config.dry_run:  # once, before several would at once
         stage2 = train_stage2.parse(["--data", "toy", *split("stage2", config.stage2)])
         size = (stage2.frames, stage2.height, stage2.width)
         prepare_toy(decoder=stage2.decoder, size=size, subject=subject)
-    rows = rows_of(table, data, subject)
+    rows = chosen_rows(config)
     planned = plan(config, rows)
     if config.dry_run:
         print(listed([job for wave in planned.waves for job in wave if not job.finished()], config.jobs))

@@ -27,7 +27,7 @@ def planned(words: str) -> ablations.Plan:
     config = ablations.parse_options(
         ablations.Config, dict.fromkeys(("toy", "cc2017", "cinebrain"), {}), "", "", shlex.split(words)
     )
-    return ablations.plan(config, ablations.rows_of(config.table, config.data, config.subject))
+    return ablations.plan(config, ablations.chosen_rows(config))
 
 
 def commands(words: str) -> list[str]:
@@ -58,6 +58,7 @@ def test_the_rows_share_their_stage_1(tmp_path, monkeypatch):
     first = planned("--table 6 --seeds 3 --subject 2 --data cc2017").waves[1][0]
     assert first.command.startswith("python train_stage2.py --data cc2017 --subject 2 --seed 3 --stage1 full")
     assert len(commands("--table 4")) == 45
+    assert commands("--table 4 --rows 1 6 --seeds 3") == [*map(TABLE_4.__getitem__, (0, 7, 8, 13, 14))]
 
 
 @pytest.mark.parametrize("data, full", [("toy", None), ("cinebrain", 1)])
@@ -362,31 +363,36 @@ def test_the_table_has_rows_controls_groups_and_what_is_quoted(table_4, tmp_path
     (result, printed), mean = table_4, BASE.mean() + 0.02
     lines = [[cell.strip() for cell in row] for row in ablation_tables.lines_of(result)]
     columns = [(row[0], row[2]) for row in lines]
-    assert lines[0][2::4] == ["50-way video ↑", "all attributes ↑"] and lines[1][1::5] == ["-", "0.500±0.000"]
-    assert columns[1] == ("L_clip", f"{mean:.3f}±0.028") and columns[6] == (
-        "+ MoM",
-        f"{mean + 0.25:.3f}±0.028",
-    )
-    assert columns[5] == ("more than the row before", "-0.050 [-0.050, -0.050]")
-    assert columns[7] == ("more than the row before", "+0.200 [0.200, 0.200]")
-    assert columns[8:10] == [("paper's model, shuffled fMRI", "0.070±0.028"), ("chance", "0.058")]
+    assert lines[0][2::4] == ["50-way video ↑", "all attributes ↑"] and lines[2][1::5] == ["-", "0.500±0.000"]
+    assert columns[1:4:2] == [
+        ("no stage 2", f"{mean + 0.15:.3f}±0.028"),
+        ("more than the row before", "-0.150 [-0.150, -0.150]"),
+    ]
+    assert columns[9] == ("more than the row before", "+0.000 [0.000, 0.000] not shown")
+    assert columns[10:14] == [
+        ("+ MoM", f"{mean + 0.25:.3f}±0.028"),
+        ("more than the row before", "+0.200 [0.200, 0.200]"),
+        ("more than no stage 2", "+0.100 [0.100, 0.100]"),
+        ("more than + L_action", "+0.200 [0.200, 0.200]"),
+    ]
+    assert columns[14:16] == [("paper's model, shuffled fMRI", "0.070±0.028"), ("chance", "0.058")]
     headings = [row[0] for row in lines[1:] if not any(row[1:])]
     groups = ["shown in training, 60 clips:", "never shown, 60 clips:"]
     assert headings == [*groups, "quoted from the paper (cc2017, subject 1):"]
     never = [row[0] for row in lines].index(groups[1])
-    assert columns[never + 2][0] == "+ L_cls" and columns[never + 3][1] == "+0.200 [0.200, 0.200]"
+    assert columns[never + 4][0] == "+ L_cls" and columns[never + 5][1] == "+0.200 [0.200, 0.200]"
     assert lines[-4][:3] == ["L_clip", "0.824±0.01", "0.217±0.03"] and lines[-1][:2] == [
         "+ MoM",
         "0.846±0.02",
     ]
     stage1 = [row[3] for row in ablation_tables.stage1_lines(result)]
-    scores = ["0.110±0.014", "0.310±0.014", "0.910±0.014", "0.910±0.014", "0.020±0.000"]
+    scores = ["0.910±0.014", "0.110±0.014", "0.310±0.014", *["0.910±0.014"] * 3, "0.020±0.000"]
     assert stage1 == ["action 50-way", *scores]
     text = ablation_tables.as_text(result)
     head, _, titles, *rest = text.splitlines()
     assert text in printed and head.endswith("120 held-out clips, mean ± deviation over the seeds 0 1")
     end = titles.index("50-way video ↑") + len("50-way video ↑")
-    assert rest[0][end - 11 : end] == f"{mean:.3f}±0.028"  # flush right
+    assert rest[0][end - 11 : end] == f"{mean + 0.15:.3f}±0.028"  # flush right
     printed_cells = [re.split(" {2,}", line.strip()) for line in [titles, *rest][: len(lines)]]
     assert printed_cells == [[cell for cell in row if cell] for row in lines]
 
@@ -415,10 +421,10 @@ def test_the_page_keeps_the_words_around_its_tables(table_4, tmp_path):
     for _ in range(2):
         ablation_tables.write_page(page, results)
         text = page.read_text()
-        assert text.startswith(f"# Words\n\n{begin}\n\n### Table 4")
+        assert text.startswith(f"# Words\n\n{begin}\n\n### What a part is worth on cc2017")
         assert text.endswith(f"\n\n{end}\n\nmore words\n")
     source = "2026-11-25, commit 23a6b32946, torch 2.14; 2 commands took 4 minutes, one after the other."
-    assert "old" not in text and "| *never shown, 60 clips:* |  |" in text and source in text
+    assert "\nold\n" not in text and "| all four, never shown |" in text and source in text
     page.write_text("# Words\n")
     with pytest.raises(ValueError, match="put them back"):
         ablation_tables.write_page(page, results)
@@ -468,7 +474,7 @@ def test_the_page_is_what_the_results_make(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, error", [
     ("--table 3", "--table 3: wanted one of"),
-    ("--jobs 0", "--jobs 0"),
+    ("--jobs 0", "--jobs 0"), ("--rows 1 2", "--rows 1 2: wanted 1 to 6, 6 among them"), ("--rows 6 7", "wanted 1 to 6"),
     ("--data mars", "--data mars: there are toy, cc2017, cinebrain|there are cc2017, toy, cinebrain"),
     ("--seeds 0 0", "--seeds 0 0: wanted each once"),
     ("--stage1 '--seed 5'", "--stage1 '--seed 5': --seed is the table's to set"),
@@ -585,27 +591,26 @@ TABLE = {
 } | ABOUT
 
 
-def test_two_films_are_pooled_below_their_tables(table_4, tmp_path):
-    result, end = json.loads(json.dumps(table_4[0])), ablation_tables.MARKS[1]
-    page, cell = tmp_path / "page.md", result["rows"][3]["metrics"]["video_50way"]
+def test_the_page_says_what_a_part_is_worth_on_each_film_and_together(table_4, tmp_path):
+    result, page = json.loads(json.dumps(table_4[0])), tmp_path / "page.md"
+    row = result["rows"][3]
+    cell = row["metrics"]["video_50way"]
     cell |= {"more": 0.2, "ci95": [0.1, 0.3], "freedom": 7.0}
     (tmp_path / "table4-a.json").write_text(json.dumps(result | {"commit": "23a6b329465a5914+"}))
     cell |= {"mean": cell["mean"] + 0.1, "more": -0.1, "ci95": [-0.3, 0.1]}
     (tmp_path / "table4-b.json").write_text(json.dumps(result | {"subject": 2}))
     ablation_tables.write_page(page, tmp_path)
-    first, second, both = page.read_text().split("### ")[1:]
-    assert "commit 23a6b32946+, torch" in first and "+0.200 [0.100, 0.300] |" in first
-    assert "-0.100 [-0.300, 0.100] not shown |" in second
-    assert both.startswith("Table 4 on cc2017, subjects 1 and 2 together: 240 held-out clips")
+    worth, first, second = page.read_text().split("### ")[1:]
     # by hand: half lengths of 0.1 and 0.2 by t(7); of their sum by t(10.3): 7 * 0.05^2 / (0.01^2 + 0.04^2)
     half = (0.1**2 + 0.2**2) ** 0.5 / 2 / 2.3646 * 2.2191
-    assert f"| +0.050 [{0.05 - half:.3f}, {0.05 + half:.3f}] not shown |" in both and end in both
-    assert f"| + MoM | - | {cell['mean'] - 0.05:.3f} |" in both
-    (tmp_path / "table4-b.json").write_text(
-        json.dumps(result | {"subject": 2, "columns": result["columns"][:3]})
-    )
+    less = f"{row['label']} less {result['rows'][2]['label']}".replace("+ ", "")
+    assert f"| {less} | +0.200 / -0.100 | +0.050 [{0.05 - half:.3f}, {0.05 + half:.3f}] |" in worth
+    assert "subject 1 / 2" in worth and f"| {cell['mean']:.3f}±" in second
+    assert "commit 23a6b32946+, torch" in first
+    row["label"] = "another row"
+    (tmp_path / "table4-b.json").write_text(json.dumps(result | {"subject": 2}))
     ablation_tables.write_page(page, tmp_path)
-    assert "together" not in page.read_text()  # not measured alike
+    assert " less " not in page.read_text()  # not measured alike
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/ablations.md"])
