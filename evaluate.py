@@ -38,10 +38,9 @@ from heads import Stage1Heads
 from metrics import card, held_out
 from metrics.compare import compare
 from metrics.options import PRESETS, Config, parse
-from metrics.pairs import find_pairs
 from metrics.parallel import in_processes
-from metrics.report import Evaluation, report
-from metrics.score import at_common_times, score_all
+from metrics.report import Evaluation, report, report_pairs
+from metrics.score import score_all
 from metrics.table import asked
 from mixture_of_memories import (
     DirectProjection,
@@ -214,9 +213,7 @@ def load_run(config: Config, accelerator: Accelerator) -> CineNeuron:
     if config.stage2:
         model = CineNeuron.from_pretrained(run, accelerator.device)
     else:
-        from train_stage2 import untrained  # which imports this file
-
-        stage1, settings, clips = untrained(config, accelerator)
+        stage1, settings, clips = held_out.untrained(config, accelerator)
         model = CineNeuron.from_stage1(stage1, settings, clips)
         for zero in model.mom.router.R[-1].parameters():
             nn.init.zeros_(zero)
@@ -241,21 +238,6 @@ def evaluate_recording(config: Config) -> int:
     recalls = "" if memory is None else f"; it recalls: {model.lines[memory[0, 0]]['caption']}"
     print(f"written: {file}{recalls}")
     return 0
-
-
-def evaluate_pairs(config: Config) -> int:
-    """--pairs: score anyone's videos."""
-    accelerator, folder = start(config.device), Path(config.pairs)
-    out = Path(config.out or folder / "metrics")
-    sets = find_pairs(folder, config.split, config.skip_bad, out)
-    with FolderLock(out, take=accelerator.is_main_process):
-        sets = at_common_times(sets, config, out, accelerator)
-        unavailable = score_all(sets, config, out, accelerator)
-        if accelerator.is_main_process:
-            source = {"pairs": folder.resolve().name, "data": config.data}
-            print(report(Evaluation(sets, out, config, unavailable, source)))
-    accelerator.end_training()
-    return 3 if unavailable else 0
 
 
 def evaluate_run(config: Config) -> int:
@@ -307,7 +289,7 @@ def main(config: Config) -> int:
         print(compare(config.compare, config.data, config.subject, config.seed))
         return 0
     if config.pairs:
-        return evaluate_pairs(config)
+        return report_pairs(config)
     return evaluate_recording(config) if config.fmri else evaluate_run(config)
 
 

@@ -10,7 +10,7 @@ Mixture-of-Memories, LoRA, memories; samples (stimulus beside reconstruction), a
 After Ctrl-C, or a kill, the same command goes on where it was."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -233,19 +233,6 @@ def starting_point(config: Config, accelerator: Accelerator) -> tuple[Path, dict
         caption_share=config.own_captions,
     )
     return stage1, settings_of(config) | {"sizes": train.sizes, "stage1_config": stage1_config}, train
-
-
-def untrained(named, accelerator: Accelerator) -> tuple[Path, dict, Clips]:
-    """`starting_point` of the run that options of evaluate.py name, with the Mixture-of-Memories: by the
-    options of its stage 2 where it has one, else by the preset."""
-    common = ["--data", named.data, "--subject", str(named.subject), "--seed", str(named.seed)]
-    config = parse([*common, "--stage1", named.run])
-    stage2 = run_folder(named.data, named.subject, named.run, named.seed) / "stage2"
-    if (stage2 / "config.json").is_file():
-        stored = shared.read_settings(stage2)
-        names = settings_of(config, "mom", "integration", "precision", "device").keys() & stored.keys()
-        config = replace(config, **{name: stored[name] for name in names})
-    return starting_point(replace(config, sample_every=1), accelerator)  # whose decoder has its VAE
 
 
 def read_stage1(config: Config) -> tuple[Path, dict]:

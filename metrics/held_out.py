@@ -4,10 +4,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,8 +19,10 @@ from metrics.pairs import Pair, Source, other_scenes
 from metrics.report import MEMORY, Evaluation
 from prepare.copies import far_apart
 from prepare.facts import raw_folder
+from support import shared
 from support.files import sha256, write_json, written_whole
-from support.runs import read_settings
+from support.options import settings_of
+from support.runs import read_settings, run_folder
 from support.videos import read_clip, video_frames, write_video
 
 
@@ -121,6 +125,21 @@ def describe(
     recalled = None if top_1 is None else lambda i: films.frames(memories[top_1[i]])
     more = {"texts": texts, "memories": recalled, "seen": recognised.table}
     return evaluation._replace(groups=groups, values=values, played=played, **more)
+
+
+def untrained(config, accelerator: Accelerator) -> tuple[Path, dict, Clips]:
+    """What stage 2 of a run starts from: by the options of its stage 2 where it has one, else by the preset,
+    with the Mixture-of-Memories. Returns the folder of stage 1, settings and clips."""
+    import train_stage2  # which imports evaluate
+
+    common = ["--data", config.data, "--subject", str(config.subject), "--seed", str(config.seed)]
+    options = train_stage2.parse([*common, "--stage1", config.run])
+    stage2 = run_folder(config.data, config.subject, config.run, config.seed) / "stage2"
+    if (stage2 / "config.json").is_file():
+        stored = shared.read_settings(stage2)
+        names = settings_of(options, "mom", "integration", "precision", "device").keys() & stored.keys()
+        options = replace(options, **{name: stored[name] for name in names})
+    return train_stage2.starting_point(replace(options, sample_every=1), accelerator)  # its decoder has a VAE
 
 
 def evaluation_folder(

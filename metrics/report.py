@@ -9,12 +9,23 @@ from typing import NamedTuple
 import numpy as np
 
 from metrics.intervals import blocks_of, estimate, remark
-from metrics.pairs import Pair, watch
-from metrics.score import VERSIONS, keys_of, known_value, known_values, step_of, weights_of
+from metrics.pairs import Pair, find_pairs, watch
+from metrics.score import (
+    VERSIONS,
+    at_common_times,
+    keys_of,
+    known_value,
+    known_values,
+    score_all,
+    step_of,
+    weights_of,
+)
 from metrics.table import BLOCKS, METRICS, NAMES, Judging, asked
 from prepare.facts import DATASETS
 from support.files import write_json, written_whole
 from support.pictures import contact_sheet, grid_gif, spread
+from support.runs import FolderLock
+from support.training import start
 
 MEMORY = "best memory, played"  # a set beside a reconstruction's: the stimulus of each clip's top-1 memory
 QUOTED = Path(__file__).with_name("quoted.csv")  # Tables 1 and 2 of the paper
@@ -157,6 +168,21 @@ def report(run: Evaluation) -> str:
     if config.pairs:
         files = "METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png"
     return f"{text}\n\nwritten: {run.out}/ ({files})"
+
+
+def report_pairs(config) -> int:
+    """--pairs: score anyone's videos. Returns the exit status."""
+    accelerator, folder = start(config.device), Path(config.pairs)
+    out = Path(config.out or folder / "metrics")
+    sets = find_pairs(folder, config.split, config.skip_bad, out)
+    with FolderLock(out, take=accelerator.is_main_process):
+        sets = at_common_times(sets, config, out, accelerator)
+        unavailable = score_all(sets, config, out, accelerator)
+        if accelerator.is_main_process:
+            source = {"pairs": folder.resolve().name, "data": config.data}
+            print(report(Evaluation(sets, out, config, unavailable, source)))
+    accelerator.end_training()
+    return 3 if unavailable else 0
 
 
 # ---------------------------------------------------------------- the printed table

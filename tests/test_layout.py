@@ -7,8 +7,8 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import REPO
 
-LINES = dict(brain_model=140, heads=140, mixture_of_memories=205, video_decoder=190, data=275)
-LINES |= dict(train_stage1=215, train_stage2=303, evaluate=314)
+LINES = dict(brain_model=140, heads=140, mixture_of_memories=205, video_decoder=190, data=277)
+LINES |= dict(train_stage1=215, train_stage2=292, evaluate=297)
 ROOMS = ["support", "prepare", "metrics", "toy", "extras"]
 METHOD = ["brain_model", "heads", "mixture_of_memories", "video_decoder"]
 FLOORS = dict.fromkeys([*METHOD, "support"], 0) | {
@@ -20,7 +20,7 @@ FLOORS |= dict(prepare=3, data=3, metrics=4, evaluate=5, toy=5, train_stage1=6, 
 # what makes data is imported where it is asked for, and what stage 2 starts from where there is none: the only
 # arrows up, and all that leads to the toy world
 LAZY = {
-    ("evaluate", "train_stage2"),
+    ("metrics.held_out", "train_stage2"),
     ("data", "prepare.command"),
     *((name, "toy.release") for name in ("prepare.command", "train_stage1", "train_stage2")),
 }
@@ -61,7 +61,7 @@ def test_arrows_point_down_or_to_the_same_floor_of_the_room(name: str):
 
 
 def test_there_is_no_circle():
-    lazy = {("evaluate", "train_stage2")}  # and back at the top of that file
+    lazy = {("metrics.held_out", "train_stage2")}  # which imports evaluate, and that held_out
     arrows = {
         name: {other for other in modules if (name, other) not in lazy} for name, modules in ARROWS.items()
     }
@@ -71,7 +71,7 @@ def test_there_is_no_circle():
 def test_files_and_the_functions_of_the_paper_fit_in_sight():
     for file, (name, tree) in zip(FILES, TREES.items(), strict=True):
         assert len(file.read_text().splitlines()) <= LINES.get(
-            name, 441 if name == "extras.ablations" else 430
+            name, 457 if name == "extras.ablations" else 430
         ), name
         for node in ast.walk(tree) if name in LINES else ():
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 60, node.name

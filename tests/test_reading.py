@@ -17,21 +17,31 @@ PATHS = [REPO / f"{module}.py" for module in draw.FILES]
 
 
 @pytest.fixture(scope="module")
-def page() -> str:
+def built() -> tuple[str, str]:
     return draw.build()
 
 
-def test_the_page_in_docs_is_that_of_this_code(page):
-    assert reading.PAGE.read_text(encoding="utf-8") == page, "python extras/reading.py writes it anew"
+@pytest.fixture(scope="module")
+def page(built) -> str:
+    return built[0]
 
 
-def test_check_tells_a_stale_page(page, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reading, "build", lambda: page)
+def test_the_page_and_the_figure_are_those_of_this_code(built):
+    for file, text in zip((reading.PAGE, reading.FIGURE), built, strict=True):
+        assert file.read_text(encoding="utf-8") == text, "python extras/reading.py writes it anew"
+    links = re.findall(r'href="../docs/reading.html#([^"]+)"', built[1])
+    assert len(links) == 11 and all(f' id="{place}"' in built[0] for place in links)
+    ElementTree.fromstring(built[1])
+
+
+def test_check_tells_a_stale_page(built, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reading, "build", lambda: built)
     monkeypatch.setattr(reading, "ROOT", tmp_path)
     monkeypatch.setattr(reading, "PAGE", tmp_path / "reading.html")
+    monkeypatch.setattr(reading, "FIGURE", tmp_path / "method.svg")
     assert reading.main(["--check"]) == 1 and "stale: python extras/reading.py" in capsys.readouterr().out
     assert reading.main([]) == 0 and reading.main(["--check"]) == 0
-    reading.PAGE.write_text(page + "\n")
+    reading.PAGE.write_text(built[0] + "\n")
     assert reading.main(["--check"]) == 1
 
 
@@ -59,7 +69,7 @@ def test_the_pieces_of_a_file_are_there_in_order_line_by_line(page):
         assert [*lines.values()] == [source.lines[row - 1] for row in lines]
     for name in ("Clips.batch", "CineNeuron.reconstruct", "train_step", "Integration", "BrainModel.forward"):
         assert f'<div class="at">{name}</div>' in page
-    assert "class Config" not in page and 'class="skipped">⋯ Config, parse<' in page
+    assert "<details><summary>Config</summary>" in page and 'class="skipped">⋯ parse<' in page
 
 
 def test_a_docstring_becomes_html(page):
