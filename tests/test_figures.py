@@ -340,7 +340,7 @@ REFUSED = [
     ("weights", "stage1/config.json", raw(b'{"data": "cc2017"}'), "stage1/config.json: "),
     ("memories", "stage2/config.json", raw(b'{"data": "../x", "subject": 1}'), "stage2/config.json: "),
     ("memories", "stage2/memories.json", lambda file: file.write_text(file.read_text().replace('"start_s": ', '"s": ')), "no start_s"),
-    ("memories", "stage2/heads/model.safetensors", raw(b"cut"), "stage2/heads: "),
+    ("memories", "stage2/heads/model.safetensors", raw(b"cut"), "stage2/heads/model.safetensors: found"),
     ("compare --clips 1", "eval/gt/0001.mp4", Path.unlink, "0001.mp4 is not there: evaluate the same clips"),
     ("compare --clips 1", "eval/recon/0001.mp4", raw(b"ftyp"), "0001.mp4"),
     ("compare --clips 1,9", "eval/recon/._0008.mp4", raw(b""), "--clips 9: 5 clips of 0 to 4 were reconstructed"),
