@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import evaluate
+import metrics.report
 from data import Batch
 from evaluate import CineNeuron
 from metrics import score
@@ -209,7 +210,8 @@ def watch_evaluation(arguments: list) -> Evaluated:
         patch.setattr(VideoDecoder, "generate", made)
         patch.setattr(evaluate, "in_processes", in_processes)
         patch.setattr(score, "in_processes", in_processes)
-        patch.setattr(evaluate, "report", report)
+        for module in (evaluate, metrics.report):
+            patch.setattr(module, "report", report)
         patch.setattr(evaluate, "compare", lambda runs, data, *only: f"compared: {runs} {data}")
         patch.setitem(LOADERS, "video_classifier", classifier)
         evaluate.main(evaluate.parse([str(word) for word in arguments], evaluate.__doc__))
