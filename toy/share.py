@@ -7,9 +7,9 @@ Of each memory only what loading, scores and exercises read is kept: not where i
 is one clip's x (T, N) as evaluation sees it; stimulus.mp4 is what was watched, drawn anew.
 """
 
+import argparse
 import json
 import shutil
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from support.runs import door
 from support.videos import write_video
 from toy.world import ATTRIBUTES, FRAMES, Clip, render
 
-CLIP = 13  # of the test film; docs say what it shows, and why this one
+CLIP = 13  # of the test film; toy/trained/README.md says why this one
 
 
 def main(run: str, out: str) -> None:
@@ -44,4 +44,7 @@ def main(run: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    door(lambda: main(*sys.argv[1:]))
+    parser = argparse.ArgumentParser("toy.share", description=__doc__.split("\n")[0])
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("out", help="folder to write")
+    door(lambda: main(**vars(parser.parse_args())))
