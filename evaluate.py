@@ -8,6 +8,7 @@
     python evaluate.py --pairs DIR                  anyone's videos, DIR/METHOD/NAME.* against DIR/gt/NAME.*
     python evaluate.py --compare full full-no-mom   runs side by side, over subjects and seeds, paired
     python evaluate.py --fmri x.npy --out out.mp4   one recording (T, N) or (N,), in z-scores -> mp4 or gif
+    python evaluate.py --run toy/trained --fmri toy/trained/x.npy    without training: a run by its folder
 
 In:  a run of stage 2, and the test fMRI: averaged over the showings, z-scored over the clips.
 Out: runs/<data>/sub<K>/<run>-s<seed>/eval/ (the control eval-shuffled/, pairs DIR/metrics/; others have a
@@ -52,6 +53,7 @@ from mixture_of_memories import (
 )
 from prepare.copies import has_near_copy
 from support import shared
+from support.files import find_weights
 from support.pipelines import load_lora, load_pipeline
 from support.readers import advising, load_model
 from support.runs import FolderLock, door, run_folder
@@ -204,14 +206,17 @@ def load_decoder(settings: dict, vae: bool, dtype: torch.dtype) -> VideoDecoder:
     )
 
 
-def load_run(config: Config, accelerator: Accelerator) -> CineNeuron:
-    """The run that is asked for. Of one that has stage 1 alone, or with --no-stage2, what its stage 2 starts
-    from: zero-convolutions make f_fuse e_mem_txt, LoRA's B = 0 leaves the decoder as it came, W_r is even."""
-    run = run_folder(config.data, config.subject, config.run, config.seed)
-    has_stage1, has_stage2 = ((run / stage / "config.json").is_file() for stage in ("stage1", "stage2"))
+def load_run(config: Config, accelerator: Accelerator) -> tuple[CineNeuron, Path]:
+    """The run of this name or place, and the folder of its results. Of one that has stage 1 alone, or with
+    --no-stage2, what its stage 2 starts from: zero-convolutions make f_fuse e_mem_txt, LoRA's B = 0 leaves
+    the decoder as it came, W_r is even."""
+    name = Path(config.run).name.partition("@")[0]  # else a folder, or on the Hub
+    run = run_folder(config.data, config.subject, name, config.seed)
+    place = run if name == config.run else Path(config.run)
+    has_stage1, has_stage2 = ((place / stage / "config.json").is_file() for stage in ("stage1", "stage2"))
     config.stage2 = config.stage2 and (has_stage2 or not has_stage1)
     if config.stage2:
-        model = CineNeuron.from_pretrained(run, accelerator.device)
+        model = CineNeuron.from_pretrained(place, accelerator.device)
     else:
         stage1, settings, clips = held_out.untrained(config, accelerator)
         model = CineNeuron.from_stage1(stage1, settings, clips)
@@ -220,8 +225,8 @@ def load_run(config: Config, accelerator: Accelerator) -> CineNeuron:
         model.folder = stage1
         model.to(accelerator.device).eval().requires_grad_(False)
         accelerator.print(f"{run}: no stage 2: the decoder as it came draws the best memory's caption")
-    shared.check_place(model.settings, run)
-    return model
+    shared.check_place(model.settings, run, model.folder)
+    return model, run
 
 
 def evaluate_recording(config: Config) -> int:
@@ -231,8 +236,8 @@ def evaluate_recording(config: Config) -> int:
     accelerator = start(config.device)
     if not accelerator.is_main_process:
         return 0
-    model = load_run(config, accelerator)
-    x = shared.read_fmri(Path(config.fmri), model)
+    model, _ = load_run(config, accelerator)
+    x = shared.read_fmri(Path(find_weights(config.fmri)), model)
     write_video(file, model.reconstruct(x, [(config.seed, 0)], config.steps, config.guidance)[0], config.fps)
     memory = model.remember(x).indices
     recalls = "" if memory is None else f"; it recalls: {model.lines[memory[0, 0]]['caption']}"
@@ -243,10 +248,9 @@ def evaluate_recording(config: Config) -> int:
 def evaluate_run(config: Config) -> int:
     """The held-out clips of a run: reconstruct, score, report."""
     accelerator, order = start(config.device), held_out.order_of(config)
-    model = load_run(config, accelerator)
+    model, run = load_run(config, accelerator)
     test = Clips(config.data, config.subject, "test", model.settings["stage1_config"]["rois"])
     clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))
-    run = run_folder(config.data, config.subject, config.run, config.seed)
     complete, every = len(clips) == len(test), asked(Config(**PRESETS[config.data]))
     out = held_out.evaluation_folder(run, config, model.settings, complete, asked(config), every)
     lines = {int(clip): test.lines[clip] for clip in clips}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from metrics.classes import Classifier
-from support.files import write_json
+from support.files import find_weights, write_json
 from support.readers import read_json
 from support.videos import read_video, uniform_frames
 
@@ -91,7 +91,7 @@ def agreement(
     memories. Writes out/recognised.json; nothing where the clips have no attributes or no classifier is a
     local folder."""
     values = {name: sorted({*column}) for name, column in attribute_values(train).items()}
-    classifiers = list(filter(os.path.isdir, classifiers))
+    classifiers = list(filter(os.path.isdir, map(find_weights, classifiers)))
     if not (values and classifiers):
         return Recognised()
     lines, files = list(clips.values()), [f"{number:04d}.mp4" for number in clips]

@@ -15,7 +15,7 @@ class Config(Judging):
 
     data: str = option("toy", "toy, cc2017 or cinebrain (with --pairs cc2017, for its weights)")
     subject: int = option(1, "number of the subject", least=1)
-    run: str = option("full", "name of the run")
+    run: str = option("full", "name of the run, or a folder or name on the Hub of a finished one")
     seed: int = option(0, "of the run, and of the noise that the videos start from", least=0)
     shuffle: bool = option(False, "the control: reconstruct each clip from the fMRI of another scene")
     stage2: bool = option(True, "without: the decoder as it came draws the best memory's caption")

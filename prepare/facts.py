@@ -289,6 +289,6 @@ def check_prepared(name: str, subject: int, files: Sequence[Path], derived: Sequ
         raise MissingData(f"{missing} is not there: {prepare_command(name, subject)} makes it")
     if missing:
         check_subject(name, subject)
-        makes = "train_stage1.py and train_stage2.py make and prepare the toy world"
+        makes = f"python data.py toy --subject {subject} makes the toy world, as train_stage1.py does"
         steps = f"{guide(name, subject)}\n\n{missing} is not there."
         raise MissingData(f"{missing} is not there: {makes}" if name == "toy" else steps)

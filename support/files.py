@@ -260,10 +260,10 @@ def add_to_manifest(path: Path, array: np.ndarray, recipe: dict, inputs: dict[st
 
 
 def find_weights(name: Path | str) -> str:
-    """The place of a folder that is not here but beside the code (toy/wan, local-dir:toy/clip); any other
-    name as it is."""
+    """The place of what is not here but beside the code (toy/wan, local-dir:toy/clip, toy/trained/x.npy); any
+    other name as it is."""
     name = str(name)
     folder = name.removeprefix("local-dir:")
     beside = Path(__file__).parents[1] / folder
-    is_beside = not Path(folder).exists() and beside.is_dir()
+    is_beside = not Path(folder).exists() and beside.exists()
     return f"{name.removesuffix(folder)}{beside}" if is_beside else name

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from support.files import check_room, follow_umask, save_model, write_json, written_whole
+from support.files import check_room, find_weights, follow_umask, save_model, write_json, written_whole
 from support.options import lies_within, range_text
 from support.pipelines import check_prepared, latent_shape, save_lora
 from support.readers import (
@@ -58,7 +58,7 @@ RANGES |= dict.fromkeys(("guidance", "lambda_1", "lambda_2"), {"least": 0})
 def locate(name: Path | str) -> Path:
     """A run, its stage2/, a shared folder, or NAME or NAME@REVISION on the Hub, which is downloaded -> the
     folder of the model. Raises FileNotFoundError."""
-    folder = Path(name)
+    folder = Path(find_weights(name))
     if not folder.exists() and re.fullmatch(HUB_ID, str(name)) and not folder.parent.exists():
         repo, _, revision = str(name).partition("@")
         return Path(snapshot_download(repo, revision=revision or None))
@@ -141,12 +141,14 @@ def finished_run(places: Sequence[Path], settings: dict, keys: dict, advice: str
     return folder, stored
 
 
-def check_place(settings: dict, run: Path) -> None:
-    """Raises ValueError where a run lies in the folder of another subject; says where it is not finished."""
+def check_place(settings: dict, run: Path, folder: Path) -> None:
+    """Raises ValueError where the run in `folder` is of another subject than the place of its results; says
+    where it is not finished."""
     place, origin = run.absolute().parts[-3:-1], (settings["data"], f"sub{settings['subject']}")
     if place != origin:
-        file, wanted = run / "stage2" / "config.json", f"one of {' '.join(place)}"
-        raise damaged(file, f"a run of {' '.join(origin)}", wanted, "put it into its folder")
+        file, wanted = folder / "config.json", f"one of {' '.join(place)}"
+        advice = "put it into its folder, or choose its --data and --subject"
+        raise damaged(file, f"a run of {' '.join(origin)}", wanted, advice)
     step, steps = settings.get("step"), settings.get("steps_in_all")
     if step != steps:
         tqdm.write(f"{run}: stage 2 is at step {step} of {steps}: its videos are not yet its best")
@@ -195,7 +197,7 @@ def write_memories(folder: Path, model) -> None:
         follow_umask(part)
     write_json(folder / "memories.json", model.lines)
     with written_whole(folder / "voxels.npz") as part:
-        np.savez(part, **model.voxels)
+        np.savez_compressed(part, **model.voxels)
 
 
 def read_memories(
@@ -215,8 +217,9 @@ def read_memories(
         check_array(empty.numpy(), f"{file}, empty", "f", prompt)
         check_array(tokens.numpy(), f"{file}, text_tokens", "f", (None, empty.shape[1]))
         check_array(offsets.numpy(), f"{file}, text_offsets", "iu", (N + 1,))
-        if not e.dtype == empty.dtype == torch.float32:
-            raise damaged(file, f"{e.dtype} of e, {empty.dtype} of empty", "float32")
+        if not {e.dtype, empty.dtype} <= {torch.float32, torch.float16}:
+            raise damaged(file, f"{e.dtype} of e, {empty.dtype} of empty", "float32 or float16")
+        e, empty = e.float(), empty.float()
         lengths = offsets.diff()
         spans = N and (offsets[0], offsets[-1]) == (0, len(tokens))
         if not spans or lengths.min() < 1 or lengths.max() > len(empty):

@@ -412,7 +412,7 @@ def test_no_stage_2_draws_the_best_memorys_caption(world, x, capsys, monkeypatch
     for file in ("recon/0000.mp4", "recon/0025.mp4", "config.json", "retrieved.jsonl"):
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
     assert all(row["W_r"] == [0.3333] * 3 for row in lines_of(folders[0] / "retrieved.jsonl"))
-    model = evaluate.load_run(Config(data="cc2017", run="alone"), Accelerator(cpu=True))
+    model, _ = evaluate.load_run(Config(data="cc2017", run="alone"), Accelerator(cpu=True))
     recalled, decoder = model.remember(x), load_decoder(model.settings, True, torch.float32)
     e_mem_txt = model.pool.text(recalled.indices[:, 0], L)
     assert torch.equal(recalled.f_fuse, e_mem_txt)

@@ -15,6 +15,7 @@ FLOORS = dict.fromkeys([*METHOD, "support"], 0) | {
     "prepare.facts": 1,
     "prepare.release": 1,
     "prepare.copies": 2,
+    "toy.share": 6,
 }
 FLOORS |= dict(prepare=3, data=3, metrics=4, evaluate=5, toy=5, train_stage1=6, train_stage2=6, extras=7)
 # what makes data is imported where it is asked for, and what stage 2 starts from where there is none: the only

@@ -1,33 +1,70 @@
-"""docs/tour.ipynb runs from the first cell to the last, in this process, on the tiny world's run."""
+"""toy/trained/, the run that comes with the project, and docs/tour.ipynb, which runs on it from the first cell to the
+last: without training, without data/, from any folder."""
 
 import json
 import re
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+import torch
 from conftest import REPO
 
+from evaluate import main
+from metrics.options import parse
+from support.videos import read_video
+
 CELLS = json.loads((REPO / "docs" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+CAPTION = "a red triangle shrinks in the sea"  # of the best memory, as toy/README.md says
+RUN = ["--run", "toy/trained"]
 
 
-def test_it_shows_clip_brain_memories_and_reconstruction(tiny, monkeypatch, capsys):
+def test_it_shows_clip_brain_memories_and_reconstruction(monkeypatch, capsys):
     nbformat = pytest.importorskip("nbformat")
     nbformat.validate(nbformat.read(REPO / "docs" / "tour.ipynb", as_version=4))
-    assert len(CELLS) == 10 and not any(cell.get("outputs") for cell in CELLS)
-    monkeypatch.chdir(tiny)
+    assert len(CELLS) <= 12 and not any(cell.get("outputs") for cell in CELLS)
+    monkeypatch.chdir(REPO / "docs")
     plt.switch_backend("Agg")
-    printed, names, run = [], {}, 'RUN = "runs/toy/sub1/full-s0"'
-    code = ["".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"]
-    assert code[0].count(run) == 1
-    for source in code:
-        exec(source.replace(run, 'RUN = "runs/cc2017/sub1/full-s0"'), names)
-        printed.append(capsys.readouterr().out)
-    assert len(plt.get_fignums()) == 4
+    printed, names = [], {}
+    for cell in CELLS:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+            printed.append(capsys.readouterr().out)
+    assert len(plt.get_fignums()) == 6
     plt.close("all")
-    clip = json.loads((tiny / "data/cc2017/stimuli/test/clips.jsonl").read_text().splitlines()[3])
-    assert printed[0] == f"test1-003 | {clip['caption']}\n"
-    weights, *memories = printed[3].strip().split("\n")
-    assert sum(float(w) for w in re.findall(r"\d\.\d+", weights)) == pytest.approx(1, abs=2e-3)
+    model, ratio = names["model"], names["ratio"]
+    assert all(x.dtype == torch.float32 for x in model.state_dict().values())  # the files are of 16 bits
+    W_r, *memories = printed[3].strip().split("\n")
+    assert sum(float(w) for w in re.findall(r"\d\.\d+", W_r)) == pytest.approx(1, abs=2e-3)
     scores = [float(line.split()[2]) for line in memories]
-    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
-    assert "f_fuse (1, 12, 16)" in printed[5] and names["video"].shape == (9, 32, 48, 3)
+    assert len(scores) == 10 and scores == sorted(scores, reverse=True) and memories[0].endswith(CAPTION)
+    assert names["weights"].sum(0) == pytest.approx([1, 1], abs=1e-4)
+    assert "f_fuse (1, 16, 64)" in printed[6] and ratio.shape == (16,) and ratio.isfinite().all()
+    assert names["video"].shape == (17, 64, 64, 3) and names["video"].std() > 10
+
+
+def test_the_run_that_comes_along_is_evaluated_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = [*RUN, "--device", "cpu", "--fmri", "toy/trained/x.npy", "--steps", "2"]
+    assert main(parse(options, "")) == 0
+    assert capsys.readouterr().out == f"written: out.mp4; it recalls: {CAPTION}\n"
+    assert read_video(tmp_path / "out.mp4").frames.shape == (17, 64, 64, 3)
+    assert [file.name for file in tmp_path.iterdir()] == ["out.mp4"]
+    of_others = [*options, "--subject", "2"]
+    for words, message in (
+        (of_others, "trained/config.json: found a run of toy sub1, wanted one of toy sub2.*--subject"),
+        ([*RUN, "--no-stage2"], "--run toy/trained: wanted"),
+        (["--run", "./nothing"], "nothing/stage2/config.json is not there"),
+        (RUN, "python data.py toy"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            main(parse([*words, "--device", "cpu"], ""))
+
+
+def test_it_is_small_enough_to_come_along():
+    sizes = {
+        path: path.stat().st_size for path in (REPO / "toy").rglob("*") if "__pycache__" not in path.parts
+    }
+    assert sum(sizes.values()) < 20e6
+    x = np.load(REPO / "toy" / "trained" / "x.npy")
+    assert x.shape == (1, 1300) and x.dtype == np.float32
