@@ -6,11 +6,13 @@
     python extras/figures.py weights --table 4     without and with L_cls and L_action: Fig. 5
     python extras/figures.py memories RUN          a clip's memories, their scores (Eq. 5), attention (Eq. 6)
     python extras/figures.py memories RUN --html   the same as a page, clip by clip: films that move
+    python extras/figures.py terms RUN RUN ...     a page: what each term does, by runs that lack one
 
 In:  runs/<data>/sub<K>/<NAME>-s<seed>, after evaluate.py (`weights`: after train_stage1.py), and the
-     prepared data they were trained on. --table takes the runs that extras/ablations.py made.
-Out: a picture, --out; by default COMMAND.png in the folder of the first run, of `compare` also a .gif.
-     `weights` prints the mean of each area.
+     prepared data they were trained on; or an evaluation beside eval, such as <NAME>-s<seed>/eval-shuffled.
+     --table takes the runs that extras/ablations.py made.
+Out: a picture, --out; by default COMMAND.png in the folder of the first run, of `compare` also a .gif, of
+     `terms` docs/terms.html. `weights` prints the mean of each area.
 Clips that --clips does not name are spread evenly over the test set, half of them such whose like was seen in
 training, half of them others, as evaluate.py tells them apart.
 """
@@ -24,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
 from brain_model import BrainModel  # noqa: E402
-from extras import memories  # noqa: E402
+from extras import memories, terms  # noqa: E402
 from extras.cortex import draw_cortex, without_side  # noqa: E402
 from extras.runs import Run, caption_of, choose_clips, frames_of, names_of, save_figure  # noqa: E402
 from prepare.facts import DATASETS, SECONDS  # noqa: E402
@@ -45,7 +47,7 @@ GROUPS = {
     "other areas": [],
 }
 LEAST = 5  # voxels that an area needs for a bar
-ROWS = {"compare": 6, "memories": 4}  # clips of a picture
+ROWS = {"compare": 6, "memories": 4, "terms": 12}  # clips of a picture
 BARS = ("#b9c0c9", "#33608c", "#c46a2b", "#4d8a57")  # colours of the runs
 
 # ---------------------------------------------------------------- Fig. 3, 4, 6
@@ -198,12 +200,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("figures.py", description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.set_defaults(table=None, html=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    tables = {"compare": (4, 5, 6), "weights": (4,), "memories": ()}
+    tables = {"compare": (4, 5, 6), "weights": (4,), "memories": (), "terms": ()}
     for name, numbers in tables.items():
-        add = commands.add_parser(name, allow_abbrev=False).add_argument
+        command = commands.add_parser(name, allow_abbrev=False)
+        add = command.add_argument
         folder = "runs/<data>/sub<K>/<NAME>-s<seed>"
-        add("runs", nargs="*" if numbers else 1, type=Path, metavar="RUN", help=folder)
+        number = {"memories": 1, "terms": "+"}.get(name, "*")
+        add("runs", nargs=number, type=Path, metavar="RUN", help=folder)
         text = "the file, png or pdf [default: COMMAND.png in the first run's folder]"
+        text = "the page [default: docs/terms.html]" if name == "terms" else text
         add("--out", type=file_name, help=text)
         if numbers:
             text = "in place of RUN: those of Table 4, of which `weights` takes the first and the last"
@@ -214,6 +219,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         else:
             text = "folder of the stimuli's videos [default: raw/stimuli in data/<data>]"
             add("--stimuli", type=Path, help=text)
+            command.set_defaults(html=name == "terms")
+        if name == "memories":
             text = "a page that opens by a double click and loads nothing [default of --rows: 12]"
             add("--html", action="store_true", help=text)
         if name != "weights":
@@ -225,7 +232,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if tables[args.command] and bool(args.runs) == bool(args.table):
         parser.error(f"{args.command}: wanted RUN ..., or --table")
     if args.out and (args.out.suffix.lower() == ".html") != args.html:
-        parser.error(f"--out {args.out}: an .html goes with --html, and no other")
+        parser.error(f"--out {args.out}: wanted a name in {'.html' if args.html else '.png or .pdf'}")
     return args
 
 
@@ -250,7 +257,8 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     runs = runs_of(args)
     first = next(iter(runs.values()))
-    out = first / f"{args.command}.{'html' if args.html else 'png'}"
+    folder = terms.FOLDER if args.command == "terms" else first
+    out = folder / f"{args.command}.{'html' if args.html else 'png'}"
     if args.table:
         out = first.parent / f"table{args.table}-s{args.seed}-{args.command}.png"
     out = args.out or out
@@ -260,6 +268,8 @@ def main(argv: list[str]) -> None:
         clips = choose_clips(first, args.clips, args.rows or (12 if args.html else ROWS[args.command]))
         if args.command == "compare":
             compare(runs, clips, out)
+        elif args.command == "terms":
+            terms.page(runs, clips, args.stimuli, out)
         else:
             draw = memories.page if args.html else memories.picture
             draw(memories.Remembered(first, clips, args.stimuli), out)

@@ -26,6 +26,7 @@ from support.videos import read_clip, read_video, video_frames, write_for_browse
 
 COLOURS = {"txt": "#3b6ea5", "img": "#d98324", "act": "#4f9a5b"}  # of the modalities
 PAGE = Path(__file__).with_suffix(".html")
+PLAYER = PAGE.with_name("player.html")  # the shell of the pages
 PICTURED = 5  # memories of a clip that a picture has room for; the page shows all
 
 
@@ -67,7 +68,7 @@ class Remembered:
         self.size = (run.settings["frames"], run.settings["height"], run.settings["width"])
         test, clips, mom = run.test_clips(), [*groups], None
         self.lines = {clip: test.lines[clip] for clip in clips}
-        file = run.folder / "eval" / "retrieved.jsonl"
+        file = run.evaluation / "retrieved.jsonl"
         advice = "python train_stage2.py makes it"
         with reading(run.stage, advice=advice):
             brain_model = load_model(BrainModel, run.stage / "brain_model").eval()
@@ -130,7 +131,7 @@ def picture(remembered: Remembered, out: Path) -> None:
     from matplotlib.patches import Patch
 
     rcParams["text.parse_math"] = False  # a caption may have a $
-    run, n = remembered.run.folder, len(remembered.scores)
+    run, n = remembered.run.evaluation, len(remembered.scores)
     K = min(PICTURED, max(len(scores.retrieved) for scores in remembered.scores.values()))
     figure = Figure(figsize=(2.6 * (K + 2), 2.5 * n), layout="constrained")
     axes = figure.subplots(2 * n, K + 2, squeeze=False, height_ratios=(3.2, 1) * n)
@@ -204,20 +205,31 @@ def page(remembered: Remembered, out: Path) -> None:
     for clip, scores in remembered.scores.items():
         line, group = remembered.lines[clip], remembered.groups[clip]
         texts = {"clip": clip, "id": line["id"], "caption": line["caption"], "group": group}
-        films = {kind: read_video(video_file(run.folder, kind, clip)) for kind in ("gt", "recon")}
-        videos = {kind: as_uri(film.frames, len(film.frames) / film.fps) for kind, film in films.items()}
+        videos = {kind: file_as_uri(video_file(run.evaluation, kind, clip)) for kind in ("gt", "recon")}
         clips.append({**texts, **scores._asdict(), **videos})
     names = {"run": str(run.folder), "modalities": COLOURS, "height": height, "width": width}
-    values = {**names, "clips": clips, "memories": memories}
+    write_page(PAGE, {**names, "clips": clips, "memories": memories}, out)
+
+
+def write_page(page: Path, values: dict, out: Path) -> None:
+    """A page that holds all it shows: the shell, in it the page, in it these values."""
+    head, main = page.read_text(encoding="utf-8").split("<main>")
     text = json.dumps(values, default=np.ndarray.tolist).replace("<", "\\u003c")  # no caption ends the script
+    shell = PLAYER.read_text(encoding="utf-8").replace("<!-- HEAD -->", head)
+    shell = shell.replace("<!-- MAIN -->", "<main>" + main)
     with written_whole(out) as part:
-        part.write_text(PAGE.read_text(encoding="utf-8").replace("/* RUN */ null", text), encoding="utf-8")
+        part.write_text(shell.replace("/* RUN */ null", text), encoding="utf-8")
 
 
-def as_uri(frames: np.ndarray, seconds: float) -> str:
-    """uint8 (F, H, W, 3) -> what a browser plays: its pixels are enlarged to 256 rows or so."""
+def file_as_uri(file: Path, rows: int = 256) -> str:
+    film = read_video(file)
+    return as_uri(film.frames, len(film.frames) / film.fps, rows)
+
+
+def as_uri(frames: np.ndarray, seconds: float, rows: int = 256) -> str:
+    """uint8 (F, H, W, 3) -> what a browser plays: its pixels are enlarged to so many rows or so."""
     _, H, W, _ = frames.shape
-    k = max(1, 256 // H)
+    k = max(1, rows // H)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "a.mp4")
         write_for_browsers(file, frames, seconds, (k * W + k * W % 2, k * H + k * H % 2))

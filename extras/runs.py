@@ -1,5 +1,6 @@
 """What the pictures of extras/figures.py read of a run: its settings, its videos, which clips to show."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,18 @@ STAGE1_KEYS = {"data": str, "subject": int}
 STAGE2_KEYS = {**STAGE1_KEYS, "frames": int, "height": int, "width": int, "stage1_config": dict}
 
 
+def evaluation_of(run: Path) -> Path:
+    """RUN/eval, or RUN itself where it is another evaluation, such as full-s0/eval-shuffled."""
+    return run if re.match(r"eval(?!.*-s\d+$)", run.name) else run / "eval"
+
+
 class Run:
-    """A folder runs/<data>/sub<K>/<NAME>-s<seed>, by the config.json of its stage1 or stage2. Raises
-    FileNotFoundError, naming the command that makes it, or ValueError where it is damaged."""
+    """A folder runs/<data>/sub<K>/<NAME>-s<seed>, or an evaluation in it, by the config.json of its stage1 or
+    stage2. Raises FileNotFoundError, naming the command that makes it, or ValueError where it is damaged."""
 
     def __init__(self, folder: Path, stage: str):
+        self.evaluation = evaluation_of(folder)
+        folder = self.evaluation.parent
         file = folder / stage / "config.json"
         with reading(file, advice=f"RUN is runs/<data>/sub<K>/<NAME>-s<seed> after python train_{stage}.py"):
             settings = read_json(file, keys=STAGE1_KEYS if stage == "stage1" else STAGE2_KEYS)
@@ -35,15 +43,19 @@ class Run:
 
 
 def names_of(runs: list[Path]) -> list[str]:
-    """The runs' folders, with the subject's where two are called alike."""
-    names = [run.name for run in runs]
-    return [run.name if names.count(run.name) == 1 else f"{run.parent.name}/{run.name}" for run in runs]
+    """The runs' folders, with the subject's where two are called alike, or full-s0/eval-shuffled."""
+    folders = [evaluation_of(run).parent for run in runs]
+    names = [str(run.relative_to(folder.parent)) for run, folder in zip(runs, folders, strict=True)]
+    return [
+        name if names.count(name) == 1 else f"{folder.parent.name}/{name}"
+        for name, folder in zip(names, folders, strict=True)
+    ]
 
 
 def groups_of(run: Path) -> dict[str, set[int]]:
     """Clips by number: those whose like was seen in training and the others, as evaluate.py tells them apart;
     none where it did not."""
-    file = run / "eval" / "metrics.json"
+    file = evaluation_of(run) / "metrics.json"
     groups = read_metrics(file).get("groups", {}) if file.is_file() else {}
     return {name: set(map(int, filter(str.isdecimal, group["clips"]))) for name, group in groups.items()}
 
@@ -51,16 +63,17 @@ def groups_of(run: Path) -> dict[str, set[int]]:
 def choose_clips(run: Path, clips: list[int] | None, n: int) -> dict[int, str]:
     """Numbers of test clips, each with the name of its group: those asked for, or `n` of those reconstructed,
     chosen by `spread`. Raises ValueError where one of them was not, FileNotFoundError where none was."""
-    files = (run / "eval" / "recon").glob("[0-9]*.mp4")
+    run = evaluation_of(run)
+    files = (run / "recon").glob("[0-9]*.mp4")
     reconstructed = sorted(int(file.stem) for file in files if file.stem.isdecimal())
     if not reconstructed:
-        raise FileNotFoundError(f"{run}/eval/recon holds no video: python evaluate.py comes first")
+        raise FileNotFoundError(f"{run}/recon holds no video: python evaluate.py comes first")
     first, last, groups = reconstructed[0], reconstructed[-1], groups_of(run)
     if clips is None:
         members = {name: np.isin(np.arange(last + 1), [*group]) for name, group in groups.items()}
         clips = spread(reconstructed, n, members)
     if missing := sorted(set(clips) - set(reconstructed)):
-        range_of_run = f"{len(reconstructed)} clips of {first} to {last} were reconstructed in {run}/eval"
+        range_of_run = f"{len(reconstructed)} clips of {first} to {last} were reconstructed in {run}"
         raise ValueError(f"--clips {', '.join(map(str, missing))}: {range_of_run}: choose of these")
     return {clip: next((name for name in groups if clip in groups[name]), "") for clip in clips}
 
@@ -72,7 +85,7 @@ def caption_of(line: dict, group: str) -> str:
 
 def video_file(run: Path, kind: str, clip: int) -> Path:
     """kind: gt or recon. Raises FileNotFoundError."""
-    file = run / "eval" / kind / f"{clip:04d}.mp4"
+    file = evaluation_of(run) / kind / f"{clip:04d}.mp4"
     if not file.is_file():
         advice = "evaluate the same clips of each run, or choose others with --clips"
         raise FileNotFoundError(f"{file} is not there: {advice}")

@@ -32,8 +32,13 @@ def test_a_run_is_read_by_its_settings(tmp_path, monkeypatch):
             runs.Run(tmp_path, "stage2")
     with pytest.raises(FileNotFoundError, match="is not there: RUN is .* after python train_stage1.py"):
         runs.Run(tmp_path / "nowhere", "stage1")
-    folders = [Path("a/sub1/full-s0"), Path("a/sub2/full-s0"), Path("a/sub1/no-mom-s0")]
-    assert runs.names_of(folders) == ["sub1/full-s0", "sub2/full-s0", "no-mom-s0"]
+    folders = [
+        Path("a/sub1/full-s0"),
+        Path("a/sub2/full-s0"),
+        Path("a/sub1/no-mom-s0"),
+        Path("a/sub1/no-mom-s0/eval-shuffled"),
+    ]
+    assert runs.names_of(folders) == ["sub1/full-s0", "sub2/full-s0", "no-mom-s0", "no-mom-s0/eval-shuffled"]
     assert runs.caption_of({"caption": "a dog"}, "never shown") == "a dog [never shown]"
     assert runs.caption_of({"caption": "a dog"}, "") == "a dog"
 

@@ -18,12 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import SETTINGS, SIZE
 
+import evaluate
 import mixture_of_memories
+import train_stage2
 from data import Clips, noise_generator
 from evaluate import CineNeuron
-from extras import figures, judge, memories, show
+from extras import figures, judge, memories, show, terms
 from extras.cortex import draw_cortex, flat_cortex
-from metrics.held_out import write_retrieved
+from metrics.held_out import evaluation_folder, write_retrieved
 from support.runs import brief
 from support.videos import read_video, write_video
 
@@ -280,9 +282,9 @@ def test_memories_shows_stimulus_memories_and_reconstruction(run, tmp_path, monk
     np.testing.assert_allclose([args[0] for args in drawn["draw_attention"]], attention)
 
 
-def page_of(run: Path, out: Path, *options: str) -> tuple[str, dict]:
+def page_of(command: str, out: Path, *options: str) -> tuple[str, dict]:
     """The page, and the run in it."""
-    figures.main(["memories", str(run), "--html", "--stimuli", "films", "--out", str(out), *options])
+    figures.main([*command.split(), "--stimuli", "films", "--out", str(out), *options])
     text = out.read_text()
     return text, json.loads(re.search(r"const RUN = (\{.*\});", text)[1])
 
@@ -290,12 +292,12 @@ def page_of(run: Path, out: Path, *options: str) -> tuple[str, dict]:
 def test_the_page_holds_all_that_it_shows(own_run, tmp_path):
     file = own_run / "stage2/memories.json"
     file.write_text(file.read_text().replace('"caption": "', '"caption": "</script>'))
-    text, page = page_of(own_run, tmp_path / "page.html", "--rows", "4")
+    text, page = page_of(f"memories {own_run} --html", tmp_path / "page.html", "--rows", "4")
     clips = [(clip["clip"], clip["group"]) for clip in page["clips"]]
     assert clips == [(i, GROUP_OF[i]) for i in (0, 3, 2, 4)]
     assert (page["height"], page["width"], [*page["modalities"]]) == (32, 48, ["txt", "img", "act"])
     of = memories.Remembered(own_run, dict.fromkeys(range(CLIPS), "")).scores
-    film, videos = tmp_path / "film.mp4", {}
+    videos = {}
     for clip in page["clips"]:
         number, line = clip["clip"], line_of(clip["clip"])
         assert (clip["id"], clip["caption"]) == (line["id"], line["caption"])
@@ -306,13 +308,84 @@ def test_the_page_holds_all_that_it_shows(own_run, tmp_path):
         videos |= {clip[kind]: colour_of(kind, number) for kind in ("gt", "recon")}
     assert len(page["memories"]) + 8 == len(videos)
     for uri, wanted in videos.items():
-        film.write_bytes(base64.b64decode(uri.removeprefix("data:video/mp4;base64,")))
+        film = film_in(uri, tmp_path / "film.mp4")
         assert abs(read_video(film).frames.mean((0, 1, 2)) - wanted).max() < 9
     with av.open(str(film)) as opened:
         stream = opened.streams.video[0]  # all browsers play it
         assert (stream.pix_fmt, stream.height, stream.width) == ("yuv420p", 256, 384)
-    assert text.count("</script>") == memories.PAGE.read_text().count("</script>")  # no caption ends it
+    assert text.count("</script>") == 2  # no caption ends one
     assert not re.search(r"(src|href)=|https?:|fetch\(", text.replace(json.dumps(page), ""))
+
+
+def film_in(uri: str, file: Path) -> Path:
+    file.write_bytes(base64.b64decode(uri.removeprefix("data:video/mp4;base64,")))
+    return file
+
+
+# ---------------------------------------------------------------- terms
+
+
+def test_the_page_of_terms_shows_each_clip_by_each_run(own_run, world, tmp_path):
+    """12 clips are asked for and all shown; each film and each word in its column, by the number of its clip."""
+    second, control = (
+        shutil.copytree(world.root / "runs/cc2017/sub1" / SECOND, tmp_path / SECOND),
+        own_run / "eval-shuffled",
+    )
+    shutil.copytree(second / "eval/recon", control / "recon")
+    lines = [line_of(i) for i in range(CLIPS)]
+    file = own_run / "stage2/memories.json"
+    best = {i: retrieved_by(own_run, i)[0] for i in range(CLIPS)}
+    for i in (0, 3):  # played, where evaluate.py did so
+        write_video(own_run / f"eval/memory/{i:04d}.mp4", plain([colour_of("film", best[i])], SIZE[0]), 4.5)
+    seen = {
+        "videos": [f"{i:04d}.mp4" for i in (4, 3, 2, 1, 0)],
+        "seen": {"caption": [f"seen {i}" for i in (4, 3, 2, 1, 0)]},
+    }
+    seen["seen"]["id"] = [lines[i]["id"] for i in (4, 3, 2, 1, 0)]
+    (second / "eval/recognised.json").write_text(json.dumps(seen))
+    text, page = page_of(f"terms {own_run} {second} {control}", tmp_path / "page.html")
+    assert page["columns"] == ["stimulus", "best memory", "full", "no-mom", "full/eval-shuffled"]
+    assert [(row["clip"], row["group"]) for row in page["clips"]] == [
+        (i, GROUP_OF[i]) for i in (0, 1, 3, 2, 4)
+    ]
+    captions = [line["caption"] for line in json.loads(file.read_text())]
+    for row in page["clips"]:
+        i, (_, memory, full, other, _) = row["clip"], row["cells"]
+        colours = [
+            colour_of("gt", i),
+            colour_of("film", best[i]),
+            colour_of("recon", i),
+            *[colour_of("recon", i, SECOND)] * 2,
+        ]
+        for cell, wanted in zip(row["cells"], colours, strict=True):
+            assert (
+                abs(
+                    read_video(film_in(cell["film"], tmp_path / "a.mp4")).frames.mean((0, 1, 2)) - wanted
+                ).max()
+                < 9
+            )
+        assert (row["id"], row["caption"]) == (lines[i]["id"], lines[i]["caption"])
+        assert memory["caption"] == captions[best[i]] and full["words"] == []
+        assert other["words"] == [[f"seen {i}", False], [lines[i]["id"], True]]
+    config = second / "stage2/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"subject": 2}))
+    with pytest.raises(
+        ValueError, match="no-mom-s0 is of cc2017, subject 2, but .* name runs of one subject"
+    ):
+        page_of(f"terms {own_run} {second}", tmp_path / "other.html")
+
+
+def test_the_commands_above_the_columns_make_the_runs_they_name():
+    stated = json.loads(re.search(r"const TERMS = (\{.*?\n\});", terms.PAGE.read_text(), re.S)[1])
+    for name, (_, command, _) in stated.items():
+        *_, last = command.replace("RUN", name).split(" && ")
+        script, *options = last.split() or [""]
+        if script == "train_stage2.py":
+            assert train_stage2.parse(options).run == name
+        elif script:
+            config = evaluate.parse(options, doc="")
+            settings = {"sampling_steps": 1, "guidance": 1}
+            assert evaluation_folder(Path("full"), config, settings, True, [], []) == Path(name)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -386,7 +459,7 @@ def test_voxels_of_unknown_place_or_another_number_are_refused(run, monkeypatch,
 WORDS = [
     "compare R --rows 0", "compare R --rows 101", "compare R --clips 1,x", "compare R --clips -1", "compare R --out a.xyz",
     "compare R --out .", "compare", "compare R --table 4", "weights --table 5", "weights R --out a.html",
-    "memories R --html --out a.png", "memories R S", "compare --table 4 --subject 0",
+    "memories R --html --out a.png", "memories R S", "terms R --out a.png", "compare --table 4 --subject 0",
 ]  # fmt: skip
 
 
