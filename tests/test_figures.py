@@ -373,6 +373,10 @@ def test_the_page_of_terms_shows_each_clip_by_each_run(own_run, world, tmp_path)
         ValueError, match="no-mom-s0 is of cc2017, subject 2, but .* name runs of one subject"
     ):
         page_of(f"terms {own_run} {second}", tmp_path / "other.html")
+    with pytest.raises(
+        ValueError, match="eval-shuffled: the first RUN's best memory is shown: name .*full-s0 before it"
+    ):
+        page_of(f"terms {control} {own_run}", tmp_path / "other.html")
 
 
 def test_the_commands_above_the_columns_make_the_runs_they_name():
