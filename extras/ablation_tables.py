@@ -246,7 +246,7 @@ def of_film(results: list[dict]) -> list[list[str]]:
     groups, chance = [*results[0]["groups"]], results[0]["chance"]
     of_groups = [f"50-way, {group}" for group in groups], [f"all four, {group}" for group in groups]
     titles = ["2-way", "50-way", *of_groups[0], "all four", *of_groups[1]]
-    rows: dict[str, list[str]] = {}
+    rows: dict[tuple, list[str]] = {}
     for result in results:
         entries = [row for row in result["rows"] if "metrics" in row]
         entries.append({"label": MODEL} | result["shuffled"])
@@ -254,22 +254,23 @@ def of_film(results: list[dict]) -> list[list[str]]:
             sets = [row["metrics"], *(row["groups"][group] for group in groups)]
             cells = [entry.get(name) for name in (WORTH, ALL) for entry in sets]
             label = row["label"].removeprefix("+ ") + f" (Table {result['table']})" * ("stage1" in row)
-            rows.setdefault(row.get("run", label), [label, *map(mean, [sets[0].get("video_2way"), *cells])])
+            run = row.get("run", label), *(cell and cell["mean"] for cell in cells)  # once in all tables
+            rows.setdefault(run, [label, *map(mean, [sets[0].get("video_2way"), *cells])])
     guessed = [f"{chance[name]:.3f}" if name in chance else "-" for name in ("video_2way", WORTH)]
     return [["", *titles], *rows.values(), ["chance", *guessed, *["-"] * (len(titles) - 2)]]
 
 
-def worth(films: list[dict]) -> list[list[str]]:
-    """How much more the rows of a table have in 50-way than others, on each film and together, with the
+def worth(films: list[dict], metric: str) -> list[list[str]]:
+    """How much more the rows of a table have of a metric than others, on each film and together, with the
     interval over clips and seeds: a row of cells each."""
     lines, before = [], ""
     for rows in zip(*(film["rows"] for film in films), strict=True):
         label, entries = rows[0]["label"], [row for row in rows if "metrics" in row]
-        first = entries[0]["metrics"].get(WORTH) if len(entries) == len(films) else None
+        first = entries[0]["metrics"].get(metric) if len(entries) == len(films) else None
         for other in differences_of(first) if first else ():
             measured = [[entry["metrics"], *entry["groups"].values()] for entry in entries]
             sets = [[of[k] for of in measured] for k in range(len(measured[0]))]  # all clips, and each group
-            parts = [[differences_of(of[WORTH])[other] for of in one] for one in sets]
+            parts = [[differences_of(of[metric])[other] for of in one] for one in sets]
             together = [pooled([Difference(*map(part.get, DIFFERENCE)) for part in one]) for one in parts]
             each = " / ".join(f"{part['more']:+.3f}" for part in parts[0])
             less = before if other == BEFORE else other.removeprefix("the ")
@@ -288,11 +289,12 @@ def page_of(tables: dict[tuple, list[dict]]) -> list[str]:
         films = {number: films for (number, name), films in tables.items() if name == data}
         subjects = sorted({film["subject"] for of in films.values() for film in of})
         groups = [*next(iter(films.values()))[0]["groups"]]
-        titles = ["50-way", f"subject {' / '.join(map(str, subjects))}", "together", *groups, "sure?"]
-        rows = [
-            row for of in films.values() if len({repr(shape(film)) for film in of}) == 1 for row in worth(of)
-        ]
-        parts += [f"### What a part is worth on {data}", "\n".join(markdown_table([titles, *rows]))]
+        alike = [of for of in films.values() if len({repr(shape(film)) for film in of}) == 1]
+        parts.append(f"### What a part is worth on {data}")
+        for metric, title in ((WORTH, "50-way"), (ALL, "all four")):
+            titles = [title, f"subject {' / '.join(map(str, subjects))}", "together", *groups, "sure?"]
+            rows = [row for of in alike for row in worth(of, metric)]
+            parts += ["\n".join(markdown_table([titles, *rows]))] if rows or metric == WORTH else []
         for subject in subjects:
             results = [film for of in films.values() for film in of if film["subject"] == subject]
             seeds = " ".join(map(str, results[0]["seeds"]))
