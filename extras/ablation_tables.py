@@ -307,10 +307,9 @@ def page_of(tables: dict[tuple, list[dict]]) -> list[str]:
 def source(result: dict) -> str:
     """What made a table."""
     minutes = [value for value in result["minutes"].values() if value is not None]
-    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     commit = result["commit"][:10] + "+" * result["commit"].endswith("+")
-    made = f"- `{result['command']}`, {result['date']}, commit {commit}, {versions}; {len(minutes)} commands"
-    return f"{made} took {sum(minutes):.0f} minutes, one after the other."
+    torch = f"torch {result['versions']['torch']}"
+    return f"- `{result['command']}`, {result['date']}, commit {commit}, {torch}, {sum(minutes):.0f} minutes."
 
 
 def shape(result: dict) -> list:

@@ -423,7 +423,7 @@ def test_the_page_keeps_the_words_around_its_tables(table_4, tmp_path):
         text = page.read_text()
         assert text.startswith(f"# Words\n\n{begin}\n\n### What a part is worth on cc2017")
         assert text.endswith(f"\n\n{end}\n\nmore words\n")
-    source = "2026-11-25, commit 23a6b32946, torch 2.14; 2 commands took 4 minutes, one after the other."
+    source = "2026-11-25, commit 23a6b32946, torch 2.14, 4 minutes."
     assert "\nold\n" not in text and "| all four, never shown |" in text and source in text
     page.write_text("# Words\n")
     with pytest.raises(ValueError, match="put them back"):
