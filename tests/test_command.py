@@ -164,7 +164,7 @@ def test_what_is_not_prepared_is_named_with_the_way_to_it(tmp_path):
             [gone],
             "gone.npy is not there: python data.py cc2017 --raw DIR --subject 2 makes",
         ),
-        ("toy", [gone], [], "gone.npy is not there: train_stage1.py and train_stage2.py make"),
+        ("toy", [gone], [], "gone.npy is not there: python data.py toy --subject 2 makes the toy world"),
         ("toy", [there], [gone], "gone.npy is not there: train_stage1.py makes it"),
     ):
         with pytest.raises(MissingData, match=message):
