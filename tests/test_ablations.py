@@ -534,8 +534,9 @@ def test_the_real_scripts_make_a_table(tiny_copy, capsys, monkeypatch):
     words += ["--stage1", STAGE1_WORDS, "--stage2", STAGE2_WORDS, "--evaluate", EVALUATE_WORDS]
     ablations.main(words)
     result = json.loads(Path("docs/results/table6-cc2017-sub1.json").read_text())
-    assert [row["run"] for row in result["rows"]] == ["full-no-integration", "full"]
-    assert len(result["minutes"]) == 6 and None not in result["minutes"].values()
+    runs = ["full-no-integration", "full-alpha0", "full", None]  # the last: the best memory, played
+    assert [row.get("run") for row in result["rows"]] == runs
+    assert len(result["minutes"]) == 8 and None not in result["minutes"].values()
     assert not Path("runs/cc2017/sub1/full-no-integration-s0/stage1").exists()  # it has that of `full`
     assert "shown in training, 6 clips" in capsys.readouterr().out
     ablations.main([*words, "--dry-run"])

@@ -164,7 +164,7 @@ def test_an_evaluation_at_the_papers_size(tmp_path, monkeypatch, capsys):
     ("data", "expected"),
     [
         ("cc2017", [12.3, 120.3, 0.5, 1.1, 0.2, 16.1, 1.8]),
-        ("cinebrain", [12.3, 65.8, 0.2, 1.1, 0.2, 8.4, 1.8]),
+        ("cinebrain", [12.3, 65.8, 0.25, 1.1, 0.2, 8.4, 1.8]),
     ],
 )
 def test_preparation_at_the_papers_size(data, expected, tmp_path, monkeypatch, capsys):
