@@ -173,8 +173,11 @@ def claim(folder: Path, settings: dict, write: bool = True) -> None:
 def made_by(config, settings: dict, stage: Path) -> dict:
     """What the videos of an evaluation are made by. stage: folder of the weights, stage 1's with
     --no-stage2."""
-    decoder = {} if config.stage2 else {"decoder": Path(settings["decoder"]).name}
-    return decoder | {
+    more = {}  # beside the weights, which are those of stage 1
+    if not config.stage2:
+        size = [settings[name] for name in ("frames", "height", "width")]
+        more = {"decoder": Path(settings["decoder"]).name, "size": size}
+    return more | {
         "steps": settings["sampling_steps"] if config.steps is None else config.steps,
         "guidance": settings["guidance"] if config.guidance is None else config.guidance,
         "fps": config.fps,

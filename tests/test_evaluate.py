@@ -411,6 +411,10 @@ def test_no_stage_2_draws_the_best_memorys_caption(world, x, capsys, monkeypatch
     )
     for file in ("recon/0000.mp4", "recon/0025.mp4", "config.json", "retrieved.jsonl"):
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
+    origin = json.loads((folders[0] / "config.json").read_text())
+    assert origin["size"] == [*SIZE]
+    with pytest.raises(ValueError, match="size"):  # stage 1's weights do not tell a stage 2 of another size
+        held_out.claim(folders[0], origin | {"size": [5, *SIZE[1:]]})
     assert all(row["W_r"] == [0.3333] * 3 for row in lines_of(folders[0] / "retrieved.jsonl"))
     model, _ = evaluate.load_run(Config(data="cc2017", run="alone"), Accelerator(cpu=True))
     recalled, decoder = model.remember(x), load_decoder(model.settings, True, torch.float32)
