@@ -6,6 +6,7 @@
     python extras/figures.py weights --table 4     without and with L_cls and L_action: Fig. 5
     python extras/figures.py memories RUN          a clip's memories, their scores (Eq. 5), attention (Eq. 6)
     python extras/figures.py memories RUN --html   the same as a page, clip by clip: films that move
+    python extras/figures.py map RUN               queries among the memories (Eq. 5), the streams of Eq. 8
     python extras/figures.py terms RUN RUN ...     a page: what each term does, by runs that lack one
 
 In:  runs/<data>/sub<K>/<NAME>-s<seed>, after evaluate.py (`weights`: after train_stage1.py), and the
@@ -26,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
 from brain_model import BrainModel  # noqa: E402
-from extras import memories, terms  # noqa: E402
+from extras import maps, memories, terms  # noqa: E402
 from extras.cortex import draw_cortex, without_side  # noqa: E402
 from extras.runs import Run, caption_of, choose_clips, frames_of, names_of, save_figure  # noqa: E402
 from prepare.facts import DATASETS, SECONDS  # noqa: E402
@@ -200,12 +201,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("figures.py", description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.set_defaults(table=None, html=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    tables = {"compare": (4, 5, 6), "weights": (4,), "memories": (), "terms": ()}
+    tables = {"compare": (4, 5, 6), "weights": (4,), "memories": (), "map": (), "terms": ()}
     for name, numbers in tables.items():
         command = commands.add_parser(name, allow_abbrev=False)
         add = command.add_argument
         folder = "runs/<data>/sub<K>/<NAME>-s<seed>"
-        number = {"memories": 1, "terms": "+"}.get(name, "*")
+        number = {"memories": 1, "map": 1, "terms": "+"}.get(name, "*")
         add("runs", nargs=number, type=Path, metavar="RUN", help=folder)
         text = "the file, png or pdf [default: COMMAND.png in the first run's folder]"
         text = "the page [default: docs/terms.html]" if name == "terms" else text
@@ -216,14 +217,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
             add("--data", choices=[*SECONDS], default="toy", help="with --table")
             add("--subject", type=within(int, least=1), default=1, help="with --table")
             add("--seed", type=within(int, least=0), default=0, help="with --table")
-        else:
+        elif name != "map":
             text = "folder of the stimuli's videos [default: raw/stimuli in data/<data>]"
             add("--stimuli", type=Path, help=text)
             command.set_defaults(html=name == "terms")
         if name == "memories":
             text = "a page that opens by a double click and loads nothing [default of --rows: 12]"
             add("--html", action="store_true", help=text)
-        if name != "weights":
+        if name in ROWS:
             text = "numbers of test clips, with commas between [default: spread over the test set]"
             add("--clips", type=clip_numbers, help=text)
             text = f"so many clips, without --clips [default: {ROWS[name]}]"
@@ -264,6 +265,8 @@ def main(argv: list[str]) -> None:
     out = args.out or out
     if args.command == "weights":
         weights(runs, out)
+    elif args.command == "map":
+        maps.draw(first, out)
     else:
         clips = choose_clips(first, args.clips, args.rows or (12 if args.html else ROWS[args.command]))
         if args.command == "compare":
