@@ -15,7 +15,7 @@ from metrics.options import parse
 from support.videos import read_video
 
 CELLS = json.loads((REPO / "docs" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
-CAPTION = "a red triangle shrinks in the sea"  # of the best memory, as toy/README.md says
+CAPTION = "a red triangle shrinks in the sea"  # of the best memory, as toy/trained/README.md says
 RUN = ["--run", "toy/trained"]
 
 
