@@ -81,9 +81,7 @@ class BrainModel(nn.Module, PyTorchModelHubMixin):
     ):
         super().__init__()
         self.voxels, self.volumes = voxels, volumes
-        self.gradient_checkpointing = (
-            False  # True: compute the blocks again in the backward pass, in less memory
-        )
+        self.gradient_checkpointing = False  # True: backward computes the blocks again, in less memory
         self.regression = VoxelRegression(voxels, volumes, tokens, width, rank)
         self.global_token = nn.Parameter(torch.empty(1, 1, width))
         self.position = nn.Parameter(torch.empty(1, tokens + 1, width))

@@ -8,15 +8,15 @@
 
 prepare/ makes (cc2017: 4,320 + 1,200 clips, T = 1; CineBrain: 4,860 + 540, T = 5), with a manifest.json each:
 
-    data/cc2017/sub1/{train,test}/fmri.npy         float32 (clips, repeats, T, N); NaN where not recorded
+    data/cc2017/sub1/{train,test}/fmri.npy         float32 (clips, showings, T, N), and recorded.npy (clips,
+                                                   showings): False where a showing is missing (NaN)
     data/cc2017/sub1/voxels.npz                    of each voxel its index in the source, and its area: roi
     data/cc2017/stimuli/{train,test}/clips.jsonl   id, segment, video, start_s, caption, tags, categories
-      e_img.npy (clips, F, D), e_txt.npy and e_act.npy (clips, D), categories.npy (clips, K) beside it
-      near_copies.npy, captions.npy                which clips are alike (prepare/copies.py); beside fmri.npy
-                                                   recorded.npy: which showings were recorded
+      e_img.npy (clips, F, D), e_txt.npy, e_act.npy (clips, D), categories.npy (clips, classes)
+      near_copies.npy, captions.npy                which clips are alike (prepare/copies.py)
       <decoder>/                                   latents and text tokens for a video decoder (--decoder)
 
-Subjects of a dataset share its stimuli, but for CineBrain, whose subjects 1, 2, 6 saw other films.
+Subjects share the stimuli of a dataset, but for CineBrain's 1, 2, 6 and the toy's, who saw other films.
 """
 
 import sys
@@ -37,12 +37,12 @@ from support.readers import advising, check_array, damaged, read_json_lines, rea
 LINE = {"id": str, "segment": str, "caption": str, "video": str, "start_s": float, "categories": list}
 ROOT = Path("data")
 STIMULI = ["clips.jsonl", "e_img.npy", "e_txt.npy", "e_act.npy", "categories.npy"]
-SHOWING, VOXELS, CAPTION = range(3)  # what is drawn for a clip
+SHOWING, VOXELS, CAPTION = range(3)  # the `draw` of rng: a stream each
 TIMES = ("uniform", "logit_normal")  # how the diffusion time of Eq. 9 is drawn
 
 
 def rng(seed: int, step: int, clip: int, draw: int = 0) -> np.random.Generator:
-    """The generator of one thing that a step draws for a clip, whatever the batch, process or restart."""
+    """A generator for one `draw` of a clip in a step: the same in any batch, process or restart."""
     return np.random.default_rng([seed, step, clip, draw])
 
 
@@ -62,7 +62,7 @@ class Batch(NamedTuple):
     e_txt: Tensor  # (B, D) CLIP of the caption
     e_act: Tensor  # (B, D) ViCLIP of the video
     categories: Tensor  # (B, classes) 0 or 1
-    excluded: Tensor | None = None  # (B, memories) bool: they may not be retrieved. From here on: stage 2
+    excluded: Tensor | None = None  # (B, memories) bool: may not be retrieved. This and the rest: stage 2
     y: Tensor | None = None  # (B, C, f, h, w) latents of the video
     noise: Tensor | None = None  # (B, C, f, h, w) ε of Eq. 9
     u: Tensor | None = None  # (B,) the diffusion time in [0, 1)
@@ -95,9 +95,9 @@ class Clips:
     batch_size: int = 1  # clips a step, over all processes
     voxel_dropout: float = 0.0  # share of the voxels hidden
     condition_dropout: float = 0.0  # share of the clips that get the empty prompt
-    time_sampling: str = TIMES[0]  # how u is drawn
+    time_sampling: str = "uniform"  # of TIMES: how u is drawn
     val_segments: str | None = None  # "seg17,seg18" holds these out of training
-    caption_share: float | None = None  # that may retrieve their own caption; None: as the test clips
+    caption_share: float | None = None  # of clips that may retrieve their own caption; None: as in the test
 
     def __post_init__(self):
         self.folder = self.root / self.name / f"sub{self.subject}"
@@ -110,8 +110,8 @@ class Clips:
             if self.decoder:
                 self._read_decoder()
         self.recall = None
-        self.trained = None  # indices of clips
-        self.held_out = np.arange(len(self))
+        self.trained = None  # clips trained on, of the train split
+        self.held_out = np.arange(len(self))  # all of the test split
         if self.split == "train":
             segments = [line["segment"] for line in self.lines]
             self.recall = FairRecall(self.stimuli, segments, self.val_segments, self.caption_share)
@@ -175,7 +175,7 @@ class Clips:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """T, N of the fMRI, F and D of the embeddings, K categories."""
+        """T, N of the fMRI, F and D of the embeddings, the number of classes."""
         _, _, T, _ = self.fmri.shape
         _, F, D = self.e_img.shape
         return dict(volumes=T, voxels=len(self.roi), frames=F, embed_dim=D, classes=len(self.classes))
@@ -212,31 +212,31 @@ class Clips:
         for clip in clips:
             showing = rng(self.seed, step, clip, SHOWING).choice(self._showings(clip))  # (T, N)
             if p:
-                chance = rng(self.seed, step, clip, VOXELS).random(showing.shape, np.float32)
-                showing = showing * (chance >= p) / (1 - p)
+                uniform = rng(self.seed, step, clip, VOXELS).random(showing.shape, np.float32)
+                showing = showing * (uniform >= p) / (1 - p)
             x.append(showing)
         return torch.from_numpy(np.stack(x))
 
     def _draw_stage2(self, batch: Batch, step: int) -> Batch:
         """Adds what Eq. 5 may not retrieve (itself, its copies: a choice), and what Eq. 9 draws."""
         clips = batch.clips.numpy()
-        hidden = np.empty(len(clips), bool)  # these clips may not retrieve their own caption
+        own_hidden = np.empty(len(clips), bool)  # may these not retrieve their own caption?
         u = torch.empty(len(clips))
-        chance = torch.empty(len(clips))
+        uniform = torch.empty(len(clips))
         noise = torch.empty(len(clips), *self.latents.shape[1:])  # (B, C, f, h, w)
         for b, clip in enumerate(clips.tolist()):
-            hidden[b] = rng(self.seed, step, clip, CAPTION).random() < self.recall.p_hidden
+            own_hidden[b] = rng(self.seed, step, clip, CAPTION).random() < self.recall.p_hidden
             generator = noise_generator(self.seed, step, clip)
-            u[b], chance[b] = torch.rand(2, generator=generator)
+            u[b], uniform[b] = torch.rand(2, generator=generator)
             noise[b] = torch.randn(noise.shape[1:], generator=generator)
-        if self.time_sampling == TIMES[1]:
-            u = torch.special.ndtri(u).sigmoid()  # of a normal number
+        if self.time_sampling == "logit_normal":
+            u = torch.special.ndtri(u).sigmoid()  # ndtri: of a uniform number a normal one
         return batch._replace(
-            excluded=torch.from_numpy(self.recall.excluded(clips, hidden)),
+            excluded=torch.from_numpy(self.recall.excluded(clips, own_hidden)),
             y=torch.from_numpy(self.latents[clips]),
             noise=noise,
             u=u,
-            dropped=(chance < self.condition_dropout)[:, None, None],
+            dropped=(uniform < self.condition_dropout)[:, None, None],
         )
 
     def averaged(self, clips: np.ndarray | slice = slice(None)) -> Tensor:

@@ -1,6 +1,6 @@
-"""Evaluation (§3.3, §4.1-4.2): reconstruct what was watched from the fMRI of held-out clips, and score it.
+"""The whole model, CineNeuron (§3.3), and its evaluation (§4.1-4.2): fMRI -> videos -> scores.
 
-    python evaluate.py                              the toy world, a few minutes on a laptop
+    python evaluate.py                              the toy world, a minute on a laptop
     python evaluate.py --data cc2017 --subject 1    the paper's size, on a GPU
     accelerate launch evaluate.py --data cc2017     on several
     python evaluate.py --shuffle                    the control: each clip from the fMRI of another scene
@@ -11,7 +11,7 @@
     python evaluate.py --run toy/trained --fmri toy/trained/x.npy    without training: a run by its folder
 
 In:  a run of stage 2, and the test fMRI: averaged over the showings, z-scored over the clips.
-Out: runs/<data>/sub<K>/<run>-s<seed>/eval/ (the control eval-shuffled/, pairs DIR/metrics/; others have a
+Out: runs/<data>/sub<S>/<run>-s<seed>/eval/ (the control eval-shuffled/, pairs DIR/metrics/; others have a
      folder of their own: eval-no-stage2/, eval-4-clips/, eval-steps10/, eval-ssim/). Files in it are kept.
      gt/, recon/, memory/NNNN.mp4    stimulus, reconstruction and best memory of clip NNNN
      retrieved.jsonl                 a line a clip: W_r, and the memories, lines of stage2/memories.json
@@ -53,7 +53,6 @@ from mixture_of_memories import (
 )
 from prepare.copies import has_near_copy
 from support import shared
-from support.files import find_weights
 from support.pipelines import load_lora, load_pipeline
 from support.readers import advising, load_model
 from support.runs import FolderLock, door, run_folder
@@ -63,14 +62,7 @@ from video_decoder import VideoDecoder
 
 
 class CineNeuron(nn.Module):
-    """The whole model, in training and inference alike: fMRI in, videos out.
-
-    >>> from data import Clips
-    >>> from evaluate import CineNeuron
-    >>> model = CineNeuron.from_pretrained("runs/toy/sub1/full-s0")
-    >>> x = Clips("toy", 1, "test").averaged()[:2]  # (2, T, N): two clips, each the mean of its ten showings
-    >>> videos = model.reconstruct(x)  # uint8 (2, F, H, W, 3)
-    """
+    """The whole model, in training and inference alike: fMRI in, videos out (README: Use a trained run)."""
 
     def __init__(
         self,
@@ -155,7 +147,7 @@ class CineNeuron(nn.Module):
         """fMRI x (B, T, N) -> f_c (B, D), and f_fuse with what it was made of (Eq. 4-8)."""
         work = condition
         if self.brain_model.gradient_checkpointing and torch.is_grad_enabled():
-            work = partial(checkpoint, condition, use_reentrant=False)  # activations stand beside the DiT's
+            work = partial(checkpoint, condition, use_reentrant=False)  # leaves the memory to the DiT
         return work(self.brain_model, self.heads, self.mom, self.pool, x, excluded)
 
     def to(self, device: torch.device | str) -> "CineNeuron":
@@ -207,10 +199,10 @@ def load_decoder(settings: dict, vae: bool, dtype: torch.dtype) -> VideoDecoder:
 
 
 def load_run(config: Config, accelerator: Accelerator) -> tuple[CineNeuron, Path]:
-    """The run of this name or place, and the folder of its results. Of one that has stage 1 alone, or with
-    --no-stage2, what its stage 2 starts from: zero-convolutions make f_fuse e_mem_txt, LoRA's B = 0 leaves
-    the decoder as it came, W_r is even."""
-    name = Path(config.run).name.partition("@")[0]  # else a folder, or on the Hub
+    """The run of this name or place, and the folder of its results. Without stage 2, or with --no-stage2: the
+    model as stage 2 starts. Then f_fuse = e_mem_txt (zero-convolutions), the decoder is the pretrained one
+    (LoRA's B = 0), and W_r = (1/3, 1/3, 1/3)."""
+    name = Path(config.run).name.partition("@")[0]  # --run: a name, a folder, or NAME@REVISION on the Hub
     run = run_folder(config.data, config.subject, name, config.seed)
     place = run if name == config.run else Path(config.run)
     has_stage1, has_stage2 = ((place / stage / "config.json").is_file() for stage in ("stage1", "stage2"))
@@ -237,7 +229,7 @@ def evaluate_recording(config: Config) -> int:
     if not accelerator.is_main_process:
         return 0
     model, _ = load_run(config, accelerator)
-    x = shared.read_fmri(Path(find_weights(config.fmri)), model)
+    x = shared.read_fmri(config.fmri, model)
     write_video(file, model.reconstruct(x, [(config.seed, 0)], config.steps, config.guidance)[0], config.fps)
     memory = model.remember(x).indices
     recalls = "" if memory is None else f"; it recalls: {model.lines[memory[0, 0]]['caption']}"
@@ -247,16 +239,18 @@ def evaluate_recording(config: Config) -> int:
 
 def evaluate_run(config: Config) -> int:
     """The held-out clips of a run: reconstruct, score, report."""
-    accelerator, order = start(config.device), held_out.order_of(config)
+    accelerator = start(config.device)
+    order = held_out.order_of(config)  # asked before models are loaded
     model, run = load_run(config, accelerator)
     test = Clips(config.data, config.subject, "test", model.settings["stage1_config"]["rois"])
     clips = np.unique(np.linspace(0, len(test) - 1, config.clips or len(test)).round().astype(int))
-    complete, every = len(clips) == len(test), asked(Config(**PRESETS[config.data]))
-    out = held_out.evaluation_folder(run, config, model.settings, complete, asked(config), every)
+    complete, usual = len(clips) == len(test), asked(Config(**PRESETS[config.data]))
+    out = held_out.evaluation_folder(run, config, model.settings, complete, asked(config), usual)
     lines = {int(clip): test.lines[clip] for clip in clips}
     films = held_out.Films(config, model.size, [*lines.values(), *model.lines])
     made_by = held_out.made_by(config, model.settings, model.folder)
-    x, stimuli = test.averaged()[order], {"gt": lines}  # (test clips, T, N); folder: lines of what it shows
+    x = test.averaged()[order]  # (test clips, T, N), also where --clips asks for fewer
+    stimuli = {"gt": lines}  # folder of `out`: of each clip the line of what its video shows
 
     def make(rank: int, world: int) -> None:
         for kind, line in stimuli.items():

@@ -105,9 +105,9 @@ def focal_bce(logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float 
     r"""$L_{cls}$ of §3.1: BCE + focal loss (Lin et al. 2017), of equal weight, mean over clips and
     categories.
 
-    logits (B, classes), targets (B, classes) in {0, 1}. Why focal? Most clips lack most categories: what is
-    right already (p of the truth near 1) weighs only (1 - p)^gamma. That favours the rare positives so much
-    that they weigh alpha = 0.25, negatives 1 - alpha, as in Lin et al."""
+    logits (B, classes), targets (B, classes) in {0, 1}. Why focal? Most clips lack most categories. These
+    easy answers (p, the probability of the truth, is near 1) weigh only (1 - p)^gamma. The rare positives
+    would now dominate: so they weigh alpha = 0.25, negatives 1 - alpha, as in Lin et al."""
     logits, targets = logits.float(), targets.float()
     bce = binary_cross_entropy_with_logits(logits, targets, reduction="none")  # (B, classes), -log p
     p = torch.exp(-bce)  # (B, classes), probability of the truth

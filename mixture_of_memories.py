@@ -1,7 +1,7 @@
 """Mixture-of-Memories (§3.2, Eq. 4-8): what the fMRI brings to mind, between Brain Model and video decoder.
 
 In:  f_e (B, L, D') the fMRI tokens; q (B, 3, D) the fMRI side of Eq. 5 (Stage1Heads.queries); the
-     `MemoryPool` of the N training clips.
+     `MemoryPool` of the N training clips (this N is §3.2's; that of the fMRI x counts voxels).
 Out: f_fuse (B, L, D_txt), in place of the decoder's text embeddings.
 
      f_e ──► Router ──► W_r ──┐                                                                       Eq. 4
@@ -25,18 +25,21 @@ class MemoryPool(nn.Module):
 
     def __init__(self, e: Tensor, captions: list[Tensor]):
         super().__init__()
-        self.register_buffer("e", e)  # (N, 3, D) unit vectors: CLIP text, φ_v of the CLIP frames, ViCLIP
+        self.register_buffer(
+            "e", e
+        )  # (N, 3, D) unit vectors: CLIP text, φ_v of CLIP frames, ViCLIP (txt, img, act)
         self.captions = captions  # N times (n_i, D_txt): the decoder's text tokens, on the CPU
 
     def text(self, i: Tensor, L: int) -> Tensor:
         """e_mem_txt: memories i (B,) -> their captions as the decoder reads them, (B, L, D_txt), zero after
         the last token. CLIP's embedding finds a memory; the decoder gets its own text tokens."""
-        captions = [pad(self.captions[n].float(), (0, 0, 0, L - len(self.captions[n]))) for n in i.tolist()]
+        captions = [self.captions[memory].float() for memory in i.tolist()]  # (n_i, D_txt) each
+        captions = [pad(tokens, (0, 0, 0, L - len(tokens))) for tokens in captions]  # (L, D_txt) each
         return torch.stack(captions).to(i.device)  # (B, L, D_txt)
 
 
 class Recalled(NamedTuple):
-    """f_fuse, and for logs and pictures what it was made of: None where nothing was retrieved."""
+    """f_fuse, and for logs and pictures what it was made of: None where that was not made."""
 
     f_fuse: Tensor  # (B, L, D_txt)
     indices: Tensor | None = None  # (B, K) i_1 ... i_K
@@ -94,9 +97,9 @@ class Integration(nn.Module):
     Eq. 7: $z_f = Z_{fMRI}(Norm(\hat{f}^e)), \quad z_t = Z_{txt}(e_{txt}^{mem}) + e_{txt}^{mem}$
     Eq. 8: $f^{fuse} = z_t + \alpha z_f$
 
-    Two streams: the fMRI with what it attends to, and the caption of the best memory. Their sum is what the
-    video decoder reads in place of a prompt. Why zero-convolutions?
-    Both start at 0, so f_fuse starts as e_mem_txt, exactly: a prompt that the decoder knows."""
+    Two streams: what the fMRI finds in the memories (f_e is the query, and is not added), and the caption of
+    the best one. Their sum is what the video decoder reads in place of a prompt. Why zero-convolutions? Both
+    start at 0, so f_fuse starts as e_mem_txt, exactly: a prompt that the decoder knows."""
 
     def __init__(self, width: int, embed_dim: int, text_dim: int, heads: int, alpha: float, text_rms: float):
         super().__init__()
@@ -124,9 +127,9 @@ class Integration(nn.Module):
         which are added to the attention's logits -> f_fuse, z_f, z_t (B, L, D_txt)."""
         Q = self.W_Q(f_e).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, d)
         bias = log_w[:, None, None].to(Q.dtype).expand(*Q.shape[:3], -1)  # (B, heads, L, K)
-        attended = self.img(Q, e_mem_img, bias) + self.act(Q, e_mem_act, bias)  # (B, L, D')  Eq. 6
-        f_hat = self.W_O(attended)  # (B, L, D_txt), the decoder's width (a choice)
-        z_f = self.Z_fMRI(self.norm(f_hat).mT).mT  # (B, L, D_txt)  Eq. 7
+        f_hat = self.img(Q, e_mem_img, bias) + self.act(Q, e_mem_act, bias)  # (B, L, D')  Eq. 6
+        projected = self.W_O(f_hat)  # (B, L, D_txt), the decoder's width (a choice)
+        z_f = self.Z_fMRI(self.norm(projected).mT).mT  # (B, L, D_txt)  Eq. 7
         z_t = self.Z_txt(e_mem_txt.mT).mT + e_mem_txt  # (B, L, D_txt)  Eq. 7
         f_fuse = z_t + self.alpha * z_f  # (B, L, D_txt)  Eq. 8
         return f_fuse, z_f, z_t
@@ -144,7 +147,7 @@ class MixtureOfMemories(nn.Module, PyTorchModelHubMixin):
         K: int = 5,
         attention_heads: int = 16,
         alpha: float = 1.0,  # Eq. 8
-        tau: float = 0.07,  # temperature of log_w in forward: Eq. 2's, with which q was trained
+        tau: float = 0.07,  # of log_w in forward; Eq. 2's, since q was trained with it
         text_rms: float = 1.0,  # of the decoder's text tokens, where the gain of Eq. 7's Norm starts
     ):
         super().__init__()
@@ -164,8 +167,8 @@ class MixtureOfMemories(nn.Module, PyTorchModelHubMixin):
 
         e_mem_txt = pool.text(i[:, 0], self.tokens)  # (B, L, D_txt), of the top-1 memory
         D = pool.e.shape[-1]
-        e_mem = D**0.5 * pool.e[i]  # (B, K, 3, D), entries near 1 as W_K and W_V expect them
-        _, e_mem_img, e_mem_act = e_mem.unbind(2)  # (B, K, D) each
+        e_mem = D**0.5 * pool.e[i]  # (B, K, 3, D); unit vectors times √D have entries near 1
+        _, e_mem_img, e_mem_act = e_mem.unbind(2)  # (B, K, D) each; text enters as e_mem_txt
         log_w = (S_top / self.tau).log_softmax(-1)  # (B, K)
         f_fuse, z_f, z_t = self.integration(f_e, e_mem_txt, e_mem_img, e_mem_act, log_w)  # Eq. 6-8
         return Recalled(f_fuse, i, W_r, S, z_f, z_t)

@@ -5,19 +5,15 @@
     accelerate launch train_stage1.py --data cc2017        on several
 
 fMRI x, and of the clip watched e_img, e_txt (CLIP), e_act (ViCLIP) and its categories  ->  Brain Model and
-heads in runs/<data>/sub<K>/<run>-s<seed>/stage1/, a table of what can be retrieved from the fMRI of the
+heads in runs/<data>/sub<S>/<run>-s<seed>/stage1/, a table of what can be retrieved from the fMRI of the
 held-out clips, a picture of the losses. After Ctrl-C, or a kill, the same command goes on where it was."""
 
 import sys
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
-from tqdm import tqdm
 
 from brain_model import BrainModel
 from data import Batch, Clips
@@ -125,10 +121,11 @@ def train_step(brain_model: BrainModel, heads: Stage1Heads, batch: Batch, config
             f_c.requires_grad_()
         losses = stage1_loss(heads, f_c, batch, config.tau, config.lambda_1, config.lambda_2)  # Eq. 3
     losses.loss.backward()
-    for part in parts if len(parts) > 1 else []:  # a new autocast: the first keeps weights without a graph
-        with training.autocast(batch.x, config.precision):
-            f_part, _ = brain_model(batch.x[part])  # (b, D)
-        f_part.backward(f_c.grad[part].to(f_part.dtype))
+    if len(parts) > 1:
+        for part in parts:
+            with training.autocast(batch.x, config.precision):  # anew: the first cached weights, graphless
+                f_part, _ = brain_model(batch.x[part])  # (b, D)
+            f_part.backward(f_c.grad[part].to(f_part.dtype))
     return losses
 
 
@@ -156,16 +153,15 @@ def main(config: Config) -> None:
     folder = run_folder(config.data, config.subject, config.run, config.seed) / "stage1"
     settings = settings_of(config) | {"sizes": train.sizes}
     with RunFolder(folder, settings, config.steps, LAST, accelerator, training.MAY_CHANGE) as run:
-        if run.finished:
-            accelerator.print(f"{folder} is finished; another --run NAME or --seed trains anew")
-        else:
-            learn(config, accelerator, run, train, test)
+        if not run.finished:
+            learn(config, run, train, test)
     accelerator.end_training()
 
 
-def learn(config: Config, accelerator: Accelerator, run: RunFolder, train: Clips, test: Clips) -> None:
+def learn(config: Config, run: RunFolder, train: Clips, test: Clips) -> None:
     """§4.1: AdamW and OneCycle, 8,000 steps of 144 clips at the paper's size; from the first step or the last
     checkpoint to the table of the held-out clips."""
+    accelerator = run.accelerator
     x_test = test.averaged()  # (clips, T, N), read now, so that a damaged file fails before training
 
     # ---- the Brain Model f, its heads φ, AdamW and OneCycle (§4.1)
@@ -188,27 +184,15 @@ def learn(config: Config, accelerator: Accelerator, run: RunFolder, train: Clips
         batch = train.batch(step, accelerator.process_index, accelerator.num_processes)
         losses = train_step(brain_model, heads, batch.to(accelerator.device), config)  # Eq. 3
         update = training.update(optimiser, schedule, config.max_norm)  # mean over processes, clipped, AdamW
-        run.after_step(step, losses._asdict(), update, lambda: validate(brain_model, heads, train))
+        run.after_step(step, losses._asdict(), update, lambda: retrieval.validate(brain_model, heads, train))
 
     # ---- the held-out clips, once, with the last weights
     if accelerator.is_main_process:
-        other = far_apart([line["segment"] for line in test.lines])
-        columns = retrieval.with_controls(brain_model, heads, x_test, test.targets(), other)
+        far = far_apart([line["segment"] for line in test.lines])  # (clips, clips) bool
+        columns = retrieval.with_controls(brain_model, heads, x_test, test.targets(), far)
         table = retrieval.table(columns, f"{len(test)} held-out clips, {config.data}")
         run.finish(CURVES, "Stage 1: the parts of Eq. 3", {"test.txt": table + "\n", LAST: columns})
         print(f"\n{table}\n\nwritten: {run.folder}/ (brain_model, heads, losses.png, test.txt, {LAST})")
-
-
-def validate(brain_model: nn.Module, heads: nn.Module, train: Clips) -> dict[str, float]:
-    """The table's scores of the training clips that are held out, with names for the log."""
-    clips = train.held_out
-    if not len(clips):
-        return {}
-    other = far_apart(np.array([line["segment"] for line in train.lines])[clips])
-    scores = retrieval.scores(brain_model, heads, train.averaged(clips), train.targets(clips), other)
-    text = ", ".join(f"{name} {value:.3f}" for name, value in scores.items() if "top" not in name)
-    tqdm.write(f"{len(clips)} clips of the segments held out: {text}")
-    return {f"held out, {name}": value for name, value in scores.items()}
 
 
 if __name__ == "__main__":

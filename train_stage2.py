@@ -1,11 +1,11 @@
 """Stage 2 (§3.2, Eq. 10): teach the Mixture-of-Memories and the video decoder to show what was watched.
 
-    python train_stage2.py                                 the toy world, about four minutes on a laptop
+    python train_stage2.py                                 the toy world, two or three minutes on a laptop
     python train_stage2.py --data cc2017 --subject 1       the paper's size, on a GPU
     accelerate launch train_stage2.py --data cc2017        on several
 
 Brain Model and heads of stage 1, and of each clip its fMRI x, embeddings and latents y  ->  a finished model
-in runs/<data>/sub<K>/<run>-s<seed>/stage2/, which evaluate.CineNeuron loads: Brain Model, heads,
+in runs/<data>/sub<S>/<run>-s<seed>/stage2/, which evaluate.CineNeuron loads: Brain Model, heads,
 Mixture-of-Memories, LoRA, memories; samples (stimulus beside reconstruction), a picture of what is learnt.
 After Ctrl-C, or a kill, the same command goes on where it was."""
 
@@ -23,7 +23,6 @@ from data import TIMES, Batch, Clips, noise_generator
 from evaluate import CineNeuron
 from heads import stage1_loss
 from mixture_of_memories import Recalled
-from prepare.copies import mean_frames
 from prepare.facts import SECONDS, VIDEO_OPTIONS
 from support import shared, training
 from support.options import check_together, option, parse as parse_options, settings_of
@@ -68,7 +67,7 @@ class Config:
     weight_decay: float = option(0.01, "of AdamW", least=0)
     max_norm: float = option(1.0, "highest norm of the gradient", above=0)
     condition_dropout: float = option(0.1, "share of the clips that get the empty prompt", least=0, most=1)
-    time_sampling: str = option(TIMES[0], "of the diffusion time, before its shifts", choices=TIMES)
+    time_sampling: str = option("uniform", "of the diffusion time, before its shifts", choices=TIMES)
     noise_shift: float = option(1.0, "of the diffusion time; above 1, noisier (1: the decoder's)", above=0)
 
     guidance: float = option(5.0, "classifier-free guidance of the samples", least=0)
@@ -86,17 +85,17 @@ PRESETS = VIDEO_OPTIONS | {
         sampling_steps=16, samples=6, sample_every=600, save_every=300,
     ),
 }  # fmt: skip
-UNUSED = dict.fromkeys(("K", "own_captions"), ["no-integration"]) | {"lr_fusion": ["no-mom"]}  # by ablation
-UNUSED |= dict.fromkeys(("alpha", "attention_heads"), ["no-mom", "no-integration"])
+UNUSED = {  # option: the ablations that do not use it
+    "K": ["no-integration"],
+    "own_captions": ["no-integration"],
+    "lr_fusion": ["no-mom"],
+    "alpha": ["no-mom", "no-integration"],
+    "attention_heads": ["no-mom", "no-integration"],
+}
 LAST = "losses.png"  # the last file that a run writes
 MAY_CHANGE = (*training.MAY_CHANGE, "samples", "sample_every")
-CURVES = {
-    "diffusion": "diffusion, Eq. 9",
-    "w_txt": "W_r, text",
-    "w_img": "W_r, image",
-    "w_act": "W_r, action",
-    "z_f/z_t": "‖α z_f‖ / ‖z_t‖",
-}
+CURVES = {"diffusion": "diffusion, Eq. 9", "w_txt": "W_r, text", "w_img": "W_r, image"}
+CURVES |= {"w_act": "W_r, action", "z_f/z_t": "‖α z_f‖ / ‖z_t‖"}
 
 
 def parse(arguments: list[str]) -> Config:
@@ -120,47 +119,36 @@ def train_step(model: CineNeuron, batch: Batch, config: Config) -> tuple[dict[st
     r"""Eq. 10: $L_{stage2} = L_{stage1} + L(\theta)$ of a batch of B clips; its gradients are added to .grad.
 
     InfoNCE needs all B clips at once, but the video decoder has no room for them. So it sees a few clips at
-    a time, and only the gradient of Eq. 9 at f_fuse is kept; one backward pass then carries it through
-    Mixture-of-Memories and Brain Model. The result equals (L_stage1 + L_diffusion).backward(). Returns the
-    losses."""
+    a time; their backward passes leave gradients of Eq. 9 in the LoRA and at f_fuse. One backward pass then
+    carries those at f_fuse through Mixture-of-Memories and Brain Model. The result equals (L_stage1 +
+    L_diffusion).backward(). Returns the losses."""
     with training.autocast(batch.x, config.precision):
         f_c, recalled = model(batch.x, batch.excluded)  # (B, D), Eq. 4-8
         losses = stage1_loss(model.heads, f_c, batch, model.tau, model.lambda_1, model.lambda_2)  # Eq. 3
     f_fuse = recalled.f_fuse.float()  # (B, L, D_txt)
-    f = f_fuse.detach().requires_grad_()  # (B, L, D_txt)
+    leaf = f_fuse.detach().requires_grad_()  # (B, L, D_txt), gathers the gradient of Eq. 9
     diffusion = 0
     for part in batch.parts(config.micro_batch):  # b clips
         with training.autocast(batch.x, config.precision):
-            prompt = torch.where(batch.dropped[part], model.empty, f[part])  # (b, L, D_txt)
+            prompt = torch.where(batch.dropped[part], model.empty, leaf[part])  # (b, L, D_txt)
             noise, u = batch.noise[part], batch.u[part]  # (b, C, f, h, w), (b,)
             error = model.decoder.diffusion_loss(batch.y[part], prompt, noise, u)  # (b,)
         loss = error.sum() / len(batch.x)  # this part's share of Eq. 9
         loss.backward()
         diffusion = diffusion + loss.detach()
-    surrogate = (f_fuse * f.grad).sum()  # its gradient is that of Eq. 9; its value means nothing
-    (losses.loss + surrogate).backward()
-    loss = losses.loss + diffusion  # Eq. 10
+    surrogate = (f_fuse * leaf.grad).sum()  # its gradient is that of Eq. 9; its value means nothing
+    (losses.loss + surrogate).backward()  # with what the loop left in the LoRA: the gradient of Eq. 10
+    loss = losses.loss + diffusion  # Eq. 10, its value
     return losses._asdict() | {"loss": loss, "diffusion": diffusion}, recalled
 
 
-def measures(model: CineNeuron, batch: Batch, recalled: Recalled, clips: Clips) -> dict[str, Tensor]:
-    """What the log holds beside the losses: the mean W_r; how alike clips and their first memories look (the
-    cosine of their mean frames), and how often they share a caption; how much the fMRI's stream counts, ‖α
-    z_f‖ / ‖z_t‖."""
+def measures(model: CineNeuron, recalled: Recalled) -> dict[str, Tensor]:
+    """What the log holds beside the losses: the mean W_r (Eq. 4), and ‖α z_f‖ / ‖z_t‖: how much what the fMRI
+    finds counts in Eq. 8."""
     if recalled.W_r is None:
         return {}
     w_txt, w_img, w_act = recalled.W_r.mean(0)
-    first = clips.trained[recalled.indices[:, 0].cpu().numpy()]  # (B,) clips
-    frames = mean_frames(batch.e_img.cpu().numpy())  # (B, D)
-    recalled_frames = mean_frames(clips.e_img[first])  # (B, D)
-    same_caption = clips.recall.captions[first] == clips.recall.captions[batch.clips.cpu().numpy()]
-    values = {
-        "w_txt": w_txt,
-        "w_img": w_img,
-        "w_act": w_act,
-        "alike": (torch.from_numpy(frames) * torch.from_numpy(recalled_frames)).sum(1).mean().to(w_txt),
-        "own_caption": torch.from_numpy(same_caption).float().mean().to(w_txt),
-    }
+    values = {"w_txt": w_txt, "w_img": w_img, "w_act": w_act}
     if recalled.z_f is not None:
         z_f, z_t = recalled.z_f.detach().float(), recalled.z_t.detach().float()
         values["z_f/z_t"] = (model.mom.integration.alpha * z_f).norm() / z_t.norm()
@@ -173,19 +161,19 @@ def sample(model: CineNeuron, config: Config, accelerator: Accelerator, clips: C
     n = len(clips.held_out)
     places = np.linspace(0, n - 1, min(config.samples, n)).round().astype(int)
     x = clips.averaged(clips.held_out)[places]  # (samples, T, N)
-    numbers, rows = clips.held_out[places], []
+    shown, rows = clips.held_out[places], []
     shares = np.array_split(np.arange(len(places)), accelerator.num_processes)
-    share = torch.from_numpy(shares[accelerator.process_index])  # in a row: gathered, all stand in order
+    share = torch.from_numpy(shares[accelerator.process_index])  # neighbours: gathered, all stand in order
     for part in share.split(config.micro_batch) if len(share) else ():
         _, recalled = model(x[part].to(accelerator.device))
         generators = [noise_generator(config.seed, i) for i in part.tolist()]
         videos = model.decoder.generate(
             recalled.f_fuse, model.empty, model.size, generators, config.sampling_steps, config.guidance
         )
-        stimuli = model.decoder.decode_latents(torch.from_numpy(clips.latents[numbers[part.numpy()]]))
+        stimuli = model.decoder.decode_latents(torch.from_numpy(clips.latents[shown[part.numpy()]]))
         rows += [[*pair] for pair in zip(stimuli.numpy(), videos.numpy(), strict=True)]  # (F, H, W, 3) each
     rows = gather_object(rows) if accelerator.num_processes > 1 else rows
-    labels = [[clips.lines[clip]["caption"], ""] for clip in numbers]
+    labels = [[clips.lines[clip]["caption"], ""] for clip in shown]
     if accelerator.is_main_process:
         grid_gif(file, rows, labels, ["stimulus", "reconstruction"], SECONDS[config.data], 128)
 
@@ -195,15 +183,12 @@ def main(config: Config) -> None:
     accelerator = training.start(config.device)
     training.check_processes(config.batch_size, accelerator)
     stage1, settings, train = starting_point(config, accelerator)
-    rois, size = settings["stage1_config"]["rois"], (config.frames, config.height, config.width)
-    test = Clips(config.data, config.subject, "test", rois, config.decoder, size)
+    test = Clips(config.data, config.subject, "test", train.rois, train.decoder, train.size)
     folder = run_folder(config.data, config.subject, config.run, config.seed) / "stage2"
     total = config.epochs * (len(train.trained) // config.batch_size)
     with RunFolder(folder, settings, total, LAST, accelerator, MAY_CHANGE) as run:
-        if run.finished:
-            accelerator.print(f"{folder} is finished; another --run NAME or --seed trains anew")
-        else:
-            learn(config, accelerator, run, CineNeuron.from_stage1(stage1, settings, train), train, test)
+        if not run.finished:
+            learn(config, run, CineNeuron.from_stage1(stage1, settings, train), train, test)
     accelerator.end_training()
 
 
@@ -245,16 +230,15 @@ def read_stage1(config: Config) -> tuple[Path, dict]:
     return shared.finished_run(places, settings, shared.STAGE1, advice)
 
 
-def learn(
-    config: Config, accelerator: Accelerator, run: RunFolder, model: CineNeuron, train: Clips, test: Clips
-) -> None:
+def learn(config: Config, run: RunFolder, model: CineNeuron, train: Clips, test: Clips) -> None:
     """§4.1: AdamW and OneCycle at one rate, 1e-6. Here Eq. 6-7 and the LoRA may have their own (a choice)."""
+    accelerator = run.accelerator
     model.to(accelerator.device)
 
     # ---- AdamW and OneCycle (§4.1)
     lora = nn.ParameterList(p for p in model.decoder.parameters() if p.requires_grad)
-    router = getattr(model.mom, "router", nn.Identity())  # none in the ablations
-    fusion = getattr(model.mom, "integration", model.mom)
+    router = getattr(model.mom, "router", nn.Identity())  # neither ablation has one
+    fusion = getattr(model.mom, "integration", model.mom)  # --no-integration: its Linear; --no-mom: nothing
     groups = [
         (model.brain_model.parameters(), config.lr),
         (router.parameters(), config.lr),  # with a faster one W_r ends on one modality (docs/integration.md)
@@ -280,7 +264,7 @@ def learn(
         batch = batch.to(accelerator.device)
         losses, recalled = train_step(model, batch, config)  # Eq. 10
         update = training.update(optimiser, schedule, config.max_norm)  # mean over processes, clipped, AdamW
-        run.after_step(step, losses | measures(model, batch, recalled, train), update)
+        run.after_step(step, losses | measures(model, recalled), update)
 
     if accelerator.is_main_process:
         run.finish(CURVES, "Stage 2: what Eq. 9 teaches")

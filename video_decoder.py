@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of self- and cross-attention
-ATTENTION = [  # of a GPU, and of the CPU
+ATTENTION = [  # its kernels on a GPU, and on the CPU
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -46,7 +46,7 @@ class VideoDecoder(nn.Module):
     """A diffusers pipeline whose prompt embeddings we supply, with LoRA on its DiT's attention.
 
     Only `transformer` is a submodule; VAE and text encoder stay in `pipe`, outside parameters(). config is
-    the DiT's. lora_rank 0: no LoRA. Its first weights are drawn from torch's global generator."""
+    the DiT's. lora_rank 0: no LoRA. LoRA's first weights are drawn from torch's global generator."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class VideoDecoder(nn.Module):
         The decoder learns to predict the noise in a noisy video, with f_fuse as its prompt. What it cannot
         see in y_t it must take from f_fuse: so Eq. 9 teaches the Mixture-of-Memories. Wan predicts a
         velocity, noise less video, in place of the noise. Choices: how u is drawn; the mean, not the paper's
-        sum, over a clip's latents, which else would outweigh L_stage1 a million times in Eq. 10.
+        sum, over a clip's latents: a sum would outweigh L_stage1 a million times in Eq. 10.
 
         y, noise (B, C, f, h, w), f_fuse (B, L, D_txt), u (B,) in [0, 1) -> (B,), one value a clip.
         """
@@ -100,7 +100,8 @@ class VideoDecoder(nn.Module):
             y_t = (1 - sigma) * y + sigma * noise  # (B, C, f, h, w)
             target = noise - y  # (B, C, f, h, w)
         else:  # the noising of CogVideoX's scheduler, at whole timesteps
-            t = (scheduler.num_train_timesteps * u).long()  # (B,)
+            last = scheduler.num_train_timesteps - 1
+            t = ((last + 1) * u).long().clamp(max=last)  # (B,); a shifted u may round to 1
             y_t = self.scheduler.add_noise(y, noise, t)  # (B, C, f, h, w)
             velocity = self.scheduler.get_velocity(y, noise, t)  # (B, C, f, h, w)
             target = {"epsilon": noise, "sample": y, "v_prediction": velocity}[scheduler.prediction_type]

@@ -16,8 +16,8 @@ What is finished is kept; after Ctrl-C, or a kill, the same command goes on wher
 once with a thread each: two cores do more so.
 
 In:  as the three scripts.
-Out: runs/ as of the three scripts, what they printed in runs/<data>/sub<K>/ablations/, and
-     docs/results/table<N>-<data>-sub<K>.json: means ± over the seeds, paired intervals to the row before, the
+Out: runs/ as of the three scripts, what they printed in runs/<data>/sub<S>/ablations/, and
+     docs/results/table<N>-<data>-sub<S>.json: means ± over the seeds, paired intervals to the row before, the
      clips whose like was seen in training and the others, shuffled fMRI, chance; what made them.
 """
 

@@ -5,7 +5,7 @@
     python extras/check.py --captions TRAIN TEST                       how many captions recur, in bare lists
 
 A line begins with ok, warning or FAIL; the exit status is 1 where one fails. The picture shows frames,
-caption, responses by area and the cortex. Reads data/<name>/sub<K> and data/<name>/stimuli as data.py wrote
+caption, responses by area and the cortex. Reads data/<name>/sub<S> and data/<name>/stimuli as data.py wrote
 them, a run or a few hundred clips at a time; the lists need nothing prepared. Writes the picture alone.
 """
 
@@ -43,7 +43,7 @@ class Config:
     )
     show: str | None = option(None, "the id of a clip: make a picture of it in place of the page")
     stimuli: Path | None = option(None, "folder of the videos, for --show (default: data/<data>/raw/stimuli)")
-    out: Path | None = option(None, "the picture (default: data/<data>/sub<K>/<CLIP>.png)")
+    out: Path | None = option(None, "the picture (default: data/<data>/sub<S>/<CLIP>.png)")
 
 
 def files(p: Prepared) -> Iterator[Line]:

@@ -9,7 +9,7 @@
     python extras/figures.py map RUN               queries among the memories (Eq. 5), the streams of Eq. 8
     python extras/figures.py terms RUN RUN ...     a page: what each term does, by runs that lack one
 
-In:  runs/<data>/sub<K>/<NAME>-s<seed>, after evaluate.py (`weights`: after train_stage1.py), and the
+In:  runs/<data>/sub<S>/<NAME>-s<seed>, after evaluate.py (`weights`: after train_stage1.py), and the
      prepared data they were trained on; or an evaluation beside eval, such as <NAME>-s<seed>/eval-shuffled.
      --table takes the runs that extras/ablations.py made.
 Out: a picture, --out; by default COMMAND.png in the folder of the first run, of `compare` also a .gif, of
@@ -205,7 +205,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, numbers in tables.items():
         command = commands.add_parser(name, allow_abbrev=False)
         add = command.add_argument
-        folder = "runs/<data>/sub<K>/<NAME>-s<seed>"
+        folder = "runs/<data>/sub<S>/<NAME>-s<seed>"
         number = {"memories": 1, "map": 1, "terms": "+"}.get(name, "*")
         add("runs", nargs=number, type=Path, metavar="RUN", help=folder)
         text = "the file, png or pdf [default: COMMAND.png in the first run's folder]"

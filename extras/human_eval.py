@@ -1,6 +1,6 @@
 """A blind study of reconstructions by people (Table 3): which method's video is best, by four questions.
 
-    python extras/human_eval.py make RUN RUN ... --out study    RUN is runs/<data>/sub<K>/<NAME>-s<seed>
+    python extras/human_eval.py make RUN RUN ... --out study    RUN is runs/<data>/sub<S>/<NAME>-s<seed>
     python extras/human_eval.py make --pairs DIR --out study    DIR/gt/NAME.* and DIR/METHOD/NAME.*
     python extras/human_eval.py tally study votes/*.json        the table, and study/tally.json
 
@@ -296,7 +296,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser("human_eval.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser("make", help="write the study", formatter_class=defaults, allow_abbrev=False)
-    new.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="runs/<data>/sub<K>/<NAME>-s<seed>")
+    new.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="runs/<data>/sub<S>/<NAME>-s<seed>")
     new.add_argument("--pairs", type=Path, metavar="DIR", help="in place of runs: DIR/gt and DIR/METHOD")
     new.add_argument("--out", type=Path, required=True, help="the folder to write")
     for f in fields(Study):

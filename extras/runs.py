@@ -23,14 +23,14 @@ def evaluation_of(run: Path) -> Path:
 
 
 class Run:
-    """A folder runs/<data>/sub<K>/<NAME>-s<seed>, or an evaluation in it, by the config.json of its stage1 or
+    """A folder runs/<data>/sub<S>/<NAME>-s<seed>, or an evaluation in it, by the config.json of its stage1 or
     stage2. Raises FileNotFoundError, naming the command that makes it, or ValueError where it is damaged."""
 
     def __init__(self, folder: Path, stage: str):
         self.evaluation = evaluation_of(folder)
         folder = self.evaluation.parent
         file = folder / stage / "config.json"
-        with reading(file, advice=f"RUN is runs/<data>/sub<K>/<NAME>-s<seed> after python train_{stage}.py"):
+        with reading(file, advice=f"RUN is runs/<data>/sub<S>/<NAME>-s<seed> after python train_{stage}.py"):
             settings = read_json(file, keys=STAGE1_KEYS if stage == "stage1" else STAGE2_KEYS)
             if settings["data"] not in SECONDS:
                 raise damaged(file, f"data = {settings['data'][:60]!r}", f"one of {', '.join(SECONDS)}")

@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from scipy.stats import hypergeom
 from torch import Tensor, nn
+from tqdm import tqdm
+
+from prepare.copies import far_apart
 
 WAYS = 50
 
@@ -76,6 +79,18 @@ def with_controls(
     by_guessing["mAP"] = float(labels.mean(0)[labels.any(0)].mean())
     chance = {name: by_guessing[name.split()[1]] for name in fmri}
     return {"fmri": fmri, "shuffled": shuffled, "chance": chance}
+
+
+def validate(model: nn.Module, heads: nn.Module, train) -> dict[str, float]:
+    """The table's scores of what --val_segments holds out of the data.Clips, with names for the log."""
+    clips = train.held_out
+    if not len(clips):
+        return {}
+    far = far_apart(np.array([line["segment"] for line in train.lines])[clips])
+    values = scores(model, heads, train.averaged(clips), train.targets(clips), far)
+    text = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if "top" not in name)
+    tqdm.write(f"{len(clips)} clips of the segments held out: {text}")
+    return {f"held out, {name}": value for name, value in values.items()}
 
 
 def table(columns: dict[str, dict[str, float]], title: str) -> str:

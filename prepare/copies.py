@@ -5,7 +5,7 @@ stimuli/test/near_copies.npy    uint8 (test clips, clips / 8), likewise
 stimuli/train/captions.npy      int64 (clips,), equal where two captions are identical word for word
 stimuli/test/captions.npy       int64 (test clips,), the number of the training caption alike, or -1
 stimuli/train/near_copies.json  the threshold, and the distributions behind it; near_copies.png draws them
-sub<K>/{train,test}/recorded.npy    bool (clips, repeats)
+sub<S>/{train,test}/recorded.npy    bool (clips, repeats)
 
 A held-out clip finds in the memories neither itself nor its scene. A training clip would: it is barred from
 them, and from what is more alike than a held-out clip's best memory. Of the test clips only stimuli and

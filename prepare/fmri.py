@@ -1,4 +1,4 @@
-"""One run of fMRI -> z-scores; which voxels respond reproducibly; sub<K>/{train,test}/fmri.npy (§4.1).
+"""One run of fMRI -> z-scores; which voxels respond reproducibly; sub<S>/{train,test}/fmri.npy (§4.1).
 
 A run is trimmed to its film, delayed by the haemodynamic response, freed of a slow trend and z-scored. Voxels
 are kept whose response to a film repeats (Wen et al. 2018). One run is in memory at a time.
@@ -213,7 +213,7 @@ def _input_hashes(segments: Iterable[list[Path]]) -> dict[str, str]:
 
 def refuse_twins(source: Release, folder: Path) -> None:
     """Raises ValueError where this subject's first recording is another's, in the release or prepared beside
-    `folder`, data/<name>/sub<K>: folders were swapped, or the release is at fault."""
+    `folder`, data/<name>/sub<S>: folders were swapped, or the release is at fault."""
     ours = source.recording(source.subject)
     digests = set(_input_hashes([ours] if ours else []).values())
     for subject in {*range(1, 7)} - {source.subject}:

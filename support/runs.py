@@ -50,7 +50,7 @@ Write = Callable[[Path], object]  # to this file or folder
 
 
 def run_folder(data: str, subject: int, run: str, seed: int) -> Path:
-    """runs/<data>/sub<K>/<run>-s<seed>"""
+    """runs/<data>/sub<S>/<run>-s<seed>"""
     return Path("runs") / data / f"sub{subject}" / f"{check_name(run)}-s{seed}"
 
 
@@ -137,6 +137,8 @@ class RunFolder:
         self.finished = self.first_step == total and (folder / last).is_file()
 
     def __enter__(self) -> "RunFolder":
+        if self.finished:
+            self.accelerator.print(f"{self.folder} is finished; another --run NAME or --seed trains anew")
         self.stopping.listen()
         return self
 

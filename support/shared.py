@@ -272,10 +272,11 @@ def check_fmri(x: Tensor | np.ndarray, T: int, N: int, name: Path | str = "x") -
     return x
 
 
-def read_fmri(file: Path, model) -> Tensor:
+def read_fmri(name: Path | str, model) -> Tensor:
     """One recording, .npy (T, N) or (N,) -> x (1, T, N): the voxels of an evaluate.CineNeuron, or all those
     that are prepared of its subject. Raises FileNotFoundError, ValueError."""
     T, N, settings = model.brain_model.volumes, model.brain_model.voxels, model.settings
+    file = Path(find_weights(name))
     with advising("--fmri wants an array (T, N) like one clip of fmri.npy, saved by np.save"):
         x = read_array(file, "fiu")
     volumes = x[None] if x.ndim == 1 else x  # (T, N)

@@ -236,6 +236,9 @@ def test_cogvideox_loss_is_the_weighted_error_of_the_clean_latents(tiny, batch):
     torch.testing.assert_close(decoder.diffusion_loss(*batch), torch.stack(expected), rtol=1e-3, atol=1e-4)
     half, single = (decoder.diffusion_loss(x, *batch[1:]) for x in (y.half(), y.half().float()))
     assert torch.equal(half, single)  # as latents are kept: noised in float32 all the same
+    decoder.noise_shift, u = 5.0, torch.full((B,), 1 - 2**-23)
+    assert (shifted(u, 5.0) == 1).all()  # by rounding, and yet no timestep follows 999
+    assert decoder.diffusion_loss(y, f_fuse, noise, u).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["velocity", "v_prediction", "epsilon", "sample"])
