@@ -10,7 +10,8 @@
     python extras/figures.py terms RUN RUN ...     a page: what each term does, by runs that lack one
 
 In:  runs/<data>/sub<S>/<NAME>-s<seed>, after evaluate.py (`weights`: after train_stage1.py), and the
-     prepared data they were trained on; or an evaluation beside eval, such as <NAME>-s<seed>/eval-shuffled.
+     prepared data they were trained on; or an evaluation beside eval, such as <NAME>-s<seed>/eval-shuffled;
+     or a shared folder, such as toy/trained.
      --table takes the runs that extras/ablations.py made.
 Out: a picture, --out; by default COMMAND.png in the folder of the first run, of `compare` also a .gif, of
      `terms` docs/terms.html. `weights` prints the mean of each area.
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this f
 from brain_model import BrainModel  # noqa: E402
 from extras import maps, memories, terms  # noqa: E402
 from extras.cortex import draw_cortex, without_side  # noqa: E402
-from extras.runs import Run, caption_of, choose_clips, frames_of, names_of, save_figure  # noqa: E402
+from extras.runs import Run, caption_of, choose_clips, evaluation_of, frames_of, names_of, save_figure  # noqa: E402
 from prepare.facts import DATASETS, SECONDS  # noqa: E402
 from support.options import Parser, within  # noqa: E402
 from support.pictures import contact_sheet, grid_gif  # noqa: E402
@@ -258,7 +259,8 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     runs = runs_of(args)
     first = next(iter(runs.values()))
-    folder = terms.FOLDER if args.command == "terms" else first
+    folder = first if evaluation_of(first) == first else evaluation_of(first).parent
+    folder = terms.FOLDER if args.command == "terms" else folder
     out = folder / f"{args.command}.{'html' if args.html else 'png'}"
     if args.table:
         out = first.parent / f"table{args.table}-s{args.seed}-{args.command}.png"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from brain_model import BrainModel
-from extras.runs import Run, caption_of, frames_of, save_figure, video_file
+from extras.runs import Run, caption_of, frames_of, judged, save_figure, video_file
 from heads import Stage1Heads
 from mixture_of_memories import MixtureOfMemories
 from prepare.facts import SECONDS, raw_folder
@@ -198,7 +198,7 @@ def draw_attention(ax, attention: np.ndarray | None) -> None:
 def page(remembered: Remembered, out: Path) -> None:
     """The same as a page (extras/memories.html) that holds all it shows, clip by clip, with moving films."""
     run, (_, height, width) = remembered.run, remembered.size
-    memories, clips = {}, []
+    memories, clips, seen = {}, [], judged(run.evaluation)
     for i in sorted({i for scores in remembered.scores.values() for i in scores.retrieved}):
         line, video = remembered.memories[i], as_uri(remembered.film(i), SECONDS[run.data])
         memories[i] = {"caption": line["caption"], "id": line["id"], "video": video}
@@ -206,7 +206,8 @@ def page(remembered: Remembered, out: Path) -> None:
         line, group = remembered.lines[clip], remembered.groups[clip]
         texts = {"clip": clip, "id": line["id"], "caption": line["caption"], "group": group}
         videos = {kind: file_as_uri(video_file(run.evaluation, kind, clip)) for kind in ("gt", "recon")}
-        clips.append({**texts, **scores._asdict(), **videos})
+        values = " ".join(seen.get(f"{clip:04d}.mp4", {}).values())
+        clips.append({**texts, **scores._asdict(), **videos, "seen": values and f"seen as {values}"})
     names = {"run": str(run.folder), "modalities": COLOURS, "height": height, "width": width}
     write_page(PAGE, {**names, "clips": clips, "memories": memories}, out)
 

@@ -11,6 +11,8 @@ from prepare.facts import SECONDS
 from support.files import written_whole
 from support.pictures import spread
 from support.readers import damaged, read_json, reading
+from support.runs import run_folder
+from support.shared import MEMORIES
 from support.videos import read_video
 
 STAGE1_KEYS = {"data": str, "subject": int}
@@ -18,23 +20,29 @@ STAGE2_KEYS = {**STAGE1_KEYS, "frames": int, "height": int, "width": int, "stage
 
 
 def evaluation_of(run: Path) -> Path:
-    """RUN/eval, or RUN itself where it is another evaluation, such as full-s0/eval-shuffled."""
+    """RUN/eval, or RUN itself where it is another evaluation, such as full-s0/eval-shuffled. That of a shared
+    folder, such as toy/trained, stands in runs/."""
+    if (run / MEMORIES).is_file():
+        settings = read_json(run / "config.json", keys=STAGE1_KEYS)
+        return run_folder(settings["data"], settings["subject"], run.name, 0) / "eval"
     return run if re.match(r"eval(?!.*-s\d+$)", run.name) else run / "eval"
 
 
 class Run:
     """A folder runs/<data>/sub<S>/<NAME>-s<seed>, or an evaluation in it, by the config.json of its stage1 or
-    stage2. Raises FileNotFoundError, naming the command that makes it, or ValueError where it is damaged."""
+    stage2; or a shared folder, which is a stage2. Raises FileNotFoundError, naming the command that makes it,
+    or ValueError where it is damaged."""
 
     def __init__(self, folder: Path, stage: str):
         self.evaluation = evaluation_of(folder)
-        folder = self.evaluation.parent
-        file = folder / stage / "config.json"
+        self.folder = self.evaluation.parent
+        self.stage = folder if (folder / MEMORIES).is_file() else self.folder / stage
+        file = self.stage / "config.json"
         with reading(file, advice=f"RUN is runs/<data>/sub<S>/<NAME>-s<seed> after python train_{stage}.py"):
             settings = read_json(file, keys=STAGE1_KEYS if stage == "stage1" else STAGE2_KEYS)
             if settings["data"] not in SECONDS:
                 raise damaged(file, f"data = {settings['data'][:60]!r}", f"one of {', '.join(SECONDS)}")
-        self.folder, self.stage, self.settings = folder, folder / stage, settings
+        self.settings = settings
         self.data, self.subject = settings["data"], settings["subject"]
         self.rois = settings.get("stage1_config", settings).get("rois")
 
@@ -42,10 +50,24 @@ class Run:
         return Clips(self.data, self.subject, "test", self.rois)
 
 
+def judged(evaluation: Path) -> dict[str, dict[str, str]]:
+    """What the classifiers read in each reconstruction, {NNNN.mp4: {attribute: value}}; {} where none did."""
+    file = evaluation / "recognised.json"
+    if not file.is_file():
+        return {}
+    with reading(file, advice="delete it; python evaluate.py"):
+        values = read_json(file, keys={"videos": list, "seen": dict})
+        rows = zip(values["videos"], *values["seen"].values(), strict=True)
+        return {video: dict(zip(values["seen"], row, strict=True)) for video, *row in rows}
+
+
 def names_of(runs: list[Path]) -> list[str]:
     """The runs' folders, with the subject's where two are called alike, or full-s0/eval-shuffled."""
     folders = [evaluation_of(run).parent for run in runs]
-    names = [str(run.relative_to(folder.parent)) for run, folder in zip(runs, folders, strict=True)]
+    names = [
+        run.name if (run / MEMORIES).is_file() else str(run.relative_to(folder.parent))
+        for run, folder in zip(runs, folders, strict=True)
+    ]
     return [
         name if names.count(name) == 1 else f"{folder.parent.name}/{name}"
         for name, folder in zip(names, folders, strict=True)

@@ -5,25 +5,13 @@ import re
 from pathlib import Path
 
 from extras.memories import Remembered, as_uri, file_as_uri, write_page
-from extras.runs import Run, video_file
+from extras.runs import Run, judged, video_file
 from metrics.attributes import attribute_values
 from prepare.facts import SECONDS
-from support.readers import read_json, reading
 
 PAGE = Path(__file__).with_suffix(".html")  # it holds the sentence above each column
 FOLDER = PAGE.parents[1] / "docs"
 ROWS = 128  # pixels of a film at least, twice the toy's: enough for the narrow columns
-
-
-def judged(evaluation: Path) -> dict[str, dict[str, str]]:
-    """What the classifiers read in each reconstruction, {NNNN.mp4: {attribute: value}}; {} where none did."""
-    file = evaluation / "recognised.json"
-    if not file.is_file():
-        return {}
-    with reading(file, advice="delete it; python evaluate.py"):
-        values = read_json(file, keys={"videos": list, "seen": dict})
-        rows = zip(values["videos"], *values["seen"].values(), strict=True)
-        return {video: dict(zip(values["seen"], row, strict=True)) for video, *row in rows}
 
 
 def words(seen: dict[str, str], line: dict) -> list[tuple[str, bool]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from metrics.intervals import Difference, blocks_of, difference, estimate, remark
 from metrics.report import beside_quoted, interval, number, table, values_of
-from metrics.table import NAMES
+from metrics.table import METRICS, NAMES
 from prepare.facts import stimuli_folder
 from support.readers import advising, check_keys, damaged, read_json
 
@@ -124,6 +124,7 @@ def compare(names: Sequence[str], data: str, subject: int | None = None, seed: i
         means, intervals = _less(runs, others)
         rows.append((f"{runs.name} less {name}, {len(runs.shared(others))} clips", means))
         rows.append(("   95 % interval, paired", intervals))
+    rows.append(("chance", {name: number(METRICS[name].chance) for name in _means(first)}))
     origins = [(run["provenance"], len(run["clips"])) for runs in every for run in runs.results]
     beside = min(beside_quoted(data, *origin) for origin in origins)
     return f"{table(rows, beside)}\n\n{remark(first.blocks(first.shared()))}, and runs"

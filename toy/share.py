@@ -4,7 +4,7 @@
     python -m toy.share runs/toy/sub1/e20-s0 toy/trained
 
 Of each memory only what loading, scores and exercises read is kept: not where its object was. The recording
-is one clip's x (T, N) as evaluation sees it; stimulus.mp4 is what was watched, drawn anew.
+is one clip's x (T, N) as evaluation sees it; stimulus.gif is what was watched, drawn anew.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main(run: str, out: str) -> None:
     with written_whole(folder / "x.npy") as part, open(part, "wb") as file:
         np.save(file, test.averaged()[CLIP].numpy())
     clip = Clip(**{field.name: test.lines[CLIP][field.name] for field in fields(Clip)})
-    write_video(folder / "stimulus.mp4", render(clip), FRAMES / SECONDS["toy"])
+    write_video(folder / "stimulus.gif", render(clip), FRAMES / SECONDS["toy"])
     shutil.copyfile(model.folder / "config.json", folder / "config.json")
 
 
