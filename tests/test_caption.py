@@ -230,7 +230,6 @@ WRONG = {
     "--rules a.json b.json c.json --out d.jsonl": "the training and the test list; 3 files are given",
     "--data cc2017": "--data cc2017 wants --raw",
     "--videos x": "--out says where",
-    "--data toy --seconds 2 --out y.jsonl": "--seconds is of --videos: a release has clips of 2 s",
     "--videos x --out y.json --seconds 1e-9": "--seconds 1e-09: wanted at least 0.1",
     "--videos x --out y.txt": "--out y.txt: wanted a name that ends in .jsonl, or .json for --videos",
 }

@@ -219,11 +219,6 @@ def test_a_fault_of_files_manifests_or_voxels_is_named(copy, damage, line):
     assert page_of(copy, f"^{line}"), "\n".join(page_of(copy))
 
 
-def test_the_status_says_that_something_failed(copy, capsys):
-    assert check.main(["--data", "cc2017", "--root", str(copy.parent), "--subject", "3"]) == 1
-    assert "sub3/train/fmri.npy" in capsys.readouterr().out
-
-
 def test_what_the_scripts_do_not_read_fails(copy):
     """Of files without a fault that another check finds."""
     file = copy / "stimuli" / "train" / "near_copies.npy"
@@ -232,26 +227,21 @@ def test_what_the_scripts_do_not_read_fails(copy):
         array[:] = 0
     *_, last = page_of(copy)
     assert last.startswith("FAIL training: ") and str(file) in last
+    assert check.main(["--data", "cc2017", "--root", str(copy.parent)]) == 1
 
 
 def test_caption_copies_of_bare_lists(tmp_path, capsys):
-    captions = {"seg1": ["a cat", "a dog"], "seg2": ["a cat", "a cow"], "test1": ["a fox", "A dog."]}
-    file, lists = tmp_path / "captions.jsonl", [tmp_path / "train.json", tmp_path / "test.json"]
-    rows = [{"segment": name, "caption": text} for name, texts in captions.items() for text in texts]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lists[0].write_text(json.dumps([{"caption": f"c{i % 240}"} for i in range(480)]))
-    lists[1].write_text(json.dumps([{"caption": "c239"}] * 240))
-    assert check.main(["--captions", str(file), str(file)]) == 0
-    assert check.main(["--captions", *map(str, lists)]) == 0
-    share = "of training clips have a word-identical one in another training segment,"
-    assert capsys.readouterr().out.splitlines() == [
-        "4 training and 2 test clips of 2 training segments",
-        f"caption: 50.0% {share} 50.0% of test clips in training",
-        "480 training and 240 test clips of 2 training segments",
-        f"caption: 100.0% {share} 100.0% of test clips in training",
-    ]
+    train, test = tmp_path / "train.json", tmp_path / "test.json"
+    train.write_text(json.dumps([{"caption": f"c{i % 240 or i}"} for i in range(480)]))
+    test.write_text(json.dumps([{"caption": "c239"}, {"caption": "x"}] * 120))
+    assert check.main(["--captions", str(train), str(test)]) == 0
+    # of 480 all but c0 and c240, of 240 each second
+    share = (
+        "99.6% of training clips have a word-identical one in another training segment, 50.0% of test clips"
+    )
+    assert f"caption: {share} in training" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--captions: 1 lists, wanted the training and the test list"):
-        check.main(["--captions", str(file)])
+        check.main(["--captions", str(train)])
 
 
 def test_the_picture(copy, tmp_path, capsys):
@@ -265,10 +255,6 @@ def test_the_picture(copy, tmp_path, capsys):
     assert check.main([*argv, "seg1-001"]) == 0
     out = Path(capsys.readouterr().out.strip())
     assert out == tmp_path / "cc2017" / "sub1" / "seg1-001.png" and out.stat().st_size > 100_000
-    # without frames and atlas, as the NeuroClips release
-    np.savez(copy / "sub1" / "voxels.npz", index=np.arange(N), roi=np.full(N, "unknown"))
-    assert check.main([*argv, "test2-059", "--out", str(tmp_path / "two.png")]) == 0
-    assert 100_000 > (tmp_path / "two.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match=r"seg1-1: no clip has this id; there are seg1-000 ... seg3-014"):
         check.main([*argv, "seg1-1"])
     with pytest.raises(FileNotFoundError, match="--stimuli nosuch: no such folder"):

@@ -16,14 +16,12 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from tiny import SETTINGS, SIZE
 
-import evaluate
 import mixture_of_memories
-import train_stage2
 from data import Clips, noise_generator
 from evaluate import CineNeuron
-from extras import figures, judge, memories, show, terms
+from extras import figures, judge, memories, show
 from extras.cortex import draw_cortex
-from metrics.held_out import evaluation_folder, write_retrieved
+from metrics.held_out import write_retrieved
 from support.runs import brief
 from support.videos import read_video, write_video
 
@@ -107,24 +105,15 @@ def own_run(run, tmp_path) -> Path:
     return shutil.copytree(run, tmp_path / FULL)
 
 
-def spy(monkeypatch, module, name: str) -> list[tuple]:
-    """The arguments of each call of module.name, which goes on as it is."""
-    calls, real = [], getattr(module, name)
-
-    def call(*args, **options):
-        calls.append(args)
-        return real(*args, **options)
-
-    monkeypatch.setattr(module, name, call)
-    return calls
-
-
 def line_of(clip: int) -> dict:
     return json.loads(Path("data/cc2017/stimuli/test/clips.jsonl").read_text().splitlines()[clip])
 
 
 def test_compare_shows_each_clip_and_run_in_its_place(run, tmp_path, monkeypatch):
-    sheets, out = spy(monkeypatch, figures, "contact_sheet"), tmp_path / "picture.png"
+    sheets, out, draw = [], tmp_path / "picture.png", figures.contact_sheet
+    monkeypatch.setattr(
+        figures, "contact_sheet", lambda *args, **of: sheets.append(args) or draw(*args, **of)
+    )
     figures.main(["compare", str(run), str(run.with_name(SECOND)), "--clips", "3,0", "--out", str(out)])
     ((_, videos, texts, titles),) = sheets
     for row, i in zip(videos, (3, 0), strict=True):
@@ -148,18 +137,15 @@ def test_the_rows_of_a_table_are_its_runs(tmp_path, monkeypatch, capsys):
     assert out == folder / "table6-s5-compare.png"
 
 
-def test_weights_are_on_one_scale_for_all_runs(run, tmp_path, capsys, monkeypatch):
-    """Norms of the first layer, each with its own grayordinates, on the map and in the table."""
-    drawn, runs = spy(monkeypatch, figures, "draw_cortex"), [run, run.with_name(SECOND)]
+def test_weights_are_on_one_scale_for_all_runs(run, tmp_path, capsys):
+    """Norms of the first layer, in the table."""
+    runs = [run, run.with_name(SECOND)]
     figures.main(["weights", *map(str, runs), "--out", str(tmp_path / "picture.png")])
     norms = []
     for folder in runs:
         weights = load_file(folder / "stage1/brain_model/model.safetensors")
         norms.append((weights["regression.contract.weight"] ** 2).sum(0).sqrt().numpy())
     scaled = (np.array(norms) - np.min(norms)) / np.ptp(norms)  # (runs, N)
-    for (_, index, values, *_), wanted in zip(drawn, scaled, strict=True):
-        assert index.tolist() == [7 * i for i in range(40)]
-        np.testing.assert_allclose(values, wanted, atol=1e-5)
     head, *lines = capsys.readouterr().out.splitlines()[:6]
     assert head.split()[-2:] == [FULL, SECOND]
     names = "early visual (V1-V4), V1; lateral occipital, MST; ventral, FFC; hippocampus, hippocampus_left; other areas, 4"
@@ -218,8 +204,8 @@ def test_the_page_holds_all_that_it_shows(own_run, tmp_path):
     assert {clip["clip"]: clip["group"] for clip in page["clips"]} == {i: GROUP_OF[i] for i in (0, 3, 2, 4)}
     videos = {}
     for clip in page["clips"]:
-        number, line = clip["clip"], line_of(clip["clip"])
-        assert (clip["id"], clip["caption"]) == (line["id"], line["caption"])
+        number = clip["clip"]
+        assert clip["id"] == line_of(number)["id"]
         assert clip["retrieved"] == retrieved_by(own_run, number) and clip["W_r"] == W_R[number]
         videos |= {page["memories"][str(i)]["video"]: colour_of("film", i) for i in clip["retrieved"]}
         videos |= {clip[kind]: colour_of(kind, number) for kind in ("gt", "recon")}
@@ -239,37 +225,18 @@ def test_the_page_of_terms_shows_each_clip_by_each_run(own_run, world, tmp_path)
     """Each film and each word in its column, by the number of its clip."""
     second = shutil.copytree(world.root / "runs/cc2017/sub1" / SECOND, tmp_path / SECOND)
     order = (4, 3, 2, 1, 0)
-    ids = [line_of(i)["id"] for i in order]
-    seen = {"videos": [f"{i:04d}.mp4" for i in order], "seen": {"caption": ["x"] * CLIPS, "id": ids}}
-    (second / "eval/recognised.json").write_text(json.dumps(seen))
+    seen = {"caption": ["x"] * CLIPS, "id": [line_of(i)["id"] for i in order]}
+    recognised = {"videos": [f"{i:04d}.mp4" for i in order], "seen": seen}
+    (second / "eval/recognised.json").write_text(json.dumps(recognised))
     _, page = page_of(f"terms {own_run} {second}", tmp_path / "page.html")
     assert page["columns"] == ["stimulus", "best memory", "full", "no-mom"]
-    shown = [(row["clip"], row["group"]) for row in page["clips"]]
-    assert shown == [(i, GROUP_OF[i]) for i in (0, 1, 3, 2, 4)]
+    assert [row["clip"] for row in page["clips"]] == [0, 1, 3, 2, 4]  # group by group
     for row in page["clips"]:
         i, best = row["clip"], retrieved_by(own_run, row["clip"])[0]
         kinds = (("gt", i, FULL), ("film", best, FULL), ("recon", i, FULL), ("recon", i, SECOND))
         for cell, wanted in zip(row["cells"], kinds, strict=True):
             assert abs(colour_in(cell["film"], tmp_path) - colour_of(*wanted)).max() < 9
-        assert (row["id"], row["caption"]) == (line_of(i)["id"], line_of(i)["caption"])
-        *_, full, other = row["cells"]
-        assert full["words"] == [] and other["words"] == [["x", False], [row["id"], True]]
-    control = shutil.copytree(own_run / "eval", own_run / "eval-shuffled")
-    with pytest.raises(ValueError, match="eval-shuffled: the first RUN's best memory is shown"):
-        page_of(f"terms {control} {own_run}", tmp_path / "other.html")
-
-
-def test_the_commands_above_the_columns_make_the_runs_they_name():
-    stated = json.loads(re.search(r"const TERMS = (\{.*?\n\});", terms.PAGE.read_text(), re.S)[1])
-    for name, (_, command, _) in stated.items():
-        *_, last = command.replace("RUN", name).split(" && ")
-        script, *options = last.split() or [""]
-        if script == "train_stage2.py":
-            assert train_stage2.parse(options).run == name
-        elif script:
-            config = evaluate.parse(options, doc="")
-            settings = {"sampling_steps": 1, "guidance": 1}
-            assert evaluation_folder(Path("full"), config, settings, True, [], []) == Path(name)
+        assert row["cells"][-1]["words"] == [["x", False], [row["id"], True]]
 
 
 def edited(file: Path, **values) -> None:
@@ -286,13 +253,10 @@ RETRIEVED = "eval/retrieved.jsonl"
 REFUSED = [
     ("memories", RETRIEVED, Path.unlink, "python evaluate.py makes it"),
     ("memories", RETRIEVED, edited, "has no line of the clips [2, 3, 4]: python evaluate.py, once more"),
-    ("memories --clips 0", RETRIEVED, partial(edited, W_r=[float("nan"), 0, 0]), RETRIEVED),
     ("memories --clips 0", RETRIEVED, partial(edited, retrieved=[45, 1, 2]), RETRIEVED),
     ("weights", "stage1/config.json", raw(b'{"data": "cc2017"}'), "stage1/config.json: "),
-    ("memories", "stage2/config.json", raw(b'{"data": "../x", "subject": 1}'), "stage2/config.json: "),
     ("memories", "stage2/heads/model.safetensors", raw(b"cut"), "stage2/heads/model.safetensors: found"),
     ("compare --clips 1", "eval/gt/0001.mp4", Path.unlink, "0001.mp4 is not there: evaluate the same clips"),
-    ("compare --clips 1", "eval/recon/0001.mp4", raw(b"ftyp"), "0001.mp4"),
     ("compare", "eval/recon", shutil.rmtree, "python evaluate.py comes first"),
     ("weights", "stage1", shutil.rmtree, "train_stage1.py"),
 ]  # fmt: skip
@@ -315,20 +279,10 @@ def test_memories_that_other_weights_retrieved_are_refused(own_run, world):
         figures.main(["memories", str(own_run), "--clips", "0"])
 
 
-def test_voxels_of_unknown_place_are_refused(run, monkeypatch):
-    clips = SimpleNamespace(roi=np.full(40, "unknown"), index=np.arange(40))
-    monkeypatch.setattr(figures.Run, "test_clips", lambda run: clips)
-    with pytest.raises(ValueError, match="do not say where their voxels lie"):
-        figures.main(["weights", str(run)])
-
-
-WORDS = [
+@pytest.mark.parametrize("words", [
     "compare R --rows 0", "compare R --clips 1,x", "compare R --out a.xyz", "compare", "compare R --table 4",
-    "weights --table 5", "memories R --html --out a.png", "memories R S", "compare --table 4 --subject 0",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("words", WORDS)
+    "weights --table 5", "memories R --html --out a.png", "memories R S",
+])  # fmt: skip
 def test_options_out_of_range_are_named(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         figures.main(words.split())

@@ -54,9 +54,7 @@ def numbers(text: str, *units: str) -> list[float]:
 def test_seconds_follow_from_the_card(monkeypatch):
     need = Count(20 * 2**30, 989 * 10**12, 10**9, 3 * 10**9)
     planned = plan.Plan("x", need, "step", 3600, 0.5, {"of weights": 10**9})
-    text = plan.report(planned, "H100", 1)
-    assert "2.00 s at 50% of 989" in text and "2.0 hours" in text and "fits in 80.0" in text
-    assert "1.0 GB of weights" in text
+    assert "2.00 s at 50% of 989" in plan.report(planned, "H100", 1)
     for card, rate, memory in (("4090", 165, 24), ("A100", 312, 80), ("H200", 989, 141)):
         text = plan.report(planned, card, 8)
         assert f"for 8 x {card}" in text and f"fits in {memory}.0" in text and f"of {rate} TFLOP/s" in text
@@ -77,13 +75,7 @@ def test_memory_is_what_lives_at_once_in_blocks_of_512_bytes():
         assert (counter.now, counter.peak, counter.flop) == (1024, 2048, 2 * 10**3) and z.shape == (10, 10)
 
 
-@pytest.mark.parametrize(
-    ("options", "peak", "flop"),
-    [
-        ("", 34.2, 687.9),
-        slow("--micro_batch 8", 21.8, 873.9),  # the 24 GB card
-    ],
-)
+@pytest.mark.parametrize("options, peak, flop", [("", 34.2, 687.9), slow("--micro_batch 8", 21.8, 873.9)])
 def test_stage_1_at_the_papers_size(options, peak, flop, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = printed(capsys, "stage1", "--data", "cc2017", "--card", "H100", *options.split())
@@ -104,40 +96,20 @@ def test_stage_1_counts_what_a_pencil_counts():
     assert stage1().flop == pytest.approx(2 * 144 * (blocks + ends), rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        slow("--data cc2017 --card H100", [27.3, 16_720, 31.7, 16.1]),
-        slow("--data cc2017 --optimizer adamw8bit --card 4090", [20.5, 16_720, 190, 16.1]),
-    ],
-)
-def test_stage_2_at_the_papers_size(options, expected, tmp_path, monkeypatch, capsys):
-    """It needs no data and writes nothing."""
-    monkeypatch.chdir(tmp_path)
-    text = printed(capsys, "stage2", *options.split())
-    assert numbers(text, "GiB", "TFLOP", "hours", "GB of latents") == pytest.approx(expected, rel=0.03)
-    assert "counted, not measured" in text and not list(tmp_path.iterdir())
-
-
 @pytest.mark.slow
-def test_an_evaluation_at_the_papers_size(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("words, units, expected", [
+    ("stage2 --data cc2017 --card H100", "GiB, TFLOP, hours, GB of latents", [27.3, 16_720, 31.7, 16.1]),
+    ("evaluate --data cinebrain --clips 60 --processes 4 --card 4090",
+     "GiB, TFLOP, clips  , hours, GB of videos", [9.4, 6069, 15, 0.4, 1.4]),
+    (f"prepare --data cc2017 --decoder {WAN} --card H100",
+     "GiB, TFLOP, hours, GB of fMRI, GB of embed, GB of latents, GB of text",
+     [12.3, 120.3, 0.5, 1.1, 0.2, 16.1, 1.8]),
+])  # fmt: skip
+def test_the_others_at_the_papers_size(words, units, expected, tmp_path, monkeypatch, capsys):
+    """They need no data and write nothing."""
     monkeypatch.chdir(tmp_path)
-    text = printed(capsys, *"evaluate --data cinebrain --clips 60 --processes 4 --card 4090".split())
-    expected = [9.4, 6069, 15, 0.4, 1.4]
-    assert numbers(text, "GiB", "TFLOP", "clips  ", "hours", "GB of videos") == pytest.approx(
-        expected, rel=0.06
-    )
-    assert "for 4 x 4090" in text and "60 clips of 33 x 480 x 720" in text and not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_preparation_at_the_papers_size(tmp_path, monkeypatch, capsys):
-    """UMT5's weights are 11.4 GB of bf16, and 32 captions at once the rest."""
-    monkeypatch.chdir(tmp_path)
-    text = printed(capsys, "prepare", "--data", "cc2017", "--decoder", WAN, "--card", "4090")
-    units = ["GiB", "TFLOP", "hours", *(f"GB of {kind}" for kind in ("fMRI", "embed", "latents", "text"))]
-    expected = [12.3, 120.3, 0.5 * 989 / 165, 1.1, 0.2, 16.1, 1.8]
-    assert numbers(text, *units) == pytest.approx(expected, rel=0.1) and "by the text encoder" in text
+    text = printed(capsys, *words.split())
+    assert numbers(text, *units.split(", ")) == pytest.approx(expected, rel=0.03)
     assert not list(tmp_path.iterdir())
 
 
@@ -356,8 +328,6 @@ def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, caps
         ("stage1 --processes 0", "'0', wanted a whole number at least 1"),
         ("stage2 --data cc2017 --decoder Wan2.2-A14B", "Wan2.2-A14B: .* WanPipeline of two transformers"),
         ("stage2 --data cc2017 --width 632", "1.3B-Diffusers: a video .* does not fit: .* a width of 16"),
-        ("stage2 --data cc2017 --width=16000000000", "--width 16000000000: wanted at most 65,536"),
-        ("stage2 --data cc2017 --K 4321", "--K 4321: a clip may retrieve 4320 of 4320 memories"),
         ("stage2 --data cc2017 --processes 5", "--batch_size 32: wanted a multiple of the 5 processes"),
         ("stage1 --data cc2017 --layers=1000000", "--layers 1000000: wanted at most 500"),
     ],
