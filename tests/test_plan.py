@@ -97,19 +97,19 @@ def test_stage_1_counts_what_a_pencil_counts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words, units, expected", [
-    ("stage2 --data cc2017 --card H100", "GiB, TFLOP, hours, GB of latents", [27.3, 16_720, 31.7, 16.1]),
+@pytest.mark.parametrize("words, units, expected, rel", [
+    ("stage2 --data cc2017 --card H100", "GiB, TFLOP, hours, GB of latents", [27.3, 16_720, 31.7, 16.1], 0.03),
     ("evaluate --data cinebrain --clips 60 --processes 4 --card 4090",
-     "GiB, TFLOP, clips  , hours, GB of videos", [9.4, 6069, 15, 0.4, 1.4]),
-    (f"prepare --data cc2017 --decoder {WAN} --card H100",
+     "GiB, TFLOP, clips  , hours, GB of videos", [9.4, 6069, 15, 0.4, 1.4], 0.06),
+    (f"prepare --data cc2017 --decoder {WAN} --card 4090",
      "GiB, TFLOP, hours, GB of fMRI, GB of embed, GB of latents, GB of text",
-     [12.3, 120.3, 0.5, 1.1, 0.2, 16.1, 1.8]),
+     [12.3, 120.3, 3.0, 1.1, 0.2, 16.1, 1.8], 0.1),
 ])  # fmt: skip
-def test_the_others_at_the_papers_size(words, units, expected, tmp_path, monkeypatch, capsys):
+def test_the_others_at_the_papers_size(words, units, expected, rel, tmp_path, monkeypatch, capsys):
     """They need no data and write nothing."""
     monkeypatch.chdir(tmp_path)
     text = printed(capsys, *words.split())
-    assert numbers(text, *units.split(", ")) == pytest.approx(expected, rel=0.03)
+    assert numbers(text, *units.split(", ")) == pytest.approx(expected, rel=rel)
     assert not list(tmp_path.iterdir())
 
 
