@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +18,6 @@ from support.options import settings_of
 
 CLIPS = 120  # six blocks
 ODD = np.arange(CLIPS) % 2  # never shown in training
-
-# ---------------------------------------------------------------- the commands
 
 
 def planned(words: str) -> ablations.Plan:
@@ -46,48 +43,24 @@ TABLE_6 = [
     "", "--stage1 full --no-integration", "--stage1 full --alpha 0 --run full-alpha0", "--stage1 full",
     "--run full-no-integration", "--run full-alpha0", "--run full", "--run full --shuffle",
 ]  # fmt: skip
-REGIONS = ["visual", "visual,hippocampus", "visual,hippocampus,mpfc"]
+TABLE_5 = [
+    "--rois visual --run visual", "--rois visual,hippocampus", "--rois visual,hippocampus,mpfc --run visual-hippocampus-mpfc",
+    "--stage1 visual", "--stage1 full", "--stage1 visual-hippocampus-mpfc",
+    "--run visual", "--run full", "--run full --shuffle", "--run visual-hippocampus-mpfc",
+]  # fmt: skip
 
 
 def test_the_rows_share_their_stage_1(tmp_path, monkeypatch):
+    """CineBrain's own areas are the run `full`. The control is the paper's model, not the last row."""
     monkeypatch.chdir(tmp_path)
     assert commands("--table 4 --seeds 3") == TABLE_4 and commands("--table 6 --seeds 3") == TABLE_6
+    assert commands("--table 5 --data cinebrain --seeds 0") == TABLE_5
     alone, _, full = planned("--table 6 --seeds 3 --stage2 '--K=3 --lr 1e-4 --attention_heads 4'").waves[1]
     assert " ".join(alone.options[8:]) == "--no-integration --lr 1e-4"  # which uses no other
     assert " ".join(full.options[8:]) == "--K=3 --lr 1e-4 --attention_heads 4"
-    first = planned("--table 6 --seeds 3 --subject 2 --data cc2017").waves[1][0]
-    assert first.command.startswith("python train_stage2.py --data cc2017 --subject 2 --seed 3 --stage1 full")
     assert len(commands("--table 4")) == 45
-    assert commands("--table 4 --rows 1 6 --seeds 3") == [*map(TABLE_4.__getitem__, (0, 7, 8, 13, 14))]
+    assert commands("--table 4 --rows 1 6 --seeds 3") == [TABLE_4[i] for i in (0, 7, 8, 13, 14)]
 
-
-@pytest.mark.parametrize("data, full", [("toy", None), ("cinebrain", 1)])
-def test_the_rows_of_table_5_are_areas(data, full, tmp_path, monkeypatch):
-    """CineBrain's own areas are the run `full`. The control is the paper's model, not the last row."""
-    monkeypatch.chdir(tmp_path)
-    runs = [rois.replace(",", "-") for rois in REGIONS]
-    stage1 = [f"--rois {rois} --run {run}" for rois, run in zip(REGIONS, runs, strict=True)]
-    if full:
-        runs[full], stage1[full] = "full", f"--rois {REGIONS[full]}"
-    stage2, scored = [f"--stage1 {run}" for run in runs], [f"--run {run}" for run in runs]
-    scored.insert(2, f"{scored[1]} --shuffle")
-    assert commands(f"--table 5 --data {data} --seeds 0") == [*stage1, *stage2, *scored]
-
-
-@pytest.mark.parametrize("mpfc, lacks, full", [([], [0, 0, 1], 1), (["R_p24"], [0, 0, 0], 2)])
-def test_a_region_without_voxels_is_not_trained(mpfc, lacks, full, tmp_path, monkeypatch):
-    """As the toy's mPFC, which nothing drives. The row that has all voxels is the run `full`."""
-    monkeypatch.chdir(tmp_path)
-    roi = ["L_V1", "hippocampus_left", *mpfc]
-    Path("data/toy/sub1").mkdir(parents=True)
-    np.savez("data/toy/sub1/voxels.npz", index=np.arange(len(roi)), roi=np.array(roi))
-    rows = ablations.rows_of(5, "toy", 1)
-    assert [bool(row.lacks) for row in rows] == lacks
-    assert [not row.stage1 for row in rows[: full + 1]] == [False] * full + [True]
-    assert len(commands("--table 5 --seeds 0")) == 3 * (3 - sum(lacks)) + 1
-
-
-# ---------------------------------------------------------------- a study of scripts that do as if
 
 SCRIPT = """
 import os, shutil, sys
@@ -182,9 +155,7 @@ def test_a_study_goes_on_where_it_was_and_overwrites_nothing(tmp_path, scripts, 
     write_store(TABLE_6_STUDY)
     away = Path("store/runs/cc2017/sub1", SCORED[0])
     away.rename("away")
-    with pytest.raises(
-        ValueError, match="^python evaluate.py .*-integration ended with status 1: error: no eval; "
-    ):
+    with pytest.raises(ValueError, match="^python evaluate.py .* ended with status 1: error: no eval; "):
         study(TABLE_6_STUDY, scripts, monkeypatch)
     begun = [*OF_TABLE_6, SCORED[0]]  # no more begin
     assert Path("begun").read_text().splitlines() == [f"{folder} 5" for folder in begun]
@@ -194,10 +165,7 @@ def test_a_study_goes_on_where_it_was_and_overwrites_nothing(tmp_path, scripts, 
         ablations.main([*words.split(), "--dry-run"])
         return capsys.readouterr().out.splitlines()
 
-    *lines, total = left(TABLE_6_STUDY)
-    assert [line[:33] for line in lines] == ["     ? min  python evaluate.py --"] * 4
-    assert total == "4 commands are left; no finished run says how long 4 of them take"
-
+    assert left(TABLE_6_STUDY)[-1] == "4 commands are left; no finished run says how long 4 of them take"
     Path("away").rename(away)
     threads = [f"{folder} 1" for folder in SCORED]
     assert sorted(study(TABLE_6_STUDY + " --jobs 3", scripts, monkeypatch)) == sorted(threads)
@@ -205,10 +173,8 @@ def test_a_study_goes_on_where_it_was_and_overwrites_nothing(tmp_path, scripts, 
     assert "w/ integration" in capsys.readouterr().out
     assert left(TABLE_6_STUDY) == ["0 commands are left"]
     *lines, total = left("--table 6 --data cc2017 --seeds 7 8 --jobs 2")
-    assert [float(line[:6]) for line in lines] == [1.5, 1.5, 5, 5, 3, 5, 5, 3, *[0.5] * 8]
     assert total.startswith("16 commands are left, about 16 minutes at 2 a time: the median of finished runs")
     assert len(left(TABLE_6_STUDY + " --stage1=--tau=0.5")) == 2  # another setting: the script is to say so
-    assert left(TABLE_6_STUDY + " --stage1=--save_every=3") == ["0 commands are left"]
     runs = Path("runs/cc2017/sub1")
     os.utime(runs / "full-s4/stage2/lora/x.safetensors", (6000, 6000))  # trained after it was evaluated
     assert [line.split("--run ")[1] for line in left(TABLE_6_STUDY)[:-1]] == ["full", "full --shuffle"]
@@ -217,27 +183,6 @@ def test_a_study_goes_on_where_it_was_and_overwrites_nothing(tmp_path, scripts, 
     assert len(left(TABLE_6_STUDY)) == 4
     (runs / OF_TABLE_6[0] / "test.json").unlink()  # stopped before its last file
     assert len(left(TABLE_6_STUDY)) == 5
-    (runs / OF_TABLE_6[2] / "events.out.tfevents.1500.host").touch()  # it went on: who knows for how long
-    assert planned(TABLE_6_STUDY).waves[1][1].minutes() is None
-
-
-def test_what_never_ran_is_counted_on_paper(tmp_path, monkeypatch, capsys):
-    """One command of each script, for all rows and seeds; with the user's options of both stages."""
-    monkeypatch.chdir(tmp_path)
-    need, calls = ablations.count.Count(0, 989 * 10**12, 0, 0), []
-    planned = ablations.count.Plan("x", need, "step", 60, 0.5, {})
-    plans = {
-        name: lambda *words, name=name: calls.append((name, *words)) or planned for name in ablations.SCRIPTS
-    }
-    monkeypatch.setattr(ablations.count, "PLANS", plans)
-    monkeypatch.setattr(ablations.count, "card_of", lambda name: ("NVIDIA H100", 0, ""))
-    ablations.main([*shlex.split("--table 4 --data cc2017 --dry-run --stage2 '--lora_rank 8'")])
-    *lines, total = capsys.readouterr().out.splitlines()
-    assert len(lines) == 45 and {line[:10] for line in lines} == {"   2.0 min"}
-    assert "45 of them counted, not measured" in total
-    of_data = ["--data", "cc2017", "--subject", "1"]
-    stage2 = [*of_data, "--lora_rank", "8"]
-    assert calls == [("stage1", of_data, 1), ("stage2", stage2, 1), ("evaluate", of_data, 1, stage2)]
 
 
 PROGRAM = """
@@ -282,38 +227,6 @@ def test_those_under_way_are_told_once_and_save(names, at_once, tmp_path, monkey
     assert "bad" not in names or "bad ended with status 1: this went wrong" in str(stopped.value)
 
 
-@pytest.mark.parametrize("script, status, message", [
-    ("evaluate", 3, "full-s0-eval, in part: a.log says why"),  # a judge could not be had
-    ("evaluate", 1, "ended with status 1: error: b; all is in a.log; what is finished is kept, the same command goes on"),
-    ("stage1", 3, "ended with status 3"),
-    ("stage2", 0, "ended with status 0"),  # told to stop: it saved, and is not finished
-])  # fmt: skip
-def test_what_ended_is_in_part_or_an_error(script, status, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("a.log").write_text("a line\n12 %\rerror: b\n\n")
-    folder = Path("runs/cc2017/sub1/full-s0", "eval" if script == "evaluate" else script)
-    job = ablations.Job(ablations.SCRIPTS[script], [], folder, None)
-    process = SimpleNamespace(job=job, child=SimpleNamespace(returncode=status), log=Path("a.log"), start=0)
-    try:
-        ablations.Process.check(process)
-    except ValueError as error:
-        print(error)
-    assert message in capsys.readouterr().out
-
-
-def test_the_commit_and_whether_files_differ_from_it(monkeypatch):
-    answers = {"rev-parse": "abc\n", "status": " M data.py\n"}
-    answer = lambda words, **_: SimpleNamespace(stdout=answers[words[1]])  # noqa: E731
-    monkeypatch.setattr(ablation_tables.subprocess, "run", answer)
-    assert ablation_tables.provenance(REPO)["commit"] == "abc+"
-    answers.update({"rev-parse": "", "status": ""})
-    about = ablation_tables.provenance(REPO)
-    assert about["commit"] == "unknown" and about["versions"]["numpy"] == np.__version__
-
-
-# ---------------------------------------------------------------- the numbers
-
-
 @pytest.fixture(scope="module")
 def table_4(tmp_path_factory, scripts) -> tuple[dict, str]:
     """docs/results/*.json of a study of two seeds, and the table that is printed."""
@@ -336,9 +249,7 @@ def test_means_deviations_and_paired_intervals(table_4):
         assert values[0]["mean"] == approx(BASE.mean() + gain / 2 + 0.02)
         assert [value["std"] for value in values] == approx([0.02 * 2**0.5] * 3)
         assert [cell["all_attributes"]["mean"] for cell in cells] == [0.5, 1, 0]
-        assert row["stage1"] == {
-            "action 50-way": {"mean": approx(stage1 + 0.01), "std": approx(0.01 * 2**0.5)}
-        }
+        assert row["stage1"]["action 50-way"]["mean"] == approx(stage1 + 0.01)
         if previous is not None:
             more = share * (gain - previous)
             assert [value["more"] for value in values] == approx(more, abs=1e-9)
@@ -348,72 +259,31 @@ def test_means_deviations_and_paired_intervals(table_4):
     shuffled = result["shuffled"]
     assert shuffled["metrics"]["video_50way"] == {"mean": approx(0.07), "std": approx(0.02 * 2**0.5)}
     assert shuffled["groups"]["never shown"]["all_attributes"]["mean"] == 1
-    assert result["stage1 shuffled"] == {"action 50-way": {"mean": approx(0.02), "std": 0}}
-    assert (result["clips"], result["groups"]) == (120, {"shown in training": 60, "never shown": 60})
-    assert result["columns"] == ["video_2way", "video_50way", "clip_pcc", "dtc", "ms_flow", "all_attributes"]
-    assert result["seeds"] == [0, 1] and result["command"].startswith(
-        "python extras/ablations.py --table 4 --"
-    )
     minutes = [result["minutes"][f"full-{name}"] for name in ("s0-stage1", "no-mom-s1-stage2")]
     assert minutes == [1.5, 5] and len(result["minutes"]) == 30
 
 
 def test_the_table_has_rows_controls_groups_and_what_is_quoted(table_4, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # without docs/results/judges.json
     (result, printed), mean = table_4, BASE.mean() + 0.02
     lines = [[cell.strip() for cell in row] for row in ablation_tables.lines_of(result)]
     columns = [(row[0], row[2]) for row in lines]
-    assert lines[0][2::4] == ["50-way video ↑", "all attributes ↑"] and lines[2][1::5] == ["-", "0.500±0.000"]
-    assert columns[1:4:2] == [
-        ("no stage 2", f"{mean + 0.15:.3f}±0.028"),
-        ("more than the row before", "-0.150 [-0.150, -0.150]"),
-    ]
-    assert columns[9] == ("more than the row before", "+0.000 [0.000, 0.000] not shown")
-    assert columns[10:14] == [
+    assert lines[0][2::4] == ["50-way video ↑", "all attributes ↑"]
+    assert columns[1] == ("no stage 2", f"{mean + 0.15:.3f}±0.028")
+    assert columns[10:16] == [
         ("+ MoM", f"{mean + 0.25:.3f}±0.028"),
         ("more than the row before", "+0.200 [0.200, 0.200]"),
         ("more than no stage 2", "+0.100 [0.100, 0.100]"),
         ("more than + L_action", "+0.200 [0.200, 0.200]"),
+        ("paper's model, shuffled fMRI", "0.070±0.028"),
+        ("chance", "0.058"),
     ]
-    assert columns[14:16] == [("paper's model, shuffled fMRI", "0.070±0.028"), ("chance", "0.058")]
-    headings = [row[0] for row in lines[1:] if not any(row[1:])]
-    groups = ["shown in training, 60 clips:", "never shown, 60 clips:"]
-    assert headings == [*groups, "quoted from the paper (cc2017, subject 1):"]
-    never = [row[0] for row in lines].index(groups[1])
-    assert columns[never + 4][0] == "+ L_cls" and columns[never + 5][1] == "+0.200 [0.200, 0.200]"
-    assert lines[-4][:3] == ["L_clip", "0.824±0.01", "0.217±0.03"] and lines[-1][:2] == [
-        "+ MoM",
-        "0.846±0.02",
-    ]
-    stage1 = [row[3] for row in ablation_tables.stage1_lines(result)]
-    scores = ["0.910±0.014", "0.110±0.014", "0.310±0.014", *["0.910±0.014"] * 3, "0.020±0.000"]
-    assert stage1 == ["action 50-way", *scores]
-    text = ablation_tables.as_text(result)
-    head, _, titles, *rest = text.splitlines()
-    assert text in printed and head.endswith("120 held-out clips, mean ± deviation over the seeds 0 1")
-    end = titles.index("50-way video ↑") + len("50-way video ↑")
-    assert rest[0][end - 11 : end] == f"{mean + 0.15:.3f}±0.028"  # flush right
-    printed_cells = [re.split(" {2,}", line.strip()) for line in [titles, *rest][: len(lines)]]
-    assert printed_cells == [[cell for cell in row if cell] for row in lines]
-
-    def rows(word: str, **changes) -> list[list[str]]:
-        return [row for row in ablation_tables.lines_of(result | changes) if word in row[0]]
-
-    lacking = {"label": "+ mPFC", "quoted": ["0.6"], "lacks": "not trained"}
-    mpfc = [row[:2] for row in rows("mPFC", rows=[*result["rows"], lacking])]
-    assert mpfc == [["+ mPFC: not trained", ""], ["+ mPFC", "0.6"]]
-    Path("docs/results").mkdir(parents=True)
-    right = {"stimulus": {"shape": 1, "all of them": 0.99}, "VAE": {"shape": 1, "all of them": 0.98}}
-    Path("docs/results/judges.json").write_text(json.dumps({"right": right}))
-    judges = [row[::6] for row in rows("judges")]
-    assert judges == [["judges on: stimulus", "0.990"], ["judges on: VAE", "0.980"]]
-    assert not rows("judges", columns=result["columns"][:-1])  # real data: nothing is known of the stimuli
+    assert lines[-4][:3] == ["L_clip", "0.824±0.01", "0.217±0.03"]  # quoted
+    assert ablation_tables.as_text(result) in printed
 
 
 def test_the_page_keeps_the_words_around_its_tables(table_4, tmp_path):
     page, results, (begin, end) = tmp_path / "page.md", tmp_path / "results", ablation_tables.MARKS
-    with pytest.raises(FileNotFoundError, match="table"):
-        ablation_tables.write_page(page, results)
     results.mkdir()
     result = table_4[0] | {"minutes": {"a": 1.5, "b": None, "c": 2.0}}
     (results / "table4-cc2017-sub1.json").write_text(json.dumps(result))
@@ -428,23 +298,14 @@ def test_the_page_keeps_the_words_around_its_tables(table_4, tmp_path):
     page.write_text("# Words\n")
     with pytest.raises(ValueError, match="put them back"):
         ablation_tables.write_page(page, results)
-    (results / "table5.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"table5.json.*ablations.py makes it anew"):
-        ablation_tables.write_page(page, results)
     assert page.read_text() == "# Words\n"
 
 
 DAMAGE = [  # a path in a result, what stands there, the error
     ("rows", [1, 2], "rows: found 0 = '1', wanted 0 as an object"),
     ("rows 0 metrics video_50way mean", "0.5", "row 1, video_50way: found mean = '0.5'"),
-    ("rows 1 metrics video_50way mean", float("nan"), "row 2, video_50way: found mean = nan"),
     ("rows 1 metrics video_50way ci95", [0.1], "row 2, video_50way: found ci95 = .0.1., wanted its two ends"),
-    ("rows 0 quoted", ["0.8"], "row 1: found 1 quoted numbers, wanted 5"),
-    ("rows 0 groups", {}, "row 1: found no shown in training"),
     ("shuffled metrics video_50way std", "x", "shuffled, video_50way: found 0 = 'x'"),
-    ("minutes", {"a": "1"}, "minutes: found a = '1'"),
-    ("columns", ["beauty"], "found columns beauty, wanted names of metrics"),
-    ("seeds", 3, "found seeds = '3'"),
 ]
 
 
@@ -469,28 +330,15 @@ def test_the_page_is_what_the_results_make(tmp_path, monkeypatch):
     assert Path(page).read_bytes() == ablation_tables.PAGE.read_bytes()
 
 
-# ---------------------------------------------------------------- what is refused
-
-
 @pytest.mark.parametrize("words, error", [
-    ("--table 3", "--table 3: wanted one of"),
-    ("--jobs 0", "--jobs 0"), ("--rows 1 2", "--rows 1 2: wanted 1 to 6, 6 among them"), ("--rows 6 7", "wanted 1 to 6"),
-    ("--data mars", "--data mars: there are toy, cc2017, cinebrain|there are cc2017, toy, cinebrain"),
+    ("--table 3", "--table 3: wanted one of"), ("--rows 1 2", "--rows 1 2: wanted 1 to 6, 6 among them"), ("--rows 6 7", "wanted 1 to 6"),
     ("--seeds 0 0", "--seeds 0 0: wanted each once"),
     ("--stage1 '--seed 5'", "--stage1 '--seed 5': --seed is the table's to set"),
-    ("--table 5 --stage1=--rois=visual", "--rois is the table's to set"),
-    ("--stage1=--cls", "--cls is the table's to set"),
-    ("--evaluate=--shuffle", "--evaluate '--shuffle': --shuffle is the table's"),
-    ("--evaluate '--compare full'", "--compare is the table's"),
-    ("--evaluate '--fmri x.npy'", "--fmri is the table's"),
     ("--stage1 --no-cls", "--stage1 '--no-cls': --cls is the table's"),
     ("--stage2 '--run other'", "two rows would be one run"),
     ('--stage1 "--run \'x"', "--stage1 --run 'x: No closing quotation: close the quotation in it"),
-    ('--evaluate "\'"', "--evaluate ': No closing quotation"),
-    ("--stage1 '--run small'", "two rows would be one run, runs/toy/sub1/small-no-mom-s0"),
     ("--stage2=--no-integration", "choose one"),
     ("--data cc2017", "data/cc2017/raw/stimuli is not there.*--evaluate '--stimuli FOLDER'"),
-    ("--data cc2017 --evaluate '--stimuli elsewhere'", "elsewhere is not there"),
 ])  # fmt: skip
 def test_a_study_that_cannot_end_is_refused_before_any_training(words, error, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -500,21 +348,6 @@ def test_a_study_that_cannot_end_is_refused_before_any_training(words, error, tm
         ablations.main(shlex.split(words))
     assert re.search(error, capsys.readouterr().err + str(refused.value))
     assert not list(tmp_path.iterdir())
-
-
-def test_the_toy_is_prepared_once_for_the_decoder_of_stage_2(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    prepared = []
-    monkeypatch.setattr(ablations, "prepare_toy", lambda **options: prepared.append(options))
-    monkeypatch.setattr(ablations, "run", lambda jobs, at_once, logs: prepared.append(len(jobs)))
-    with pytest.raises(FileNotFoundError):  # nothing was run
-        ablations.main(
-            shlex.split("--table 6 --subject 2 --stage2 '--decoder else/where --frames 9 --height 32'")
-        )
-    assert prepared == [{"decoder": "else/where", "size": (9, 32, 64), "subject": 2}, 3, 9, 12]
-
-
-# ---------------------------------------------------------------- as a reader runs it
 
 
 STAGE1_WORDS = "--steps 4 --batch_size 8 --tokens 12 --width 24 --layers 1 --attention_heads 4"
@@ -543,15 +376,10 @@ def test_the_real_scripts_make_a_table(tiny_copy, capsys, monkeypatch):
     assert capsys.readouterr().out == "0 commands are left\n"
 
 
-# ---------------------------------------------------------------- rivals, films together, the page's words
-
-
 def test_the_papers_model_is_measured_from_the_strongest_of_the_others(tmp_path):
     """From the best memory, played, and from each row that the paper does not have."""
-    paths, rows = (
-        {},
-        [ablations.Row("no stage 2"), ablations.Row("+ L_action", quoted="1 2 3 4 5"), ablations.FULL],
-    )
+    rows = [ablations.Row("no stage 2"), ablations.Row("+ L_action", quoted="1 2 3 4 5"), ablations.FULL]
+    paths = {}
     for run, gain in (("no stage 2", 0.1), ("+ L_action", 0.2), ("", 0.5)):
         result = metrics_of(run or "full", 0, False)
         memory = {key: json.loads(json.dumps(result[key])) for key in ("metrics", "groups", "clips")}
@@ -569,27 +397,6 @@ def test_the_papers_model_is_measured_from_the_strongest_of_the_others(tmp_path)
     cell = result["rows"][2]["metrics"]["video_50way"]
     assert cell["more"] == approx(0.15) and {*cell["than"]} == {"no stage 2", "the best memory, played"}
     assert cell["than"]["no stage 2"] == {"more": approx(0.2), "ci95": approx([0.2, 0.2]), "freedom": 5}
-    never = result["rows"][2]["groups"]["never shown"]["video_50way"]
-    assert never["than"]["the best memory, played"]["more"] == approx(0.4)
-    assert "than" not in result["rows"][1]["metrics"]["video_50way"]
-    (tmp_path / "table4.json").write_text(json.dumps(result | TABLE))
-    lines = [
-        row[:3:2] for row in ablation_tables.lines_of(ablation_tables.read_result(tmp_path / "table4.json"))
-    ]
-    assert ["   more than no stage 2", "+0.200 [0.200, 0.200]"] in lines
-    assert ["   more than the best memory, played", "+0.150 [0.150, 0.150]"] in lines
-    assert [row[0] for row in lines[-2:]] == ["+ L_action", ""]  # what the paper does not have is not quoted
-
-
-TABLE = {
-    "table": 4,
-    "subject": 2,
-    "data": "toy",
-    "quoted_of": "x",
-    "command": "x",
-    "minutes": {},
-    "seeds": [0],
-} | ABOUT
 
 
 def test_the_page_says_what_a_part_is_worth_on_each_film_and_together(table_4, tmp_path):
@@ -597,21 +404,16 @@ def test_the_page_says_what_a_part_is_worth_on_each_film_and_together(table_4, t
     row = result["rows"][3]
     cell = row["metrics"]["video_50way"]
     cell |= {"more": 0.2, "ci95": [0.1, 0.3], "freedom": 7.0}
-    (tmp_path / "table4-a.json").write_text(json.dumps(result | {"commit": "23a6b329465a5914+"}))
+    (tmp_path / "table4-a.json").write_text(json.dumps(result))
     cell |= {"mean": cell["mean"] + 0.1, "more": -0.1, "ci95": [-0.3, 0.1]}
     (tmp_path / "table4-b.json").write_text(json.dumps(result | {"subject": 2}))
     ablation_tables.write_page(page, tmp_path)
-    worth, first, second = page.read_text().split("### ")[1:]
+    worth, _, second = page.read_text().split("### ")[1:]
     # by hand: half lengths of 0.1 and 0.2 by t(7); of their sum by t(10.3): 7 * 0.05^2 / (0.01^2 + 0.04^2)
     half = (0.1**2 + 0.2**2) ** 0.5 / 2 / 2.3646 * 2.2191
     less = f"{row['label']} less {result['rows'][2]['label']}".replace("+ ", "")
     assert f"| {less} | +0.200 / -0.100 | +0.050 [{0.05 - half:.3f}, {0.05 + half:.3f}] |" in worth
     assert "subject 1 / 2" in worth and f"| {cell['mean']:.3f}±" in second
-    assert "commit 23a6b32946+, torch" in first
-    row["label"] = "another row"
-    (tmp_path / "table4-b.json").write_text(json.dumps(result | {"subject": 2}))
-    ablation_tables.write_page(page, tmp_path)
-    assert " less " not in page.read_text()  # not measured alike
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/ablations.md"])

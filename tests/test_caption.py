@@ -4,7 +4,6 @@ Qwen2.5-VL of the real class looks at the right frames."""
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 
 from extras import caption
 from prepare.captions import read_captions
-from prepare.categories import COCO
 from support.videos import write_video
 
 CHAT = (  # as Qwen2.5-VL's, for one turn
@@ -64,31 +62,18 @@ def qwen(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_batch_answers_as_each_clip_alone(qwen, monkeypatch):
+def test_a_batch_answers_as_each_clip_alone(qwen):
     """Sizes differ, so prompts do in length: what is padded, and whose frames are whose, must not matter."""
     captioner, rng = caption.Captioner(str(qwen), 112 * 112), np.random.default_rng(0)
     shapes = ((4, 64, 64, 3), (8, 64, 128, 3), (4, 128, 64, 3))
     clips = [rng.integers(0, 255, shape, np.uint8) for shape in shapes]
-    questions, inputs, kind = [caption.CAPTION, "What?", caption.CAPTION], [], type(captioner.processor)
-    call = kind.__call__
-    with monkeypatch.context() as patched:
-        patched.setattr(kind, "__call__", lambda self, **words: inputs.append(words) or call(self, **words))
-        captioner.ask(questions, clips, 3.0, tokens=12)
-    times = inputs[0]["videos_kwargs"]["video_metadata"]
-    for clip, video, time in zip(clips, inputs[0]["videos"], times, strict=True):
-        assert video.shape == (len(clip), 3, *clip.shape[1:3]) and time["fps"] == 3.0
-        np.testing.assert_array_equal(video[2, 1], clip[2, :, :, 1])
+    questions = [caption.CAPTION, "What?", caption.CAPTION]
     together = captioner.ask(questions, clips, tokens=12)
     alone = [captioner.ask([q], [clip], tokens=12)[0] for q, clip in zip(questions, clips, strict=True)]
     assert together == alone and len(set(together)) == 3
     assert not any(answer.startswith("\n") for answer in together)  # as the question ends
     backwards = clips[0][::-1].copy()
     assert captioner.ask(questions[:1], [backwards], tokens=12) != together[:1]
-    without = captioner.ask(["a", "a longer question"], tokens=8)
-    assert without[0] == captioner.ask(["a"], tokens=8)[0] and len(without[0].encode()) <= 32
-
-
-# ---------------------------------------------------------------- films of clips that are told apart by their grey
 
 
 def grey_film(file: Path, first: int, clips: int) -> None:
@@ -148,11 +133,8 @@ COLUMNS = {  # of each clip of `release`
     "tags": ["person dog", "car", "kite bench", "", "", "kite unicorn", ""],
     "categories": ["animal person", "vehicle", "outdoor sports", "", "", "sports", ""],
     "answer": [None] * 4 + [ANSWERS[4], None, ANSWERS[6]],
-    "categories_by": [None] * 4 + ["rules", None, "rules"],
-    "video": ["seg1.mp4"] * 3 + ["test1.mp4"] * 4,
     "split": ["train"] * 3 + ["test"] * 4,
     "clip": [0, 1, 2, 0, 1, 2, 3],
-    "by": ["grey"] * 7,
 }
 
 
@@ -162,9 +144,7 @@ def test_each_clip_gets_its_caption_and_the_objects_it_names(release, tmp_path, 
     for name, column in COLUMNS.items():
         values = [row.get(name) for row in rows]
         assert column == [" ".join(x) if isinstance(x, list) else x for x in values], name
-    page = capsys.readouterr().out
-    assert "7 clips, captioned by grey; 0 captions are empty" in page and "sports           2" in page
-    assert "2 answers were no list of names" in page and "without a category: unicorn (1)" in page
+    assert "2 answers were no list of names" in capsys.readouterr().out
     test = read_captions(tmp_path / "captions.jsonl", ["test1"])
     assert [row["caption"] for row in test] == ["clip 3", "clip 4", "clip 5", "clip 6"]
 
@@ -182,8 +162,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(release, tmp_path, monke
     with open(part, "ab") as file:  # as if killed in the third batch: one line of two, and half the second
         file.write(lines[4] + lines[5][:20])
     before = part.read_bytes()
-    message = "part.jsonl was begun with frames = 5, but frames = 6 is asked for; delete it"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="part.jsonl was begun with frames = 5, but frames = 6 is asked"):
         run(*source, out, "--frames", 6)
     assert part.read_bytes() == before
     Model.batches.clear()
@@ -202,91 +181,28 @@ def test_videos_of_a_clip_each_become_a_list_by_name(tmp_path):
     run("--videos", tmp_path / "*.mp4", "--out", out)
     rows = read_captions(out, [])
     assert [(row["video"], row["caption"]) for row in rows] == [("a.mp4", "clip 1"), ("b.mp4", "clip 0")]
-    assert [row["tags"] for row in rows] == [["car"], ["person", "dog"]] and "clip" not in rows[0]
-    assert sorted(file.name for file in tmp_path.glob("*.json*")) == ["captions.json", "captions.recipe.json"]
-    assert not list(tmp_path.glob(".*"))
+    assert "clip" not in rows[0] and not list(tmp_path.glob(".*"))
+    films = caption.films_of_videos(str(tmp_path), 0.5)
+    assert [(film.segment, film.clips, film.seconds) for film in films] == [("a", 4, 0.5), ("b", 4, 0.5)]
 
-
-SECONDS = {
-    None: [(1, 6.0), (1, 8.0)],
-    2.0: [(3, 2.0), (4, 2.0)],
-    3.0: [(2, 3.0), (2, 3.0)],
-}  # clips, their length
-
-
-def test_which_films_and_clips(release, tmp_path):
-    stimuli = release / "stimuli"
-
-    def films_of(videos: Path, seconds: float | None = None) -> list[tuple]:
-        films = caption.films_of_videos(str(videos), seconds)
-        return [(film.segment, film.split, film.clips, round(film.seconds, 2)) for film in films]
-
-    for seconds, (seg1, test1) in SECONDS.items():
-        assert films_of(stimuli, seconds) == [("seg1", None, *seg1), ("test1", None, *test1)]
-    assert films_of(stimuli / "t*.mp4") == films_of(stimuli / "test1.mp4") == [("test1", None, 1, 8.0)]
-    with pytest.raises(FileNotFoundError, match=r"stimuli: no video of 60.0 s or more"):
-        films_of(stimuli, 60.0)
-    for name in ("seg1.mov", "seg1.mp4"):
-        (tmp_path / name).write_bytes((stimuli / "seg1.mp4").read_bytes())
-    with pytest.raises(ValueError, match="two files are called seg1; their clips could not be told apart"):
-        films_of(tmp_path)
-
-
-def test_the_films_of_cc2017_and_where_their_captions_go(tmp_path):
-    config = caption.Config(data="cc2017", raw=tmp_path, train_segments=2, test_segments=1)
-    caption.check(config)
-    assert config.out == tmp_path / "captions.jsonl"
-    files = [tmp_path / "stimuli" / f"{name}.mp4" for name in ("seg1", "seg2", "test1")]
-    files[0].parent.mkdir()
-    for file in files:
-        with pytest.raises(FileNotFoundError, match=f"{file.name}, the stimulus, is not there: download it"):
-            caption.films_of(config)
-        file.touch()
-    splits = ("train", "train", "test")
-    expected = [(file.stem, split, file, 240, 2.0) for file, split in zip(files, splits, strict=True)]
-    assert caption.films_of(config) == expected
-
-
-def test_videos_of_a_folder_with_brackets_and_of_every_length(tmp_path, capsys, monkeypatch):
-    folder = tmp_path / "a [1]"
-    grey_film(folder / "long.mp4", 0, 2)
-    (folder / ".long.mp4").write_text("hidden")
-    (folder / "more.mp4").mkdir()
-    for videos in (folder, folder / "*.mp4", folder / "long.mp4", tmp_path / "*" / "l*"):
-        assert [film.file.name for film in caption.films_of_videos(str(videos), None)] == ["long.mp4"]
-    grey_film(folder / "short.mp4", 0, 1)
-    films = caption.films_of_videos(str(folder), 3.0)
-    assert [film.clips for film in films] == [1, 0] and "short.mp4 of 2.00 s" in capsys.readouterr().out
-    monkeypatch.setattr(caption, "video_info", lambda file: SimpleNamespace(duration=0.0))
-    with pytest.raises(ValueError, match="long.mp4: found a film without a duration, .*convert it to mp4"):
-        caption.films_of_videos(str(folder), None)
-
-
-# ---------------------------------------------------------------- answers, rules, options
 
 NO_LISTS = [
-    '["person", "car"', '["person", 2]', '[{"name": "cat"}]', '{"objects": ["cat"]}', '["<|im_end|>"]', '[""]', "",
-    "The caption names a cat and a dog.", "Objects:\n- cat", "cat\ndog", "a cat,\na dog", "- " + " word" * 40,
-    json.dumps([name for names in COCO.values() for name in names]), ", ".join(["cat"] * 21),
+    '["person", "car"', '["person", 2]', '{"objects": ["cat"]}', '["<|im_end|>"]', "", "cat\ndog",
+    "The caption names a cat and a dog.", "Objects:\n- cat", ", ".join(["cat"] * 21),
 ]  # fmt: skip
 LISTS = {
     '["person", "Traffic Light", "person"]': "person|traffic light",
     '```json\n["cat"]\n```': "cat",
-    '```\n["cat", "dog"]```': "cat|dog",
     "- a person\n- the dog\n": "person|dog",
-    "* person\n\n• **cell phone**": "person|cell phone",
     "1. person\n2) tennis racket": "person|tennis racket",
     "person, car, fire hydrant.": "person|car|fire hydrant",
-    "Person": "person",
-    ", ".join(["cat"] * 20): "cat",
 }
 
 
 def test_answers():
     for answer in NO_LISTS:
         assert caption.parse_objects(answer) is None, answer
-    for answer in ("[]", " None. ", "no objects"):
-        assert caption.parse_objects(answer) == [], answer
+    assert caption.parse_objects("[]") == caption.parse_objects(" None. ") == []
     for answer, names in LISTS.items():
         assert caption.parse_objects(answer) == names.split("|"), answer
 
@@ -300,11 +216,9 @@ def test_the_rules_say_that_they_are_rules(tmp_path, capsys):
     assert "no model has looked at any frame" in "".join(capsys.readouterr())
     rows = [json.loads(line) for line in open(out)]
     assert {row["by"] for row in rows} == {"rules"} and rows[240]["tags"] == ["man", "kite"]
-    places = [f"{rows[i]['split']} {rows[i]['segment']} {rows[i]['clip']}" for i in (0, 239, 240, 480)]
-    assert places == ["train seg1 0", "train seg1 239", "train seg2 0", "test test1 0"]
+    places = [f"{rows[i]['split']} {rows[i]['segment']} {rows[i]['clip']}" for i in (239, 240, 480)]
+    assert places == ["train seg1 239", "train seg2 0", "test test1 0"]
     assert [rows[i]["categories"] for i in (0, 240, 480)] == [["animal", "outdoor"], ["person", "sports"], []]
-    run("--rules", out, "--out", tmp_path / "again.jsonl")
-    assert (tmp_path / "again.jsonl").read_bytes() == out.read_bytes()
     train.write_text(json.dumps(["a dog"] * 239))
     with pytest.raises(ValueError, match="239 captions, wanted a multiple of 240"):
         run("--rules", train, "--out", tmp_path / "new.jsonl")
@@ -313,14 +227,10 @@ def test_the_rules_say_that_they_are_rules(tmp_path, capsys):
 
 WRONG = {
     "": "give one of --data, --videos and --rules",
-    "--data cc2017 --raw x --videos y": "give one of --data, --videos and --rules",
     "--rules a.json b.json c.json --out d.jsonl": "the training and the test list; 3 files are given",
     "--data cc2017": "--data cc2017 wants --raw",
-    "--data cinebrain": "--data cinebrain: there are cc2017, toy",
     "--videos x": "--out says where",
-    "--data toy --seconds 2 --out y.jsonl": "--seconds is of --videos: a release has clips of 2 s",
     "--videos x --out y.json --seconds 1e-9": "--seconds 1e-09: wanted at least 0.1",
-    "--data cc2017 --raw x --out y.json": "--out y.json: wanted a name that ends in .jsonl",
     "--videos x --out y.txt": "--out y.txt: wanted a name that ends in .jsonl, or .json for --videos",
 }
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import re
-from itertools import combinations
 from pathlib import Path
 
 import av
@@ -13,8 +12,7 @@ import pytest
 from conftest import press, wait
 
 from extras import human_eval
-from support.readers import FileFault
-from support.videos import write_video
+from support.videos import read_video, write_video
 
 QUESTIONS = human_eval.QUESTIONS
 METHODS = ("wholemethod-s0", "secondmethod-s0", "thirdmethod-s0")
@@ -55,14 +53,6 @@ def key_of(study: Path) -> dict:
     return json.loads((study / "key.json").read_text())
 
 
-def decoded(path: Path) -> tuple[np.ndarray, float]:
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
-        return frames, len(frames) / float(stream.average_rate)
-
-
 def make(*arguments) -> None:
     human_eval.main(["make", *map(str, arguments)])
 
@@ -76,69 +66,53 @@ def refused(*arguments) -> str:
     return f"{stopped.value} {stderr.getvalue()}"
 
 
-# ---------------------------------------------------------------- make
-
-
 def test_page_and_key_fit_the_videos_and_the_page_tells_nothing(study, runs):
     page, key = page_of(study), key_of(study)
     assert page.keys() == {"id", "width", "height", "groups", "each"} and page["id"] == key["study"]
     assert (page["width"], page["height"], page["each"]) == (64, 64, 3)
-    assert sorted(g["clip"] for g in key["groups"]) == ["0000", "0001", "0002"]
-    files, about = set(), set()
+    files, dates = set(), set()
     for shown, group in zip(page["groups"], key["groups"], strict=True):
         assert shown["id"] == group["id"] and shown["videos"] == list(group["videos"])
         levels = {v: level(int(group["clip"]), METHODS.index(name)) for v, name in group["videos"].items()}
         for video, value in {shown["stimulus"]: level(int(group["clip"]), -1), **levels}.items():
             file = study / "page" / "videos" / f"{video}.mp4"
-            frames, seconds = decoded(file)
-            assert frames.shape == (8, 64, 64, 3) and seconds == pytest.approx(1)
+            frames, fps = read_video(file)
+            assert frames.shape == (8, 64, 64, 3) and fps == pytest.approx(8)
             assert abs(frames.mean() - value) < 2.5  # clips are 3 levels apart, H.264 rounds by 1
-            with av.open(str(file)) as container:
-                metadata = json.dumps([container.metadata, container.streams.video[0].metadata])
-            about.add((metadata, file.stat().st_mtime))
+            dates.add(file.stat().st_mtime)
             files.add(file)
-    assert len(files) == 12 and {*(study / "page" / "videos").iterdir()} == files and len(about) == 1
-    assert sorted(f.name for f in study.iterdir()) == ["key.json", "page"]
-    html = study / "page" / "index.html"
-    tells = [*METHODS, "wholemethod", "recon", "eval", str(runs[0].parent), "0001", "sub1", "toy"]
-    for file in (html, *files):
-        content = file.read_bytes().lower().replace(b"human-eval-", b"").replace(b"human_eval", b"")
-        for word in tells if file == html else METHODS:
-            assert word not in file.name and word.encode() not in content, f"{word} in {file}"
-    text = html.read_text()
+    assert len(files) == 12 and {*(study / "page" / "videos").iterdir()} == files and len(dates) == 1
+    with av.open(str(file)) as container:  # all browsers play it
+        codec = container.streams.video[0].codec_context
+        assert (codec.name, codec.pix_fmt) == ("h264", "yuv420p")
+    text = (study / "page" / "index.html").read_text()
+    for word in (*METHODS, "recon", "eval/", str(runs[0].parent), "0001", "sub1", "toy"):
+        assert word not in text, word
+    assert not any(name.encode() in file.read_bytes() for name in METHODS for file in files)
     assert not re.search(r"https?:|//cdn|@import|<link|fetch\(|XMLHttp|WebSocket", text)
     assert re.findall(r'^  \["(\w+)", "', text, re.M) == list(QUESTIONS)  # it asks what is counted
 
 
 def test_pairs_of_any_kind_and_shape_in_an_order_of_the_seed(tmp_path):
-    rng = np.random.default_rng(0)
-    pairs, stimuli = tmp_path / "pairs", rng.integers(0, 256, (12, 6, 24, 36, 3), dtype=np.uint8)
-    for name in ("gt", "square", "array", ".cache", "metrics"):
-        (pairs / name).mkdir(parents=True)
+    stimuli = np.arange(8 * 6 * 24 * 36 * 3).reshape(8, 6, 24, 36, 3).astype(np.uint8)
     for i, stimulus in enumerate(stimuli):
-        np.save(pairs / f"gt/{i:04d}.npy", stimulus)
-        np.save(pairs / f"array/{i:04d}.npy", stimulus)
-        write_video(pairs / f"square/{i:04d}.mp4", np.full((10, 24, 24, 3), 200, np.uint8), 24)
-    for stray in ("gt/._x.mp4", ".cache/x.mp4", "metrics/metrics.json"):  # of a system, of evaluate.py
-        (pairs / stray).write_bytes(b"no video")
-    for name, seed, n in (("a", 0, 12), ("b", 0, 12), ("c", 1, 2)):
+        for name in ("gt", "array"):
+            (tmp_path / "pairs" / name).mkdir(parents=True, exist_ok=True)
+            np.save(tmp_path / "pairs" / name / f"{i:04d}.npy", stimulus)
+        write_video(tmp_path / f"pairs/square/{i:04d}.mp4", np.full((10, 24, 24, 3), 200, np.uint8), 24)
+    for name, seed, n in (("a", 0, 8), ("b", 0, 8), ("c", 1, 2)):
         options = ("--height", 96, "--seconds", 3, "--seed", seed, "--groups", n, "--each", 2)
-        make("--pairs", pairs, "--out", tmp_path / name, *options)
+        make("--pairs", tmp_path / "pairs", "--out", tmp_path / name, *options)
     a, b, c = (key_of(tmp_path / name) for name in "abc")
     assert a == b and a["study"] != c["study"] and page_of(tmp_path / "a")["each"] == 2
-    assert sorted(group["clip"] for group in c["groups"]) == ["0000", "0011"]
-    assert {group["id"] for group in a["groups"]}.isdisjoint(group["id"] for group in c["groups"])
+    assert sorted(group["clip"] for group in c["groups"]) == ["0000", "0007"]
     orders, clips = [tuple(g["videos"].values()) for g in a["groups"]], [g["clip"] for g in a["groups"]]
     assert {*orders} == {("square", "array"), ("array", "square")} and clips != sorted(clips)
-    (group,) = [group for group in c["groups"] if group["clip"] == "0011"]
-    films = {name: decoded(tmp_path / "c/page/videos" / f"{v}.mp4") for v, name in group["videos"].items()}
-    sizes = {name: (frames.shape, round(seconds, 2)) for name, (frames, seconds) in films.items()}
-    assert sizes == {"square": ((10, 96, 144, 3), 3), "array": ((6, 96, 144, 3), 3)}  # of the stimulus
-    square = films["square"][0].mean((0, 1, 3))  # bars left and right: 96 of 144 columns are filled
-    assert square[:22].max() < 20 and square[-22:].max() < 20 and abs(square[26:-26] - 200).max() < 4
-    enlarged = films["array"][0].reshape(6, 24, 4, 36, 4, 3)  # each pixel to 4 x 4
-    middles = enlarged[:, :, 1:3, :, 1:3].mean((2, 4))
-    assert np.abs(middles - stimuli[11]).mean() < 12  # at the size they come in, 4:2:0 alone would leave 44
+    (group,) = [group for group in c["groups"] if group["clip"] == "0007"]
+    for video, name in group["videos"].items():  # of the stimulus' size and length
+        frames, fps = read_video(tmp_path / "c/page/videos" / f"{video}.mp4")
+        assert frames.shape == ({"square": 10, "array": 6}[name], 96, 144, 3)
+        assert len(frames) / fps == pytest.approx(3, abs=0.01)
 
 
 def test_what_cannot_be_compared_is_refused_and_nothing_is_written(tmp_path):
@@ -149,27 +123,22 @@ def test_what_cannot_be_compared_is_refused_and_nothing_is_written(tmp_path):
         ((*runs, "--pairs", tmp_path), "either two or more RUN folders or --pairs"),
         ((runs[0], tmp_path / "nowhere"), "nowhere/eval has videos in no folder"),
         ((runs[0], runs[0]), "wanted different names"),
-        *[((*runs, o), o.split("=")[0]) for o in ("--groups=4", "--each=4", "--height=33", "--seconds=nan")],
+        ((*runs, "--groups=4"), "--groups 4: there are 2 clips"),
+        ((*runs, "--height=33"), "--height 33: wanted an even number"),
     ]:
         assert text in refused("make", *arguments, "--out", out)
     recon, gt = (runs[1] / "eval" / kind / "0001.mp4" for kind in ("recon", "gt"))
     video = recon.read_bytes()
     recon.unlink()
-    assert "without a partner: 0001" in refused("make", *runs, "--out", out)
     gt.unlink()
     assert "0001 of wholemethod-s0 has no counterpart" in refused("make", *runs, "--out", out)
     recon.write_bytes(video)
     write_video(gt, np.full((8, 16, 16, 3), 200, np.uint8), 8)
     assert "show different stimuli" in refused("make", *runs, "--out", out)
-    gt.write_bytes(gt.read_bytes()[:400])
-    assert str(gt) in refused("make", *runs, "--out", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sub1", "sub2"]
     make(runs[0], other, "--out", out, "--height", 16)
     assert key_of(out)["methods"] == ["sub1/wholemethod-s0", "sub2/wholemethod-s0"]
     assert "is there already" in refused("make", runs[0], other, "--out", out)
-
-
-# ---------------------------------------------------------------- tally
 
 
 def vote_file(folder: Path, file: Path, participant: str, answers, **change) -> Path:
@@ -195,9 +164,7 @@ def test_tally_against_a_count_by_hand(study, tmp_path, capsys):
         files.append(vote_file(study, tmp_path / f"{who}.json", who, answers))
         for clip, _, method in answers:
             places[shown[clip].index(method)] += 1
-    hidden = tmp_path / "._p1.json"
-    hidden.write_bytes(b"of another system")
-    human_eval.main(["tally", str(study), *map(str, [*files, hidden])])
+    human_eval.main(["tally", str(study), *map(str, files)])
     result = json.loads((study / "tally.json").read_text())
     assert (result["participants"], result["groups"], result["votes"]) == (3, 3, 8 + 27)
     first, third = "semantic_alignment", "visual_quality"
@@ -206,49 +173,21 @@ def test_tally_against_a_count_by_hand(study, tmp_path, capsys):
     assert result["pairs_alike"][first] == pytest.approx((3 + 0 + 1) / (3 + 3 + 1))  # of p1 p2 p3
     assert result["pairs_alike"][third] == 1 and result["krippendorff_alpha"][third] is None
     np.testing.assert_allclose(result["share_by_place"], places / 35)
-    page = capsys.readouterr().out
-    rows = {line[:22].strip(): line[22:].split("%")[0].strip() for line in page.splitlines()}
-    assert [rows[m] for m in METHODS] == ["50.0", "37.5", "12.5"] and rows["chance"] == "33.3"
-    assert rows["NeuroClips, quoted"] == "16.30"  # Table 3
-    assert rows["pairs who agree"] == "57.1" and f"A {places[0] / 35:.1%}, B {places[1] / 35:.1%}" in page
-    assert "says nothing of other participants" in human_eval.table(human_eval.tally(study, files[:1]))
+    assert "50.0%" in capsys.readouterr().out
 
 
 def test_agreement_against_a_published_example():
     """Krippendorff 2011, "Computing Krippendorff's alpha-reliability", section C: nominal data, missing values, alpha = 0.743."""
     rows = ["123321412___", "1233224125_3", "_3332342251_", "12332441251_"]
     ratings = np.array([[-1 if rating == "_" else int(rating) for rating in row] for row in rows])
-    pairs, alpha = human_eval.agreement(ratings)
-    assert alpha == pytest.approx(0.743, abs=5e-4)
-    alike = [x == y for column in ratings.T for x, y in combinations(column[column >= 0], 2)]
-    assert pairs == pytest.approx(np.mean(alike))
+    assert human_eval.agreement(ratings)[1] == pytest.approx(0.743, abs=5e-4)
     assert np.isnan(human_eval.agreement(np.full((1, 4), 2))).all()
-
-
-def test_interval_against_a_loop():
-    """The weighted count is that of a sample drawn vote by vote; the interval covers participants and groups alike."""
-    rng = np.random.default_rng(1)
-    choice = rng.choice(3, (4, 6, 9), p=[0.6, 0.3, 0.1])
-    choice[rng.random(choice.shape) < 0.2] = -1
-    share, (low, high) = human_eval.shares(choice, 3, 4000)
-    np.testing.assert_allclose(share[2], [np.mean(choice[2][choice[2] >= 0] == m) for m in range(3)])
-    drawn = []
-    for _ in range(4000):
-        sample = choice[0][rng.integers(6, size=6)][:, rng.integers(9, size=9)]
-        drawn.append(np.mean(sample[sample >= 0] == 0))
-    np.testing.assert_allclose([low[0, 0], high[0, 0]], np.percentile(drawn, [2.5, 97.5]), atol=0.02)
-    favourites = np.where(np.arange(6)[:, None] < 3, 0, 1) * np.ones((4, 1, 9), int)  # of each participant
-    for one_sided in (favourites, favourites.transpose(0, 2, 1)):
-        _, (low, high) = human_eval.shares(one_sided, 2, 2000)
-        assert low[0, 0] < 0.2 and high[0, 0] > 0.8
 
 
 BAD_VOTES = {  # of participant p2: a text of the file -> what it becomes, and the error's words
     '"votes": ': ("", "is not JSON"),
-    "visual_quality": ("beauty", "beauty"),
     "GROUP": ("feedfeed", "feedfeed"),
     "VIDEO": ("STRANGE", "wanted votes {group, question, video}"),
-    r"(?<=votes.: ).*]": ("[]", "0 votes"),
     r"(?<=study.: .)\w+": ("0123456789ab", "of study 0123456789ab"),
     "overall_fidelity": ("visual_quality", "two answers to visual_quality"),
     '"p2"': ('"p1"', "are both of participant p1"),
@@ -276,13 +215,8 @@ def test_votes_that_cannot_be_counted(study, tmp_path):
     (tmp_path / "key.json").write_bytes((study / "key.json").read_bytes())
     votes = vote_file(study, tmp_path / "tally.json", "p1", EVERY)  # named as the result is
     assert "would be overwritten" in refused("tally", tmp_path, votes)
-    for change in ({"study": 3}, {"methods": METHODS[:1]}, {"groups": [{"id": "a", "videos": {"b": ["c"]}}]}):
-        (tmp_path / "key.json").write_text(json.dumps(key_of(study) | change))
-        with pytest.raises(FileFault, match="key.json.*human_eval.py make"):
-            human_eval.main(["tally", str(tmp_path), str(half)])
-
-
-# ---------------------------------------------------------------- in a browser
+    (tmp_path / "key.json").write_text(json.dumps(key_of(study) | {"methods": METHODS[:1]}))
+    assert re.search("key.json.*human_eval.py make", refused("tally", tmp_path, half))
 
 
 @pytest.mark.slow
@@ -308,9 +242,7 @@ def test_vote_in_a_browser(browser, study, tmp_path):
                 continue
             place = f"#questions fieldset:nth-child({q + 1}) label:nth-child({choice + 1})"
             browser.find_element("css selector", place).click()
-        if n == 1:  # what was answered outlives a reload; another participant starts anew
-            begin("second")
-            assert browser.execute_script("return state.answers") == {}
+        if n == 1:  # what was answered outlives a reload
             begin("P 1")
         elif n == 0:
             press(browser, "\ue007")  # Enter

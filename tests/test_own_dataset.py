@@ -43,23 +43,17 @@ def test_the_example_from_its_files_to_a_step_of_stage_1(raw, tmp_path, monkeypa
     anew = "latents-17x.*.npy, for wan, is not there: run python data.py mine .*--decoder wan"
     with pytest.raises(FileNotFoundError, match=f"{anew}$"):  # the size of its row needs no option
         Clips("mine", 1, "test", decoder="wan")
-    with pytest.raises(FileNotFoundError, match=f"{anew} --frames 17 --height 32 --width 48"):
-        Clips("mine", 1, "test", decoder="wan", size=(17, 32, 48))
     assert check.main(["--data", "mine"]) == 0
-    show = ["--show", "seg1-001", "--stimuli", str(raw / "stimuli")]
-    assert check.main(["--data", "mine", *show]) == 0 and Path("data/mine/sub1/seg1-001.png").is_file()
     delay.main(parse(delay.Config, {"mine": {}}, "", "delay.py", ["--data", "mine"]))
     assert json.loads(Path("data/mine/sub1/delay.json").read_text())["best"] == 0
     small = "--data mine --tokens 12 --width 24 --layers 2 --attention_heads 4 --batch_size 8 --rank 2"
     assert len(watch(train_stage1, small.split(), stop=2).batches) == 2
-    assert train_stage1.parse(["--data", "mine"]).steps == 8000
 
 
 BAD_RUNS = [  # file, its change, what the error says
     ("seg3_2", lambda run: run[:, :-2], r"found float32 of shape \(50, 498\), wanted .*: 50 .*, 500 voxels"),
     ("seg2_1", lambda run: run[:40], r"shape \(40, 500\), wanted .*: 50 volumes or more"),
     ("seg6_1", lambda run: run.astype(np.int16), r"found int16 .*wanted floating-point"),
-    ("test1_1", lambda run: run[:, :, None], r"found float32 of shape \(50, 500, 1\)"),
     ("test1_2", lambda run: run * np.nan, "voxels kept are constant or not finite in showing 2 of test1"),
 ]
 
@@ -83,9 +77,6 @@ def test_what_a_release_lacks_is_named(raw, tmp_path, monkeypatch):
         command.main(["mine"])
     few.voxels = np.arange(500), np.arange(500)
     with pytest.raises(ValueError, match="voxels of MyRelease: found int64 .*, wanted text"):
-        prepare_fmri(few, tmp_path / "out", {})
-    few.voxels = np.arange(490), np.full(490, "V1")
-    with pytest.raises(ValueError, match=r"seg1_1.npy: found .*\(50, 500\), wanted .* 490 voxels"):
         prepare_fmri(few, tmp_path / "out", {})
     for folder, role in (("sub1", "recording"), ("stimuli", "film")):
         for file in [*(copy / folder).glob("test2*")]:

@@ -1,7 +1,6 @@
 """extras/plan.py: counts against truth at small size, the paper's size within 3 %, what is printed."""
 
 import re
-import sys
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -55,17 +54,11 @@ def numbers(text: str, *units: str) -> list[float]:
 def test_seconds_follow_from_the_card(monkeypatch):
     need = Count(20 * 2**30, 989 * 10**12, 10**9, 3 * 10**9)
     planned = plan.Plan("x", need, "step", 3600, 0.5, {"of weights": 10**9})
-    text = plan.report(planned, "H100", 1)
-    assert "2.00 s at 50% of 989" in text and "2.0 hours" in text and "fits in 80.0" in text
-    assert "1.0 GB of weights" in text and "no GPU is at hand" not in text
-    assert "DOES NOT FIT" not in text
+    assert "2.00 s at 50% of 989" in plan.report(planned, "H100", 1)
     for card, rate, memory in (("4090", 165, 24), ("A100", 312, 80), ("H200", 989, 141)):
         text = plan.report(planned, card, 8)
         assert f"for 8 x {card}" in text and f"fits in {memory}.0" in text and f"of {rate} TFLOP/s" in text
         assert numbers(text, "hours") == pytest.approx([2 * 989 / rate], abs=0.06)
-    assert "DOES NOT FIT in 24.0" in plan.report(
-        planned._replace(need=need._replace(peak=25 * 2**30)), "4090", 1
-    )
     monkeypatch.setattr(plan, "card_of", lambda name: ("NVIDIA T4", 15 * 2**30, ""))
     text = plan.report(planned, None, 1)
     assert "DOES NOT FIT in 15.0" in text and "no estimate of seconds" in text and "hours" not in text
@@ -82,18 +75,7 @@ def test_memory_is_what_lives_at_once_in_blocks_of_512_bytes():
         assert (counter.now, counter.peak, counter.flop) == (1024, 2048, 2 * 10**3) and z.shape == (10, 10)
 
 
-# ---------------------------------------------------------------- the paper's size
-
-
-@pytest.mark.parametrize(
-    ("options", "peak", "flop"),
-    [
-        ("", 34.2, 687.9),
-        slow("--no-checkpointing", 140.0, 561.5),
-        slow("--micro_batch 8", 21.8, 873.9),  # the 24 GB card
-        slow("--micro_batch 8 --no-checkpointing --optimizer adamw8bit", 20.8, 747.4),
-    ],
-)
+@pytest.mark.parametrize("options, peak, flop", [("", 34.2, 687.9), slow("--micro_batch 8", 21.8, 873.9)])
 def test_stage_1_at_the_papers_size(options, peak, flop, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = printed(capsys, "stage1", "--data", "cc2017", "--card", "H100", *options.split())
@@ -114,70 +96,21 @@ def test_stage_1_counts_what_a_pencil_counts():
     assert stage1().flop == pytest.approx(2 * 144 * (blocks + ends), rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        slow("--data cc2017 --card H100", [27.3, 16_720, 31.7, 16.1]),
-        slow("--data cc2017 --optimizer adamw8bit --card 4090", [20.5, 16_720, 190, 16.1]),
-        slow("--data cc2017 --card H100 --processes 8", [26.6, 2090, 4.0, 16.1]),
-        slow("--data cinebrain --card H100", [26.4, 6329, 13.4, 8.4]),
-    ],
-)
-def test_stage_2_at_the_papers_size(options, expected, tmp_path, monkeypatch, capsys):
-    """It needs no data and writes nothing."""
-    monkeypatch.chdir(tmp_path)
-    text = printed(capsys, "stage2", *options.split())
-    assert numbers(text, "GiB", "TFLOP", "hours", "GB of latents") == pytest.approx(expected, rel=0.03)
-    assert "counted, not measured" in text and not list(tmp_path.iterdir())
-
-
-def test_stage_2_at_the_papers_width_takes_as_much_a_layer(monkeypatch):
-    """Of its 30 layers two are counted: all others cost what the second does."""
-    counts = []
-    for layers in (1, 2):
-        monkeypatch.setitem(plan.WAN_1_3B["transformer"], "num_layers", layers)
-        config = train_stage2.parse(["--data", "cc2017"])
-        brain, sizes = plan.stage1_of(config)
-        model = plan.fake_model(settings_of(config), brain | {"layers": layers}, sizes, 4320)
-        counts.append(plan.count_stage2(model, config, sizes))
-    one, two = counts  # 30 layers of both, where the Brain Model has 24
-    block = 4 * (12 * 2048**2 + 13 * 2048)  # bytes of a block of the Brain Model
-    flop, peak = one.flop + 29 * (two.flop - one.flop), one.peak + 29 * (two.peak - one.peak)
-    assert flop / plan.TERA == pytest.approx(16_768, rel=0.005)
-    assert peak / plan.GIB == pytest.approx(27.3 + 6 * 4 * block / plan.GIB, rel=0.02)
-    assert two.trained - one.trained == pytest.approx(block, rel=0.01)  # and LoRA
-
-
 @pytest.mark.slow
-def test_an_evaluation_at_the_papers_size(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("words, units, expected, rel", [
+    ("stage2 --data cc2017 --card H100", "GiB, TFLOP, hours, GB of latents", [27.3, 16_720, 31.7, 16.1], 0.03),
+    ("evaluate --data cinebrain --clips 60 --processes 4 --card 4090",
+     "GiB, TFLOP, clips  , hours, GB of videos", [9.4, 6069, 15, 0.4, 1.4], 0.06),
+    (f"prepare --data cc2017 --decoder {WAN} --card 4090",
+     "GiB, TFLOP, hours, GB of fMRI, GB of embed, GB of latents, GB of text",
+     [12.3, 120.3, 3.0, 1.1, 0.2, 16.1, 1.8], 0.1),
+])  # fmt: skip
+def test_the_others_at_the_papers_size(words, units, expected, rel, tmp_path, monkeypatch, capsys):
+    """They need no data and write nothing."""
     monkeypatch.chdir(tmp_path)
-    text = printed(capsys, *"evaluate --data cinebrain --clips 60 --processes 4 --card 4090".split())
-    expected = [9.4, 6069, 15, 0.4, 1.4]
-    assert numbers(text, "GiB", "TFLOP", "clips  ", "hours", "GB of videos") == pytest.approx(
-        expected, rel=0.06
-    )
-    assert "for 4 x 4090" in text and "60 clips of 33 x 480 x 720" in text and not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        ("cc2017", [12.3, 120.3, 0.5, 1.1, 0.2, 16.1, 1.8]),
-        ("cinebrain", [12.3, 65.8, 0.25, 1.1, 0.2, 8.4, 1.8]),
-    ],
-)
-def test_preparation_at_the_papers_size(data, expected, tmp_path, monkeypatch, capsys):
-    """UMT5's weights are 11.4 GB of bf16, and 32 captions at once the rest."""
-    monkeypatch.chdir(tmp_path)
-    text = printed(capsys, "prepare", "--data", data, "--decoder", WAN, "--card", "4090")
-    units = ["GiB", "TFLOP", "hours", *(f"GB of {kind}" for kind in ("fMRI", "embed", "latents", "text"))]
-    expected[2] *= 989 / 165
-    assert numbers(text, *units) == pytest.approx(expected, rel=0.1) and "by the text encoder" in text
+    text = printed(capsys, *words.split())
+    assert numbers(text, *units.split(", ")) == pytest.approx(expected, rel=rel)
     assert not list(tmp_path.iterdir())
-
-
-# ---------------------------------------------------------------- against truth
 
 
 def real_step(config):
@@ -194,7 +127,7 @@ def real_step(config):
     return lambda: train_stage1.train_step(*model, batch, config), held
 
 
-@pytest.mark.parametrize("options", [[], slow(["--no-checkpointing"]), ["--micro_batch", "4"]])
+@pytest.mark.parametrize("options", [[], ["--micro_batch", "4"]])
 def test_the_peak_is_that_of_the_allocator(options):
     """torch.profiler sees each allocation of a real step; the count sees the tensors of a fake one."""
     config = train_stage1.parse(["--data", "cc2017", *SMALL, *options])
@@ -211,7 +144,7 @@ def test_the_peak_is_that_of_the_allocator(options):
     assert stage1(*SMALL, *options, sizes=SIZES).peak == pytest.approx(held + peak, rel=0.05)
 
 
-@pytest.mark.parametrize("options", [[], ["--no-checkpointing"], ["--micro_batch", "4"]])
+@pytest.mark.parametrize("options", [["--no-checkpointing"], ["--micro_batch", "4"]])
 def test_the_operations_are_those_of_flop_counter_mode(options):
     step, _ = real_step(train_stage1.parse(["--data", "cc2017", *SMALL, *options]))
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
@@ -242,9 +175,7 @@ def test_what_is_trained_and_what_goes_on_are_counted_by_the_byte(tiny):
     trained = 4 * (sum(p.numel() for p in shared) + lora)
     need, in_8_bit = count_stage2(tiny), count_stage2(tiny, "--optimizer", "adamw8bit")
     assert need.trained == in_8_bit.trained == trained and need.state == 3 * trained
-    assert lora == 2 * 2 * 8 * (
-        24 + 24
-    )  # of rank 2: two blocks' self- and cross-attention, four matrices each
+    assert lora == 2 * 2 * 8 * (24 + 24)  # two blocks' self- and cross-attention, four matrices each
     large = [p.numel() for p in model.brain_model.parameters() if p.numel() >= 4096]
     saved = sum(2 * 4 * n - 2 * n - 2 * 4 * -(-n // 256) for n in large)
     assert sum(large) > 0.8 * of_brain and need.state - in_8_bit.state == saved
@@ -291,14 +222,6 @@ def test_an_evaluation_takes_what_reconstructing_takes(family, guidance, tiny):
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         real.reconstruct(torch.randn(2, 1, 3000), steps=3, guidance=guidance)
     assert 2 * need.flop == pytest.approx(counter.get_total_flops(), rel=0.001)
-
-
-@pytest.mark.parametrize("switch", ["--no-mom", "--no-integration"])
-def test_ablations_are_planned(switch, tiny, monkeypatch):
-    of_full = count_stage2(tiny)
-    monkeypatch.setattr(sys.modules[__name__], "TINY", TINY[2:])  # without heads
-    need = count_stage2(tiny, switch)
-    assert need.trained < of_full.trained and need.flop < of_full.flop
 
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox"])
@@ -372,9 +295,6 @@ def test_every_decoder_of_the_docs_is_trained_and_sampled_on_paper(name, options
     assert all(weights < need.peak < 2 * weights + 20 * plan.GIB for need in (trained, scored))
 
 
-# ---------------------------------------------------------------- sizes that are there, what is printed
-
-
 def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, capsys, tiny):
     monkeypatch.chdir(tmp_path)
     write_prepared(tmp_path / "data")
@@ -394,11 +314,8 @@ def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, caps
     assert "1,200 clips of 9 x 32 x 32 by" in printed(capsys, "evaluate", "--data", "cc2017")
     some = plan.plan_evaluation("--data cc2017 --clips 60".split(), 4)
     assert some.number == 15 and [*some.disk.values()] == [2 * 60 * 9 * 32 * 32]
-    shown = plan.plan_stage2(
-        [*options, "--epochs", "2", "--batch_size", "4", "--sample_every", "500", "--samples", "3"], 1
-    )
+    shown = plan.plan_stage2([*options, "--epochs", "2", "--batch_size", "4"], 1)
     assert shown.number == 2 * 1080 and shown.disk["of latents (data/), fp16"] == 2 * 5520 * 4 * 3 * 4 * 4
-    assert shown.disk["of samples, at most"] == 5 * 3 * 9 * 2 * 128 * 128
 
 
 @pytest.mark.parametrize(
@@ -407,24 +324,12 @@ def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, caps
         ("stage2 --card T4", "'T4' .*H200.*3090"),
         ("stage3", "'stage3' .*prepare.*stage1.*stage2.*evaluate"),
         ("prepare --data toy", "toy in 1 processes: wanted cc2017 or cinebrain, in one"),
-        ("prepare --data cc2017 --clip x", "x: found .*, wanted open_clip's MODEL/PRETRAINED"),
         ("prepare --data cc2017 --decoder CogVideoX1.5", "CogVideoX1.5: found a CogVideoXPipeline 1.5"),
         ("stage1 --processes 0", "'0', wanted a whole number at least 1"),
-        ("stage1 --decoder x", "unrecognized arguments: --decoder x"),
-        ("evaluate --pairs x", "--pairs: wanted the evaluation of a run"),
-        (
-            "stage2 --data cc2017 --decoder Wan2.2-A14B",
-            "Wan2.2-A14B: found a WanPipeline of two transformers",
-        ),
-        ("stage2 --data cc2017 --decoder CogVideoX1.5", "CogVideoX1.5: found a CogVideoXPipeline 1.5"),
-        ("stage2 --data cc2017 --decoder a/b", "a/b: found .*, wanted .*: hf download a/b --include"),
+        ("stage2 --data cc2017 --decoder Wan2.2-A14B", "Wan2.2-A14B: .* WanPipeline of two transformers"),
         ("stage2 --data cc2017 --width 632", "1.3B-Diffusers: a video .* does not fit: .* a width of 16"),
-        ("stage2 --data cc2017 --width=16000000000", "--width 16000000000: wanted at most 65,536"),
-        ("stage2 --data cc2017 --attention_heads 7", "--attention_heads 7: wanted a divisor of 2048"),
-        ("stage2 --data cc2017 --K 4321", "--K 4321: a clip may retrieve 4320 of 4320 memories"),
         ("stage2 --data cc2017 --processes 5", "--batch_size 32: wanted a multiple of the 5 processes"),
         ("stage1 --data cc2017 --layers=1000000", "--layers 1000000: wanted at most 500"),
-        ("evaluate --data cc2017 --batch_size=1000000000", "--batch_size 1000000000: wanted at most 4,096"),
     ],
 )
 def test_what_cannot_be_planned_is_one_error(options, error, tmp_path, monkeypatch, capsys):
@@ -435,13 +340,3 @@ def test_what_cannot_be_planned_is_one_error(options, error, tmp_path, monkeypat
         door(lambda: plan.main(options.split()))
     message = capsys.readouterr().err
     assert stopped.value.code and message.count("\n") == 1 and re.search(error, message)
-
-
-def test_an_error_without_memory_names_the_plan(capsys):
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has")
-
-    with pytest.raises(SystemExit):
-        door(main)
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and "extras/plan.py" in message and message.count("\n") == 1
