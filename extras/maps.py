@@ -60,7 +60,7 @@ def draw_map(ax, e: np.ndarray, q: np.ndarray, values: list[str] | None) -> None
     places = (np.concatenate([e, q]) - mean) @ directions[:2].T  # (N + clips, 2)
     for part, size, marker in ((slice(len(e)), 9, "."), (slice(len(e), None), 34, "x")):
         style = dict(cmap="tab10", vmin=0, vmax=9, linewidths=0.9)
-        ax.scatter(*places[part].T, size, colours[part], marker, **style)
+        ax.scatter(*places[part].T, size, colours[part], marker=marker, **style)
     ax.set(xticks=[], yticks=[], xlabel="dots: memories e; crosses: queries q of held-out clips")
 
 

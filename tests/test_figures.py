@@ -19,7 +19,7 @@ from tiny import SETTINGS, SIZE
 import mixture_of_memories
 from data import Clips, noise_generator
 from evaluate import CineNeuron
-from extras import figures, judge, memories, show
+from extras import figures, judge, maps, memories, show
 from extras.cortex import draw_cortex
 from metrics.held_out import write_retrieved
 from support.runs import brief
@@ -186,6 +186,28 @@ def test_scores_and_attention_are_the_models(run, world, tmp_path):
     assert picture.stat().st_size > 5000
 
 
+def test_the_map_shows_the_streams_of_every_held_out_clip(run, tmp_path, monkeypatch):
+    seen, draw = [], maps.draw_norms
+    monkeypatch.setattr(maps, "draw_norms", lambda ax, norms: seen.append(norms) or draw(ax, norms))
+    figures.main(["map", str(run), "--out", str(tmp_path / "map.png")])
+    model = CineNeuron.from_pretrained(run)
+    recalled = model.remember(Clips("cc2017", 1, "test").averaged())
+    z_f = model.mom.integration.alpha * recalled.z_f
+    streams = torch.stack([recalled.z_t.norm(dim=-1), z_f.norm(dim=-1)], 1)  # (clips, 2, L)
+    np.testing.assert_allclose(seen[0], streams, rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "map.png").stat().st_size > 5000
+
+
+def test_a_shared_folders_results_stand_in_runs(own_run, tmp_path, monkeypatch):
+    (tmp_path / "data").symlink_to(Path("data").resolve())
+    shutil.copytree(own_run / "eval", tmp_path / "runs/cc2017/sub1/given-s0/eval")
+    given = Path(shutil.copytree(own_run / "stage2", tmp_path / "given"))
+    shutil.copytree("films", tmp_path / "films")
+    monkeypatch.chdir(tmp_path)
+    figures.main(["memories", str(given), "--clips", "0", "--stimuli", "films"])
+    assert Path("runs/cc2017/sub1/given-s0/memories.png").is_file() and not list(given.glob("*.png"))
+
+
 def retrieved_by(run: Path, clip: int) -> list[int]:
     return json.loads((run / "eval/retrieved.jsonl").read_text().splitlines()[clip])["retrieved"]
 
@@ -200,7 +222,10 @@ def page_of(command: str, out: Path, *options: str) -> tuple[str, dict]:
 def test_the_page_holds_all_that_it_shows(own_run, tmp_path):
     file = own_run / "stage2/memories.json"
     file.write_text(file.read_text().replace('"caption": "', '"caption": "</script>'))
+    recognised = {"videos": ["0003.mp4"], "seen": {"colour": ["red"], "shape": ["ring"]}}
+    (own_run / "eval/recognised.json").write_text(json.dumps(recognised))
     text, page = page_of(f"memories {own_run} --html", tmp_path / "page.html", "--rows", "4")
+    assert [clip["seen"] for clip in page["clips"] if clip["clip"] in (0, 3)] == ["", "seen as red ring"]
     assert {clip["clip"]: clip["group"] for clip in page["clips"]} == {i: GROUP_OF[i] for i in (0, 3, 2, 4)}
     videos = {}
     for clip in page["clips"]:
