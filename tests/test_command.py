@@ -104,22 +104,6 @@ def test_areas_are_found_with_and_without_their_hemisphere():
             facts.voxels_of("visual,mpfc", voxels[[0, 1, 4]], Path(f"data/{name}/sub1"))
 
 
-def test_a_local_decoder_is_known_by_its_files(tmp_path):
-    for part in ("vae", "text_encoder"):
-        (tmp_path / "wan" / part).mkdir(parents=True)
-        (tmp_path / "wan" / part / "config.json").write_text("{}")
-        (tmp_path / "wan" / part / "model.safetensors").write_text("weights")
-    recipes = facts.decoder_recipes(f"{tmp_path}/wan/.", (9, 32, 48))
-    (tmp_path / "wan" / "vae" / "notes.txt").write_text("no weights")
-    assert facts.decoder_recipes(f"{tmp_path}/wan", (9, 32, 48)) == recipes
-    assert recipes[0] | {"vae": 0} == dict(decoder="wan", vae=0, frames=9, height=32, width=48)
-    (tmp_path / "wan" / "vae" / "model.safetensors").write_text("weighty")
-    latents, text = facts.decoder_recipes(f"{tmp_path}/wan", (9, 32, 48))
-    assert latents["vae"] != recipes[0]["vae"] and text == recipes[1] and text["text_encoder"]
-    hub = facts.decoder_recipes("Wan-AI/Wan", (9, 32, 48))
-    assert hub[0]["decoder"] == "Wan-AI/Wan" and hub[1] == {"decoder": "Wan-AI/Wan", "text_encoder": None}
-
-
 def test_commands_that_prepare_batches_and_words():
     with_decoder = facts.prepare_command("cinebrain", 3, "wan")
     assert with_decoder == "python data.py cinebrain --raw DIR --subject 3 --decoder wan"

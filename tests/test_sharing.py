@@ -24,7 +24,7 @@ from evaluate import CineNeuron
 from metrics import card
 from prepare import facts
 from support import pipelines, shared
-from support.files import write_json, writing_array
+from support.files import writing_array
 
 RUN = Path("runs/cc2017/sub1/full-s0")
 PARTS = "brain_model config.json heads lora memories.json memories.safetensors mixture_of_memories voxels.npz".split()
@@ -95,26 +95,16 @@ def test_the_lines_of_the_card_load_the_model(folder, x, monkeypatch):
     assert hasattr(CineNeuron, text.split("`model.")[1].split("(x).indices`")[0])
 
 
-class Hub:
-    """An HfApi that keeps what it is given."""
-
-    calls: list = []
-
-    def create_repo(self, repo_id, private, exist_ok):
-        self.calls.append(("create", repo_id, private, exist_ok))
-        return type("Repo", (), {"repo_id": repo_id if "/" in repo_id else f"lab/{repo_id}"})
-
-    def upload_folder(self, repo_id, folder_path):
-        shutil.copytree(folder_path, "uploaded")
-        self.calls.append(("upload", repo_id))
-        return type("Commit", (), {"commit_url": f"https://huggingface.co/{repo_id}/commit/1"})
-
-
 def test_push_and_load_by_name(model, x, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(card, "HfApi", Hub)
-    assert model.push_to_hub("subject-1", private=True).endswith("lab/subject-1/commit/1")
-    assert Hub.calls == [("create", "subject-1", True, True), ("upload", "lab/subject-1")]
+    hub = Mock()
+    hub.create_repo.return_value.repo_id = "lab/subject-1"
+    hub.upload_folder.side_effect = lambda repo_id, folder_path: (
+        shutil.copytree(folder_path, "uploaded") and Mock(commit_url=f"huggingface.co/{repo_id}/commit/1")
+    )
+    monkeypatch.setattr(card, "HfApi", lambda: hub)
+    assert model.push_to_hub("subject-1", private=True) == "huggingface.co/lab/subject-1/commit/1"
+    hub.create_repo.assert_called_once_with("subject-1", private=True, exist_ok=True)
     assert 'from_pretrained("lab/subject-1")' in Path("uploaded/README.md").read_text()
     download = Mock(return_value="uploaded")
     monkeypatch.setattr(shared, "snapshot_download", download)
@@ -140,16 +130,6 @@ def test_a_model_is_located(tiny_copy, monkeypatch):
     for name in ("runs/none", "none", RUN):
         with pytest.raises(FileNotFoundError, match=f"{name}/stage2/config.json is not there"):
             shared.locate(name)
-
-
-def test_the_first_folder_that_holds_a_finished_run_is_started_from(tmp_path):
-    places = [tmp_path / name for name in ("absent", "one", "two")]
-    for place, seed in zip(places[1:], (7, 8), strict=True):
-        write_json(place / "config.json", {"subject": 1, "step": 4, "steps_in_all": 4, "seed": seed})
-    folder, stored = shared.finished_run(places, {"subject": 1}, {"subject": int}, "train")
-    assert folder == places[1] and stored["seed"] == 7
-    with pytest.raises(FileNotFoundError, match="absent/config.json is not there: train"):
-        shared.finished_run(places[:1], {}, {}, "train")
 
 
 # ---------------------------------------------------------------- a decoder is its bytes, at its revision

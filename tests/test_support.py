@@ -294,7 +294,7 @@ def test_gradients_are_clipped_together_and_averaged(monkeypatch):
         assert a.item() == pytest.approx(-3)
 
 
-def test_bitsandpagekeeps_all_but_the_first_group_in_32_bits(monkeypatch):
+def test_bitsandbytes_keeps_all_but_the_first_group_in_32_bits(monkeypatch):
     parameters = [nn.Parameter(torch.ones(n)) for n in (1, 2, 3)]
     groups = [([p], 0.1 * (k + 1)) for k, p in enumerate(parameters)]
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
@@ -321,10 +321,6 @@ def test_precision_and_compilation(monkeypatch):
     for device, precision in (("cpu", "fp32"), ("cuda", "bf16")):
         assert training.precision_of(SimpleNamespace(precision=None), torch.device(device)) == precision
         assert training.precision_of(SimpleNamespace(precision="x"), torch.device(device)) == "x"
-    x = torch.ones(2, 2)
-    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        with training.autocast(x, precision):
-            assert (x @ x).dtype == dtype
     calls = []
     block = SimpleNamespace(compile=lambda: calls.append("block"))
     dit = SimpleNamespace(compile_repeated_blocks=lambda: calls.append("dit"))

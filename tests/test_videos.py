@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from support.readers import FileFault, MissingFile
+from support.readers import FileFault
 from support.videos import (
     LIMIT,
     SUFFIXES,
@@ -194,12 +194,6 @@ def test_no_cover_and_no_longer_sound_are_shown_and_pixels_are_as_wide_as_told(
     assert near(read_video(tmp_path / name).frames, shown)
     assert near(read_clip(tmp_path / name, 1.0, 1.0), shown[10:])
     assert video_info(tmp_path / name).duration == pytest.approx(2.0, abs=0.02)
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "a.npy"])
-def test_a_video_that_is_not_there_is_missing(name: str, tmp_path):
-    with pytest.raises(MissingFile, match=f"{name} is not there: "):
-        read_video(tmp_path / name)
 
 
 @pytest.mark.parametrize(
