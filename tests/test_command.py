@@ -3,7 +3,6 @@ facts of the datasets, as published."""
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from prepare import command, facts
@@ -86,22 +85,6 @@ def test_each_subject_of_the_toy_world_has_films_of_its_own():
     for name, subject, end in (("toy", 1, ""), ("toy", 2, "-2"), ("cc2017", 2, ""), ("cinebrain", 3, "")):
         assert facts.stimuli_folder(name, subject) == Path(f"data/{name}/stimuli{end}")
         assert facts.raw_folder(name, subject) == Path(f"data/{name}/raw{end}")
-
-
-def test_areas_are_found_with_and_without_their_hemisphere():
-    areas = np.array(["L_V1", "R_V1", "L_V10", "hippocampus_left", "R_32"])
-    assert facts.in_areas(areas, ["V1"]).tolist() == [True, True, False, False, False]
-    assert facts.in_areas(areas, ["R_V1", "hippocampus_left"]).tolist() == [False, True, False, True, False]
-    voxels = np.array(["R_4", "R_FFC", "hippocampus_right", "L_d32", "L_V1"])
-    folder = Path("data/cinebrain/sub1")
-    assert facts.voxels_of("visual", voxels, folder).tolist() == [1, 4]
-    assert facts.voxels_of("mpfc,visual", voxels, folder).tolist() == [1, 3, 4]
-    with pytest.raises(ValueError, match=r"--rois visual,V1: \['V1'\] unknown"):
-        facts.voxels_of("visual,V1", voxels, folder)
-    message = "none of the voxels of data/{0}/sub1 lies in mpfc, they are in L_V1, R_4, R_FFC ...{1}"
-    for name, advice in (("cinebrain", "; prepare the CIFTI runs, or"), ("cc2017", ":")):
-        with pytest.raises(ValueError, match=message.format(name, advice)):
-            facts.voxels_of("visual,mpfc", voxels[[0, 1, 4]], Path(f"data/{name}/sub1"))
 
 
 def test_commands_that_prepare_batches_and_words():

@@ -1,7 +1,6 @@
 """The folder of a finished model: it needs no data/, gives the same videos bit by bit; shared, it has a card that says
 what it is. Damage to it: test_faults.py."""
 
-import json
 import os
 import re
 import shutil
@@ -67,21 +66,6 @@ def test_the_folder_holds_what_the_run_holds(tiny, folder):
     assert sorted(file.name for file in folder.iterdir()) == sorted([*PARTS, "README.md"])
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert len(files) > 10 and {file.stat().st_mode & 0o777 for file in files} == {0o640}  # as the umask was
-
-
-def test_its_memories_and_voxels_are_those_of_the_data(tiny, folder):
-    """In their order: what was prepared is read as files."""
-    model, data = CineNeuron.from_pretrained(folder), tiny / "data" / "cc2017"
-    stimuli = data / "stimuli" / "train"
-    assert model.lines == [json.loads(line) for line in open(stimuli / "clips.jsonl")]
-    for k, name in ((0, "e_txt"), (2, "e_act")):
-        np.testing.assert_allclose(model.pool.e[:, k], np.load(stimuli / f"{name}.npy"), atol=1e-6)
-    tokens, offsets = (np.load(stimuli / "wan" / f"text_{name}.npy") for name in ("tokens", "offsets"))
-    for i, caption in enumerate(model.pool.captions):
-        assert np.array_equal(caption, tokens[offsets[i] : offsets[i + 1]])
-    empty, voxels = np.load(stimuli.parent / "wan/empty_prompt.npy"), np.load(data / "sub1" / "voxels.npz")
-    assert np.array_equal(model.empty, empty) and empty.any()
-    assert all(np.array_equal(model.voxels[name], voxels[name]) for name in ("index", "roi"))
 
 
 def test_the_lines_of_the_card_load_the_model(folder, x, monkeypatch):
