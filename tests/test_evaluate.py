@@ -371,7 +371,8 @@ def test_one_recording_becomes_one_video(model, x, tmp_path, monkeypatch, capsys
     assert main(parse([*options.split(), f"{tmp_path}/y.mp4"], "")) == 0
     assert f"written: {tmp_path}/y.mp4; it recalls: {caption}\n" in capsys.readouterr().out
     video = read_video(tmp_path / "y.mp4")
-    assert abs(video.frames - model.reconstruct(x[7:8])[0].astype(int)).mean() < 3 and video.fps == 10
+    assert abs(video.frames - model.reconstruct(x[7:8])[0].astype(int)).mean() < 3
+    assert video.fps == pytest.approx(10)
     shutil.copytree(RUN.with_name("no-integration-s0"), RUN.with_name("full-s2"))
     calls, video = [], np.zeros((1, *SIZE, 3), np.uint8)
     monkeypatch.setattr(CineNeuron, "reconstruct", lambda self, *words: calls.append(words) or video)
