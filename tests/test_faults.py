@@ -284,7 +284,6 @@ TABLE = [
     (read_checkpoint, "a.pt", pt({"a": Bomb()}), CODE),
     (read_floats, "absent.npy", lambda path: None, "absent.npy is not there: delete it and make it anew"),
     # what is prepared
-    (s1, f"{SUBJECT}/train/fmri.npy", first(np.inf), "train/fmri.npy: found .*python data.py"),
     (s1, f"{SUBJECT}/train/recorded.npy", Path.unlink, "recorded.npy is not there: python data.py cc2017"),
     (s1, f"{SUBJECT}/voxels.npz", half, "voxels.npz"),
     (s1, f"{STIMULI}/train/e_txt.npy", array(lambda x: x.astype(np.float64)), "e_txt.npy: found float64.*manifest.json"),

@@ -384,7 +384,7 @@ def begin(root: Path, total: int = TOTAL, accelerator=None, **settings) -> RunFo
     return RunFolder(folder, settings, total, "losses.png", accelerator or Accelerator(cpu=True), may_change)
 
 
-def fit(root: Path, steps=99, at_step=lambda step: None, write_once=None, sample=None, **settings) -> dict:
+def fit(root: Path, steps=99, at_step=lambda step: None, sample=None, **settings) -> dict:
     """A regression on data drawn by step, `steps` of its steps at most. Returns its weights."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
@@ -396,7 +396,7 @@ def fit(root: Path, steps=99, at_step=lambda step: None, write_once=None, sample
 
     with begin(root, **settings) as run:
         state = {"model": model, "optimiser": optimiser, "schedule": schedule}
-        run.restore(state, {"model": write}, write_once, sample)
+        run.restore(state, {"model": write}, None, sample)
         assert schedule.last_epoch == run.first_step
         for step, _ in zip(run.steps(), range(steps), strict=False):
             x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
@@ -450,26 +450,6 @@ def test_after_a_kill_at_any_moment_the_end_is_the_same(tmp_path, monkeypatch):
         assert all(torch.equal(x, weights[name]) for name, x in fit(root).items())
         assert rows_of(root) == rows
     assert k > 12
-
-
-def test_what_is_due_after_a_step(tmp_path):
-    """Saved, validated, logged and drawn at their steps, the last among them; once, what is written once."""
-    samples, folders, config = [], [], stage(tmp_path) / "config.json"
-    saved = {}
-    every = dict(save_every=3, log_every=4, sample_every=2)
-
-    def at_step(step: int) -> None:
-        saved[step] = read_json(config)["step"] if config.exists() else 0
-
-    fit(tmp_path, at_step=at_step, write_once=folders.append, sample=samples.append, **every)
-    assert list(saved.values()) == [0, 0, 0, 3, 3, 3, 6] and read_json(config)["step"] == TOTAL
-    rows = {row["step"]: row for row in rows_of(tmp_path)}
-    assert [*rows] == [0, 2, 4, 5, 6] and [step for step in rows if "held out" in rows[step]] == [2, 5, 6]
-    assert rows[5]["held out"] == 5 and {"loss", "image", "norm", "lr"} <= rows[0].keys()
-    assert samples == [stage(tmp_path) / f"samples/step-{n:06d}.gif" for n in (2, 4, 6, 7)]
-    assert folders == [stage(tmp_path)]
-    fit(tmp_path / "none", sample_every=0, sample=samples.append)
-    assert len(samples) == 4
 
 
 def test_a_run_is_new_or_goes_on_or_is_finished(tmp_path, windows):
@@ -599,19 +579,3 @@ def pipe_without_reader() -> int:
     reader, writer = os.pipe()
     os.close(reader)
     return writer
-
-
-def test_one_error_of_several_processes_is_printed_once(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for name, value in {"WORLD_SIZE": "2", "MASTER_PORT": "7"}.items():
-        monkeypatch.setenv(name, value)
-    for text in ("first", "second"):
-        runs.say(text)
-    (marker,) = tmp_path.iterdir()
-    os.utime(marker, (0, 0))  # of an old launch
-    for text in ("third", "fourth"):
-        runs.say(text)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    for _ in range(2):
-        runs.say("alone")
-    assert capsys.readouterr().err.split() == ["first", "third", "alone", "alone"]
