@@ -294,6 +294,18 @@ def test_gradients_are_clipped_together_and_averaged(monkeypatch):
         assert a.item() == pytest.approx(-3)
 
 
+def test_gradients_travel_in_few_messages_of_one_type(monkeypatch):
+    sent = []
+    monkeypatch.setattr(training.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(training.dist, "all_reduce", lambda x: sent.append(x.numel()) or x.mul_(3))
+    monkeypatch.setattr(training, "MESSAGE", 100)
+    gradients = [torch.randn(n, 3) for n in (5, 1, 7, 200)] + [torch.randn(4, dtype=torch.float64)]
+    expected = [1.5 * g for g in gradients]
+    training.average(gradients)
+    assert sent == [39, 600, 4]
+    torch.testing.assert_close(gradients, expected)
+
+
 def test_bitsandbytes_keeps_all_but_the_first_group_in_32_bits(monkeypatch):
     parameters = [nn.Parameter(torch.ones(n)) for n in (1, 2, 3)]
     groups = [([p], 0.1 * (k + 1)) for k, p in enumerate(parameters)]
