@@ -236,12 +236,12 @@ def test_the_command_line_stands_over_the_preset_over_the_defaults(words: str, c
 
 
 def test_errors_and_help_name_the_range_and_the_default(capsys):
-    for words in (["--drop 1"], ["--tau nan"], ["", "--names", "a\0b"], ["--help"]):
+    for words in (["--drop 1"], ["--tau inf"], ["", "--names", "a\0b"], ["--help"]):
         with pytest.raises(SystemExit):
             ask(*words)
     text, error = capsys.readouterr()
     text = " ".join(text.split())
-    for message in ("--drop 1.0: wanted at least 0 and below 1", "null character", "--tau nan"):
+    for message in ("--drop 1.0: wanted at least 0 and below 1", "null character", "--tau inf"):
         assert message in error
     for message in ("in % of nothing [default: 0.07]", "steps [default: 10; toy: 5]", "--no-cls"):
         assert message in text
