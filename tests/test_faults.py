@@ -383,9 +383,7 @@ TOGETHER = [
     ("ev", "--out x.gif", "--out without --fmri or --pairs"), ("pairs", "--shuffle", "--shuffle with --pairs"),
     ("pairs", "--guidance 0", "--guidance with --pairs"), ("fmri", "--clips 3", "--clips with --fmri"),
     # a run of other settings is never continued: what is a difference, and both values
-    ("s1again", "--steps 12 --lambda_1 0", "lambda_1 1.0 (now 0.0), steps 4 (now 12)"),
     ("s1again", "--dropout 0.1 --lr 1 --rank 2 --tau 1 --layers 2", "layers 1 (now 2), lr 0.0001 (now 1.0), rank 4 (now 2) and 1 more"),
-    ("s2again", "--K 4", "K 5 (now 4)"),
 ]  # fmt: skip
 
 

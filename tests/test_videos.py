@@ -40,14 +40,12 @@ def near(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and np.abs(a.astype(float) - b).mean((1, 2, 3)).max() < 3
 
 
-def write(
-    path: Path, frames, times=None, rate=10, turned=0, options=None, kind=None, sound=0, cover=False, **codecs
-):
+def write(path: Path, frames, times=None, rate=10, turned=0, options=None, sound=0, **codecs) -> None:
     """A video by libav, its frames shown at `times` in s, or at a rate; `turned`: degrees that a header says. With
-    so many seconds of silence, a cover picture before it, settings of its codec."""
-    codec = {".webm": "libvpx", ".avi": "mpeg4", ".mpg": "mpeg1video"}.get(path.suffix, "libx264")
-    with av.open(str(path), "w", format=kind, options=options or {}) as out:
-        jpeg, silence = cover and out.add_stream("mjpeg"), sound and out.add_stream("libopus", rate=48_000)
+    so many seconds of silence, settings of its codec."""
+    codec = {".webm": "libvpx", ".avi": "mpeg4"}.get(path.suffix, "libx264")
+    with av.open(str(path), "w", options=options or {}) as out:
+        silence = sound and out.add_stream("libopus", rate=48_000)
         stream = out.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.bit_rate = "yuv420p", 2_000_000
@@ -57,9 +55,6 @@ def write(
             stream.set_display_rotation(turned)
         for name, value in codecs.items():
             setattr(stream.codec_context, name, value)
-        if cover:
-            jpeg.width, jpeg.height, jpeg.pix_fmt = 16, 16, "yuvj420p"
-            out.mux(jpeg.encode(av.VideoFrame(16, 16, "yuvj420p")) + jpeg.encode())
         for start in range(0, int(48_000 * sound), 960):
             frame = av.AudioFrame.from_ndarray(np.zeros((1, 960), np.float32), format="fltp", layout="mono")
             frame.sample_rate, frame.pts = 48_000, start
@@ -182,13 +177,10 @@ def test_what_is_no_whole_video_is_one_error(name: str, tmp_path):
     ("a.mkv", {"sample_aspect_ratio": Fraction(2)}, 2, 1),
     ("a.mp4", {"sample_aspect_ratio": Fraction(1, 3)}, 1, 3),
     ("a.mkv", {"sound": 3}, 1, 1),
-    ("a.mkv", {"cover": True}, 1, 1),
     ("a.mkv", {"options": {"live": "1"}}, 1, 1),  # whose header does not say how long it is
     ("a.avi", {"max_b_frames": 2}, 1, 1),
 ])  # fmt: skip
-def test_no_cover_and_no_longer_sound_are_shown_and_pixels_are_as_wide_as_told(
-    name, settings, wider, higher, tmp_path
-):
+def test_no_longer_sound_is_shown_and_pixels_are_as_wide_as_told(name, settings, wider, higher, tmp_path):
     write(tmp_path / name, film(), **settings)
     shown = film().repeat(wider, 2).repeat(higher, 1)
     assert near(read_video(tmp_path / name).frames, shown)
