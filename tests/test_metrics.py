@@ -10,6 +10,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -38,7 +39,7 @@ import metrics.options
 import metrics.pairs
 import metrics.score
 from evaluate import Config, main
-from metrics import card, features, motion, pixels
+from metrics import card, features, motion, pixels, retrieval
 from metrics.classes import Classifier, n_way_top_k
 from metrics.intervals import blocks_of, difference
 from metrics.pairs import Source, Watched, find_pairs, other_scenes, watch
@@ -855,7 +856,19 @@ def test_runs_that_cannot_be_compared(four_runs, tmp_path):
             main(parse(f"--data cc2017 --compare full {second}".split()))
 
 
-# -- the card ---------------------------------------------------------------------------------
+# -- stage 1's table, the card ---------------------------------------------------------------------------------
+
+
+def test_stage_1s_table_is_of_images_captions_and_actions():
+    """A Brain Model that reads images and actions out of the fMRI; captions are those of other clips."""
+    f_c = nn.functional.normalize(torch.randn(70, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    targets = SimpleNamespace(e_img=f_c, e_txt=f_c.roll(1, 0), e_act=f_c, categories=f_c[:, :3] > 0)
+    brain_model = Mock(side_effect=lambda x: (x[:, 0], None), parameters=lambda: iter([torch.ones(1)]))
+    heads = lambda f_c, e_img: (e_img, f_c, f_c[:, :3])  # noqa: E731
+    far = ~np.eye(70, dtype=bool)
+    fmri, shuffled, _ = retrieval.with_controls(brain_model, heads, f_c[:, None], targets, far).values()
+    assert fmri["image top-1"] == fmri["action 50-way"] == fmri["category mAP"] == pytest.approx(1)
+    assert fmri["text top-1"] < 0.2 and shuffled["image top-1"] < 0.2
 
 
 def test_the_cards_numbers_stand_below_their_heads():
