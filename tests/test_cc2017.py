@@ -145,6 +145,9 @@ def test_a_film_of_another_length_is_refused_beforehand(empty_release):
 def test_windows_keep_240_volumes_after_trimming_and_delay(empty_release):
     source = PurdueRelease(empty_release, subject=1)
     assert (source.repeats("seg1"), source.repeats("test1")) == (2, 10)
+    late = {f"test{n}": (4, 240) for n in (2, 3, 4, 5)}
+    windows = {segment: source.window(segment) for segment in source.segments}
+    assert windows == dict.fromkeys(source.segments, (3, 240)) | late
     assert PurdueRelease(empty_release, 1, delay=0).window("test5") == (2, 240)
     assert PurdueRelease(empty_release, 1, delay=4).window("seg1") == (5, 240)
     for delay in (5, -1):
