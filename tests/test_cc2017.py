@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from fractions import Fraction
 from itertools import islice
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_preprocessing import polyfit
 
 from prepare import cc2017
 from prepare.captions import describe_clips, read_captions
-from prepare.cc2017 import NeuroClipsRelease, NeuroClipsWithFilms, PurdueRelease
+from prepare.cc2017 import NeuroClipsRelease, NeuroClipsWithFilms, PurdueRelease, load_pt
 from prepare.cifti import mmp_areas
 from prepare.command import main
 from prepare.fmri import load_response
@@ -301,3 +302,15 @@ def test_bad_input_of_the_neuroclips_release_is_named(neuroclips, tmp_path):
     place = r"subj01_test_fmri.pt\[240:480, 3\]: found inf at \(7, 5\), wanted finite .*: download it again"
     with pytest.raises(ValueError, match=place):
         source().load_run("test2", 3)
+
+
+def test_what_is_no_pt_file_or_needs_pickle_is_named(tmp_path):
+    """That no pickle runs: test_bombs.py."""
+    path = tmp_path / "GT_test_caption.pt"
+    for content in (b"<html>not here</html>", b"PK"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="GT_test_caption.pt: found [0-9]+ bytes, truncated or"):
+            load_pt(path)
+    torch.save(np.array(["a", Fraction(1)], dtype=object), path)
+    with pytest.raises(ValueError, match="GT_test_caption.pt needs pickle.*weights_only=False"):
+        load_pt(path)

@@ -70,6 +70,28 @@ def test_the_toy_world_is_prepared_for_its_subject(monkeypatch):
     assert calls == [{"subject": 3}]
 
 
+@pytest.mark.parametrize(
+    ("options", "kind", "folders", "sizes"),
+    [
+        (["cc2017", "--raw", "a"], "cc2017.PurdueRelease", ["a"], (18, 5)),
+        (["cc2017", "--fmri-release", "b"], "cc2017.NeuroClipsRelease", ["b"], (18, 5)),
+        (["cc2017", "--raw", "a", "--fmri-release", "b"], "cc2017.NeuroClipsWithFilms", ["b", "a"], (18, 5)),
+        (["cinebrain", "--raw", "a"], "cinebrain.CineBrainRelease", ["a"], (18, 2)),
+    ],
+)
+def test_the_folders_say_which_release_is_read(options, kind, folders, sizes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"prepare.{kind}", lambda *args: args)
+    for folder in "ab":
+        Path(folder).mkdir()
+    calls = []
+    record = lambda config: calls.append((config.window, command.open_release(config)))  # noqa: E731
+    monkeypatch.setattr(command, "prepare", record)
+    command.main([*options, "--subject", "2", "--delay", "3"])
+    window = 5 if options[0] == "cinebrain" else 1
+    assert calls == [(window, (*map(Path, folders), 2, 3, *sizes))]
+
+
 def test_the_sizes_are_those_of_table_1_and_the_publications():
     assert facts.SIZES["cc2017"] == {"train": (18, 240), "test": (5, 240)}  # 4,320 and 1,200 clips
     assert facts.SIZES["cinebrain"] == {"train": (18, 270), "test": (2, 270)}  # 4,860 and 540

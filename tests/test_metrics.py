@@ -517,6 +517,20 @@ def test_neighbours_are_measured_at_the_times_of_the_coarsest_of_a_table(tmp_pat
     np.testing.assert_array_equal(means["common", "coarse"], means["own", "coarse"])
 
 
+def test_ranked_picture_goes_from_best_to_worst(tmp_path):
+    """Of ten predictions the two best, two in the middle and the two worst; black is worst."""
+    gt, order = [moving(2, 48, 64, seed=i) for i in range(10)], np.random.default_rng(0).permutation(10)
+    ours = [(v * (1 - 0.09 * k)).astype(np.uint8) for v, k in zip(gt, order, strict=True)]
+    main(Config(**PIXELS | {"size": "native"}, pairs=str(write_pairs(tmp_path, gt, ours=ours))))
+    ssim = [row["ssim"] for row in results_of(tmp_path)["clips"]]
+    assert np.argsort(ssim)[::-1].tolist() == np.argsort(order).tolist()
+    sheet = order[[0, 2, 4, 5, 7, 9]]  # evenly spread
+    for file, brightness in (("ranked.png", np.array([0, 1, 4, 5, 8, 9])), ("sheet.png", sheet)):
+        with Image.open(tmp_path / "metrics" / file) as page:
+            ratio = [upper(page, row, 1, 6, 2).mean() / upper(page, row, 0, 6, 2).mean() for row in range(6)]
+        np.testing.assert_allclose(ratio, 1 - 0.09 * brightness, atol=0.05)
+
+
 VALUES = {  # of clips 0 ... 2 [value, value against another stimulus]
     "video_50way": [[0.5, 0.1], [0.9, 0.2], [0.1, 0.0]],
     "delta_dynamic_degree": [[-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]],

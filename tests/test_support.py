@@ -4,6 +4,7 @@ files: test_faults.py."""
 import ast
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -367,6 +368,21 @@ def test_a_run_is_on_cuda_or_the_cpu_unless_another_is_asked_for(monkeypatch):
         training.start("mps")
 
 
+@pytest.mark.parametrize(("variable", "value", "message"), [
+    ("ACCELERATE_USE_DEEPSPEED", "true", "not installed .DeepSpeed.*wanted plain"),
+    ("ACCELERATE_MIXED_PRECISION", "fp16", "accelerate is set to fp16: wanted plain .* --precision bf16 or fp32"),
+])  # fmt: skip
+def test_what_accelerate_is_set_to_and_is_not_done_is_one_line(variable, value, message, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=message):
+        training.start()
+    monkeypatch.delenv(variable)
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP, device=torch.device("cpu"))
+    monkeypatch.setattr(training, "Accelerator", lambda **_: sharded)
+    with pytest.raises(ValueError, match="FSDP: wanted plain data parallelism"):
+        training.start()
+
+
 def test_the_networks_beside_the_code_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("toy/wan", "toy/nowhere", "lab/model", "local-dir:toy/clip", ""):
@@ -575,6 +591,13 @@ def test_the_door(at_the_door):
     with pytest.raises(KeyError):  # a bug keeps its traceback
         door(lambda: throw(KeyError("bug")))
     assert len(brief(ValueError("long " * 999))) <= 600
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_what_a_code_page_lacks_is_replaced(encoding: str, at_the_door, monkeypatch):
+    page = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(page, encoding))
+    assert at_the_door(lambda: print("100 ↑ 視")) == (0, "") and page.getvalue() == b"100 ? ?\n"
 
 
 @pytest.mark.parametrize(("opened", "status", "error"), [

@@ -104,6 +104,14 @@ def test_a_still_picture_lasts(tmp_path):
         assert video.fps == 8 and near(video.frames, film(1).repeat(n, 0))
 
 
+def test_what_follows_the_end_of_a_gif_does_not_matter(tmp_path):
+    write_video(tmp_path / "a.gif", film(), 10)
+    with open(tmp_path / "a.gif", "ab") as file:
+        file.write(b"anything")
+        file.truncate(file.tell() + (1 << 33))  # nor how long it is
+    assert near(read_video(tmp_path / "a.gif").frames, film())
+
+
 def test_a_trimmed_film_is_whole(tmp_path):
     """It holds all samples, but an edit list shows only those from the fifth on, and calls that the beginning."""
     write(tmp_path / "a.mp4", film(), options={"movflags": "faststart"})
@@ -239,6 +247,20 @@ def test_a_film_begins_with_its_first_frame_and_times_are_rounded(tmp_path):
     first, second = read_clips(tmp_path / "a.mp4", 2, 1.0)
     assert near(first, film()[:10]) and near(second, film()[10:])
     assert near(read_clip(tmp_path / "a.mp4", 1.0, 1.0), film()[10:])
+
+
+def test_a_clip_is_found_by_seeking_past_what_is_damaged(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, film().repeat(4, 0), 10, keyframe_every=10)
+    with av.open(str(path)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    for start, size in places[40:50]:
+        data[start : start + size] = bytes(size)
+    path.write_bytes(data)
+    assert near(read_clip(path, 6.0), film().repeat(4, 0)[60:])
+    with pytest.raises(FileFault):
+        read_clip(path, 4.0)
 
 
 def test_a_film_of_another_rate_or_length_is_an_error(tmp_path):
