@@ -3,6 +3,7 @@ facts of the datasets, as published."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from prepare import command, facts
@@ -12,13 +13,16 @@ from support.runs import FolderLock
 RAW = ["--raw", "."]
 
 
-WRONG = [
-    (["cc2017", *RAW, "--window", "241"], "--window 241: wanted at least 1 and at most 240"),
-    (["nothing"], "--data nothing: there are toy, cc2017, cinebrain"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), WRONG)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["cc2017", *RAW, "--window", "241"], "--window 241: wanted at least 1 and at most 240"),
+        (["cc2017", *RAW, "--delay", "-1"], "--delay -1: wanted at least 0"),
+        (["cc2017", *RAW, "--test-segments", "two"], "argument --test_segments/--test-segments: invalid int"),
+        (["nothing"], "--data nothing: there are toy, cc2017, cinebrain"),
+        (["cc2017", *RAW, "--win", "2"], "unrecognized arguments: --win"),
+    ],
+)
 def test_wrong_options_end_in_one_line(options, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main(options)
@@ -32,8 +36,10 @@ def test_wrong_options_end_in_one_line(options, message, capsys):
     [
         ([], "which dataset.*python data.py toy or cc2017 or cinebrain"),
         (["cinebrain", *RAW, "--subject", "7"], "--subject 7: cinebrain has subjects 1 to 6"),
+        (["cinebrain", *RAW, "--test-segments", "3"], "--test_segments 3: cinebrain has 2"),
         (["cc2017", *RAW, "--captions", "a", "b", "c"], "--captions: 3 files are given, wanted one, or"),
         (["cc2017", *RAW, "--frames", "9"], "--frames without --decoder"),
+        (["toy", "--height", "9"], "--height: toy does not use it"),
         (["cinebrain", "--fmri-release", "."], "--fmri_release: cinebrain does not use it"),
         (["cc2017", *RAW, "--fmri-release", "nowhere"], "nowhere is not there: give the folder"),
         (["cc2017", *RAW], "has no subject1/fmri below it, the recordings of the subject: download it"),
@@ -60,6 +66,11 @@ def test_two_at_once_do_not_prepare_one_dataset(tmp_path, monkeypatch):
         pytest.raises(ValueError, match="data/cc2017: another process works"),
     ):
         command.main(["cc2017", *RAW])
+    with (
+        FolderLock(Path("data/toy")),
+        pytest.raises(ValueError, match="data/toy: another process works in it"),
+    ):
+        command.main(["toy"])
     assert not [*tmp_path.iterdir()]
 
 
@@ -109,7 +120,55 @@ def test_each_subject_of_the_toy_world_has_films_of_its_own():
         assert facts.raw_folder(name, subject) == Path(f"data/{name}/raw{end}")
 
 
-def test_commands_that_prepare_batches_and_words():
+def test_areas_are_found_with_and_without_their_hemisphere():
+    areas = np.array(["L_V1", "R_V1", "L_V10", "hippocampus_left", "R_32"])
+    assert facts.in_areas(areas, ["V1"]).tolist() == [True, True, False, False, False]
+    assert facts.in_areas(areas, ["R_V1", "hippocampus_left"]).tolist() == [False, True, False, True, False]
+    voxels = np.array(["R_4", "R_FFC", "hippocampus_right", "L_d32", "L_V1"])
+    folder = Path("data/cinebrain/sub1")
+    assert facts.voxels_of("visual", voxels, folder).tolist() == [1, 4]
+    assert facts.voxels_of("mpfc,visual", voxels, folder).tolist() == [1, 3, 4]
+    with pytest.raises(ValueError, match=r"--rois visual,V1: \['V1'\] unknown"):
+        facts.voxels_of("visual,V1", voxels, folder)
+    message = "none of the voxels of data/{0}/sub1 lies in mpfc, they are in L_V1, R_4, R_FFC ...{1}"
+    for name, advice in (("cinebrain", "; prepare the CIFTI runs, or"), ("cc2017", ":")):
+        with pytest.raises(ValueError, match=message.format(name, advice)):
+            facts.voxels_of("visual,mpfc", voxels[[0, 1, 4]], Path(f"data/{name}/sub1"))
+
+
+def test_a_local_decoder_is_known_by_its_files(tmp_path):
+    for part in ("vae", "text_encoder"):
+        (tmp_path / "wan" / part).mkdir(parents=True)
+        (tmp_path / "wan" / part / "config.json").write_text("{}")
+        (tmp_path / "wan" / part / "model.safetensors").write_text("weights")
+    recipes = facts.decoder_recipes(f"{tmp_path}/wan/.", (9, 32, 48))
+    (tmp_path / "wan" / "vae" / "notes.txt").write_text("no weights")
+    assert facts.decoder_recipes(f"{tmp_path}/wan", (9, 32, 48)) == recipes
+    assert recipes[0] | {"vae": 0} == dict(decoder="wan", vae=0, frames=9, height=32, width=48)
+    (tmp_path / "wan" / "vae" / "model.safetensors").write_text("weighty")
+    latents, text = facts.decoder_recipes(f"{tmp_path}/wan", (9, 32, 48))
+    assert latents["vae"] != recipes[0]["vae"] and text == recipes[1] and text["text_encoder"]
+    hub = facts.decoder_recipes("Wan-AI/Wan", (9, 32, 48))
+    assert hub[0]["decoder"] == "Wan-AI/Wan" and hub[1] == {"decoder": "Wan-AI/Wan", "text_encoder": None}
+
+
+def test_what_is_not_prepared_is_named_with_the_way_to_it(tmp_path):
+    (there := tmp_path / "fmri.npy").touch()
+    gone = tmp_path / "gone.npy"
+    facts.check_prepared("cc2017", 2, [there], [there])
+    for name, files, derived, message in (
+        ("cc2017", [there, gone], [there], "(?s)data/cc2017 is not prepared for subject 2.*gone.npy is not"),
+        (
+            "cc2017",
+            [there],
+            [gone],
+            "gone.npy is not there: python data.py cc2017 --raw DIR --subject 2 makes",
+        ),
+        ("toy", [gone], [], "gone.npy is not there: python data.py toy --subject 2 makes the toy world"),
+        ("toy", [there], [gone], "gone.npy is not there: train_stage1.py makes it"),
+    ):
+        with pytest.raises(MissingData, match=message):
+            facts.check_prepared(name, 2, files, derived)
     with_decoder = facts.prepare_command("cinebrain", 3, "wan")
     assert with_decoder == "python data.py cinebrain --raw DIR --subject 3 --decoder wan"
     assert facts.prepare_command("toy", 1, "wan") == "train_stage2.py"

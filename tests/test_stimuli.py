@@ -4,19 +4,24 @@ import errno
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import SEGMENTS, SIZE, Films as Bars, unit
+from tiny import LATENT, SEGMENTS, SIZE, Films as Bars, unit
+from tqdm import tqdm
 
 import prepare.decoder
+from data import Clips
 from prepare import stimuli
 from prepare.decoder import prepare_decoder
 from prepare.facts import VIDEO
 from prepare.release import Release
-from prepare.stimuli import first_sentences, prepare_stimuli
+from prepare.stimuli import encode_all, first_sentences, plan, prepare_stimuli
+from support.pipelines import load_pipeline
+from support.videos import video_frames
 
 
 class Films(Release):
@@ -123,9 +128,13 @@ def test_encodings_are_in_the_order_of_the_clips(films):
     assert len(films.batches) == 5
 
 
-def test_an_encoding_that_stopped_goes_on_where_it_was(films):
-    films.error = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(KeyboardInterrupt(), None), (OSError(errno.ENOSPC, os.strerror(28)), "no room on the disk")],
+)
+def test_an_encoding_that_stopped_goes_on_where_it_was(films, error, message):
+    films.error = error
+    with pytest.raises(type(error), match=message):
         films.prepare()
     assert films.batches == [16, 16]
     films.error, films.source.asked = None, []
@@ -150,7 +159,7 @@ def test_what_was_begun_with_other_captions_is_begun_anew(films):
     with pytest.warns(UserWarning, match="may be in another order"):
         films.prepare(lambda captions: captions[::-1])
     assert films.batches == [16, 16, 16, 16, 16, 16, 8]
-    for name, other in (("clip_name", "other"), ("frames", 4)):
+    for name, other in (("clip_name", "other"), ("viclip_name", "other"), ("frames", 4)):
         key = name.removesuffix("_name")
         with pytest.raises(ValueError, match=f"made with {key} = .*, but {key} = "):
             films.prepare(lambda captions: captions[::-1], **{name: other})
@@ -165,11 +174,66 @@ def test_the_first_sentences_of_a_caption_go_to_clip(films):
         films.prepare()
     for caption, n, first in (
         ("A dog runs. A cat sits.", 1, "A dog runs."),
+        ("A dog runs. A cat sits.", 5, "A dog runs. A cat sits."),
         ("Dr. Cooper and Mr. Wolowitz talk. They eat.", 1, "Dr. Cooper and Mr. Wolowitz talk."),
         ("Is it 3.5 m long? It is.", 1, "Is it 3.5 m long?"),
+        ('A sign says "Stop." A car stops.', 1, 'A sign says "Stop."'),
         ('He waits. "Go." 2 cars go.', 2, 'He waits. "Go."'),
     ):
         assert first_sentences(caption, n) == first
+
+
+def test_encode_all_counts_without_its_bar_and_wants_as_many_clips(monkeypatch):
+    """A progress bar that is not shown (TQDM_DISABLE=1) counts nothing: what is done is counted beside it."""
+    monkeypatch.setattr(stimuli, "plan", lambda title, encode, clips, on_cpu: on_cpu)
+    monkeypatch.setattr(stimuli, "tqdm", lambda **options: tqdm(**options, disable=True))
+    (array,), counts, clips = np.zeros((1, 7)), [], [np.full((1, 1, 1, 3), k) for k in range(2, 7)]
+    encode_all(iter(clips), lambda batch: [batch.mean((1, 2, 3, 4))], [array], 2, counts.append, "test", 3)
+    assert array.tolist() == [0, 0, 2, 3, 4, 5, 6] and counts == [5, 7]
+    encode_all(iter(()), None, [array], 7, counts.append, "test", 3)  # nothing is left to do
+    with pytest.raises(ValueError, match="the films have 1 clips, wanted 7"):
+        encode_all(iter(clips[:1]), lambda batch: [[1]], [array], 0, counts.append, "test", 3)
+
+
+def test_a_plan_encodes_one_clip_and_says_how_long_all_take(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    monkeypatch.setattr(stimuli, "perf_counter", iter([100.0, 103.0]).__next__)
+    assert plan("latents", lambda: None, 1200, on_cpu=5) == 5
+    assert "1,200 clips take about 60.0 minutes; 5 at once" in capsys.readouterr().out
+
+
+def latents_by_diffusers(pipe, video: torch.Tensor) -> torch.Tensor:
+    """(F, H, W, 3) -> (C, f, h, w), by the VAE's own config."""
+    config = pipe.vae.config
+    with torch.no_grad():
+        z = pipe.vae.encode(video.permute(3, 0, 1, 2)[None] / 255 * 2 - 1).latent_dist.mean[0]
+    if getattr(config, "latents_mean", None):
+        mean, std = (torch.tensor(v)[:, None, None, None] for v in (config.latents_mean, config.latents_std))
+        return (z - mean) / std
+    return z * config.scaling_factor
+
+
+@pytest.mark.parametrize("decoder", ["wan", "cogvideox"])
+def test_latents_and_text_are_those_of_each_clip(tiny, decoder):
+    name = str(tiny / "models" / decoder)
+    pipe, L, _ = load_pipeline(name, vae=True, text_encoder=True)
+    for split, length in (("train", 15), ("test", 13)):
+        clips = Clips("cc2017", 1, split, decoder=name, size=SIZE, root=tiny / "data")
+        films = [clip for segment in SEGMENTS[split] for clip in Bars(tiny).read_clips(segment)]
+        for k in (0, length + 3, len(clips) - 1):
+            video = torch.from_numpy(video_frames(films[k], *SIZE))
+            np.testing.assert_allclose(clips.latents[k], latents_by_diffusers(pipe, video), atol=2e-3)
+            padded = dict(return_tensors="pt", padding="max_length", max_length=L)
+            words = pipe.tokenizer(clips.lines[k]["caption"], **padded)
+            mask = words.attention_mask if decoder == "wan" else None
+            with torch.no_grad():
+                tokens = pipe.text_encoder(words.input_ids, attention_mask=mask)
+            n = int(words.attention_mask.sum()) if decoder == "wan" else L
+            np.testing.assert_allclose(clips.texts[k], tokens.last_hidden_state[0, :n], atol=2e-3)
+        assert clips.latents.dtype == clips.texts[0].dtype == np.float16 and clips.empty.dtype == np.float32
+        assert abs(clips.latents[0] - clips.latents[length + 3]).max() > 0.02  # or it says nothing
+        assert clips.empty.shape == (L, clips.texts[0].shape[1])
 
 
 LATENTS = "latents-9x32x48.npy"
@@ -189,7 +253,7 @@ def described(tiny, tmp_path):
     return prepare
 
 
-def test_the_first_sentences_of_a_caption_go_to_the_text_encoder(described, tmp_path):
+def test_the_first_sentences_of_a_caption_go_to_the_text_encoder(described, tmp_path, monkeypatch):
     for split in SEGMENTS:
         file = tmp_path / "cc2017" / "stimuli" / split / "clips.jsonl"
         lines = [json.loads(line) for line in open(file)]
@@ -200,9 +264,14 @@ def test_the_first_sentences_of_a_caption_go_to_the_text_encoder(described, tmp_
     assert (np.diff(offsets) == np.diff(offsets)[0]).all()  # "a red square.", all
     with pytest.raises(ValueError, match="caption_sentences = 1, but caption_sentences = None"):
         described()
+    (folder / "wan" / "empty_prompt.npy").unlink()
+    large = lambda self, texts: [torch.full((2, 16), 7e4)] * len(texts)  # noqa: E731
+    monkeypatch.setattr(prepare.decoder.VideoDecoder, "encode_text", large)
+    with pytest.raises(ValueError, match="wan/text_encoder gives NaN or values beyond float16"):
+        described(sentences=1)
 
 
-def test_latents_that_stopped_go_on_and_what_is_finished_is_left(described, tiny, monkeypatch):
+def test_latents_that_stopped_go_on_and_what_is_finished_is_left(described, tiny, tmp_path, monkeypatch):
     encode, calls = prepare.decoder.VideoDecoder.encode_latents, []
 
     def stop(self, video):
@@ -224,6 +293,13 @@ def test_latents_that_stopped_go_on_and_what_is_finished_is_left(described, tiny
     (folder / "test" / "wan" / "text_offsets.npy").unlink()
     described()  # text alone
     assert len(calls) == 12 and (folder / "test" / "wan" / "text_offsets.npy").is_file()
+    first = (folder / "test" / "wan" / LATENTS).read_bytes()
+    (tmp_path / "cc2017" / "sub1").symlink_to(tiny / "data" / "cc2017" / "sub1")
+    described(smaller := (5, *SIZE[1:]))  # of another size, beside
+    for size, shape in ((SIZE, (26, *LATENT)), (smaller, (26, 4, 2, *LATENT[2:]))):
+        clips = Clips("cc2017", 1, "test", None, tiny / "models/wan", size, tmp_path)
+        assert clips.latents.shape == shape and len(clips.texts) == 26
+    assert (folder / "test" / "wan" / LATENTS).read_bytes() == first
 
 
 def test_presets_are_encoded_in_whole_frames(described, monkeypatch):
