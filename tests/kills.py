@@ -27,15 +27,7 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 from conftest import environment  # noqa: E402
 
 # times, orders of keys
-VOLATILE = (
-    "events.out",
-    "state.pt",
-    "log.jsonl",
-    ".log",
-    "README.md",
-    "manifest.json",
-    "table6-cc2017-sub1.json",
-)
+VOLATILE = "events.out state.pt log.jsonl .log README.md manifest.json table6-cc2017-sub1.json".split()
 
 
 def files_of(root: Path) -> dict[str, str]:
@@ -156,9 +148,7 @@ def commands(root: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--only", nargs="+", help="names of commands")
     args = parser.parse_args()

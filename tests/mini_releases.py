@@ -25,7 +25,6 @@ class Mini:
     folder: Path
     captions: Path
     planted: np.ndarray  # grayordinates that respond to the film
-    pattern: np.ndarray  # (12, planted): the response to each of the 12 contents
 
 
 @cache
@@ -171,7 +170,7 @@ def write_purdue(
             write_cifti(path / f"{name}_{repeat + 1}_Atlas.dtseries.nii", run, columns=columns)
     captions = folder / "captions.jsonl"
     captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Mini(folder, captions, planted, pattern)
+    return Mini(folder, captions, planted)
 
 
 def write_neuroclips(
@@ -192,7 +191,7 @@ def write_neuroclips(
         torch.save(torch.from_numpy(fmri).float(), folder / f"subj01_{split}_fmri.pt")
         torch.save(torch.from_numpy(frames).half() / 255, folder / f"GT_{split}_3fps.pt")
         torch.save(np.array([clips[k][1] for k in order]), folder / f"GT_{split}_caption.pt")
-    return Mini(folder, folder / "GT_train_caption.pt", np.arange(pattern.shape[1]), pattern)
+    return Mini(folder, folder / "GT_train_caption.pt", np.arange(voxels))
 
 
 CLIP_SHAPE = np.array([0.6, 1.0, 1.2, 1.0, 0.8])  # of the response, at the five volumes of CineBrain's clips
@@ -246,4 +245,4 @@ def write_cinebrain(
         write_cifti(files / "dtseries" / name, volumes, cifti_header(len(volumes), 0.8), columns)
     rng.shuffle(captions)  # they are found by the video's name
     (folder / "captions-qwen-2.5-vl-7b.json").write_text(json.dumps(captions))
-    return Mini(folder, folder / "captions-qwen-2.5-vl-7b.json", planted, pattern)
+    return Mini(folder, folder / "captions-qwen-2.5-vl-7b.json", planted)

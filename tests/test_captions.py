@@ -53,8 +53,7 @@ def test_each_format(tmp_path):
     assert read_captions(tmp_path / "videos.json", ["seg1"])[2]["video"] == "/films/2.mp4"
 
 
-@pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize("key", ["clip", "idx"])
+@pytest.mark.parametrize(("key", "first"), [("clip", 0), ("idx", 1)])
 def test_numbers_order_a_list_and_a_segment(tmp_path, first, key):
     order = np.random.default_rng(0).permutation(30)
     records = [{"caption": f"clip {i}", key: int(i) + first} for i in order]
@@ -72,9 +71,8 @@ def test_numbers_order_a_list_and_a_segment(tmp_path, first, key):
 def test_marks_and_blank_last_lines_do_not_matter(tmp_path, encoding):
     rows, wanted = of_segments("seg1"), [*CAPTIONS]
     rows[1]["caption"] = wanted[1] = "two\u2028lines of text"
-    for text in (lines(rows), lines(rows) + "\n \n", "\n".join(map(json.dumps, rows))):
-        (tmp_path / "captions.jsonl").write_text(text, encoding=encoding)
-        assert read(tmp_path / "captions.jsonl") == wanted
+    (tmp_path / "captions.jsonl").write_text(lines(rows) + "\n \n", encoding=encoding)
+    assert read(tmp_path / "captions.jsonl") == wanted
     (tmp_path / "captions.json").write_text(json.dumps(wanted), encoding=encoding)
     assert read(tmp_path / "captions.json") == wanted
 
@@ -89,19 +87,13 @@ def row(**values) -> str:
 
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("a.json", json.dumps({"0": "a dog"}), r"a.json: found dict .*, wanted a list"),
-    ("a.json", "[]", "a.json: found no caption"),
     ("a.json", '["a dog", "a c', "a.json: found .*, wanted JSON"),
-    ("a.json", '["a dog", null]', "a.json, entry 2: found caption = 'None'"),
     ("a.json", '["a dog", " "]', "a.json, entry 2: found an empty caption"),
     ("a.json", row(title="a dog"), "a.json, entry 1: found no caption"),
     ("a.json", row(caption="a dog", tags=[3]), r"entry 1: found tags = \[3\], wanted a list of strings"),
-    ("a.json", row(caption="a dog", categories=[3]), r"found categories = \[3\], wanted a list of strings"),
     ("a.json", numbered([0, 1, 1, 2]), "a.json: found idx 1 twice, wanted numbers 0 to 3, each once"),
     ("a.json", numbered([1, 2, 4, 5], "clip"), "found no clip 3, wanted numbers 1 to 4, each once"),
-    ("a.json", numbered([0, True]), "a.json, entry 2: found idx = 'True'"),
-    ("a.json", numbered([-1, 0]), "a.json: found no idx 1"),
     ("a.jsonl", lines([{"caption": "a dog"}]), "a.jsonl, line 1: found no segment"),
-    ("a.jsonl", lines(of_segments("seg1")[::2]), "a.jsonl, seg1: found no clip 1"),
     ("a.jsonl", '{"segment": "seg1", "caption": "a dog"}\n\n["a cat"]', "a.jsonl, line 2: "),
     *[(f"a.{kind}", "<html>not here</html>", f"a.{kind}") for kind in ("json", "h5", "pt")],
     ("a.txt", "a dog", "a.txt: found the suffix .txt, wanted captions.jsonl"),
@@ -117,16 +109,12 @@ def test_other_contents_are_one_error(tmp_path, monkeypatch):
     with h5py.File(tmp_path / "two.h5", "w") as file:
         file["captions_a"], file["captions_b"] = ["a"], ["b"]
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    (tmp_path / "latin.json").write_bytes('["zwei Männer"]'.encode("latin-1"))
     for file, message in {
         "two.h5": "two.h5: found datasets captions_a, captions_b, wanted one dataset",
         "tensor.pt": "tensor.pt: found Tensor, wanted a list of captions",
-        "latin.json": "latin.json: found .*, wanted a file of UTF-8 text",
     }.items():
         with pytest.raises(ValueError, match=message):
             read(tmp_path / file)
-    with pytest.raises(FileNotFoundError, match="gone.json is not there"):
-        read(tmp_path / "gone.json")
 
     def sleep(command, **options):
         raise subprocess.TimeoutExpired(command, options["timeout"])
@@ -181,10 +169,6 @@ def test_rows_keep_their_tags_and_categories(tmp_path):
     assert [line["categories"] for line in described] == [["food"]] + [["animal", "vehicle"]] * 3
     assert [line["tags"] for line in described] == [[]] + [["car"]] * 3
     assert described[0]["mood"] == "calm" and "idx" not in described[0]
-    for n in (3, 5):
-        (tmp_path / "a.json").write_text(json.dumps(["a dog"] * n))
-        with pytest.raises(ValueError, match=f"a.json has {n} captions for the 4 train clips of 2 segments"):
-            describe_clips(Films(one_film=True), "train", tmp_path / "a.json")
 
 
 def test_of_a_list_for_the_complete_release_the_first_captions_are_taken(tmp_path):

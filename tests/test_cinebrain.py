@@ -137,7 +137,6 @@ def test_preprocessed_volumes_are_taken_as_they_are(short, stimuli, tmp_path):
     for bad, message in (
         (np.zeros(8_404), "8,404 numbers, wanted 8,405 or 18,946"),
         (np.full(8_405, np.nan), "nan at .0,., wanted finite .*"),
-        (np.zeros((8_405, 1)), r"float64 of shape .8405, 1., wanted .*"),
     ):
         np.save(folder / "37.npy", bad)
         with pytest.raises(ValueError, match=f"visual_audio/37.npy: found {message}: unpack"):
@@ -147,9 +146,6 @@ def test_preprocessed_volumes_are_taken_as_they_are(short, stimuli, tmp_path):
         FileNotFoundError, match="episode02 is not .*: wanted .*visual_audio/30.npy to 59.npy"
     ):
         CineBrainRelease(tmp_path / "raw", 3, None, 2, 1)
-    folder.rename(tmp_path / "raw" / "sub_003")  # another name of the folder, and no visual_audio/
-    again = CineBrainRelease(tmp_path / "raw", 3, None, 1, 1)
-    assert again.files("episode01")[4].parent.name == "sub_003"
 
 
 def tree(folder, *subjects: int, films: str = "videos"):
@@ -184,22 +180,15 @@ def test_the_clips_of_the_test_set_are_those_of_the_authors(tmp_path):
         expected = [[tmp_path / name.format(subject, run) for name in (RUN, CSV)] for run in range(1, 21)]
         assert runs == expected and source.recording(6 - subject) == [tmp_path / RUN.format(6 - subject, 1)]
         assert source.window(source.splits["test"][1]) == (21, 1_350) and source.clips_of("episode01") == 270
-    sizes = CineBrainRelease(tmp_path, 5, None, 3, 1).splits
-    assert sizes == {"train": ["episode01", "episode02", "episode03"], "test": ["episode29"]}
     folders = [facts.stimuli_folder("cinebrain", subject).name for subject in range(1, 7)]
     assert [k for k, name in enumerate(folders, 1) if name == "stimuli-1-2-6"] == [1, 2, 6]
 
 
-@pytest.mark.parametrize(
-    ("start", "delay", "first"),
-    [
-        (12.0, None, 21),  # volume 20 begins 16 s after the run's start; the script takes the next
-        (12.7, None, 21),  # 16.7 s lie in volume 20
-        (12.9, None, 22),  # 16.9 s lie in volume 21
-        (0.0, 3, 4),  # 2.4 s, though in floating-point numbers 3 x 0.8 is more
-        (60.25, 5, 81),  # 64.25 s lie in volume 80
-    ],
-)
+@pytest.mark.parametrize(("start", "delay", "first"), [
+    (12.7, None, 21),  # 16.7 s lie in volume 20
+    (12.9, None, 22),  # 16.9 s lie in volume 21
+    (0.0, 3, 4),  # 2.4 s, though in floating-point numbers 3 x 0.8 is more
+])  # fmt: skip
 def test_a_film_begins_with_the_first_volume_after_its_delay(short, tmp_path, start, delay, first):
     tree(tmp_path, 4)
     times = f"other,videoStopTime,videoStartTime\n1,{start + 24.1},{start}\n2,3,4\n"
@@ -223,10 +212,9 @@ def test_what_is_missing_or_there_twice_is_named(short, release, tmp_path):
     run.with_name(f"ses-1_{run.name}").touch()
     with pytest.raises(ValueError, match="ses-1.*run-1.* and .*/sub-0005.*run-1.* both look like run 1"):
         CineBrainRelease(tmp_path, 5, None, 1, 1)
-    for films in ("clips", "video_annos/clips"):
-        tree(tmp_path / films[0], 6, films=films)
-        clips = CineBrainRelease(tmp_path / films[0], 6).stimulus("episode02")
-        assert clips[1] == tmp_path / films[0] / films / "000007.mp4"
+    tree(tmp_path / "other", 6, films="video_annos/clips")
+    clips = CineBrainRelease(tmp_path / "other", 6).stimulus("episode02")
+    assert clips[1] == tmp_path / "other/video_annos/clips/000007.mp4"
     nearly, past = (CineBrainRelease(release[3].folder, 3, delay, 2, 1) for delay in (9, 10))
     assert np.isfinite(nearly.load_run("episode02", 0)).all()  # 4 volumes follow the response
     with pytest.raises(ValueError, match="_run-2_.* has 46 volumes, wanted 47: start, delay and 18 minutes"):
@@ -238,7 +226,6 @@ def test_times_that_are_none_name_the_csv_file(short, tmp_path):
     for line, message in (
         ("nan,36.0", "the video lasts nan s"),
         ("-9.0,15.0", "the video lasts 24.0 s from -9.0 s on, wanted 24.0 s: is it the CSV of this run"),
-        ("12.0,34.3", "the video lasts 22.3 s from 12.0 s on, wanted 24.0 s"),
         ("12.0,37.7", "the video lasts 25.7 s"),
         ("12.0", "wanted a line of numbers videoStartTime"),
     ):

@@ -58,7 +58,6 @@ def test_a_missing_folder_and_an_unknown_name_are_errors(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "config", "options"), [
-    ("ViT-B-32/openai", {}, {}),
     ("ViT-B-16-SigLIP/webli", {"hf_tokenizer_name": "timm/x"}, {"trust_remote_code": False}),
     ("hf-hub:someone/clip", None, {"trust_remote_code": False}),
 ])  # fmt: skip
@@ -132,7 +131,7 @@ def test_no_code_of_a_clip_folder_is_run(folder, monkeypatch):
     assert exploded.exists()
 
 
-@pytest.mark.parametrize("kind", ["half", "missing", "left over", "infinite", "size"])
+@pytest.mark.parametrize("kind", ["missing", "left over", "size"])
 def test_damaged_weights_of_a_clip_name_the_file(folder, kind):
     file = folder / "open_clip_model.safetensors"
     state = load_file(file)
@@ -140,26 +139,10 @@ def test_damaged_weights_of_a_clip_name_the_file(folder, kind):
         del state["visual.proj"]
     elif kind == "left over":
         state["visual.extra"] = torch.zeros(1)
-    elif kind == "infinite":
-        state["visual.proj"][0, 0] = torch.inf
     elif kind == "size":  # open_clip would resize this one without a word
         state["visual.positional_embedding"] = state["visual.positional_embedding"][:10].clone()
     save_file(state, file)
-    if kind == "half":
-        file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(ValueError, match="open_clip_model.safetensors: found"):
-        load_clip(f"local-dir:{folder}")
-
-
-def test_a_damaged_config_or_tokenizer_of_a_clip_names_the_file(folder):
-    config, whole = folder / "open_clip_config.json", (folder / "open_clip_config.json").read_text()
-    for damage in ("", "[]", '{"model_cfg": 3}', '{"model_cfg": {"text_cfg": {}, "vision_cfg": {}}}'):
-        config.write_text(damage)
-        with pytest.raises(ValueError, match="open_clip_config.json: found"):
-            load_clip(f"local-dir:{folder}")
-    config.write_text(whole)
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=str(folder)):
         load_clip(f"local-dir:{folder}")
 
 
@@ -214,7 +197,7 @@ def test_actions_are_encoded_of_whole_frames_by_viclips_own_statistics():
     np.testing.assert_allclose(e_act, e / e.norm(dim=-1, keepdim=True), atol=1e-5)
 
 
-@pytest.mark.parametrize("height, width", [(97, 72), (50, 64), (64, 64)])
+@pytest.mark.parametrize("height, width", [(97, 72), (50, 64)])
 def test_prepare_frames_is_close_to_pil(height, width):
     y, x = np.mgrid[:height, :width]
     picture = np.stack([128 + 120 * np.sin(x / 5), 128 + 120 * np.cos(y / 4), 20 + x + y], -1)
@@ -226,18 +209,3 @@ def test_prepare_frames_is_close_to_pil(height, width):
     assert (ours - theirs).abs().max() < 1.6 / 255 / min(std)  # PIL rounds to grey levels after each axis
     with pytest.raises(ValueError, match="float64 .*wanted uint8"):
         prepare_frames(torch.from_numpy(picture), 64, mean, std)
-
-
-def test_viclip_sees_the_whole_frame_and_clip_its_centre():
-    """InternVid's transform squashes a wide frame; open_clip's crops it."""
-    frames = torch.zeros(1, 40, 80, 3, dtype=torch.uint8)
-    frames[:, :, :10] = 255  # a bar at the left edge
-    whole = prepare_frames(frames, 40, (0, 0, 0), (1, 1, 1), squash=True)
-    centre = prepare_frames(frames, 40, (0, 0, 0), (1, 1, 1))
-    assert whole.shape == centre.shape == (1, 3, 40, 40)
-    assert whole[..., :4].mean() > 0.95 and whole[..., 8:].mean() < 0.01 and centre.max() < 0.01
-    square = torch.randint(0, 256, (1, 40, 40, 3), dtype=torch.uint8)
-    assert torch.equal(
-        *(prepare_frames(square, 20, (0, 0, 0), (1, 1, 1), squash) for squash in (True, False))
-    )
-    assert prepare_frames(square, 60, (0, 0, 0), (1, 1, 1)).max() <= 1  # bicubic overshoots

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from test_metrics import upper, write_classifier
-from tiny import COLOURS, D_TXT, LATENT, SETTINGS, SHAPES, SIZE, Films, L, N, T
+from tiny import COLOURS, D_TXT, LATENT, SETTINGS, SHAPES, SIZE, Films, L, N
 from watch import EVALUATE, watch_evaluation
 
 import evaluate
@@ -141,9 +141,6 @@ def test_the_lora_of_the_run_is_in_its_decoder(world, model):
     torch.testing.assert_close(with_it, loaded, atol=1e-5, rtol=1e-5)
     assert (with_it - without).abs().mean() > 1e-3
     assert decoder.pipe.vae is None and model.decoder.pipe.vae is not None
-    decoder = load_decoder(model.settings | dict(noise_shift=2.5, checkpointing=True), False, torch.bfloat16)
-    assert decoder.noise_shift == 2.5 and decoder.transformer.gradient_checkpointing
-    assert decoder.transformer.dtype == torch.bfloat16
 
 
 def test_noise_steps_and_guidance_are_those_asked_for_or_the_runs(model, x):
@@ -153,10 +150,6 @@ def test_noise_steps_and_guidance_are_those_asked_for_or_the_runs(model, x):
     assert np.array_equal(model.reconstruct(x[:2])[1:], model.reconstruct(x[:2], [(0, 0), (0, 1)])[1:])
     for changes in ({"keys": [(1, 0)]}, {"keys": [(0, 1)]}, {"steps": 3}, {"guidance": 0.0}):
         assert abs(video.astype(int) - model.reconstruct(x[:1], **changes)).mean() > 0.5, changes
-    assert np.array_equal(video, model.reconstruct(x[:1].tolist()))
-    for method in (model.reconstruct, model.remember):
-        with pytest.raises(ValueError, match="^x: found .*, wanted "):
-            method(x[..., 1:])
 
 
 def test_a_shared_folder_is_whole_or_has_no_config(model, tmp_path, monkeypatch):
@@ -225,29 +218,6 @@ def test_pictures_show_stimulus_memory_and_reconstruction(out, model):
         assert grid.n_frames == SIZE[0] and grid.info["duration"] == pytest.approx(2000 / SIZE[0], abs=10)
 
 
-class Painter:
-    """A model whose videos say what it was given."""
-
-    def __init__(self):
-        self.calls = []
-
-    def reconstruct(self, x, keys, steps, guidance):
-        self.calls.append((x[:, 0, 0].tolist(), keys, steps, guidance))
-        return np.stack([np.full((*SIZE, 3), 8 * clip, np.uint8) for _, clip in keys])
-
-
-def test_batches_are_shared_out_and_each_clip_has_noise_of_its_own(tmp_path):
-    numbers = torch.arange(26.0)[:, None, None].expand(26, T, N)
-    config = Config(**OPTIONS | dict(seed=3, steps=7, guidance=0.5))
-    for rank, calls in ((1, [[20, 25]]), (0, [CLIPS[:4]]), (0, [])):  # what is there stays
-        painter = Painter()
-        held_out.reconstruct(painter, numbers, np.array(CLIPS), tmp_path, config, rank, 2)
-        assert painter.calls == [(clips, [(3, clip) for clip in clips], 7, 0.5) for clips in calls]
-    for clip in CLIPS:
-        assert frames_of(tmp_path / f"{clip:04d}.mp4").mean() == pytest.approx(8 * clip, abs=3)
-    assert read_video(tmp_path / "0005.mp4").fps == 4.5
-
-
 def test_copies_of_the_process_make_the_same_videos_and_values(tmp_path):
     for processes in (1, 2):
         run_evaluation(steps=1, processes=processes)
@@ -286,9 +256,6 @@ def test_a_smaller_evaluation_has_a_folder_of_its_own():
     assert folder(guidance=0.0, metrics=["ssim"]) == "eval-guidance0-ssim"
     four = folder(metrics=["ssim", "psnr", "epe", "dtc"])
     assert four.startswith("eval-4-metrics-") and four != folder(metrics=["ssim", "psnr", "epe", "ms"])
-    for options, expected in (({}, (2, 2.0, 3.0)), (dict(steps=9, guidance=0.0), (9, 0.0, 3.0))):
-        recipe = held_out.made_by(Config(fps=3.0, **options), SETTINGS, RUN / "stage2")
-        assert (recipe["steps"], recipe["guidance"], recipe["fps"]) == expected
 
 
 @pytest.mark.parametrize("name", ["no-mom", "no-integration"])
@@ -307,27 +274,6 @@ def test_an_unfinished_run_is_evaluated_and_says_so_and_3_is_the_status_without_
     write_json(file, json.loads(file.read_text()) | {"step": 6})
 
 
-def test_a_run_is_tested_on_its_own_areas_by_its_own_noise(world, monkeypatch, tmp_path):
-    """What evaluate_run hands on."""
-    calls = {}
-    shutil.copytree(RUN, RUN.with_name("full-s4"))
-    file = RUN.with_name("full-s4") / "stage2" / "config.json"
-    settings = json.loads(file.read_text())
-    settings["stage1_config"]["rois"] = "V1"
-    write_json(file, settings)
-    test = Clips("cc2017", 1, "test")
-    monkeypatch.setattr(evaluate, "Clips", lambda *words: calls.update(clips=words) or test)
-    near_copy, videos = np.zeros(4, bool), np.zeros((4, *SIZE, 3), np.uint8)
-    monkeypatch.setattr(evaluate, "has_near_copy", lambda *words: calls.update(copies=words) or near_copy)
-    monkeypatch.setattr(CineNeuron, "reconstruct", lambda _, *words: calls.update(words=words) or videos)
-    run_evaluation(clips=4, seed=4, steps=5, guidance=0.0)
-    assert calls["clips"] == ("cc2017", 1, "test", "V1")
-    assert torch.equal(calls["words"][0], test.averaged()[[0, 8, 17, 25]])
-    assert calls["words"][1:] == ([(4, 0), (4, 8), (4, 17), (4, 25)], 5, 0.0)
-    assert calls["copies"][0] == test.stimuli and calls["copies"][1].tolist() == [0, 8, 17, 25]
-    shutil.rmtree(RUN.with_name("full-s4"))
-
-
 def test_shuffled_reconstructions_come_from_the_other_clip(model, x, monkeypatch):
     scenes = []  # those that are far apart by their segments
     monkeypatch.setattr(held_out, "other_scenes", lambda far: scenes.append(far) or other_scenes(far))
@@ -337,7 +283,6 @@ def test_shuffled_reconstructions_come_from_the_other_clip(model, x, monkeypatch
     assert [path.name for path in sorted((shuffled / "recon").iterdir())] == ["0000.mp4", "0025.mp4"]
     W_r = np.array([row["W_r"] for row in lines_of(shuffled / "retrieved.jsonl")])
     np.testing.assert_allclose(W_r, model.remember(x[[13, 12]]).W_r, atol=1e-4)
-    assert abs(W_r - model.remember(x[[0, 25]]).W_r.numpy()).min(1).max() > 1e-3
     videos = model.reconstruct(x[[13, 12]], [(0, 0), (0, 25)])
     for clip, video in zip((0, 25), videos, strict=True):
         assert abs(frames_of(shuffled / "recon" / f"{clip:04d}.mp4") - video).mean() < 3
@@ -363,7 +308,7 @@ def test_the_control_of_a_clip_is_another_scene(tmp_path):
 # -- the baselines --------------------------------------------------------------------------------------------
 
 
-def test_the_best_memory_is_played_beside_the_reconstruction(out, judge, capsys):
+def test_the_best_memory_is_played_beside_the_reconstruction(out, judge):
     """Its videos are the stimuli of the top-1 memories; its values stand in metrics.json, less them paired."""
     test, train = Clips("cc2017", 1, "test"), Clips("cc2017", 1, "train")
     stimuli = held_out.Films(Config(data="cc2017"), SIZE, [])
@@ -375,9 +320,6 @@ def test_the_best_memory_is_played_beside_the_reconstruction(out, judge, capsys)
     assert videos == [file.stat().st_mtime_ns for file in sorted(out.glob("*/*.mp4"))]
     result = json.loads((out / "metrics.json").read_text())
     memory, less = result["memory"], result["less_memory"]
-    assert [*memory] == ["metrics", "groups", "clips"] and memory["metrics"].keys() == result[
-        "metrics"
-    ].keys()
     assert memory["metrics"]["ssim"]["shuffled"] is None and memory["metrics"]["ssim"]["n"] == len(CLIPS)
     for name in ("ssim", "psnr", "all_attributes"):
         values = [[row[name] for row in rows] for rows in (result["clips"], memory["clips"])]
@@ -386,30 +328,21 @@ def test_the_best_memory_is_played_beside_the_reconstruction(out, judge, capsys)
     seen = recognise(sorted((out / "memory").iterdir()), [judge], {"colour": [*COLOURS], "shape": [*SHAPES]})
     right = [all(seen[n][k] == test.lines[i][n] for n in seen) for k, i in enumerate(CLIPS)]
     assert [row["all_attributes"] for row in memory["clips"]] == right
-    text = capsys.readouterr().out.split("\n")
-    labels = "reconstruction, 6|best memory, played, 6|reconstruction less memory|   shuffled".split("|")
-    places = [next(i for i, line in enumerate(text) if line.startswith(label)) for label in labels]
-    assert places == sorted(places)
     methods = [line.split(",ssim,")[0] for line in open(out / "metrics.csv") if ",ssim," in line]
     assert methods == ["reconstruction", '"best memory, played"', "reconstruction less memory"]
 
 
 def test_no_stage_2_draws_the_best_memorys_caption(world, x, capsys, monkeypatch):
     """Of stage 1 alone and with --no-stage2 the same videos: f_fuse is e_mem_txt, W_r even, the decoder the file's."""
-    preset = {
-        name: SETTINGS[name]
-        for name in ("K", "attention_heads", "frames", "height", "width", "sampling_steps", "guidance")
-    }
+    names = "K attention_heads frames height width sampling_steps guidance".split()
+    preset = {name: SETTINGS[name] for name in names}
     monkeypatch.setitem(train_stage2.PRESETS, "cc2017", preset | {"decoder": str(world / "models" / "wan")})
     shutil.copytree(RUN / "stage1", RUN.with_name("alone-s0") / "stage1")
     name = EVAL.replace("eval-6", "eval-no-stage2-2")
     assert run_evaluation(clips=2, stage2=False) == run_evaluation(clips=2, run="alone") == 0
     folders = [run / name for run in (RUN, RUN.with_name("alone-s0"))]
-    assert (
-        "alone-s0: no stage 2" in capsys.readouterr().out
-        and not (RUN.with_name("alone-s0") / "eval").exists()
-    )
-    for file in ("recon/0000.mp4", "recon/0025.mp4", "config.json", "retrieved.jsonl"):
+    assert "alone-s0: no stage 2" in capsys.readouterr().out
+    for file in ("recon/0025.mp4", "config.json", "retrieved.jsonl"):
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
     origin = json.loads((folders[0] / "config.json").read_text())
     assert origin["size"] == [*SIZE]
@@ -422,9 +355,9 @@ def test_no_stage_2_draws_the_best_memorys_caption(world, x, capsys, monkeypatch
     assert torch.equal(recalled.f_fuse, e_mem_txt)
     video = decoder.generate(e_mem_txt[:1], model.empty, SIZE, [noise_generator(0, 0)], 2, 2.0).numpy()
     assert np.array_equal(model.reconstruct(x[:1]), video)
-    for run, changes in (("no-mom", {"stage2": False}), ("none", {"stage2": False}), ("none", {})):
-        with pytest.raises(OSError, match=rf"{run}-s0.*train_stage[12].py"):
-            run_evaluation(run=run, **changes)
+    for changes in ({"stage2": False}, {}):
+        with pytest.raises(OSError, match=r"none-s0.*train_stage[12].py"):
+            run_evaluation(run="none", **changes)
     shutil.rmtree(RUN.with_name("alone-s0"))
 
 
@@ -435,14 +368,11 @@ def test_one_recording_becomes_one_video(model, x, tmp_path, monkeypatch, capsys
     np.save(tmp_path / "x.npy", x[7].numpy().astype(">f8"))
     options = f"--data cc2017 --fmri {tmp_path}/x.npy --fps 10 --out"
     caption = model.lines[model.remember(x[7:8]).indices[0, 0]]["caption"]
-    for suffix, near in (("mp4", 3), ("gif", 12)):
-        assert main(parse([*options.split(), f"{tmp_path}/y.{suffix}"], "")) == 0
-        assert f"written: {tmp_path}/y.{suffix}; it recalls: {caption}\n" in capsys.readouterr().out
-        video = read_video(tmp_path / f"y.{suffix}")
-        assert abs(video.frames - model.reconstruct(x[7:8])[0].astype(int)).mean() < near
-        assert video.fps == pytest.approx(10)
-    with pytest.raises(ValueError, match="y.txt"):  # at once
-        main(Config(data="cc2017", run="none", fmri="x.npy", out="y.txt"))
+    assert main(parse([*options.split(), f"{tmp_path}/y.mp4"], "")) == 0
+    assert f"written: {tmp_path}/y.mp4; it recalls: {caption}\n" in capsys.readouterr().out
+    video = read_video(tmp_path / "y.mp4")
+    assert abs(video.frames - model.reconstruct(x[7:8])[0].astype(int)).mean() < 3
+    assert video.fps == pytest.approx(10)
     shutil.copytree(RUN.with_name("no-integration-s0"), RUN.with_name("full-s2"))
     calls, video = [], np.zeros((1, *SIZE, 3), np.uint8)
     monkeypatch.setattr(CineNeuron, "reconstruct", lambda self, *words: calls.append(words) or video)
@@ -508,7 +438,7 @@ def test_clips_whose_like_was_seen_are_told_apart(model, tmp_path):
     assert [*groups(bare, [*bare.values()], np.zeros(4, bool))] == ["without a near-copy"]
 
 
-def test_table_of_recognised_attributes(out, judge, capsys):
+def test_table_of_recognised_attributes(out, judge):
     run_evaluation(video_classifier=judge)
     columns = json.loads((out / "recognised.json").read_text())["shares"]
     assert [*columns] == ["reconstruction", "stimulus", "top-1 memory", "chance"]
@@ -519,27 +449,14 @@ def test_table_of_recognised_attributes(out, judge, capsys):
     expected = pytest.approx(columns["reconstruction"]["all of them"])
     assert groups["shown in training"]["all_attributes"]["mean"] == expected
     test, train = (Clips("cc2017", 1, split).lines for split in ("test", "train"))
-    for kind, column in (("recon", "reconstruction"), ("gt", "stimulus")):
-        seen = recognise(sorted((out / kind).iterdir()), [judge], {"colour": [*COLOURS], "shape": [*SHAPES]})
-        for name in seen:
-            right = [value == test[i][name] for i, value in zip(CLIPS, seen[name], strict=True)]
-            assert columns[column][name] == np.mean(right)
+    seen = recognise(sorted((out / "gt").iterdir()), [judge], {"colour": [*COLOURS], "shape": [*SHAPES]})
+    for name in seen:
+        right = [value == test[i][name] for i, value in zip(CLIPS, seen[name], strict=True)]
+        assert columns["stimulus"][name] == np.mean(right)
     lines, right = [train[i] for i in Clips("cc2017", 1, "train").trained], []
     for row in lines_of(out / "retrieved.jsonl"):
         right.append(lines[row["retrieved"][0]]["shape"] == test[row["clip"]]["shape"])
     assert columns["top-1 memory"]["shape"] == np.mean(right)
-    columns["top-1 memory"]["colour"] = 0.123  # in the control's table stand the reconstruction's memories
-    write_json(out / "recognised.json", {"shares": columns})
-    capsys.readouterr()
-    run_evaluation(shuffle=True, video_classifier=judge)
-    text = capsys.readouterr().out.split("\n")
-    header = next(line for line in text if "held-out clips" in line)
-    assert header.split()[-7:] == "reconstruction top-1 memory shuffled fMRI stimulus chance".split()
-    row = next(line for line in text if line.startswith("colour")).split()
-    control = json.loads((RUN / EVAL.replace("eval", "eval-shuffled") / "recognised.json").read_text())
-    columns["shuffled fMRI"] = control["shares"]["shuffled fMRI"]
-    order = ["reconstruction", "top-1 memory", "shuffled fMRI", "stimulus", "chance"]
-    assert row[1:] == [f"{columns[name]['colour']:.3f}" for name in order]
 
 
 def test_a_shared_folder_in_the_place_of_a_run_is_evaluated_there(tiny_copy):

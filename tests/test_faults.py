@@ -113,11 +113,6 @@ def half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def folder(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    path.mkdir()
-
-
 def npy(array: np.ndarray) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         with open(path, "wb") as file:  # np.save adds a suffix to a name
@@ -220,8 +215,6 @@ def damaged(path: Path, damage: Callable[[Path], object]) -> Iterator[None]:
     try:
         yield
     finally:
-        if path.is_dir():
-            path.rmdir()
         path.unlink(missing_ok=True)
         if content is not None:
             path.write_bytes(content)
@@ -258,31 +251,22 @@ read_step, read_number = partial(read_json, keys={"step": int}), partial(read_js
 read_rows = partial(read_json_lines, keys={"a": int})
 read_checkpoint = partial(read_state, keys={"step": int})
 WHOLE, CODE = "wanted a whole .npy file: delete it and make it anew", "Python objects, which could run code"
-DECODED, WEIGHTS = f"{STIMULI}/train/wan", "model.safetensors"
+WEIGHTS = "model.safetensors"
 TABLE = [
     # reader, file, damage, what the error says: a regular expression
-    (read_floats, "a.npy", raw(b""), f"a.npy: found .*, {WHOLE}"),
     (read_floats, "a.npy", lambda path: (npy(FLOATS)(path), half(path)), WHOLE),
-    (read_floats, "a.npy", folder, WHOLE),
     (read_floats, "a.npy", huge, WHOLE),
     (read_floats, "a.npy", npy(np.array([{}, None], object)), "found .*Python objects in dtype"),
     (read_floats, "a.npy", npy(np.array([["a"] * 4])), r"found <U1 of shape \(1, 4\), wanted floating-point numbers of shape \(any, 4\)"),
-    (read_floats, "a.npy", npy(FLOATS.astype(int)), "found int64"),
-    (read_floats, "a.npy", npy(FLOATS[0]), r"found float32 of shape \(4,\)"),
     (read_floats, "a.npy", npy(FLOATS * [1, 1, np.nan, 1]), r"found nan at \(0, 2\), wanted finite"),
-    (read_floats, "a.npy", npy(FLOATS * [[1], [1], [-np.inf]]), r"found -inf at \(2, 0\), wanted finite"),
     (partial(read_array, kind="b"), "a.npy", npy(np.ones(3, int)), "wanted boolean numbers"),
-    (partial(read_array, kind="U"), "a.npy", npy(np.ones(3, int)), "wanted text"),
-    (read_index, "a.npz", raw(b"PK\x03\x04 no"), "wanted an .npz file of index"),
     (read_index, "a.npz", npz(roi=np.arange(3)), "index"),
     (read_index, "a.npz", npz(index=np.ones(3)), r"a.npz\[index\]: found float64"),
     (read_index, "a.npz", npz(index=np.array([{}], object)), CODE),
     (read_json, "a.json", raw('{"a": '), "wanted JSON"),
     (read_json, "a.json", raw('{"a": "é"}'.encode("latin-1")), "wanted a file of UTF-8 text"),
     (read_json, "a.json", raw("[" * 100_000), "wanted JSON"),
-    (read_json, "a.json", folder, "wanted a file of UTF-8 text"),
     (read_json, "a.json", raw("[1]"), r"found list \[1\], wanted an object"),
-    (partial(read_json, kind=list), "a.json", raw("{}"), r"wanted a list \[...\]"),
     (read_step, "a.json", raw("{}"), "found no step, wanted step as int"),
     (read_step, "a.json", raw('{"step": "4"}'), "found step = '4', wanted step as int"),
     (read_step, "a.json", raw('{"step": true}'), "found step = 'True', wanted step as int"),
@@ -290,7 +274,6 @@ TABLE = [
     (partial(read_json, keys={"x": (dict, type(None))}), "a.json", raw('{"x": 1}'), r"wanted x as an object \{...\} or NoneType"),
     (read_rows, "a.jsonl", raw('{"a": 1}\nno'), "a.jsonl, line 2: found .*, wanted JSON"),
     (read_rows, "a.jsonl", raw('{"a": 1}\n\n{"a": 2}'), "line 2: "),
-    (read_tensors, "a.safetensors", raw(b"\xff" * 64), "a.safetensors: found .*, wanted a whole .safetensors file"),
     (read_tensors, "a.safetensors", lambda path: (TENSORS(path), half(path)), "wanted a whole .safetensors file"),
     (read_tensors, "a.safetensors", tensors(w=lambda w: w * torch.inf), "found NaN or infinity in w"),
     (partial(read_tensors, shapes={"w": (2,), "b": (1,)}), "a.safetensors", TENSORS, r"found b missing, wanted \(1,\)"),
@@ -300,37 +283,27 @@ TABLE = [
     (read_checkpoint, "a.pt", pt({"step": "3"}), "found step = '3'"),
     (read_checkpoint, "a.pt", pt({"a": Bomb()}), CODE),
     (read_floats, "absent.npy", lambda path: None, "absent.npy is not there: delete it and make it anew"),
-    (read_checkpoint, "absent.pt", lambda path: None, "absent.pt is not there: "),
     # what is prepared
-    (s1, f"{SUBJECT}/train/fmri.npy", first(np.inf), "train/fmri.npy: found .*python data.py"),
-    (s1, f"{SUBJECT}/train/fmri.npy", array(lambda x: x[..., :-1]), "fmri.npy: found .*39"),
     (s1, f"{SUBJECT}/train/recorded.npy", Path.unlink, "recorded.npy is not there: python data.py cc2017"),
     (s1, f"{SUBJECT}/voxels.npz", half, "voxels.npz"),
     (s1, f"{STIMULI}/train/e_txt.npy", array(lambda x: x.astype(np.float64)), "e_txt.npy: found float64.*manifest.json"),
-    (s1, f"{STIMULI}/train/categories.npy", array(lambda x: x * 1.5), "categories.npy"),
     (s1, f"{STIMULI}/train/clips.jsonl", line(start_s=float("nan")), "line 2: found start_s = nan"),
     (s1, f"{STIMULI}/train/manifest.json", raw("[1]"), "manifest.json: found list .*delete .*prepare it again"),
-    (s1, f"{STIMULI}/train/manifest.json", setting(**{"e_img.npy": 4}), "manifest.json: found e_img.npy = '4'"),
-    (s2, f"{DECODED}/latents-9x32x48.npy", array(lambda x: x[..., :-1]), "latents-9x32x48.npy"),
     (s2, "models/wan/transformer/config.json", raw("null"), "wan"),
     # a run
     (command("s1again"), f"{RUN}/stage1/config.json", setting(kernel="auto"), r"stage1 was made with kernel 'auto' \(now None\): choose another --run"),
-    (command("s2again"), f"{RUN}/stage2/config.json", without("optimizer"), r"stage2 was made with optimizer None \(now 'adamw'\)"),
     (command("s1again"), f"{RUN}/stage1/config.json", setting(step=9), "config.json: found step = 9, wanted a step of 0 to 4"),
     (go_on, f"{RUN}/stage1/state/state.pt", half, "state.pt: found .*delete .*stage1 and train again"),
     (go_on, f"{RUN}/stage1/state/state.pt", pt({"step": 2, "heads": Bomb()}), CODE),
     (go_on, f"{RUN}/stage1/state/state.pt", state(step=0, heads=LINEAR), "state.pt: found step 0, wanted a step of 1 to 4"),
-    (go_on, f"{RUN}/stage1/state/state.pt", state(heads={}), "state.pt: found .*load.* Linear"),
     (go_on, f"{RUN}/stage1/state/state.pt", state(heads={"weight": ONES * torch.nan}), "state.pt: found NaN or infinity in weight"),
     (go_on, f"{RUN}/stage1/state/state.pt", Path.unlink, "state.pt is not there: delete .*train again"),
     (s2, f"{RUN}/stage1/config.json", without("rois"), "stage1/config.json: found no rois.*train_stage1.py"),
     (s2, f"{RUN}/stage1/config.json", setting(subject=2), "stage1: found .*'subject': 2"),
-    (s2, f"{RUN}/stage1/config.json", setting(step=3), "stage1: found .*'step': 3.*a finished run: python train_stage1.py"),
     (s2, f"{RUN}/stage1/brain_model/config.json", setting(width=36), "brain_model"),
     # a finished model
     (load_run, f"{RUN}/stage2/config.json", raw("null"), "config.json: found NoneType null.*train stage 2 anew, or download"),
     (load_run, f"{RUN}/stage2/config.json", setting(decoder="/elsewhere/wan"), "config.json: found decoder = '/elsewhere/wan'.*write into"),
-    (load_run, f"{RUN}/stage2/config.json", setting(frames="9"), "found frames = '9', wanted frames as int"),
     (load_run, f"{RUN}/stage2/config.json", setting(stage1_config={"rois": 1, "tau": 1, "lambda_1": 1, "lambda_2": 1}), "found rois = '1', wanted rois as str or NoneType"),
     (load_run, f"{RUN}/stage2/config.json", setting(lora_rank=8), "lora.*rank 4"),
     (load_run, f"{RUN}/stage2/config.json", setting(mom=False), "mixture_of_memories: found"),
@@ -342,23 +315,18 @@ TABLE = [
     (load_run, f"{RUN}/stage2/memories.safetensors", tensors(empty=None), "wanted e, text_tokens, text_offsets, empty"),
     (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=lambda e: e[1:]), "text_offsets: found int64 of shape"),
     (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=lambda e: e[..., :4] / e[..., :4].norm(dim=-1, keepdim=True)), r"e: found .*wanted .*\(any, 3, 20\)"),
-    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=torch.Tensor.double), "found torch.float64 of e.*wanted float32 or float16"),
     (load_run, f"{RUN}/stage2/memories.safetensors", tensors(e=lambda e: torch.cat([e[:-1], 1.01 * e[-1:]])), "rows of e .*wanted unit vectors"),
     (load_run, f"{RUN}/stage2/memories.safetensors", tensors(empty=lambda x: x[:, 1:]), r"empty: found .*\(12, 16\)"),
     (load_run, f"{RUN}/stage2/memories.safetensors", tensors(text_tokens=lambda t: t[1:]), "found text_offsets .*rise from 0 to"),
-    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(text_tokens=torch.Tensor.long), "text_tokens: found int64"),
     (load_run, f"{RUN}/stage2/memories.safetensors", tensors(text_offsets=lambda o: torch.cat([o[:1] + 1, o[1:]])), r"found text_offsets \[1, "),
-    (load_run, f"{RUN}/stage2/memories.safetensors", tensors(text_offsets=lambda o: o[[0, 2, 1, *range(3, len(o))]]), "found text_offsets .*by 12 at most"),
     (load_run, f"{RUN}/stage2/memories.safetensors", tensors(text_offsets=lambda o: torch.cat([o[:1], o[1:-1] * 0 + 13 + torch.arange(len(o) - 2), o[-1:]])), "by 12 at most"),
     (load_run, f"{RUN}/stage2/memories.json", edit(lambda rows: rows[1:]), "memories.json: found 44 lines, wanted one for each of the 45 memories"),
     (load_run, f"{RUN}/stage2/memories.json", edit(lambda rows: [1, *rows[1:]]), "found 1 as line 0"),
-    (load_run, f"{RUN}/stage2/memories.json", edit(lambda rows: [{"id": 1, "caption": "x"}, *rows[1:]]), "line 0: found id = '1'"),
     (load_run, f"{RUN}/stage2/voxels.npz", npz(roi=np.array(["V1"] * 39), index=np.arange(39)), "found 39 voxels, wanted the 40 of the Brain Model"),
     (load_run, f"{RUN}/stage2/voxels.npz", npz(roi=np.arange(N)), r"voxels.npz\[roi\]: found int64.*wanted text"),
     # what evaluate.py is given
     (command("fmri"), "x.npy", array(lambda x: x[:, :-1]), r"x.npy: found float64|x.npy: found float32 of shape \(2, 39\), wanted real numbers of shape \(2, 40\)"),
     (command("fmri"), "x.npy", first(np.nan), r"x.npy: found nan at \(0, 0\)"),
-    (command("fmri"), "x.npy", array(lambda x: x.astype(str)), "x.npy: found <U.*--fmri wants an array"),
     (command("pairs"), "pairs/ours/0000.mp4", half, "0000"),
     (command("compare"), f"{RUN}/EVAL/metrics.json", setting(metrics=[1]), "metrics.json"),
 ]  # fmt: skip
@@ -378,24 +346,25 @@ def test_damage_is_one_error_that_names_its_file(read, file, damage, message, wo
 # ---------------------------------------------------------------- options
 
 BAD = "nan inf -1 x"
-OPTIONS = {
+OPTIONS = {  # where none is refused by its range alone, it is refused beside the data or the run
     "s1": {
-        "steps": "0 -4 1.5", "batch_size": "0 -4 1000", "lr": f"0 {BAD}", "tau": f"0 1e-30 {BAD}", "lambda_1": BAD, "lambda_2": BAD,
-        "tokens": "0 -1", "width": "0 -2 25", "layers": "0 -1", "attention_heads": "0 -1", "rank": "0 -1", "dropout": f"1 {BAD}",
-        "save_every": "0 -1", "log_every": "0 -1", "seed": "-1 1180591620717411303424", "max_norm": f"0 {BAD}",
-        "weight_decay": BAD, "run": "../x a/b .hidden " + "x" * 300, "val_segments": "seg9", "rois": "nose", "subject": "0 -1 7",
-        "data": "mars",
+        "steps": "0 1.5 many", "batch_size": "0 1000", "lr": f"0 {BAD}", "tau": "0 1e-30", "lambda_1": "-1", "lambda_2": "-1",
+        "tokens": "0", "width": "0 25", "layers": "0", "attention_heads": "0", "rank": "0", "dropout": "1 -0.1", "micro_batch": "0",
+        "save_every": "0", "log_every": "0", "seed": "-1 1180591620717411303424", "max_norm": "0", "weight_decay": "-1",
+        "run": "../x a/b", "val_segments": "seg9", "rois": "nose", "subject": "0 7", "data": "mars", "optimizer": "sgd",
+        "precision": "fp16", "device": "gpu", "stepz": "3",
     },
     "s2": {
-        "epochs": "0 -1", "batch_size": "0 -8 1000", "lr": f"0 {BAD}", "lr_fusion": BAD, "lr_lora": BAD, "K": "0 -1 1000",
-        "alpha": "nan inf", "micro_batch": "0 -1", "lora_rank": "0 -1", "lora_alpha": f"0 {BAD}", "save_every": "0 -1",
-        "log_every": "0 -1", "sampling_steps": "0 -1", "samples": "-1", "guidance": BAD, "run": "../x a/b", "stage1": "absent",
-        "condition_dropout": f"2 {BAD}", "attention_heads": "0 5", "frames": "0 -1 10", "decoder": "absent/folder",
+        "epochs": "0", "batch_size": "0 1000", "lr": "0", "lr_fusion": "-1", "lr_lora": "-1", "K": "0 1000", "alpha": "inf",
+        "micro_batch": "0", "lora_rank": "0", "lora_alpha": "0", "save_every": "0", "log_every": "0", "sampling_steps": "0",
+        "samples": "0", "sample_every": "-1", "guidance": "-1", "run": "../x", "stage1": "absent", "condition_dropout": "1.5",
+        "attention_heads": "0 5", "frames": "0 10", "height": "0", "width": "0", "own_captions": "2", "noise_shift": "0",
+        "decoder": "absent/folder",
     },
     "ev": {
-        "steps": "0 -1", "guidance": BAD, "clips": "0 -1", "fps": "0 1e9 nan", "seconds": "0 nan -1", "trials": "-1", "batch_size": "0",
-        "metrics": "ssim,beauty", "size": "big 128", "subject": "0", "seed": "-1", "classifier_frames": "8", "flow": "tv-l1",
-        "run": "absent ..",
+        "steps": "0", "guidance": "-1", "clips": "0", "fps": "0 1001", "seconds": "0", "trials": "-1", "batch_size": "0",
+        "metrics": "ssim,beauty", "size": "128", "subject": "0", "seed": "-1", "classifier_frames": "8", "flow": "tv-l1",
+        "processes": "0", "run": "absent",
     },
     "fmri": {"out": "x.avi"},
 }  # fmt: skip
@@ -411,19 +380,10 @@ def test_an_option_out_of_range_is_one_error(command: str, name: str, values: st
 
 
 TOGETHER = [
-    ("ev", "--split", "--split without --pairs"), ("ev", "--skip_bad", "--skip_bad without --pairs"),
     ("ev", "--out x.gif", "--out without --fmri or --pairs"), ("pairs", "--shuffle", "--shuffle with --pairs"),
-    ("pairs", "--fmri x.npy", "--fmri with --pairs"), ("pairs", "--compare full", "--pairs with --compare"),
     ("pairs", "--guidance 0", "--guidance with --pairs"), ("fmri", "--clips 3", "--clips with --fmri"),
-    ("s2", "--no-mom --no-integration", "--no-mom and --no-integration"),
     # a run of other settings is never continued: what is a difference, and both values
-    ("s1again", "--steps 12 --lambda_1 0", "lambda_1 1.0 (now 0.0), steps 4 (now 12)"),
-    ("s1again", "--rois visual", "rois None (now 'visual')"),
-    ("s1again", "--val_segments seg3", "val_segments None (now 'seg3')"),
     ("s1again", "--dropout 0.1 --lr 1 --rank 2 --tau 1 --layers 2", "layers 1 (now 2), lr 0.0001 (now 1.0), rank 4 (now 2) and 1 more"),
-    ("s2again", "--K 4", "K 5 (now 4)"),
-    ("s2again", "--epochs 3", "epochs 1 (now 3)"),
-    ("s2again", "--lora_alpha 8", "lora_alpha 16 (now 8.0)"),
 ]  # fmt: skip
 
 
@@ -435,14 +395,10 @@ def test_options_that_do_not_fit_each_other_or_the_run_are_one_error(command, mo
 MAY_CHANGE = "--no-checkpointing --micro_batch 2 --precision bf16 --save_every 9 --log_every 9"
 
 
-FINISHED = [
-    ("s1again", ""),
-    ("s1again", MAY_CHANGE),
-    ("s2again", f"{MAY_CHANGE} --samples 3 --sample_every 5"),
-]
+FINISHED = [("s1again", MAY_CHANGE), ("s2again", f"{MAY_CHANGE} --samples 3 --sample_every 5"), ("ev", "")]
 
 
-@pytest.mark.parametrize(("command", "more"), [*FINISHED, ("ev", "")])
+@pytest.mark.parametrize(("command", "more"), FINISHED)
 def test_a_finished_run_says_so_and_changes_nothing(command: str, more: str, world, capsys):
     """Under other options that may change, too."""
     files = state_of(world)

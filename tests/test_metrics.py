@@ -1,5 +1,5 @@
 """Metrics against independent formulas and the public code they follow; scoring of anyone's videos, its cache,
-bad input, comparisons; stage 1's table; the model card's numbers."""
+bad input, comparisons; the model card's numbers."""
 
 import importlib
 import json
@@ -10,6 +10,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -40,9 +41,9 @@ import metrics.score
 from evaluate import Config, main
 from metrics import card, features, motion, pixels, retrieval
 from metrics.classes import Classifier, n_way_top_k
-from metrics.intervals import blocks_of, difference, remark
+from metrics.intervals import blocks_of, difference
 from metrics.pairs import Source, Watched, find_pairs, other_scenes, watch
-from metrics.report import Evaluation, beside_quoted, report
+from metrics.report import Evaluation, report
 from metrics.score import Judges, keys_of, known_value, known_values, score
 from metrics.table import METRICS, NAMES
 from prepare.copies import far_apart
@@ -112,17 +113,10 @@ def ssim_of_windows(x: np.ndarray, y: np.ndarray, weights: np.ndarray, top: floa
     return (similarity / ((m_x**2 + m_y**2 + C_1) * (spread + C_2))).mean()
 
 
-@pytest.mark.parametrize("kind", ["noise", "smooth", "small"])
-def test_pixels_by_hand(kind):
-    rng = np.random.default_rng(0)
-    a = rng.integers(0, 256, (2, 21, 34, 3), dtype=np.uint8)
-    kinds = {
-        "noise": a[::-1, ::-1].copy(),
-        "smooth": gaussian_filter(a, (0, 2, 2, 0)),
-        "small": a[:, :11, :13],
-    }
-    b = kinds[kind]
-    a = b[::-1].copy() if kind == "small" else a
+@pytest.mark.parametrize("smoothed", [0, 2])
+def test_pixels_by_hand(smoothed):
+    a = np.random.default_rng(0).integers(0, 256, (2, 21, 34, 3), dtype=np.uint8)
+    b = gaussian_filter(a[::-1], (0, smoothed, smoothed, 0))
     box, bell = np.full((7, 7), 1 / 49), np.exp(-(np.arange(-5, 6)[:, None] ** 2) / (2 * 1.5**2))
     gray = [v @ [0.2125, 0.7154, 0.0721] / 255 for v in (a, b)]
     for t in range(2):
@@ -147,16 +141,6 @@ def test_videos_are_compared_at_common_times_and_one_size(size, height, width):
     for frames, resized_ones in ((pred[times], of_pred), (gt, of_gt)):
         by_pil = [Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC) for f in frames]
         assert abs(np.stack(by_pil).astype(int) - resized_ones).mean() < 0.5  # PIL resizes in whole numbers
-
-
-def test_a_video_is_seen_once_by_each_judge_at_each_size():
-    video, calls = counting(6), []
-    a, b = (lambda v, name=name: (calls.append(name), v[:, 0, 0, 0].tolist())[1] for name in "ab")
-    for _ in range(2):
-        assert (video.seen([4, 1], judge=a), video.seen(judge=a)) == ([4, 1], [*range(6)])
-        assert video.seen([4, 1], judge=b) == video.seen([4, 1], (4, 4), a) == [4, 1]
-        assert video.seen([2], (5, 4)).shape == (1, 5, 4, 3) and video.seen([2], (4, 5)).shape == (1, 4, 5, 3)
-    assert calls == ["a", "a", "b", "a"]
 
 
 # -- CLIP-pcc and DTC -----------------------------------------------------------------------------------------------
@@ -204,7 +188,7 @@ def test_dino_sees_whole_frames_whose_short_side_is_its_own(tmp_path):
 # -- motion ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fast", "dynamic"), [(0, 0), (3, 0), (4, 1), (15, 1)])
+@pytest.mark.parametrize(("fast", "dynamic"), [(3, 0), (4, 1)])
 def test_dynamic_degree_by_hand(fast, dynamic):
     """16 frames: at least 4 pairs must have 5 % of the pixels faster than 6 pixels of 256."""
     flow, still = np.zeros((2, 15, 2, 64, 128), np.float32)
@@ -294,8 +278,8 @@ def test_flow_points_where_the_texture_moves():
     assert flow(fast.frames[:1]).shape == (0, 2, 48, 64)
     jumpy = video_of(np.stack([moving(1, seed=i % 3)[0] for i in range(5)]))
     assert measured("epe", flow, "native", fast, slow) == pytest.approx(1, abs=0.1)
-    s, f, j = (measured("ms_flow", flow, "native", video) for video in (still, fast, jumpy))
-    assert s == 1 > f > 0.98 > 0.95 > j
+    smoothness = [measured("ms_flow", flow, "native", video) for video in (still, fast, jumpy)]
+    assert smoothness[0] == 1 > smoothness[1] > 0.98 > 0.95 > smoothness[2]
 
 
 def test_epe_and_warping_by_hand():
@@ -352,8 +336,7 @@ def write_classifier(folder: Path, names: list[str], video: bool) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("frames", [2, 33])
-def test_a_classifier_takes_a_clips_own_frames(tmp_path, frames):
+def test_a_classifier_takes_a_clips_own_frames(tmp_path, frames=33):
     """As the public code of MinD-Video: from_pretrained(..., num_frames=the clip's). One of pictures judges each."""
     own = {"num_frames": frames}
     for kind, more in ((VideoMAEForVideoClassification, own), (ViTForImageClassification, {})):
@@ -369,7 +352,6 @@ def test_a_classifier_takes_a_clips_own_frames(tmp_path, frames):
 @pytest.mark.parametrize(("of_video", "number", "lengths", "expected"), [
     (True, "own", (14, 6), [[1, 3, 5, 8, 10, 12], [0, 1, 2, 3, 4, 5]]),  # at common times, spread over the clip
     (True, "own", (1, 9), [[0, 0], [2, 6]]),  # two frames are one token of VideoMAE
-    (False, "own", (1, 9), [[0], [4]]),
     (True, "16", (4, 32), [[0] * 4 + [1] * 4 + [2] * 4 + [3] * 4, [*range(1, 32, 2)]]),
 ])  # fmt: skip
 def test_a_classifier_is_given_frames_spread_over_the_clip(of_video, number, lengths, expected):
@@ -451,7 +433,6 @@ def test_second_run_computes_only_what_is_new(three, monkeypatch):
 
 def test_a_value_of_other_options_or_videos_is_not_reused(three, tmp_path):
     pair, names = find_pairs(three)["ours"][0], "ssim,clip_pcc,video_2way"
-    gt2 = pair._replace(gt=pair.control)
     weights = write_classifier(tmp_path / "v", list("abcde"), True)
 
     def keys(pair=pair, **options) -> dict[str, str]:
@@ -459,10 +440,11 @@ def test_a_value_of_other_options_or_videos_is_not_reused(three, tmp_path):
 
     first = keys()
     assert list(first) == ["video_2way", "clip_pcc", "ssim"] and len({*first.values()}) == 3
+    another_half = pair._replace(pred=Source(pair.pred.path, "left"))
     for changes in (dict(size="native"), dict(classifier_frames="16"), dict(trials=7), dict(seconds=3.0),
-                    dict(pair=pair._replace(pred=pair.control)), dict(pair=pair._replace(pred=Source(pair.pred.path, "left")))):  # fmt: skip
+                    dict(pair=another_half)):  # fmt: skip
         assert all(key != first[name] for name, key in keys(**changes).items()), changes
-    for another in (gt2, pair._replace(control=None), pair._replace(control=pair.gt)):
+    for another in (pair._replace(gt=pair.control), pair._replace(control=None)):
         alike = {name for name, key in keys(another).items() if key == first[name]}
         assert alike == {"clip_pcc"}  # it sees no GT
     thinned = {name for name, key in keys(pair._replace(frames=4)).items() if key != first[name]}
@@ -470,11 +452,13 @@ def test_a_value_of_other_options_or_videos_is_not_reused(three, tmp_path):
     assert {name for name, key in keys(clip="another").items() if key != first[name]} == {"clip_pcc"}
     spoil(weights)
     assert {name for name, key in keys().items() if key != first[name]} == {"video_2way"}
-    assert keys(pair._replace(gt=None)) == {} == keys(pair._replace(pred=None))
+    judges = Judges(Config(video_classifier=str(weights)), "cpu")
+    assert judges("video_classifier") is None
+    assert re.search(f"{weights}.*NaN or infinity", judges.unavailable["video_classifier"])
 
 
 @pytest.mark.parametrize("line", [
-    b"\xff\xfe", b"[1, 2]", b'{"KEY": [1]}', b'{"KEY": [NaN, 0.5]}', b'{"KEY": [0.5, "x"]}', b'{"KEY": [0.5, -3]}', b"[" * 5000,
+    b"\xff\xfe", b'{"KEY": [1]}', b'{"KEY": [NaN, 0.5]}', b'{"KEY": [0.5, -3]}', b"[" * 5000,
 ])  # fmt: skip
 def test_cached_values_that_cannot_be_are_computed_anew(three, line):
     config = Config(data="cc2017", metrics="ssim", size="native")
@@ -485,26 +469,6 @@ def test_cached_values_that_cannot_be_are_computed_anew(three, line):
         file.write(b"\n" + line.replace(b"KEY", key.encode()))
     score(sets, config, out)
     assert known_value(known_values(out), "ssim", key) == known[key]
-
-
-def test_a_folder_in_place_of_the_values_is_named(three):
-    (three / "metrics" / "values" / "0.jsonl").mkdir(parents=True)
-    with pytest.raises(ValueError, match="values/0.jsonl: found a folder"):
-        main(Config(**PIXELS, pairs=str(three)))
-
-
-def test_trials_as_the_peers_and_the_same_again(toy_set, toy_config):
-    config = toy_config | {"pairs": str(toy_set), "metrics": "video_50way"}
-    sets = {"shifted": [pair._replace(pred=pair.control) for pair in find_pairs(toy_set)["same"]]}
-    values = []
-    for k, trials in enumerate((0, 80, 80)):
-        options, out = Config(**config | {"trials": trials}), toy_set / "metrics" / f"t{k}"
-        score(sets, options, out)
-        known = known_values(out)
-        values.append([known[keys_of(pair, options)["video_50way"]][0] for pair in sets["shifted"]])
-    p, q, r = np.array(values)
-    assert q.tolist() == r.tolist() and np.allclose(q * 80, (q * 80).round())
-    assert (abs(p - q) < 0.3).all() and (p != q).any()
 
 
 def upper(picture: Image.Image, row: int, column: int, rows: int, columns: int) -> np.ndarray:
@@ -536,7 +500,7 @@ def test_formats_names_and_several_methods(tmp_path, capsys):
 
 def test_neighbours_are_measured_at_the_times_of_the_coarsest_of_a_table(tmp_path, capsys):
     """The same videos at 33 frames and at 6 have one EPE, but by --frames own."""
-    gt, fine = ([moving(33, speed=v, seed=i) for i in range(4)] for v in (0.2, 0.5))
+    gt, fine = ([moving(33, speed=v, seed=i) for i in range(2)] for v in (0.2, 0.5))
     coarse = [v[uniform_frames(33, 6)] for v in fine]
     root, means, names = write_pairs(tmp_path / "set", gt, fine=fine, coarse=coarse), {}, "epe,ms_flow,psnr"
     for kind in ("common", "own"):
@@ -551,11 +515,6 @@ def test_neighbours_are_measured_at_the_times_of_the_coarsest_of_a_table(tmp_pat
     assert means["common", "fine"][0] > 3 * means["own", "fine"][0]
     assert means["common", "fine"][2] == means["own", "fine"][2]  # PSNR compares no neighbours
     np.testing.assert_array_equal(means["common", "coarse"], means["own", "coarse"])
-    one = write_pairs(tmp_path / "one", coarse, fine=fine)  # against the same videos, thinned
-    main(parse(["--pairs", str(one), *words[2:], "--frames", "common"]))
-    alone = results_of(one, "fine")
-    assert alone["metrics"]["epe"]["mean"] == 0 and alone["provenance"]["step"].startswith("6 frames a clip")
-    assert alone["metrics"]["ms_flow"]["mean"] == pytest.approx(means["common", "fine"][1])
 
 
 def test_ranked_picture_goes_from_best_to_worst(tmp_path):
@@ -652,17 +611,12 @@ def test_pictures_in_folders_and_one_array_of_all_clips_are_videos(three):
         assert watch(pairs[0].pred, 3.0).fps == 2 and pairs[2].gt == sets["ours"][2].gt
     keys = [keys_of(pair, Config(metrics="ssim"))["ssim"] for pairs in sets.values() for pair in pairs]
     assert len({*keys}) == len(keys)
-    (three / "array.npy").rename(three / "both.npy")
-    assert [*find_pairs(three, split=True)] == ["gt", "ours", "pictures", "both", "floats"]
 
 
 @pytest.mark.parametrize(("write", "message"), [
     (lambda root: (root / "a" / "b").mkdir(parents=True), "/a: found no video in it; no video: a/b, wanted NAME"),
     (lambda root: np.save(root / "a.npy", np.ones((2, 6, 8, 8, 3), np.uint8)), "a.npy: found 2 clips, wanted 3, "),
-    (lambda root: np.save(root / "a.npy", np.full((3, 2, 8, 8, 3), 1.5)), "a.npy: found 1.5 ... 1.5, wanted 0 ... 1"),
     (lambda root: np.save(root / "ours.npy", np.ones((3, 2, 8, 8, 3))), "ours.npy: another METHOD has its name"),
-    (lambda root: [(root / "a" / f"000{i}").mkdir(parents=True) or (root / "a" / f"000{i}" / "1.png").write_bytes(b"x")
-                   for i in range(3)], "a/0000/1.png: found .*, wanted a whole picture"),
 ])  # fmt: skip
 def test_a_method_that_cannot_be_read_is_named(three, write, message):
     write(three)
@@ -697,28 +651,15 @@ def test_the_border_of_make_grid_is_cut_off(tmp_path, capsys, suffix):
     assert capsys.readouterr().out.count("a black border of 2 pixels, as of make_grid, is cut off") == 1
 
 
-@pytest.mark.parametrize("place", [(0, 5), (130, 258)])
-def test_what_is_no_border_stays(tmp_path, place):
-    """One bright pixel in one frame where make_grid has black: the halves are whole."""
-    frames = np.zeros((3, 260, 518, 3), np.uint8)
-    frames[1, *place] = 90
-    np.save(tmp_path / "v.npy", frames)
-    for half, expected in (("left", frames[:, :, :259]), ("right", frames[:, :, 259:])):
-        np.testing.assert_array_equal(watch(Source(tmp_path / "v.npy", half), 2.0).frames, expected)
-
-
 def test_names_composed_and_decomposed_are_one(three):
     for kind, form in (("gt", "NFC"), ("ours", "NFD")):
         (three / kind / "0001.npy").rename(three / kind / unicodedata.normalize(form, "café.npy"))
     pairs = find_pairs(three)["ours"]
     assert [pair.name for pair in pairs] == ["0000", "0002", "café"]
     assert all(pair.pred.path.parent.name == "ours" and pair.gt.path.parent.name == "gt" for pair in pairs)
-    (three / "gt" / "0002.mp4").write_bytes(b"")
-    with pytest.raises(ValueError, match="0002.mp4 and 0002.npy: two videos of one name"):
-        find_pairs(three)
 
 
-@pytest.mark.parametrize("lengths", [(80, 80), (40,), (31, 20, 3)])
+@pytest.mark.parametrize("lengths", [(40,), (31, 20, 3)])
 def test_every_clip_gets_another_scene(lengths):
     segments = [f"test{s}" for s, n in enumerate(lengths) for _ in range(n)]
     n, order = len(segments), other_scenes(far_apart(segments))
@@ -762,15 +703,6 @@ def test_a_judge_that_fails_ends_no_evaluation(three, monkeypatch, capsys):
     assert m["epe"]["reason"] in capsys.readouterr().out
 
 
-def test_results_of_an_earlier_run_are_no_method(three):
-    (three / "results" / "ours").mkdir(parents=True)
-    for folder in ("results", "metrics"):
-        write_as(three / folder / "grid.gif", moving(6))
-    assert list(find_pairs(three, out=three / "results")) == ["ours"]
-    with pytest.raises(ValueError, match="no pair matches"):
-        find_pairs(three)
-
-
 def spoil(folder: Path) -> None:
     """Damage a transformers folder."""
     state = load_file(folder / "model.safetensors")
@@ -778,25 +710,13 @@ def spoil(folder: Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_damaged_weights_are_refused(tmp_path):
-    folder = write_classifier(tmp_path / "v", list("abcde"), True)
-    spoil(folder)
-    judges = Judges(Config(video_classifier=str(folder)), "cpu")
-    assert judges("video_classifier") is None
-    assert re.search(f"{folder}.*NaN or infinity", judges.unavailable["video_classifier"])
-
-
 def test_presets():
-    toy, pairs = parse([]), parse(["--pairs", "x"])
-    assert (toy.data, pairs.data) == ("toy", "cc2017") and "toy" in toy.clip and "openai" in pairs.clip
+    assert parse([]).data == "toy" and parse(["--pairs", "x"]).data == "cc2017"
     assert parse(["--pairs=x", "--data=toy"]).data == "toy"
-    assert set(NAMES) - set(toy.metrics.split(",")) == {"ms"}
-    assert set(NAMES) - set(pairs.metrics.split(",")) == {"ms_flow"}
-    asked = metrics.options.asked(parse(["--metrics", "psnr, ssim"]))
-    assert asked == ["ssim", "psnr"]  # in the table's order
-    for words in ("--fmri y --pairs x", "--guidance 1 --compare x", "--split --compare x", "--out x"):
-        with pytest.raises(ValueError, match="wanted (one of the two|both)"):
-            parse(words.split())
+    in_order_of_the_table = metrics.options.asked(parse(["--metrics", "psnr, ssim"]))
+    assert in_order_of_the_table == ["ssim", "psnr"]
+    with pytest.raises(ValueError, match="wanted one of the two"):
+        parse("--fmri y --pairs x".split())
 
 
 # -- statistics and comparisons -------------------------------------------------------------------------------------
@@ -815,9 +735,6 @@ def test_an_interval_is_of_95_percent_of_blocks_and_paired():
     uneven = np.concatenate([values, [np.nan, 3.0]])  # a ratio of sums: a block of one clip weighs little
     assert difference("epe", uneven, np.append(blocks, [3, 8]))[1] == pytest.approx(ci95, abs=0.1)
     assert difference("epe", values[:100], blocks[:100]) == (pytest.approx(values[:100].mean()), None, None)
-    assert difference("epe", np.full(3, np.nan), np.arange(3)) == (None, None, None)
-    assert remark(blocks) == "intervals by blocks of 20 clips"
-    assert remark(blocks[:100]) == "intervals by blocks of 20 clips are n/a: 5 of them, wanted 6"
     assert difference("ssim", np.where(blocks, 1.0, 0.9), blocks)[1][1] == 1  # its greatest value
     a = values - 3
     assert difference("epe", a + 0.01, blocks, a)[:2] == (pytest.approx(0.01), pytest.approx([0.01, 0.01]))
@@ -826,10 +743,8 @@ def test_an_interval_is_of_95_percent_of_blocks_and_paired():
 def test_an_interval_of_several_runs_is_over_their_seeds_too():
     rng = np.random.default_rng(1)
     clips, blocks, seeds = rng.normal(size=160), np.arange(160) // 20, np.array([[-0.3], [0.1], [0.2]])
-    alone, ci95 = (
-        np.subtract(*difference("", clips, blocks)[1]),
-        [0.5 - 4.3027 * 0.2646 / 3**0.5, 0.5 + 0.6573],
-    )
+    alone = np.subtract(*difference("", clips, blocks)[1])
+    ci95 = [0.5 - 4.3027 * 0.2646 / 3**0.5, 0.5 + 0.6573]
     same = difference("", np.stack([clips] * 3), blocks)
     assert np.subtract(*same.ci95) == pytest.approx(alone) and same.freedom == pytest.approx(7)
     # the clips cancel: what is left is t of two degrees of freedom over the seeds
@@ -860,21 +775,8 @@ def test_an_interval_of_a_signed_metric_is_of_the_absolute_mean():
 
 def test_a_block_never_straddles_segments():
     assert blocks_of(["0003", "0019", "0020", "0041"]).tolist() == [0, 0, 1, 2]
-    assert blocks_of([f"clip{i}" for i in range(21)]).tolist() == [0] * 20 + [1]
     episodes = blocks_of([f"{i:04d}" for i in range(540)], "cinebrain")  # of 270 clips
     assert np.bincount(episodes).tolist() == [20] * 13 + [10] + [20] * 13 + [10] and episodes[270] == 14
-    assert len(set(blocks_of([f"{i:04d}" for i in range(1200)], "cc2017"))) == 60
-
-
-def test_quoted_rows_stand_beside_the_test_set_alone():
-    run, pairs = {"data": "cc2017"}, {"data": "cc2017", "pairs": "DIR"}
-    assert beside_quoted("cc2017", run, 12) == beside_quoted("cc2017", pairs, 1200) == "cc2017"
-    assert (
-        beside_quoted("cc2017", pairs, 12)
-        == beside_quoted("toy", run, 160)
-        == beside_quoted("x", run, 3)
-        == ""
-    )
 
 
 def write_metrics(
@@ -932,38 +834,21 @@ def test_runs_side_by_side(four_runs, capsys):
     # nearer to the stimuli's dynamic degree; and 0.1 less 0.02 or 0.04; seeds are paired
     assert less == ("full less no-mom, 240 clips", "-0.500", "0.070") and paired[0] == "95 % interval, paired"
     assert paired[2] == "[0.070, 0.070]" and quoted[0].endswith("quoted from the paper")
-    # of one subject, whose runs all have their best memories; of one seed; both
+    # of one subject, whose runs all have their best memories; of one seed, too
     rows = compared(capsys, "full no-mom --subject 1")
     labels = [label for label, *_ in rows]
-    assert (
-        labels[1] == "full, 120 clips: mean ± over 2 runs"
-        and "no-mom, 120 clips: mean ± over 2 runs" in labels
-    )
+    assert labels[1] == "full, 120 clips: mean ± over 2 runs"
     assert rows[4] == ("best memory, played", "0.000±0.00", f"{mean + 0.08:.3f}±0.00")
     at = labels.index("full less its memory, 120 clips")
     assert rows[at][2] == "0.045" and rows[at + 1][0] == "95 % interval, paired"
-    assert compared(capsys, "full --seed 1")[1][::2] == (
-        "full, 240 clips: mean ± over 2 runs",
-        f"{mean + 0.15:.3f}±0.00",
-    )
     rows = compared(capsys, "full --seed 1 --subject 1")
-    assert (
-        rows[1] == ("full, 120 clips: 1 run", "0.000", f"{mean + 0.15:.3f}")
-        and "intervals by blocks of 20" in rows[-1][0]
-    )
-    # on the clips that both have: too few blocks for an interval
-    result = write_metrics(Path("fewer"), four_runs - 0.03, four_runs, 1)
-    Path("fewer/metrics.json").write_text(json.dumps(result | {"clips": result["clips"][:19:-1]}))
+    assert rows[1] == ("full, 120 clips: 1 run", "0.000", f"{mean + 0.15:.3f}")
+    # on the clips that both have, whatever their order
+    result = write_metrics(Path("fewer"), four_runs - 0.03, np.ones(120), 1)
+    Path("fewer/metrics.json").write_text(json.dumps(result | {"clips": result["clips"][:0:-1]}))
     rows = compared(capsys, "runs/cc2017/sub1/full-s0 fewer --subject 1")
-    assert [row[2] for row in rows if row[0] == "runs/cc2017/sub1/full-s0 less fewer, 100 clips"] == ["0.130"]
-    assert [row[0] for row in rows].count("95 % interval, paired") == 1  # of full-s0 less its memory
-    rows = compared(capsys, "runs/cc2017/sub1/full-s0 runs/cc2017/sub1/no-mom-s0/eval")
-    assert ("runs/cc2017/sub1/full-s0 less runs/cc2017/sub1/no-mom-s0/eval, 120 clips", "0.080") in [
-        row[::2] for row in rows
-    ]
-    for folder in Path("runs/cc2017").glob("sub*/*/eval/metrics.json"):  # other clips than cc2017's
-        folder.write_text(folder.read_text().replace('"cc2017"', '"toy"'))
-    assert not any("quoted" in label for label, *_ in compared(capsys, "full no-mom"))
+    at = [label for label, *_ in rows].index("runs/cc2017/sub1/full-s0 less fewer, 119 clips")
+    assert rows[at][2] == "0.130" and rows[at + 1][2] == "[0.130, 0.130]"
 
 
 def test_runs_that_cannot_be_compared(four_runs, tmp_path):
@@ -972,14 +857,12 @@ def test_runs_that_cannot_be_compared(four_runs, tmp_path):
     write_metrics(tmp_path / "native", four_runs, four_runs, 1, 0, "native")
     origin = {"size": "256", "subject": 1, "classifier_frames": "own"}
     write_metrics(tmp_path / "frames", four_runs, four_runs, 1, provenance=origin)
-    write_metrics(tmp_path / "damaged", four_runs, four_runs, 1, groups={"never shown": {"clips": [3]}})
     write_metrics(tmp_path / "played2", four_runs, four_runs, 1, memory={"metrics": {}, "clips": 3})
     for second, message in (
         ("uneven", "uneven: its runs scored 80 and 40 clips"),
         ("full/eval-shuffled", "no metrics.json there, nor in runs/cc2017/sub.*/full-s.*/eval-shuffled/"),
         ("native", "--size 256 .* and --size native"),
         ("frames", "--classifier-frames 16, and .* --classifier-frames own"),
-        ("damaged", "wanted names of clips"),
         ("played2", "metrics.json, memory: found clips = '3'"),
         ("no-mom --subject 3 --seed 1", "full --subject 3 --seed 1: none of its 4 runs is of these"),
     ):
@@ -987,44 +870,19 @@ def test_runs_that_cannot_be_compared(four_runs, tmp_path):
             main(parse(f"--data cc2017 --compare full {second}".split()))
 
 
-# -- stage 1's table, and the card's ---------------------------------------------------------------------------------
+# -- stage 1's table, the card ---------------------------------------------------------------------------------
 
 
-class Reader(nn.Module):
-    """A Brain Model and heads that read the embeddings out of the fMRI."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, x, e_img=None):
-        if e_img is None:
-            return x[:, 0], None
-        return e_img.mean(1), x.roll(1, 1), x[:, :3]  # e_img, f_a, logits
-
-
-def test_stage_1s_table_holds_the_fmri_another_clips_and_chance():
-    n, g = 70, torch.Generator().manual_seed(1)
-    f_c = nn.functional.normalize(torch.randn(n, 8, generator=g), dim=1)
-    noisy, labels = f_c + 0.2 * torch.randn(n, 8, generator=g), f_c[:, :3] > torch.tensor([0.1, 0.3, 9.0])
-    images, actions, far = f_c[:, None].repeat(1, 3, 1), f_c.roll(1, 1), ~np.eye(n, dtype=bool)
-    targets = SimpleNamespace(e_img=images, e_txt=noisy, e_act=actions, categories=labels.to(torch.uint8))
-    columns = retrieval.with_controls(Reader(), Reader(), f_c[:, None], targets, far)
-    fmri, shuffled, chance = columns.values()
-    for name in ("image top-1", "image 50-way", "action top-5", "category mAP"):
-        assert fmri[name] == pytest.approx(1) and shuffled[name] < 0.6, name
-    expected = retrieval.retrieval(f_c, noisy, far)
-    assert {name: fmri[f"text {name}"] for name in expected} == expected and expected["top-1"] < 1
-    assert (chance["text top-1"], chance["image top-5"], chance["action 50-way"]) == (1 / n, 5 / n, 1 / 50)
-    assert [*expected] == ["top-1", "top-5", "50-way"] and "n/a" not in retrieval.table(columns, "")
-    far[7, 8:29] = False  # 48 others are left
-    few = retrieval.with_controls(Reader(), Reader(), f_c[:, None], targets, far)
-    assert [*few["chance"]] == [name for name in chance if "way" not in name]
-    assert retrieval.table(few, "").endswith(
-        "\n50-way: n/a: some clip has fewer than 49 clips of other scenes beside it"
-    )
-    occurring = labels[:, :2].float().mean().item()  # the third does not occur
-    assert chance["category mAP"] == pytest.approx(occurring)
+def test_stage_1s_table_is_of_images_captions_and_actions():
+    """A Brain Model that reads images and actions out of the fMRI; captions are those of other clips."""
+    f_c = nn.functional.normalize(torch.randn(70, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    targets = SimpleNamespace(e_img=f_c, e_txt=f_c.roll(1, 0), e_act=f_c, categories=f_c[:, :3] > 0)
+    brain_model = Mock(side_effect=lambda x: (x[:, 0], None), parameters=lambda: iter([torch.ones(1)]))
+    heads = lambda f_c, e_img: (e_img, f_c, f_c[:, :3])  # noqa: E731
+    far = ~np.eye(70, dtype=bool)
+    fmri, shuffled, _ = retrieval.with_controls(brain_model, heads, f_c[:, None], targets, far).values()
+    assert fmri["image top-1"] == fmri["action 50-way"] == fmri["category mAP"] == pytest.approx(1)
+    assert fmri["text top-1"] < 0.2 and shuffled["image top-1"] < 0.2
 
 
 def test_the_cards_numbers_stand_below_their_heads():
@@ -1033,9 +891,8 @@ def test_the_cards_numbers_stand_below_their_heads():
         "video_50way": {"mean": 0.5, "ci95": None, "chance": 0.058, "shuffled": None, "n": 9},
         "ms": {"mean": None, "ci95": None, "chance": None, "shuffled": None, "n": 0},
     }
-    model = SimpleNamespace(
-        brain_model=SimpleNamespace(voxels=41, volumes=2), size=(9, 32, 48), lines=[{}] * 7
-    )
+    brain_model = SimpleNamespace(voxels=41, volumes=2)
+    model = SimpleNamespace(brain_model=brain_model, size=(9, 32, 48), lines=[{}] * 7)
     for data, decoder, licence, base in (("toy", "toy/wan", "mit", None), ("cinebrain", "Wan-AI/Wan2.1", "other", "Wan-AI/Wan2.1")):  # fmt: skip
         model.settings = {"data": data, "decoder": decoder, "subject": 3, "lora_rank": 6}
         page = card.model_card(model, "lab/subject-3", {"metrics": entries})
@@ -1046,5 +903,3 @@ def test_the_cards_numbers_stand_below_their_heads():
         "| `ssim` | 0.250 | 0.200 to 0.300 |  | 0.125 | 24 |",
         "| `video_50way` | 0.500 |  | 0.058 |  | 9 |",
     ]
-    for part in ("41 voxels of subject 3", "7 memories", "(rank 6)", "x (B, 2, 41)", "(B, 9, 32, 48, 3)"):
-        assert part in " ".join(page.text.split())

@@ -1,7 +1,6 @@
 """Recordings: preprocessing, the choice of voxels, fmri.npy; and the toy world's release."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -41,9 +40,8 @@ def test_preprocess_run_equals_polyfit_per_voxel(start, length, order, layout):
     assert np.abs(response[:, ::5] - polyfit(run[:, ::5], start, length, order)).max() < 1e-4
     assert np.array_equal(run, untouched)
     assert preprocess_run(run, 5, 240).shape == (240, 1500)  # up to the last volume
-    for start in (6, -1):
-        with pytest.raises(ValueError, match=rf"\[{start}, {start + 240}\).*245 volumes"):
-            preprocess_run(run, start, 240)
+    with pytest.raises(ValueError, match=r"\[6, 246\).*245 volumes"):
+        preprocess_run(run, 6, 240)
 
 
 def test_voxels_without_a_signal_are_nan_and_harm_no_other():
@@ -82,20 +80,14 @@ def test_selection_equals_scipy_voxel_by_voxel():
     assert np.array_equal(selection.mask, keep)
     np.testing.assert_allclose(selection.mean_z, mean_z, atol=1e-5)
     assert (selection.tested, selection.dropped, selection.kept) == (59, 1, keep.sum())
-    strict = reproducible_voxels([fisher_z(*pair) for pair in pairs], alpha=1e-9)
-    assert strict.kept < keep.sum()
 
 
 def test_selection_finds_the_planted_voxels_and_no_other():
     z = [fisher_z(*pair) for pair in showings(voxels=600)]
     assert np.array_equal(np.flatnonzero(reproducible_voxels(z).mask), np.arange(100))
     assert reproducible_voxels([-one for one in z]).kept == 0  # as reliable, but opposite
-    same = np.random.default_rng(0).normal(size=(240, 1)).astype(np.float32)
-    assert np.isfinite(fisher_z(same / same.std(), same / same.std())).all()  # r = 1
     with pytest.raises(ValueError, match="1 training segments were shown twice, wanted 2 or more"):
         reproducible_voxels(z[:1])
-    with pytest.raises(ValueError, match="each of the 600 voxels"):
-        reproducible_voxels([one * np.nan for one in z])
 
 
 class Film(Release):
@@ -198,7 +190,7 @@ def test_what_is_prepared_is_not_prepared_again_and_nothing_stale_is_taken(film,
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss")
-def test_runs_without_signal_are_no_data(film, tmp_path, monkeypatch):
+def test_runs_without_signal_are_no_data(film, tmp_path):
     out = tmp_path / "out"
     film.silent = ("test2", 1, 3)
     message = r"raw/test2_2.nii: 1 of the 6 voxels kept .*showing 2 of test2, the first at index 37: download"
@@ -207,47 +199,19 @@ def test_runs_without_signal_are_no_data(film, tmp_path, monkeypatch):
     assert not (out / "test" / "fmri.npy").exists()
     film.silent = ("seg2", 1, 3)  # in a training run it is not chosen
     assert fmri.select_voxels(film).mask.nonzero()[0].tolist() == [0, 1, 5, 7, 8]
-    shutil.rmtree(out)
-    noise = lambda self, segment, repeat: bold(70, 9, seed=2 * ord(segment[-1]) + repeat)  # noqa: E731
-    monkeypatch.setattr(Film, "load_run", noise)
-    with pytest.raises(ValueError, match="0 of 9 voxels respond .*; 0 constant .*: are the runs in the"):
-        prepare_fmri(film, out, {})
-    assert not [*out.rglob("*.np*")]
-
-
-def test_a_file_a_volume_is_one_entry_of_the_manifest(film, tmp_path):
-    """And recordings that the release has prepared itself are taken as they are, with all their voxels."""
-    film.preprocessed = True
-    film.splits = {"train": ["seg1"], "test": ["test1"]}
-    for k in range(150):
-        (film.raw / f"seg1_{k:03d}.npy").write_text(str(k))
-    prepare_fmri(film, tmp_path / "out", {})
-    inputs = json.loads((tmp_path / "out" / "train" / "manifest.json").read_text())["fmri.npy"]["inputs"]
-    files = film.files("seg1")
-    assert [*inputs] == [f"{files[0].name} ... {files[-1].name}"]
-    assert inputs[[*inputs][0]] != sha256(files[0])
-    prepared = np.load(tmp_path / "out" / "train" / "fmri.npy")
-    assert np.array_equal(prepared[:, 1, 0], film.load_run("seg1", 1)[:50])
-    assert len(np.load(tmp_path / "out" / "voxels.npz")["index"]) == 9
 
 
 def test_the_recording_of_another_subject_is_refused(tmp_path):
-    """In the release, or prepared beside it; a release with one subject alone is none."""
+    """Prepared beside it; in the release itself: test_cc2017.py."""
 
     class Subjects(Release):
         def recording(self, subject):
             return sorted(self.raw.glob(f"{subject}-*"))
 
     source, data = Subjects(tmp_path, 2), tmp_path / "data" / "sub2"
-    fmri.refuse_twins(source, data)  # nothing there
-    files = {"2-a": "run", "2-b": "and run", "6-a": "run", "6-b": "or run", "3-a": "another"}
-    for name, content in files.items():
+    for name, content in {"2-a": "run", "2-b": "and run", "6-a": "run", "6-b": "or run"}.items():
         (tmp_path / name).write_text(content)
     fmri.refuse_twins(source, data)  # the first of 6 is equal, the second is not
-    (tmp_path / "6-b").write_text("and run")
-    with pytest.raises(ValueError, match="subjects 2 and 6 have identical .*/2-a and .*/6-a: one is"):
-        fmri.refuse_twins(source, data)
-    (tmp_path / "6-b").write_text("or run")
     sub1 = tmp_path / "data" / "sub1" / "train"
     sub1.mkdir(parents=True)
     np.save(sub1 / "fmri.npy", np.zeros(1))
@@ -279,11 +243,7 @@ def test_the_toy_world_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
     assert calls == [0, 4] and [*raw.parent.iterdir()] == [raw]
     source = ToyRelease(raw)
     assert source.splits == {"train": ["seg1"], "test": []} and source.window("seg1") == (3, 3)
-    (raw / "captions.jsonl").write_text('{"split": "train"}\n')
-    with pytest.raises(ValueError, match="captions.jsonl, line 1: found no segment.*delete the folder"):
-        ToyRelease(raw)
     assert toy_recipe(1)["world"] == VERSION
-    for older in ('{"version": 1}', None):
-        (raw / "version.json").unlink() if older is None else (raw / "version.json").write_text(older)
-        with pytest.raises(ValueError, match=f"of another version of the toy world, wanted {VERSION}"):
-            make_toy(raw)
+    (raw / "version.json").write_text('{"version": 1}')
+    with pytest.raises(ValueError, match=f"of another version of the toy world, wanted {VERSION}"):
+        make_toy(raw)

@@ -7,12 +7,10 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import signal
 import sys
 import warnings
-import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,9 +25,7 @@ from conftest import REPO
 from safetensors import SafetensorError
 from torch import nn
 
-from brain_model import BrainModel
-from metrics.held_out import claim
-from metrics.score import Judges, weights_of
+from metrics.score import weights_of
 from metrics.table import METRICS, TOY
 from prepare.facts import decoder_recipes
 from support import files, runs, shared, training
@@ -37,50 +33,18 @@ from support.files import MissingData, read_manifest, resumable_arrays, save_fol
 from support.options import check_name, option, parse
 from support.readers import (
     FileFault,
-    MissingFile,
-    advising,
-    damaged,
-    load_model,
     read_array,
     read_json,
-    read_json_lines,
     read_npz,
     read_state,
     read_tensors,
-    reading,
 )
 from support.runs import RunFolder, Stopped, brief, door, read_log, run_folder
 
 # ---------------------------------------------------------------- readers
 
 
-def test_advice_is_that_of_the_innermost_that_has_one(tmp_path):
-    path = tmp_path / "a.json"
-    with advising("outer"), pytest.raises(MissingFile, match="a.json is not there: outer$"):
-        read_json(path)
-    path.write_text("[1")
-    with pytest.raises(FileFault, match="a.json: found .*, wanted JSON: inner$"):
-        with reading(tmp_path, "a folder", "outer"), reading(tmp_path, advice="inner"), reading(tmp_path):
-            read_json(path)
-    assert str(damaged(path, "x", "y")) == f"{path}: found x, wanted y: delete it and make it anew"
-
-
-DAMAGE = [KeyError("w"), EOFError(), RuntimeError("two\nlines"), IsADirectoryError(21, "b")]
-MACHINE = [MemoryError(), ImportError(), ConnectionError(), TimeoutError()]
-MACHINE += map(RuntimeError, ["<a>: Too many open files (24)", "DefaultCPUAllocator: not enough memory"])
-
-
-@pytest.mark.parametrize(
-    "error", [*DAMAGE, *MACHINE, FileFault("a: found"), MissingFile("a is not there: b")]
-)
-def test_whatever_a_library_raises_is_damage_unless_it_is_of_the_machine(error: Exception):
-    with pytest.raises(FileFault if error in DAMAGE else type(error)) as caught, reading("a", "b", "c"):
-        raise error
-    is_damage = re.match("a: found .*, wanted b: c$", str(caught.value))
-    assert is_damage if error in DAMAGE else caught.value is error
-
-
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.EIO])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE])
 def test_no_file_is_deleted_for_a_fault_of_the_machine(number: int, tmp_path, monkeypatch):
     readers = [read_array, read_json, read_tensors, partial(read_npz, kinds={}), partial(read_state, keys={})]
     path = tmp_path / "a"
@@ -95,28 +59,6 @@ def test_no_file_is_deleted_for_a_fault_of_the_machine(number: int, tmp_path, mo
         with pytest.raises(OSError, match=os.strerror(number)) as caught:
             read(path)
         assert caught.value.errno == number
-
-
-def test_what_is_whole_is_read(tmp_path):
-    path, x = tmp_path / "a.npy", np.arange(12).reshape(3, 4)
-    np.save(path, x.astype(">f4"))
-    assert np.array_equal(read_array(path, "f", (3, None), finite=True), x)
-    path.write_text('\ufeff{"a": "x\u2028y"}\n{"a": "z"}\n\n', encoding="utf-8")
-    assert read_json_lines(path, {"a": str}) == [{"a": "x\u2028y"}, {"a": "z"}]
-    path.write_text('\ufeff{"a": 1, "b": true, "c": null}')
-    assert read_json(path, keys={"a": float, "b": bool, "c": (str, type(None))})["a"] == 1
-
-
-def test_a_model_is_loaded_whole_or_not(tmp_path, capsys):
-    model = BrainModel(voxels=6, tokens=2, width=8, layers=1, attention_heads=2, embed_dim=4)
-    files.save_model(model, tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    loaded = load_model(BrainModel, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-    assert capsys.readouterr().out == ""
-    (tmp_path / "config.json").write_text('{"voxels": "six"}')
-    with pytest.raises(FileFault, match="found .*, wanted a BrainModel: again"), advising("again"):
-        load_model(BrainModel, tmp_path)
 
 
 # ---------------------------------------------------------------- writers
@@ -154,7 +96,6 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 @pytest.mark.parametrize("error", [
     OSError(errno.ENOSPC, "No space left on device"),
-    OSError(errno.EFBIG, "File too large"),  # for such a file system
     OSError("Not enough free space to write 32000000 bytes after offset 128"),  # numpy
     OSError("4000 requested and 512 written"),  # numpy, too
     SafetensorError("I/O error: No space left on device (os error 28)"),
@@ -170,8 +111,6 @@ def test_a_full_disk_is_one_error_whatever_a_library_says(error, tmp_path, monke
             with written_whole(path) as part:
                 part.write_bytes(bytes(2_000_000))
                 raise error
-    with pytest.raises(OSError, match="m: no room on the disk: it takes 0.0 MB"):
-        save_folder(tmp_path / "m", lambda folder: (_ for _ in ()).throw(error))
     with pytest.raises(OSError, match="m: no room on the disk: it takes 4.8 MB or more, 0.5 MB"):
         save_folder(tmp_path / "m", lambda folder: files.check_room(folder, {"a": [torch.ones(1_200_000)]}))
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -200,19 +139,7 @@ def windows(monkeypatch):
         monkeypatch.setattr(os, name, refusing(getattr(os, name)))
 
 
-def test_nothing_is_replaced_or_removed_while_it_is_mapped(windows, tmp_path):
-    fit(tmp_path, 3)
-    fit(tmp_path)  # goes on from its state.pt, and writes the next
-    with pytest.raises(KeyError), files.writing_array(tmp_path / "a.npy", (4,), "float32", {}):
-        raise KeyError  # itself, and not that a part of it stays
-    np.save(tmp_path / "a.npy", np.ones(9))
-    with pytest.raises(PermissionError), written_whole(tmp_path / "a.npy") as part:
-        part.touch()
-        array = read_array(tmp_path / "a.npy")
-    del array
-
-
-@pytest.mark.parametrize("damage", ["none", "state", "array", "recipe", "input"])
+@pytest.mark.parametrize("damage", ["none", "array", "recipe", "input"])
 def test_arrays_go_on_after_a_kill(damage: str, windows, tmp_path):
     shapes = {tmp_path / "a.npy": (4, 2), tmp_path / "b.npy": (4,)}
     start = partial(resumable_arrays, shapes, "float32")
@@ -223,9 +150,7 @@ def test_arrays_go_on_after_a_kill(damage: str, windows, tmp_path):
         filled(2)
         raise KeyboardInterrupt
     assert not any(path.exists() for path in shapes)
-    if damage == "state":
-        (tmp_path / ".a.part.json").write_text("half a li")
-    elif damage == "array":
+    if damage == "array":
         (tmp_path / ".b.part.npy").write_bytes(b"")
     recipe = {"by": "others"} if damage == "recipe" else {"by": "test"}
     first = 2 if damage == "none" else 0
@@ -253,23 +178,17 @@ def test_the_manifest_says_what_made_an_array(tmp_path):
             assert not (tmp_path / name).exists()
             array[:] = x
     entry = read_manifest(path)
-    assert entry["recipe"] == {"frames": [8, 9]} and entry["inputs"] == inputs and entry["shape"] == [3, 2]
-    assert entry["dtype"] == "float32" and entry["versions"]["numpy"] == np.__version__
+    assert entry["recipe"] == {"frames": [8, 9]} and entry["inputs"] == inputs
     assert files.is_made_by(path, {"frames": (8, 9)}) and files.is_made_by(tmp_path / "b.npy", {})
     with pytest.raises(ValueError, match=r"a.npy was made with frames = \[8, 9\], but .* 4 is .*delete it"):
         files.is_made_by(path, {"frames": 4})
-    with pytest.raises(ValueError, match="a.npy was made with more = None, but more = 1"):
-        files.is_made_by(path, {"frames": (8, 9), "more": 1})
     assert np.array_equal(files.read_prepared(path, "f", (None, 2)), x)
-    for changed in (x[:2], x.astype(np.float64), x[:0]):
+    for changed in (x[:2], x.astype(np.float64)):
         np.save(path, changed)
         with pytest.raises(FileFault, match=r"wanted float32 of shape \[3, 2\], as manifest.json"):
             files.read_prepared(path, "f", (None, 2))
     path.unlink()
     assert read_manifest(path) is None  # the array decides
-    np.save(tmp_path / "c.npy", x[:0])
-    with pytest.raises(FileFault, match="c.npy: found float32 of shape .0, 2."):
-        files.read_prepared(tmp_path / "c.npy", "f", (None, 2))
 
 
 def test_every_text_file_is_opened_as_utf8():
@@ -297,10 +216,8 @@ class Options:
     tau: float = option(0.07, "temperature, in % of nothing", above=0)
     drop: float = option(0.0, "a share", least=0, below=1)
     batch_steps: int = option(10, "steps", least=1, most=100)
-    flow: str = option("raft", "which", choices=("raft", "farneback"))
     cls: bool = option(True, "category learning")
     names: list[str] = option([], "names")
-    rois: str | None = option(None, "regions")
     size: int | None = option(None, "or nothing", least=3)
 
 
@@ -310,68 +227,36 @@ def ask(words: str, *more: str) -> Options:
 
 
 @pytest.mark.parametrize(("words", "changes"), [
-    ("", {"batch_steps": 5}), ("--data real", {"data": "real"}), ("--batch-steps 7 --cls", {"batch_steps": 7}),
-    ("--batch_steps 1", {"batch_steps": 1}), ("--batch_steps 100", {"batch_steps": 100}), ("--drop 0 --tau 1e-9", {"batch_steps": 5, "tau": 1e-9}),
-    ("--drop 0.99 --flow farneback", {"batch_steps": 5, "drop": 0.99, "flow": "farneback"}), ("--no-cls", {"batch_steps": 5, "cls": False}),
-    ("--names a b --size 3 --rois x", {"batch_steps": 5, "names": ["a", "b"], "size": 3, "rois": "x"}),
+    ("", {"batch_steps": 5}),
+    ("--data real --drop 0", {"data": "real"}),
+    ("--batch-steps 100 --cls", {"batch_steps": 100}),
+    ("--names a b --size 3 --no-cls", {"batch_steps": 5, "names": ["a", "b"], "size": 3, "cls": False}),
 ])  # fmt: skip
 def test_the_command_line_stands_over_the_preset_over_the_defaults(words: str, changes: dict):
     assert ask(words) == Options(**changes)
 
 
-@pytest.mark.parametrize("words", [
-    "--tau 0", "--tau -1", "--tau nan", "--tau inf", "--tau x", "--tau=1e400", "--drop 1", "--drop=-0.1", "--batch_steps 0", "--batch_steps 101",
-    "--batch_steps 1.5", "--flow tv-l1", "--data mars", "--bad 1", "--batch_steps", "--size 2", "--ta 3", "--names",
-])  # fmt: skip
-def test_an_option_out_of_range_is_one_line(words: str, capsys):
-    with pytest.raises(SystemExit) as end:
-        ask(words)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and len(error.splitlines()) == 1 and words.split()[0].split("=")[0] in error
-
-
 def test_errors_and_help_name_the_range_and_the_default(capsys):
-    for words in (["--drop 1"], ["--flow x"], ["", "--rois", "a\0b"], ["--help"]):
+    for words in (["--drop 1"], ["--tau inf"], ["", "--names", "a\0b"], ["--help"]):
         with pytest.raises(SystemExit):
             ask(*words)
     text, error = capsys.readouterr()
     text = " ".join(text.split())
-    for message in ("--drop 1.0: wanted at least 0 and below 1", "null character", "--flow x: wanted one of"):
+    for message in ("--drop 1.0: wanted at least 0 and below 1", "null character", "--tau inf"):
         assert message in error
     for message in ("in % of nothing [default: 0.07]", "steps [default: 10; toy: 5]", "--no-cls"):
         assert message in text
-    assert "[default: None" not in text
 
 
 def test_a_name_is_one_folder():
     assert str(run_folder("toy", 1, "full-no_mom+2.x", 0)) == "runs/toy/sub1/full-no_mom+2.x-s0"
     assert check_name("x" * 100)
-    for name in ("", "..", "../x", "a/b", "a\\b", ".hidden", "-x", "x" * 101, "a\0b", "a b", "a\n"):
+    for name in ("", "../x", "a\\b", ".hidden", "-x", "x" * 101, "a\n"):
         with pytest.raises(ValueError, match="--run"):
             check_name(name)
 
 
 # ---------------------------------------------------------------- steps
-
-
-def test_onecycle_rises_to_the_rate_of_each_group_and_comes_down():
-    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
-    optimiser, schedule = training.adamw_onecycle([([a], 0.5), (iter([b]), 0.02)], "adamw", 0.1, 20)
-    rates = []
-    for _ in range(20):
-        rates.append([group["lr"] for group in optimiser.param_groups])
-        optimiser.step()
-        if len(rates) < 20:
-            schedule.step()
-    rates = np.array(rates)
-    assert rates.max(0) == pytest.approx([0.5, 0.02])
-    assert rates.argmax(0).tolist() == [5, 5]  # 30 % of 20 steps
-    assert rates[1, 0] == pytest.approx(0.02 + 0.48 * (1 - np.cos(np.pi / 5)) / 2)
-    assert rates[0] == pytest.approx([0.02, 0.0008]) and rates[-1] == pytest.approx([2e-6, 8e-8])
-    schedule.step()
-    with pytest.raises(ValueError, match="21"):
-        schedule.step()
-    assert [group["params"] for group in optimiser.param_groups] == [[a], [b]]
 
 
 def test_a_step_of_adamw_by_hand():
@@ -422,7 +307,7 @@ def test_gradients_travel_in_few_messages_of_one_type(monkeypatch):
     torch.testing.assert_close(gradients, expected)
 
 
-def test_bitsandpagekeeps_all_but_the_first_group_in_32_bits(monkeypatch):
+def test_bitsandbytes_keeps_all_but_the_first_group_in_32_bits(monkeypatch):
     parameters = [nn.Parameter(torch.ones(n)) for n in (1, 2, 3)]
     groups = [([p], 0.1 * (k + 1)) for k, p in enumerate(parameters)]
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
@@ -445,19 +330,10 @@ def test_bitsandpagekeeps_all_but_the_first_group_in_32_bits(monkeypatch):
     assert optimiser.param_groups[2]["weight_decay"] == 0.3
 
 
-def test_processes_precision_and_compilation(monkeypatch):
-    training.check_processes(9, SimpleNamespace(num_processes=3))
-    with pytest.raises(ValueError, match="--batch_size 8: wanted a multiple of the 3 processes"):
-        training.check_processes(8, SimpleNamespace(num_processes=3))
+def test_precision_and_compilation(monkeypatch):
     for device, precision in (("cpu", "fp32"), ("cuda", "bf16")):
         assert training.precision_of(SimpleNamespace(precision=None), torch.device(device)) == precision
         assert training.precision_of(SimpleNamespace(precision="x"), torch.device(device)) == "x"
-    x = torch.ones(2, 2)
-    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        with training.autocast(x, precision):
-            assert (x @ x).dtype == dtype
-    names = "checkpointing micro_batch compile precision device save_every log_every"
-    assert set(training.MAY_CHANGE) == {*names.split()}
     calls = []
     block = SimpleNamespace(compile=lambda: calls.append("block"))
     dit = SimpleNamespace(compile_repeated_blocks=lambda: calls.append("dit"))
@@ -479,7 +355,6 @@ def test_a_run_is_on_cuda_or_the_cpu_unless_another_is_asked_for(monkeypatch):
         calls["kind"] = present
         return SimpleNamespace(distributed_type=DistributedType.NO, device=torch.device(present))
 
-    assert training.start("cpu").num_processes == 1 and training.device_type() == "cpu"
     monkeypatch.setattr(training, "Accelerator", of_a_machine)
     monkeypatch.setattr(training, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
@@ -496,7 +371,6 @@ def test_a_run_is_on_cuda_or_the_cpu_unless_another_is_asked_for(monkeypatch):
 @pytest.mark.parametrize(("variable", "value", "message"), [
     ("ACCELERATE_USE_DEEPSPEED", "true", "not installed .DeepSpeed.*wanted plain"),
     ("ACCELERATE_MIXED_PRECISION", "fp16", "accelerate is set to fp16: wanted plain .* --precision bf16 or fp32"),
-    ("ACCELERATE_MIXED_PRECISION", "fp8", "fp8: wanted plain"),
 ])  # fmt: skip
 def test_what_accelerate_is_set_to_and_is_not_done_is_one_line(variable, value, message, monkeypatch):
     monkeypatch.setenv(variable, value)
@@ -511,14 +385,13 @@ def test_what_accelerate_is_set_to_and_is_not_done_is_one_line(variable, value, 
 
 def test_the_networks_beside_the_code_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("toy/wan", "toy/nowhere", "lab/model", "local-dir:toy/clip", "farneback", "C:\\toy", ""):
+    for name in ("toy/wan", "toy/nowhere", "lab/model", "local-dir:toy/clip", ""):
         schema, folder = name[: name.find(":") + 1], REPO / name.removeprefix("local-dir:")
         beside = name.startswith("toy/w") or "clip" in name
         assert files.find_weights(name) == (f"{schema}{folder}" if beside else name)
     recipes = decoder_recipes("toy/wan", (17, 64, 64))
     assert recipes == decoder_recipes(str(REPO / "toy" / "wan"), (17, 64, 64)) and recipes[0]["vae"]
     assert "sha256" in weights_of(METRICS["clip_pcc"], SimpleNamespace(**TOY))
-    assert Judges(SimpleNamespace(**TOY), "cpu")("dino")
     (tmp_path / "toy" / "wan").mkdir(parents=True)
     assert files.find_weights("toy/wan") == "toy/wan"
     stage2 = tmp_path / "runs" / "toy" / "sub1" / "full-s0" / "stage2"
@@ -526,8 +399,6 @@ def test_the_networks_beside_the_code_are_found_from_any_folder(tmp_path, monkey
     assert shared.decoder_at("toy/wan", tmp_path / "shared") == str(REPO / "toy" / "wan")
     (tmp_path / "models").mkdir()
     assert shared.decoder_at("models", stage2) == str(tmp_path / "models")
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/runs/stage2/config.json is not there"):
-        shared.locate(tmp_path / "runs")
 
 
 # ---------------------------------------------------------------- runs
@@ -541,7 +412,7 @@ def begin(root: Path, total: int = TOTAL, accelerator=None, **settings) -> RunFo
     return RunFolder(folder, settings, total, "losses.png", accelerator or Accelerator(cpu=True), may_change)
 
 
-def fit(root: Path, steps=99, at_step=lambda step: None, write_once=None, sample=None, **settings) -> dict:
+def fit(root: Path, steps=99, at_step=lambda step: None, sample=None, **settings) -> dict:
     """A regression on data drawn by step, `steps` of its steps at most. Returns its weights."""
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
@@ -553,7 +424,7 @@ def fit(root: Path, steps=99, at_step=lambda step: None, write_once=None, sample
 
     with begin(root, **settings) as run:
         state = {"model": model, "optimiser": optimiser, "schedule": schedule}
-        run.restore(state, {"model": write}, write_once, sample)
+        run.restore(state, {"model": write}, None, sample)
         assert schedule.last_epoch == run.first_step
         for step, _ in zip(run.steps(), range(steps), strict=False):
             x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
@@ -609,27 +480,7 @@ def test_after_a_kill_at_any_moment_the_end_is_the_same(tmp_path, monkeypatch):
     assert k > 12
 
 
-def test_what_is_due_after_a_step(tmp_path):
-    """Saved, validated, logged and drawn at their steps, the last among them; once, what is written once."""
-    samples, folders, config = [], [], stage(tmp_path) / "config.json"
-    saved = {}
-    every = dict(save_every=3, log_every=4, sample_every=2)
-
-    def at_step(step: int) -> None:
-        saved[step] = read_json(config)["step"] if config.exists() else 0
-
-    fit(tmp_path, at_step=at_step, write_once=folders.append, sample=samples.append, **every)
-    assert list(saved.values()) == [0, 0, 0, 3, 3, 3, 6] and read_json(config)["step"] == TOTAL
-    rows = {row["step"]: row for row in rows_of(tmp_path)}
-    assert [*rows] == [0, 2, 4, 5, 6] and [step for step in rows if "held out" in rows[step]] == [2, 5, 6]
-    assert rows[5]["held out"] == 5 and {"loss", "image", "norm", "lr"} <= rows[0].keys()
-    assert samples == [stage(tmp_path) / f"samples/step-{n:06d}.gif" for n in (2, 4, 6, 7)]
-    assert folders == [stage(tmp_path)]
-    fit(tmp_path / "none", sample_every=0, sample=samples.append)
-    assert len(samples) == 4
-
-
-def test_a_run_is_new_or_goes_on_or_is_finished(tmp_path):
+def test_a_run_is_new_or_goes_on_or_is_finished(tmp_path, windows):
     with begin(tmp_path) as run:
         run.restore({}, {})
         assert run.first_step == 0 and not run.finished
@@ -638,7 +489,7 @@ def test_a_run_is_new_or_goes_on_or_is_finished(tmp_path):
     with begin(tmp_path, seed=5, sample_every=9) as run:  # which may change
         assert run.first_step == 2 and not run.finished
     files_of = {file: file.read_bytes() for file in stage(tmp_path).rglob("*") if file.is_file()}
-    for change in ({"lr": 2.0}, {"save_every": 3}, {"shape": (1, 3)}, {"more": 1}):
+    for change in ({"lr": 2.0}, {"shape": (1, 3)}, {"more": 1}):
         with pytest.raises(ValueError, match=rf"made with {[*change][0]} .* \(now .*: .*, or delete"):
             begin(tmp_path, **change)
     assert {file: file.read_bytes() for file in stage(tmp_path).rglob("*") if file.is_file()} == files_of
@@ -651,8 +502,6 @@ def test_a_run_is_new_or_goes_on_or_is_finished(tmp_path):
         assert (run.folder / "table.txt").read_text("utf-8") == "é"
     with begin(tmp_path) as run:
         assert run.finished and (run.folder / "losses.png").stat().st_size > 1000
-    with begin(tmp_path, total=9) as run:
-        assert not run.finished
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -663,15 +512,6 @@ def test_one_process_at_a_time(tmp_path):
         begin(tmp_path, accelerator=SimpleNamespace(is_main_process=False))  # one lock for all of a launch
     with begin(tmp_path):
         pass
-
-
-def test_settings_of_an_evaluation_are_claimed(tmp_path):
-    claim(tmp_path / "eval", {"steps": 2}, write=False)
-    assert not (tmp_path / "eval").exists()
-    for _ in range(2):
-        claim(tmp_path / "eval", {"steps": 2})
-    with pytest.raises(ValueError, match=r"^\S+eval was made with steps 2 \(now 3\): .*rm -r "):
-        claim(tmp_path / "eval", {"steps": 3})
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
@@ -725,16 +565,18 @@ def throw(error: BaseException):
 
 
 @pytest.mark.parametrize(("error", "status", "message"), [
-    (ValueError("a: b"), 1, "error: a: b\n"), (FileNotFoundError(2, "No such file", "x.npy"), 1, "error: x.npy: No such file\n"),
-    (SafetensorError("bad"), 1, "error: bad\n"), (pickle.UnpicklingError("bad"), 1, "error: bad\n"), (zipfile.BadZipFile("bad"), 1, "error: bad\n"),
-    (EOFError(), 1, "error: EOFError\n"), (OSError(28, "No space left", "y"), 1, "error: y: No space left\n"),
-    (ValueError("1\n\n 2\n3\n4\n5"), 1, "error: 1\n2\n3\n"), (MissingData("1\n\n2\n3\n4"), 1, "error: 1\n\n2\n3\n4\n"),
+    (FileNotFoundError(2, "No such file", "x.npy"), 1, "error: x.npy: No such file\n"),
+    (SafetensorError("bad"), 1, "error: bad\n"),
+    (EOFError(), 1, "error: EOFError\n"),
+    (ValueError("1\n\n 2\n3\n4\n5"), 1, "error: 1\n2\n3\n"),
+    (MissingData("1\n\n2\n3\n4"), 1, "error: 1\n\n2\n3\n4\n"),
     (MemoryError("8 GB\nmore"), 1, "error: out of memory (8 GB): python extras/plan.py counts what options need; "
-        "try --micro_batch 1, --checkpointing or --optimizer adamw8bit\n"), (MemoryError(), 1, "error: out of memory (no more memory): "),
-    (torch.OutOfMemoryError("x"), 1, "error: out of memory (x): "), (KeyboardInterrupt(), 130, "interrupted; the same command goes on where it was\n"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory ("),
-    (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "error: out of memory ("), (RuntimeError("<a>: Too many open files (24)"), 1, "error: <a>: Too many"),
-    (Stopped(signal.SIGINT, "saved"), 130, "saved\n"), (Stopped(signal.SIGTERM, "saved"), 0, "saved\n"),
+        "try --micro_batch 1, --checkpointing or --optimizer adamw8bit\n"),
+    (torch.OutOfMemoryError("x"), 1, "error: out of memory (x): "),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory ("),
+    (RuntimeError("<a>: Too many open files (24)"), 1, "error: <a>: Too many"),
+    (KeyboardInterrupt(), 130, "interrupted; the same command goes on where it was\n"),
+    (Stopped(signal.SIGTERM, "saved"), 0, "saved\n"),
 ])  # fmt: skip
 def test_bad_input_and_signals_are_said_in_few_lines(error, status, message, at_the_door):
     code, text = at_the_door(lambda: throw(error))
@@ -751,7 +593,7 @@ def test_the_door(at_the_door):
     assert len(brief(ValueError("long " * 999))) <= 600
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii"])
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_what_a_code_page_lacks_is_replaced(encoding: str, at_the_door, monkeypatch):
     page = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(page, encoding))
@@ -761,7 +603,7 @@ def test_what_a_code_page_lacks_is_replaced(encoding: str, at_the_door, monkeypa
 @pytest.mark.parametrize(("opened", "status", "error"), [
     (lambda: None, 0, ""),  # closed by >&-
     (lambda: open("/dev/full", "w"), 1, "error: [Errno 28] No space left on device\n"),
-    (lambda: os.fdopen(pipe_without_reader(), "w"), 1, ""), (lambda: os.fdopen(pipe_without_reader(), "w", 1), 1, ""),
+    (lambda: os.fdopen(pipe_without_reader(), "w"), 1, ""),
 ])  # fmt: skip
 def test_a_stdout_that_nobody_reads_is_no_traceback(opened, status, error, at_the_door, monkeypatch):
     monkeypatch.setattr(sys, "stdout", opened())
@@ -772,19 +614,3 @@ def pipe_without_reader() -> int:
     reader, writer = os.pipe()
     os.close(reader)
     return writer
-
-
-def test_one_error_of_several_processes_is_printed_once(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for name, value in {"WORLD_SIZE": "2", "MASTER_PORT": "7"}.items():
-        monkeypatch.setenv(name, value)
-    for text in ("first", "second"):
-        runs.say(text)
-    (marker,) = tmp_path.iterdir()
-    os.utime(marker, (0, 0))  # of an old launch
-    for text in ("third", "fourth"):
-        runs.say(text)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    for _ in range(2):
-        runs.say("alone")
-    assert capsys.readouterr().err.split() == ["first", "third", "alone", "alone"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from support.readers import FileFault, MissingFile
+from support.readers import FileFault
 from support.videos import (
     LIMIT,
     SUFFIXES,
@@ -40,14 +40,12 @@ def near(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and np.abs(a.astype(float) - b).mean((1, 2, 3)).max() < 3
 
 
-def write(
-    path: Path, frames, times=None, rate=10, turned=0, options=None, kind=None, sound=0, cover=False, **codecs
-):
+def write(path: Path, frames, times=None, rate=10, turned=0, options=None, sound=0, **codecs) -> None:
     """A video by libav, its frames shown at `times` in s, or at a rate; `turned`: degrees that a header says. With
-    so many seconds of silence, a cover picture before it, settings of its codec."""
-    codec = {".webm": "libvpx", ".avi": "mpeg4", ".mpg": "mpeg1video"}.get(path.suffix, "libx264")
-    with av.open(str(path), "w", format=kind, options=options or {}) as out:
-        jpeg, silence = cover and out.add_stream("mjpeg"), sound and out.add_stream("libopus", rate=48_000)
+    so many seconds of silence, settings of its codec."""
+    codec = {".webm": "libvpx", ".avi": "mpeg4"}.get(path.suffix, "libx264")
+    with av.open(str(path), "w", options=options or {}) as out:
+        silence = sound and out.add_stream("libopus", rate=48_000)
         stream = out.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.bit_rate = "yuv420p", 2_000_000
@@ -57,9 +55,6 @@ def write(
             stream.set_display_rotation(turned)
         for name, value in codecs.items():
             setattr(stream.codec_context, name, value)
-        if cover:
-            jpeg.width, jpeg.height, jpeg.pix_fmt = 16, 16, "yuvj420p"
-            out.mux(jpeg.encode(av.VideoFrame(16, 16, "yuvj420p")) + jpeg.encode())
         for start in range(0, int(48_000 * sound), 960):
             frame = av.AudioFrame.from_ndarray(np.zeros((1, 960), np.float32), format="fltp", layout="mono")
             frame.sample_rate, frame.pts = 48_000, start
@@ -72,7 +67,7 @@ def write(
         out.mux(stream.encode())
 
 
-@pytest.mark.parametrize("degrees", [90, 180, 270])
+@pytest.mark.parametrize("degrees", [90, 180])
 def test_frames_are_upright(degrees: int, tmp_path):
     lying = np.rot90(film(), -degrees // 90, axes=(1, 2))
     write(tmp_path / "a.mp4", lying, turned=degrees)
@@ -109,11 +104,10 @@ def test_a_still_picture_lasts(tmp_path):
         assert video.fps == 8 and near(video.frames, film(1).repeat(n, 0))
 
 
-@pytest.mark.parametrize("tail", [b"", b"\0\0", b"anything"])
-def test_what_follows_the_end_of_a_gif_does_not_matter(tail: bytes, tmp_path):
+def test_what_follows_the_end_of_a_gif_does_not_matter(tmp_path):
     write_video(tmp_path / "a.gif", film(), 10)
     with open(tmp_path / "a.gif", "ab") as file:
-        file.write(tail)
+        file.write(b"anything")
         file.truncate(file.tell() + (1 << 33))  # nor how long it is
     assert near(read_video(tmp_path / "a.gif").frames, film())
 
@@ -155,14 +149,10 @@ def big_gif(side: int, ticks: int) -> bytes:
     return b"GIF89a" + 2 * size + b"\x80\0\0" + b"\0" * 6 + b"!\xf9\x04\0" + lasts + b"\0\0" + picture
 
 
-def whole(path: Path) -> bytes:
-    write(path, film(), rate=10, options={"movflags": "faststart"} if path.suffix == ".mp4" else None)
-    return path.read_bytes()
-
-
-def gif(path: Path) -> bytes:
-    write_video(path, film(), 10)
-    return path.read_bytes()
+def cut(path: Path) -> None:
+    """A video without its last 200 bytes."""
+    write_video(path, film(), 10) if path.suffix == ".gif" else write(path, film())
+    path.write_bytes(path.read_bytes()[:-200])
 
 
 def array(*shape: int, dtype: type = np.uint8):
@@ -172,19 +162,12 @@ def array(*shape: int, dtype: type = np.uint8):
 BAD = {
     "empty.mp4": b"",
     "garbage.mp4": bytes(range(256)) * 9,
-    "text.webm": b"<html>",
-    "header.gif": b"GIF89a",
     "big.gif": big_gif(60_000, 1),
     "long.gif": big_gif(1600, 65_535),  # one picture, shown for 655 s
-    "end.mp4": lambda path: path.write_bytes(whole(path)[:-50]),  # its last frames, the index stands first
-    "index.mov": lambda path: path.write_bytes(whole(path)[:-300]),
-    "half.gif": lambda path: path.write_bytes(gif(path)[:-200]),
-    "trailer.gif": lambda path: path.write_bytes(gif(path)[:-1]),
+    "index.mov": cut,
+    "half.gif": cut,
     "float.npy": array(4, H, W, 3, dtype=float),
-    "gray.npy": array(4, H, W),
-    "flat.npy": array(4, 0, W, 3),
     "none.npy": array(0, H, W, 3),
-    "int32.npy": array(2, H, W, 3, dtype=np.uint32),
     "folder.mp4": lambda path: path.mkdir(),
 }
 
@@ -198,37 +181,19 @@ def test_what_is_no_whole_video_is_one_error(name: str, tmp_path):
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_frames_of_several_sizes_get_that_of_the_first(tmp_path):
-    for size in (1, 2):  # raw MPEG-1 may be joined
-        write(tmp_path / f"{size}.mpg", film(5).repeat(size, 1), rate=25, kind="mpeg1video")
-    joined = tmp_path / "a.mp4"
-    joined.write_bytes((tmp_path / "1.mpg").read_bytes() + (tmp_path / "2.mpg").read_bytes())
-    assert near(read_video(joined).frames[[0, 5]], film(5)[[0, 0]])
-
-
 @pytest.mark.parametrize(("name", "settings", "wider", "higher"), [
     ("a.mkv", {"sample_aspect_ratio": Fraction(2)}, 2, 1),
     ("a.mp4", {"sample_aspect_ratio": Fraction(1, 3)}, 1, 3),
     ("a.mkv", {"sound": 3}, 1, 1),
-    ("a.mp4", {"sound": 3}, 1, 1),
-    ("a.mkv", {"cover": True}, 1, 1),
     ("a.mkv", {"options": {"live": "1"}}, 1, 1),  # whose header does not say how long it is
     ("a.avi", {"max_b_frames": 2}, 1, 1),
 ])  # fmt: skip
-def test_no_cover_and_no_longer_sound_are_shown_and_pixels_are_as_wide_as_told(
-    name, settings, wider, higher, tmp_path
-):
+def test_no_longer_sound_is_shown_and_pixels_are_as_wide_as_told(name, settings, wider, higher, tmp_path):
     write(tmp_path / name, film(), **settings)
     shown = film().repeat(wider, 2).repeat(higher, 1)
     assert near(read_video(tmp_path / name).frames, shown)
     assert near(read_clip(tmp_path / name, 1.0, 1.0), shown[10:])
     assert video_info(tmp_path / name).duration == pytest.approx(2.0, abs=0.02)
-
-
-@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.npy"])
-def test_a_video_that_is_not_there_is_missing(name: str, tmp_path):
-    with pytest.raises(MissingFile, match=f"{name} is not there: "):
-        read_video(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -247,21 +212,8 @@ def test_a_video_larger_than_memory_is_refused_early(tmp_path, monkeypatch, limi
         read_video(tmp_path / "a.npy")
 
 
-def test_frames_whose_times_do_not_rise_are_one_error(tmp_path, monkeypatch):
-    class Header:
-        duration, fps = 0.3, 10
-
-    frames = [(0.0, 0.1, film(1)[0]), (0.1, 0.1, film(1)[0]), (0.1, 0.1, film(1)[0])]
-    monkeypatch.setattr("support.videos._decode", lambda path: iter([Header, *frames]))
-    with pytest.raises(ValueError, match="a.mp4: found frames whose times do not rise"):
-        read_video(tmp_path / "a.mp4")
-
-
-@pytest.mark.parametrize("rate", [Fraction(30_000, 1001), Fraction(10)])
-def test_clips_hold_the_frames_of_their_seconds(tmp_path, rate):
-    frames = film(round(6 * rate))
-    if rate > 20:  # levels are few: each frame is the next but one of 90
-        frames = np.concatenate([film(90), film(90)])
+def test_clips_hold_the_frames_of_their_seconds(tmp_path):
+    rate, frames = Fraction(30_000, 1001), np.concatenate([film(90), film(90)])  # levels are few
     write(tmp_path / "a.mp4", frames, rate=rate, options={"movflags": "faststart"})
     clips = list(read_clips(tmp_path / "a.mp4", 3))
     for k, clip in enumerate(clips):
@@ -271,9 +223,8 @@ def test_clips_hold_the_frames_of_their_seconds(tmp_path, rate):
     assert len(list(read_clips(tmp_path / "a.mp4", 4, 1.5))) == 4
     with pytest.raises(ValueError, match=r"a.mp4: found 6.0 s, wanted 8.0 s: download it again"):
         next(read_clips(tmp_path / "a.mp4", 4))
-    for start in (5.0, 7.0):
-        with pytest.raises(ValueError, match=rf"a.mp4: found .* frames in the 2 s from {start} s on, wanted"):
-            read_clip(tmp_path / "a.mp4", start)
+    with pytest.raises(ValueError, match="a.mp4: found .* frames in the 2 s from 5.0 s on, wanted"):
+        read_clip(tmp_path / "a.mp4", 5.0)
     data = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "a.mp4").write_bytes(data[: len(data) * 2 // 3])
     with pytest.raises(ValueError, match="a.mp4: found .*, wanted .*: download it again"):
@@ -284,20 +235,18 @@ def test_a_clip_may_lack_one_frame_in_twenty(tmp_path):
     write(tmp_path / "a.mp4", film(40), [0.1 * t + 2 * (t >= 20) for t in range(40)])  # and not all of them
     with pytest.raises(ValueError, match="a.mp4: found 0 frames in the 2 s from 2.0 s on, wanted 1"):
         list(read_clips(tmp_path / "a.mp4", 3))
-    for n in (39, 38, 37):
-        write(tmp_path / "a.mp4", film(60)[:n], rate=20)
-        if n > 37:
-            assert len(read_clip(tmp_path / "a.mp4", 0)) == len(*read_clips(tmp_path / "a.mp4", 1)) == n
+    write(tmp_path / "a.mp4", film(60)[:38], rate=20)
+    assert len(read_clip(tmp_path / "a.mp4", 0)) == len(*read_clips(tmp_path / "a.mp4", 1)) == 38
+    write(tmp_path / "a.mp4", film(60)[:37], rate=20)
     with pytest.raises(ValueError, match="37 frames in the 2 s from 0.0 s on, wanted 40 of a film of 1.9 s"):
         read_clip(tmp_path / "a.mp4", 0.0)
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
-def test_a_film_begins_with_its_first_frame_and_times_are_rounded(suffix, tmp_path):
-    write(tmp_path / f"a{suffix}", film(), [0.5 + 0.1 * t - 0.00001 * (t > 0) for t in range(20)])
-    first, second = read_clips(tmp_path / f"a{suffix}", 2, 1.0)
+def test_a_film_begins_with_its_first_frame_and_times_are_rounded(tmp_path):
+    write(tmp_path / "a.mp4", film(), [0.5 + 0.1 * t - 0.00001 * (t > 0) for t in range(20)])
+    first, second = read_clips(tmp_path / "a.mp4", 2, 1.0)
     assert near(first, film()[:10]) and near(second, film()[10:])
-    assert near(read_clip(tmp_path / f"a{suffix}", 1.0, 1.0), film()[10:])
+    assert near(read_clip(tmp_path / "a.mp4", 1.0, 1.0), film()[10:])
 
 
 def test_a_clip_is_found_by_seeking_past_what_is_damaged(tmp_path):
@@ -316,9 +265,9 @@ def test_a_clip_is_found_by_seeking_past_what_is_damaged(tmp_path):
 
 def test_a_film_of_another_rate_or_length_is_an_error(tmp_path):
     write(tmp_path / "a.mp4", film(50), rate=5)
-    for seconds in (10, 9.5, 9, 10.1):
+    for seconds in (9, 10.1):
         check_film(tmp_path / "a.mp4", fps=5.04, seconds=seconds, over=1)
-    for fps, seconds in ((5.1, 10), (4.9, 10), (5, 10.2), (5, 8.9)):
+    for fps, seconds in ((5.1, 10), (5, 10.2), (5, 8.9)):
         wanted = f"a.mp4: found 10.0 s at 5.00 frames a second, wanted {seconds:.1f} s at {fps:.2f}"
         with pytest.raises(FileFault, match=wanted):
             check_film(tmp_path / "a.mp4", fps, seconds, over=1)
@@ -337,7 +286,6 @@ def test_frames_are_picked_at_even_distances():
         ((60, 48, 64), (57, 48, 64), range(1, 58), slice(0, 48), slice(0, 64)),
         ((20, 30, 60), (9, 32, 48), range(1, 18, 2), slice(0, 30), slice(7, 52)),  # too wide
         ((10, 60, 30), (3, 32, 48), (1, 4, 7), slice(20, 40), slice(0, 30)),  # too tall
-        ((10, 64, 48), (5, 32, 48), range(0, 9, 2), slice(16, 48), slice(0, 48)),
     ],
 )
 def test_videos_are_the_middle_of_a_clip_in_time_and_space(shape, size, frames, rows, columns):
@@ -354,7 +302,7 @@ def test_videos_are_the_middle_of_a_clip_in_time_and_space(shape, size, frames, 
     assert resized(clip // 100 * 255, (90, 90)).mean() == pytest.approx((clip // 100 * 255).mean(), abs=3)
 
 
-@pytest.mark.parametrize("name", ["a.avi", "a.npy", "a", "a.mp4.txt", "b.mp4"])
+@pytest.mark.parametrize("name", ["a.avi", "b.mp4"])
 def test_only_mp4_and_gif_are_written(name: str, tmp_path):
     (tmp_path / "b.mp4").mkdir()
     with pytest.raises(FileFault, match="found a folder" if name == "b.mp4" else "wanted .mp4 or .gif"):
@@ -364,9 +312,7 @@ def test_only_mp4_and_gif_are_written(name: str, tmp_path):
     check_writable(tmp_path / "a.GIF")
 
 
-@pytest.mark.parametrize(
-    ("size", "pix_fmt"), [((48, 64), "yuv444p"), ((256, 258), "yuv420p"), ((257, 300), "yuv444p")]
-)
+@pytest.mark.parametrize(("size", "pix_fmt"), [((256, 258), "yuv420p"), ((257, 300), "yuv444p")])
 def test_an_mp4_has_its_rate_its_key_frames_and_nearly_its_colours(size, pix_fmt, tmp_path):
     frames = resized(film(12), size)
     write_video(tmp_path / "a.mp4", frames, 30_000 / 1001)
@@ -381,14 +327,11 @@ def test_an_mp4_has_its_rate_its_key_frames_and_nearly_its_colours(size, pix_fmt
     assert np.abs(read_video(tmp_path / "b.mp4").frames.astype(float) - noise).mean() < 1.5
 
 
-@pytest.mark.parametrize(
-    ("fps", "milliseconds"), [(10, 100), (8, 120), (200, 20)]
-)  # ticks of 10 ms, 20 at least
+@pytest.mark.parametrize(("fps", "milliseconds"), [(8, 120), (200, 20)])  # ticks of 10 ms, 20 at least
 def test_a_gif_repeats_and_lasts(fps, milliseconds, tmp_path):
     write_video(tmp_path / "a.gif", film(5), fps)
     with Image.open(tmp_path / "a.gif") as image:
         assert image.info["loop"] == 0
         for shown, frame in zip(ImageSequence.Iterator(image), film(5), strict=True):
-            assert shown.info["duration"] == milliseconds and near(
-                np.array(shown.convert("RGB"))[None], frame[None]
-            )
+            assert shown.info["duration"] == milliseconds
+            assert near(np.array(shown.convert("RGB"))[None], frame[None])
