@@ -116,7 +116,7 @@ def test_a_sound_dataset_passes(sound, capsys):
 FMRI, LATENTS = "sub1/{}/fmri.npy", "stimuli/train/tiny-wan/latents.npy"
 FAULTS = [
     (FMRI.format("test"), lambda x, _: np.float32(3), FAIL, "files", "test/fmri.npy (132 bytes) is truncated or damaged"),
-    (FMRI.format("train"), put((20, 0, 1, 5), np.inf), FAIL, "fMRI values", "1 values of showing 1, the first at seg2-005, voxel 5"),
+    (FMRI.format("train"), put((20, 0, 1, 5), np.nan), FAIL, "fMRI values", "1 values of showing 1, the first at seg2-005, voxel 5"),
     (FMRI.format("test"), put(slice(60, 120), np.nan), FAIL, "fMRI values", "60 clips have no recording, the first test2-000"),
     (FMRI.format("train"), lambda x, _: 100 * x + 10_000, FAIL, "z-scores", "sub1 has no z-scores, by run or by subject"),
     (FMRI.format("train"), lambda x, _: 1.3 * x, WARNING, "z-scores", "off by at most 0.3 in a run"),
