@@ -293,8 +293,10 @@ def page_of(tables: dict[tuple, list[dict]]) -> list[str]:
         parts.append(f"### What a part is worth on {data}")
         for metric, title in ((WORTH, "50-way"), (ALL, "all four")):
             titles = [title, f"subject {' / '.join(map(str, subjects))}", "together", *groups, "sure?"]
-            rows = [row for of in alike for row in worth(of, metric)]
-            parts += ["\n".join(markdown_table([titles, *rows]))] if rows or metric == WORTH else []
+            rows: dict[tuple, list[str]] = {}
+            for row in (row for of in alike for row in worth(of, metric)):
+                rows.setdefault(tuple(row[1:]), row)  # tables share their runs: the same once
+            parts += ["\n".join(markdown_table([titles, *rows.values()]))] if rows or metric == WORTH else []
         for subject in subjects:
             results = [film for of in films.values() for film in of if film["subject"] == subject]
             seeds = " ".join(map(str, results[0]["seeds"]))
