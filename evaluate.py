@@ -187,14 +187,9 @@ def load_decoder(settings: dict, vae: bool, dtype: torch.dtype) -> VideoDecoder:
     pipe, text_length, config = load_pipeline(
         settings["decoder"], dtype, transformer=True, vae=vae, tiling=settings["height"] > 256
     )  # tiles only where videos are decoded: prepared latents are encoded whole
+    options = {name: settings[name] for name in ("lora_rank", "lora_alpha", "noise_shift")}
     return VideoDecoder(
-        pipe,
-        text_length,
-        config,
-        lora_rank=settings["lora_rank"],
-        lora_alpha=settings["lora_alpha"],
-        gradient_checkpointing=settings["checkpointing"],
-        noise_shift=settings["noise_shift"],
+        pipe, text_length, config, gradient_checkpointing=settings["checkpointing"], **options
     )
 
 
@@ -228,9 +223,11 @@ def evaluate_recording(config: Config) -> int:
     accelerator = start(config.device)
     if not accelerator.is_main_process:
         return 0
-    model, _ = load_run(config, accelerator)
-    x = shared.read_fmri(config.fmri, model)
-    write_video(file, model.reconstruct(x, [(config.seed, 0)], config.steps, config.guidance)[0], config.fps)
+    with FolderLock(file.with_name(f".{file.name}.lock"), "wait for it, or choose another --out"):
+        model, _ = load_run(config, accelerator)
+        x = shared.read_fmri(config.fmri, model)
+        [video] = model.reconstruct(x, [(config.seed, 0)], config.steps, config.guidance)
+        write_video(file, video, config.fps)
     memory = model.remember(x).indices
     recalls = "" if memory is None else f"; it recalls: {model.lines[memory[0, 0]]['caption']}"
     print(f"written: {file}{recalls}")

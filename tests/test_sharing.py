@@ -266,7 +266,8 @@ STRANGE = [
     *[("config.json", setting(**{name: value}), f"found {name} = {value}, wanted {name} (at least|above)") for name, value in [
         ("height", 0), ("frames", -1), ("sampling_steps", 0), ("guidance", -1), ("lora_rank", -2), ("lora_alpha", 0), ("subject", 0), ("noise_shift", 0.0)]],
     *[("config.json", stage1(**{name: value}), f"stage1_config: found {name} = {value}") for name, value in [("tau", 0), ("lambda_1", -1), ("lambda_2", -0.5)]],
-    ("config.json", setting(height=33), "config.json: found .*does not fit"),
+    *[("config.json", setting(**{name: value}), f"/config.json: found .*{value}") for name, value in [
+        ("lora_rank", 10**9), ("lora_alpha", 1e9), ("height", 33), ("height", 10**6 * 32), ("width", 48 * 10**18), ("frames", 10**9 + 1), ("sampling_steps", 10**6)]],
     *[(MOM, setting(**{name: value}), f"{name} = '?{value}'?, wanted") for name, value in [
         ("K", 0), ("K", 46), ("K", "3"), ("K", 2.5), ("tau", 0.0), ("tau", -1), ("alpha", float("nan")), ("attention_heads", 5), ("tokens", 11)]],
     (BRAIN, setting(attention_heads=5), "brain_model/config.json: found attention_heads = 5, wanted a divisor of 24"),
