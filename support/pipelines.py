@@ -119,11 +119,13 @@ def latent_shape(decoder, frames: int, height: int, width: int) -> tuple[int, in
     p, *patch = patch_of(decoder)
     rows, columns = (space * n for n in patch)
     most = decoder.config.get("rope_max_seq_len", LIMIT)  # positions a side that Wan's DiT knows
-    too_large = 3 * frames * height * width > LIMIT or max(f // p, height // rows, width // columns) > most
-    if frames % step != 1 or f % p or height % rows or width % columns or too_large:
+    wanted = ""
+    if frames % step != 1 or f % p or height % rows or width % columns:
         wanted = f"{step}k+1 frames, a multiple of {p} latent frames (now {f})"
         wanted += f", a height that is a multiple of {rows} and a width of {columns}"
-        wanted += f", at most {most:,} patches a side and {LIMIT:,} bytes of frames"
+    elif 3 * frames * height * width > LIMIT or max(f // p, height // rows, width // columns) > most:
+        wanted = f"at most {LIMIT:,} bytes of frames, {most:,} patches a side"
+    if wanted:
         video = f"a video of {frames} frames, {height}x{width}"
         raise ValueError(f"{name_of(decoder)}: {video}, does not fit: wanted {wanted}")
     return decoder.config["in_channels"], f, h, w
