@@ -228,9 +228,11 @@ def evaluate_recording(config: Config) -> int:
     accelerator = start(config.device)
     if not accelerator.is_main_process:
         return 0
-    model, _ = load_run(config, accelerator)
-    x = shared.read_fmri(config.fmri, model)
-    write_video(file, model.reconstruct(x, [(config.seed, 0)], config.steps, config.guidance)[0], config.fps)
+    with FolderLock(file.with_name(f".{file.name}.lock"), "wait for it, or choose another --out"):
+        model, _ = load_run(config, accelerator)
+        x = shared.read_fmri(config.fmri, model)
+        [video] = model.reconstruct(x, [(config.seed, 0)], config.steps, config.guidance)
+        write_video(file, video, config.fps)
     memory = model.remember(x).indices
     recalls = "" if memory is None else f"; it recalls: {model.lines[memory[0, 0]]['caption']}"
     print(f"written: {file}{recalls}")

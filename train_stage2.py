@@ -71,7 +71,7 @@ class Config:
     noise_shift: float = option(1.0, "of the diffusion time; above 1, noisier (1: the decoder's)", above=0)
 
     guidance: float = option(5.0, "classifier-free guidance of the samples", least=0)
-    sampling_steps: int = option(50, "of the samples", least=1)
+    sampling_steps: int = option(50, "of the samples", least=1, most=1000)
     samples: int = option(2, "held-out clips to show every time", least=1)
     sample_every: int = option(500, "steps between samples; 0 for none", least=0)
     save_every: int = option(500, "steps between checkpoints", least=1)

@@ -36,7 +36,7 @@ class Config(Judging):
     batch_size: int = option(1, "clips that are in the decoder at once", least=1)
     device: str | None = option(None, "cpu, cuda or mps; none: cuda, else cpu", choices=DEVICES)
     processes: int = option(1, "on a CPU, a thread each: for small networks", least=1)
-    steps: int | None = option(None, "of sampling (default: the run's)", least=1)
+    steps: int | None = option(None, "of sampling (default: the run's)", least=1, most=1000)
     guidance: float | None = option(None, "classifier-free guidance (default: the run's)", least=0)
     stimuli: str | None = option(None, "folder of the films (default: raw/stimuli in data/<data>)")
     seconds: float = option(SECONDS["cc2017"], "length of a clip", above=0)

@@ -17,6 +17,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from support.files import check_room, find_weights
 from support.readers import read_tensors, reading
+from support.videos import LIMIT
 
 WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 PIPELINES = {"WanPipeline": WanPipeline, "CogVideoXPipeline": CogVideoXPipeline}
@@ -117,9 +118,14 @@ def latent_shape(decoder, frames: int, height: int, width: int) -> tuple[int, in
     step = 4 if decoder.is_wan else 8  # frames beyond k steps Wan's VAE drops, and CogVideoX's adds some
     p, *patch = patch_of(decoder)
     rows, columns = (space * n for n in patch)
+    most = decoder.config.get("rope_max_seq_len", LIMIT)  # positions a side that Wan's DiT knows
+    wanted = ""
     if frames % step != 1 or f % p or height % rows or width % columns:
         wanted = f"{step}k+1 frames, a multiple of {p} latent frames (now {f})"
         wanted += f", a height that is a multiple of {rows} and a width of {columns}"
+    elif 3 * frames * height * width > LIMIT or max(f // p, height // rows, width // columns) > most:
+        wanted = f"at most {LIMIT:,} bytes of frames, {most:,} patches a side"
+    if wanted:
         video = f"a video of {frames} frames, {height}x{width}"
         raise ValueError(f"{name_of(decoder)}: {video}, does not fit: wanted {wanted}")
     return decoder.config["in_channels"], f, h, w
@@ -157,6 +163,14 @@ def save_lora(decoder, folder: Path) -> None:
     save(folder, weights, weight_name=LORA_FILE, transformer_lora_adapter_metadata=lora)
 
 
+def lora_scale(folder: Path) -> tuple[int, float]:
+    """Rank and alpha of what `save_lora` wrote."""
+    file = Path(folder) / LORA_FILE
+    with reading(file, "a LoRA of this program"), safe_open(file, "pt") as opened:
+        metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
+        return metadata["transformer.r"], metadata["transformer.lora_alpha"]
+
+
 def load_lora(decoder, folder: Path) -> None:
     """Reads what `save_lora` wrote into the present parameters. Raises ValueError where the file is damaged
     or of another model, rank or scale."""
@@ -164,9 +178,7 @@ def load_lora(decoder, folder: Path) -> None:
     expected = get_peft_model_state_dict(decoder.transformer)
     matrices = f"the {len(expected)} matrices of rank {lora.r}, alpha {lora.lora_alpha} of {name_of(decoder)}"
     with reading(file, matrices, "load it into the decoder, rank and alpha that it was trained with"):
-        with safe_open(file, "pt") as opened:
-            metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
-        rank, alpha = metadata["transformer.r"], metadata["transformer.lora_alpha"]
+        rank, alpha = lora_scale(folder)
         if (rank, alpha) != (lora.r, lora.lora_alpha):
             raise ValueError(f"matrices of rank {rank}, alpha {alpha}")
         weights = read_tensors(file, {f"transformer.{key}": x.shape for key, x in expected.items()})

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from support.files import check_room, find_weights, follow_umask, save_model, write_json, written_whole
 from support.options import lies_within, range_text
-from support.pipelines import check_prepared, latent_shape, save_lora
+from support.pipelines import check_prepared, latent_shape, lora_scale, save_lora
 from support.readers import (
     advising,
     check_array,
@@ -52,6 +52,7 @@ LINE = {"id": str, "caption": str, "segment": str, "video": str, "start_s": floa
 # of options and sizes, by name: what the options themselves allow
 RANGES = {name: {"least": 1} for name, kind in (KEYS | PART).items() if kind is int}
 RANGES |= {"lora_alpha": {"above": 0}, "noise_shift": {"above": 0}, "tau": {"least": 1e-3}}
+RANGES["sampling_steps"] = {"least": 1, "most": 1000}
 RANGES |= dict.fromkeys(("guidance", "lambda_1", "lambda_2"), {"least": 0})
 
 
@@ -79,6 +80,9 @@ def read_settings(folder: Path) -> dict:
     settings = check_settings(read_json(file), file, KEYS)
     keys = {key: STAGE1[key] for key in ("rois", "tau", "lambda_1", "lambda_2")}
     check_settings(settings["stage1_config"], f"{file}, stage1_config", keys)
+    lora, settings_of_it = lora_scale(folder / "lora"), (settings["lora_rank"], settings["lora_alpha"])
+    if lora != settings_of_it:  # asked before a LoRA of that rank takes memory
+        raise damaged(file, f"lora_rank, lora_alpha = {settings_of_it}", f"{lora}, as lora/ has")
     settings["decoder"] = decoder_at(settings["decoder"], folder)
     return settings
 

@@ -82,17 +82,17 @@ def try_one(name: str, command: list[str], world: Path, kills: int, rng: random.
     if status:
         print(f"{name}: exit {status}: {stderr[-500:]}")
         return False
-    deaths, right, expected = 0, True, files_of(whole)
+    deaths, right, expected, differ = 0, True, files_of(whole), []
     while right and deaths <= kills:
         status, stderr = run(command, killed, rng.uniform(0.3, 1.0) * lasts if deaths < kills else None)
         deaths += status == -signal.SIGKILL or deaths == kills
         if status == 0:  # it ended, the last time or before it could be killed
-            right = files_of(killed) == expected
-            if deaths < kills:  # begin anew
+            differ = sorted(files_of(killed).items() ^ expected.items())[:5]
+            right = not differ
+            if right and deaths < kills:  # begin anew
                 shutil.rmtree(killed)
                 shutil.copytree(world, killed)
         right &= status in (0, -signal.SIGKILL)
-    differ = sorted(files_of(killed).items() ^ expected.items())[:5]
     outcome = "equal, nothing lost" if right else f"exit {status}: {differ} {stderr[-300:]}"
     print(f"{name}: killed {min(deaths, kills)} times of {lasts:.1f} s each: {outcome}")
     return right

@@ -305,7 +305,7 @@ TABLE = [
     (load_run, f"{RUN}/stage2/config.json", raw("null"), "config.json: found NoneType null.*train stage 2 anew, or download"),
     (load_run, f"{RUN}/stage2/config.json", setting(decoder="/elsewhere/wan"), "config.json: found decoder = '/elsewhere/wan'.*write into"),
     (load_run, f"{RUN}/stage2/config.json", setting(stage1_config={"rois": 1, "tau": 1, "lambda_1": 1, "lambda_2": 1}), "found rois = '1', wanted rois as str or NoneType"),
-    (load_run, f"{RUN}/stage2/config.json", setting(lora_rank=8), "lora.*rank 4"),
+    (load_run, f"{RUN}/stage2/config.json", setting(lora_rank=8), r"config.json: found lora_rank, lora_alpha = \(8, .*wanted \(4, .*as lora/ has"),
     (load_run, f"{RUN}/stage2/config.json", setting(mom=False), "mixture_of_memories: found"),
     (ev, f"{RUN}/stage2/config.json", setting(subject=2), "stage2/config.json: found a run of cc2017 sub2, wanted one of cc2017 sub1"),
     (load_run, f"{RUN}/stage2/brain_model/{WEIGHTS}", tensors(_=lambda w: w * torch.nan), "brain_model/model.safetensors: found NaN"),
@@ -408,8 +408,10 @@ def test_a_finished_run_says_so_and_changes_nothing(command: str, more: str, wor
     assert ("is finished" in capsys.readouterr().out) == (command != "ev")
 
 
-@pytest.mark.parametrize("command", ["ev", "pairs"])
-def test_two_at_once_do_not_evaluate_into_one_folder(command: str, world, capfd):
-    folder = Path("pairs/metrics") if command == "pairs" else next(Path(RUN).glob("eval*"))
+@pytest.mark.parametrize(
+    ("command", "place"), [("ev", None), ("pairs", "pairs/metrics"), ("fmri", ".out.mp4.lock")]
+)
+def test_two_at_once_do_not_evaluate_into_one_folder_or_video(command: str, place: str | None, world, capfd):
+    folder = Path(place) if place else next(Path(RUN).glob("eval*"))
     with FolderLock(folder):
         assert f"{folder}: another process works in it" in error_of(lambda: run(command), world, capfd)
