@@ -287,6 +287,14 @@ def changes(text: str) -> Iterator[tuple[str, str, str]]:
                 yield file, old, new
 
 
+def test_the_readme_has_the_commands_that_ci_takes_from_it():
+    commands = re.findall(
+        r"pip install -r requirements.txt && (python train_stage1|pytest)", (REPO / "README.md").read_text()
+    )
+    assert commands == ["python train_stage1", "pytest"]
+    assert "pip install -r requirements.txt && pytest" in (REPO / ".ci" / "run").read_text()
+
+
 def test_the_reading_order_says_how_long_each_file_is():
     rows = re.findall(r"^\d  (\w+\.py) +(\d+)", (REPO / "README.md").read_text(encoding="utf-8"), re.M)
     lengths = {file: len((REPO / file).read_text(encoding="utf-8").splitlines()) for file, _ in rows}
