@@ -152,7 +152,7 @@ def chosen_rows(config: Config) -> list[Row]:
 class Script(NamedTuple):
     file: str
     parse: Callable[[Sequence[str]], object]
-    last: str  # file that it writes last, or, of an evaluation, when all is measured
+    last: str  # file that it writes last
     may_change: Sequence[str] = ()  # settings, in a run that goes on
 
 

@@ -123,7 +123,8 @@ def _entry(name: str, scored: list[dict], blocks: np.ndarray, run: Evaluation) -
 
 
 def report(run: Evaluation) -> str:
-    """Writes metrics.json of each method, metrics.csv and the pictures. Returns the text to print."""
+    """Writes metrics.csv, the pictures and, last, metrics.json of each method: with it an evaluation is
+    whole. Returns the text to print."""
     known, names, config = known_values(run.out), asked(run.config), run.config
     common = _common_clips(run, known)
     some = config.pairs and common.any() and not common.all()
@@ -143,7 +144,6 @@ def report(run: Evaluation) -> str:
                 result["less_memory"] = less(result, memory)
                 of_set = result["less_memory"]["metrics"]
                 entries[f"{method} less memory"] = {name: of_set[name] for name in names}
-            write_json((run.out / method if config.pairs else run.out) / "metrics.json", result)
             rows += _rows(method, result, names, control)
         for name in names:
             if reason := result["metrics"][name].get("reason"):
@@ -164,6 +164,9 @@ def report(run: Evaluation) -> str:
     for reason, metrics in reasons.items():
         text += f"\nn/a or in part, {', '.join(metrics)}: {reason}"
     _pictures(pictured, results, common)
+    for method, result in results.items():
+        if result is not memory:
+            write_json((run.out / method if config.pairs else run.out) / "metrics.json", result)
     files = "gt, recon, memory, retrieved.jsonl, metrics.json, ..."
     if config.pairs:
         files = "METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png"

@@ -37,6 +37,7 @@ from transformers import (
 
 import metrics.options
 import metrics.pairs
+import metrics.report
 import metrics.score
 from evaluate import Config, main
 from metrics import card, features, motion, pixels, retrieval
@@ -98,6 +99,18 @@ def three(tmp_path) -> Path:
     gt = [moving(6, speed=1, seed=i) for i in range(3)]
     noise = np.random.default_rng(9).integers(-20, 20, gt[0].shape)
     return write_pairs(tmp_path / "set", gt, ours=[np.clip(v + noise, 0, 255).astype(np.uint8) for v in gt])
+
+
+def test_an_evaluation_that_ends_at_its_pictures_is_not_whole(three, monkeypatch):
+    """metrics.json comes last: extras/ablations.py takes it for a finished evaluation."""
+    pictures = metrics.report._pictures
+    command = parse(["--pairs", str(three), "--metrics", "ssim", "--size", "native"])
+    monkeypatch.setattr(metrics.report, "_pictures", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(command)
+    assert not list(three.rglob("metrics.json"))
+    monkeypatch.setattr(metrics.report, "_pictures", pictures)
+    assert main(command) == 0 and results_of(three)["metrics"]["ssim"]["n"] == 3
 
 
 # -- pixels ---------------------------------------------------------------------------------------------------------
