@@ -80,9 +80,9 @@ def read_settings(folder: Path) -> dict:
     settings = check_settings(read_json(file), file, KEYS)
     keys = {key: STAGE1[key] for key in ("rois", "tau", "lambda_1", "lambda_2")}
     check_settings(settings["stage1_config"], f"{file}, stage1_config", keys)
-    lora, settings_of_it = lora_scale(folder / "lora"), (settings["lora_rank"], settings["lora_alpha"])
-    if lora != settings_of_it:  # asked before a LoRA of that rank takes memory
-        raise damaged(file, f"lora_rank, lora_alpha = {settings_of_it}", f"{lora}, as lora/ has")
+    lora, scale = folder / "lora", (settings["lora_rank"], settings["lora_alpha"])
+    if lora.is_dir() and scale != lora_scale(lora):  # asked before a LoRA of that rank takes memory
+        raise damaged(file, f"lora_rank, lora_alpha = {scale}", f"{lora_scale(lora)}, as lora/ has")
     settings["decoder"] = decoder_at(settings["decoder"], folder)
     return settings
 
