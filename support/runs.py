@@ -76,6 +76,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, advice: str = "wait for it", take: bool = True):
         self.folder, self.handle = folder, None
+        self.absent = [parent for parent in folder.parents[:4] if not parent.exists()]
         with suppress(ImportError):  # Windows has no fcntl
             import fcntl
 
@@ -97,11 +98,11 @@ class FolderLock:
         self.close()
 
     def close(self) -> None:
-        """Give it back, and leave no empty folder."""
+        """Give it back, and leave no empty folder of its own: parents that were there stay."""
         if self.handle is not None:
             os.close(self.handle)
             self.handle = None
-            for folder in (self.folder, *self.folder.parents[:4]):
+            for folder in (self.folder, *self.absent):
                 with suppress(OSError):  # it is not empty
                     folder.rmdir()
 

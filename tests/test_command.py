@@ -72,6 +72,9 @@ def test_two_at_once_do_not_prepare_one_dataset(tmp_path, monkeypatch):
     ):
         command.main(["toy"])
     assert not [*tmp_path.iterdir()]
+    (tmp_path / "results").mkdir()
+    FolderLock(Path("results/.out.mp4.lock")).close()
+    assert [*tmp_path.iterdir()] == [tmp_path / "results"]  # the user's own, though it is empty
 
 
 def test_the_toy_world_is_prepared_for_its_subject(monkeypatch):
