@@ -25,9 +25,7 @@ class MemoryPool(nn.Module):
 
     def __init__(self, e: Tensor, captions: list[Tensor]):
         super().__init__()
-        self.register_buffer(
-            "e", e
-        )  # (N, 3, D) unit vectors: CLIP text, φ_v of CLIP frames, ViCLIP (txt, img, act)
+        self.register_buffer("e", e)  # (N, 3, D) unit vectors txt, img, act: CLIP, φ_v of CLIP's, ViCLIP
         self.captions = captions  # N times (n_i, D_txt): the decoder's text tokens, on the CPU
 
     def text(self, i: Tensor, L: int) -> Tensor:
