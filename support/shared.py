@@ -2,7 +2,8 @@
 
     config.json                  the settings, written last: a folder with it is whole
     brain_model/ heads/ mixture_of_memories/ lora/
-    memories.safetensors         e and the captions' tokens of the memories, and the decoder's empty prompt
+    memories.safetensors         e and the captions' tokens of the memories, and the decoder's empty prompt;
+                                 a caption that many clips have stands there once
     memories.json                of each memory its line of clips.jsonl
     voxels.npz                   of each voxel of x its index in the source, and its area: roi
 
@@ -36,6 +37,7 @@ from support.readers import (
 )
 
 MEMORIES = "memories.safetensors"
+TENSORS = "e", "text_tokens", "text_offsets", "caption", "empty"  # of it
 PROJECT = Path(__file__).parents[1]
 HUB_ID = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"  # at a branch, a tag, a commit or refs/pr/1
 KEYS = {"data": str, "subject": int, "decoder": str, "mom": bool, "integration": bool, "stage1_config": dict}
@@ -188,11 +190,14 @@ def writers(model) -> dict[str, Callable[[Path], object]]:
 
 def write_memories(folder: Path, model) -> None:
     """memories.safetensors, memories.json and voxels.npz of an evaluate.CineNeuron."""
-    captions = model.pool.captions
+    keys = [tokens.numpy().tobytes() for tokens in model.pool.captions]
+    captions = dict(zip(keys, model.pool.captions, strict=True))  # each once
+    number = {key: i for i, key in enumerate(captions)}
     tensors = {
         "e": model.pool.e.detach().cpu().contiguous(),
-        "text_tokens": torch.cat(captions),
-        "text_offsets": torch.from_numpy(np.cumsum([0, *map(len, captions)])),
+        "text_tokens": torch.cat([*captions.values()]),
+        "text_offsets": torch.from_numpy(np.cumsum([0, *map(len, captions.values())])),
+        "caption": torch.tensor([number[key] for key in keys]),
         "empty": model.empty.detach().cpu().contiguous(),
     }
     with written_whole(folder / MEMORIES) as part:
@@ -213,22 +218,26 @@ def read_memories(
     with reading(file, "the memories of a model"):
         # memory of their own, which is aligned as the run's is: products round otherwise where it is not
         tensors = {name: x.clone() for name, x in read_tensors(file).items()}
-        if tensors.keys() != {"e", "text_tokens", "text_offsets", "empty"}:
-            raise damaged(file, f"tensors {', '.join(tensors)}", "e, text_tokens, text_offsets, empty")
-        e, tokens, empty, offsets = (tensors[name] for name in ("e", "text_tokens", "empty", "text_offsets"))
-        N = len(e)
+        tensors.setdefault("caption", torch.arange(len(tensors.get("e", ()))))  # of an older run
+        if tensors.keys() != {*TENSORS}:
+            raise damaged(file, f"tensors {', '.join(tensors)}", ", ".join(TENSORS))
+        e, tokens, offsets, caption, empty = (tensors[name] for name in TENSORS)
         check_array(e.numpy(), f"{file}, e", "f", (None, 3, D))
         check_array(empty.numpy(), f"{file}, empty", "f", prompt)
         check_array(tokens.numpy(), f"{file}, text_tokens", "f", (None, empty.shape[1]))
-        check_array(offsets.numpy(), f"{file}, text_offsets", "iu", (N + 1,))
+        check_array(offsets.numpy(), f"{file}, text_offsets", "iu", (None,))
+        N, different = len(e), len(offsets) - 1
+        check_array(caption.numpy(), f"{file}, caption", "iu", (N,))
         if not {e.dtype, empty.dtype} <= {torch.float32, torch.float16}:
             raise damaged(file, f"{e.dtype} of e, {empty.dtype} of empty", "float32 or float16")
         e, empty = e.float(), empty.float()
         lengths = offsets.diff()
-        spans = N and (offsets[0], offsets[-1]) == (0, len(tokens))
+        spans = N and different > 0 and (offsets[0], offsets[-1]) == (0, len(tokens))
         if not spans or lengths.min() < 1 or lengths.max() > len(empty):
-            wanted = f"{N + 1} numbers that rise from 0 to {len(tokens)}, by {len(empty)} at most"
+            wanted = f"numbers that rise from 0 to {len(tokens)}, by {len(empty)} at most"
             raise damaged(file, f"text_offsets {offsets.tolist()[:4]} ...", wanted)
+        if caption.min() < 0 or caption.max() >= different:
+            raise damaged(file, f"caption {int(caption.max())}", f"0 to {different - 1}, as text_offsets has")
         if not ((e.norm(dim=-1) - 1).abs() < 1e-3).all():
             raise damaged(file, "rows of e of another length", "unit vectors")
     file = folder / "memories.json"
@@ -239,7 +248,8 @@ def read_memories(
         if not isinstance(line, dict):
             raise damaged(file, f"{line!r:.40} as line {number}", "objects {...}")
         check_keys(line, f"{file}, line {number}", LINE)
-    return e, list(tokens.split(lengths.tolist())), empty, lines
+    captions = tokens.split(lengths.tolist())
+    return e, [captions[i] for i in caption.tolist()], empty, lines
 
 
 def read_voxels(folder: Path, N: int) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from unittest.mock import Mock, call
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_faults import damaged, edit, npz, setting, tensors, without
 from tiny import N, T
 
@@ -66,6 +67,18 @@ def test_the_folder_holds_what_the_run_holds(tiny, folder):
     assert sorted(file.name for file in folder.iterdir()) == sorted([*PARTS, "README.md"])
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert len(files) > 10 and {file.stat().st_mode & 0o777 for file in files} == {0o640}  # as the umask was
+
+
+def test_a_caption_that_recurs_stands_once(model, folder, tmp_path):
+    tokens, texts = load_file(folder / MEMORIES), [line["caption"] for line in model.lines]
+    assert len(tokens["text_offsets"]) - 1 == len(set(texts)) < len(texts)
+    e, captions, empty, lines = shared.read_memories(folder, 20)
+    tokens |= {"text_tokens": torch.cat(captions)}  # as runs had it before
+    tokens |= {"text_offsets": torch.tensor([0, *map(len, captions)]).cumsum(0)}
+    shutil.copy(folder / "memories.json", tmp_path)
+    save_file({name: tokens[name] for name in tokens.keys() - {"caption"}}, tmp_path / MEMORIES)
+    for again in (captions, shared.read_memories(tmp_path, 20)[1]):
+        assert all(map(torch.equal, again, model.pool.captions)) and len(again) == len(texts)
 
 
 def test_the_lines_of_the_card_load_the_model(folder, x, monkeypatch):
@@ -204,6 +217,8 @@ STRANGE = [
     ("memories.json", edit(lambda rows: [rows[0] | {"categories": None}, *rows[1:]]), "line 0: found categories = 'None'"),
     (MEMORIES, tensors(e=torch.Tensor.double), "found torch.float64 of e.*wanted float32 or float16"),
     (MEMORIES, tensors(text_tokens=torch.Tensor.long), "text_tokens: found int64"),
+    (MEMORIES, tensors(caption=lambda i: i + 1), "found caption [0-9]+, wanted 0 to [0-9]+"),
+    (MEMORIES, tensors(caption=lambda i: i - 1), "found caption"),
     ("voxels.npz", npz(index=np.ones((N, 2), int)), r"voxels.npz\[index\]: found int64 of shape \(40, 2\)"),
 ]  # fmt: skip
 
