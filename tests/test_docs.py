@@ -10,11 +10,14 @@ A figure names its source in a comment, which no reader sees:
 
 import argparse
 import ast
+import functools
+import http.server
 import json
 import re
 import runpy
 import shlex
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -196,6 +199,36 @@ def test_a_broken_link_is_told(text):
     check_links(REPO / "README.md", "# A `b` c\n" + links)
     with pytest.raises(AssertionError):
         check_links(REPO / "README.md", text)
+
+
+def test_the_site_leads_to_each_page():
+    """docs/ can be served as a site: index.html links to all, draws the .md pages, and stands beside them."""
+    index = REPO / "docs" / "index.html"
+    text = index.read_text(encoding="utf-8").partition("<body>")[2]
+    check_links(index, text)
+    assert {*re.findall(r'href="([^"?]+)"', text)} >= {
+        file.name for file in index.parent.glob("*.[hmi]*") if file != index
+    }
+
+
+@pytest.mark.slow
+def test_the_site_draws_each_page(browser):
+    """Each heading, table, block of code and picture (a lost one is in the browser's log); no mark is left over."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=REPO)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for page, name in zip(PAGES, NAMES, strict=True):
+            browser.get(f"http://127.0.0.1:{server.server_port}/docs/index.html?page=../{name}")
+            browser.find_element("css selector", "h1[id]")
+            ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
+            tables = browser.execute_script("return document.querySelectorAll('table').length")
+            prose = browser.execute_script("""document.querySelectorAll("pre, code").forEach(e => e.remove())
+                return document.body.textContent""")
+            text = page.read_text(encoding="utf-8")
+            assert {*ids} == anchors(re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)), name
+            assert not re.search(r"\]\(|\*\*|`|<!--|^\|", prose, re.M), name
+            assert tables == len(re.findall(r"^\|[-:| ]+\|$", text, re.M)), name
+        server.shutdown()
 
 
 # ---------------------------------------------------------------- figures
