@@ -213,7 +213,7 @@ def test_the_site_leads_to_each_page():
 
 @pytest.mark.slow
 def test_the_site_draws_each_page(browser):
-    """Each heading, table, block of code and picture (a lost one is in the browser's log); no mark is left over."""
+    """Each heading and table; no mark is left over."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=REPO)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
