@@ -49,18 +49,11 @@ def with_pickle(folder: Path, exploded: Path, weights: str, pickled: str) -> Non
 
 AUTO = ["AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoModelForVideoClassification"]
 JUDGES = {"video_classifier": "videomae", "image_classifier": "vit", "dino": "dino"}
-
-
-def code(folder: Path, exploded: Path) -> None:
-    with_code(folder, exploded, "config.json", "PreTrainedModel", AUTO)
-
-
-def code_of_the_processor(folder: Path, exploded: Path) -> None:
-    with_code(folder, exploded, "preprocessor_config.json", "BaseImageProcessor", ["AutoImageProcessor"])
-
-
-def weights(folder: Path, exploded: Path) -> None:
-    with_pickle(folder, exploded, "model.safetensors", "pytorch_model.bin")
+CODES = [  # a config, the class of its code, the classes that load it; None: weights to unpickle
+    ("config.json", "PreTrainedModel", AUTO),
+    ("preprocessor_config.json", "BaseImageProcessor", ["AutoImageProcessor"]),
+    None,
+]
 
 
 @pytest.fixture
@@ -72,12 +65,15 @@ def exploded(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("option", JUDGES)
-@pytest.mark.parametrize("plant", [code, code_of_the_processor, weights])
-def test_no_code_of_a_judge_runs(option, plant, exploded, tmp_path):
-    shutil.copytree(REPO / "toy" / JUDGES[option], tmp_path / "model")
-    plant(tmp_path / "model", exploded)
+@pytest.mark.parametrize("code", CODES)
+def test_no_code_of_a_judge_runs(option, code, exploded, tmp_path):
+    folder = shutil.copytree(REPO / "toy" / JUDGES[option], tmp_path / "model")
+    if code:
+        with_code(folder, exploded, *code)
+    else:
+        with_pickle(folder, exploded, "model.safetensors", "pytorch_model.bin")
     try:
-        LOADERS[option](str(tmp_path / "model"), "cpu")
+        LOADERS[option](str(folder), "cpu")
     except BAD_INPUT as error:
         assert "model" in str(error)
 

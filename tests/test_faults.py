@@ -188,7 +188,7 @@ def tensors(**changes) -> Callable[[Path], None]:
             tensor = stored.pop(name, torch.ones(2))
             if change is not None:
                 stored[name] = change(tensor).contiguous().clone()
-        save_file(stored, path)
+        save_file(stored, path, {"format": "pt"})  # which transformers asks for
 
     return damage
 
