@@ -12,7 +12,6 @@ from unittest.mock import Mock, call
 import numpy as np
 import pytest
 import torch
-from test_faults import damaged, edit, npz, setting, tensors, without
 from tiny import N, T
 
 import data
@@ -159,59 +158,6 @@ def test_a_decoder_is_loaded_at_a_revision(tiny, monkeypatch):
     assert pipelines.load_pipeline("a/wan@v1", vae=True)[0].vae is not None
     files = ["*.json", "tokenizer/*", "vae/*.safetensors"]
     download.assert_called_once_with("a/wan", revision="v1", allow_patterns=files)
-
-
-# ---------------------------------------------------------------- a stranger's folder
-
-
-def pipe(path: Path) -> None:
-    os.mkfifo(path.with_name("pipe"))
-    path.with_name("pipe").replace(path)
-
-
-def device(path: Path) -> None:
-    path.with_name("zero").symlink_to("/dev/zero")
-    path.with_name("zero").replace(path)
-
-
-def stage1(**changes):
-    return edit(lambda settings: settings | {"stage1_config": settings["stage1_config"] | changes})
-
-
-MOM, BRAIN, MEMORIES = "mixture_of_memories/config.json", "brain_model/config.json", "memories.safetensors"
-STRANGE = [
-    ("config.json", setting(height=0), "found height = 0, wanted height at least"),
-    ("config.json", setting(noise_shift=0.0), "found noise_shift = 0.0, wanted noise_shift above"),
-    ("config.json", setting(frames="9"), "found frames = '9', wanted frames as int"),
-    ("config.json", stage1(tau=0), "stage1_config: found tau = 0"),
-    ("config.json", setting(height=33), "config.json: found .*does not fit"),
-    (MOM, setting(K=46), "K = 46, wanted"),
-    (MOM, setting(K="3"), "K = '3', wanted"),
-    (MOM, setting(alpha=float("nan")), "alpha = nan, wanted"),
-    (MOM, setting(attention_heads=5), "attention_heads = 5, wanted"),
-    (MOM, setting(tokens=11), "tokens = 11, wanted"),
-    (MOM, without("K"), f"{MOM}: found no K"),
-    ("config.json", setting(lora_rank=10**9), "/config.json: found .*1000000000"),
-    ("config.json", setting(lora_alpha=1e9), "/config.json: found .*1000000000"),
-    ("config.json", setting(width=48 * 10**18), "/config.json: found .*does not fit: wanted at most"),
-    ("config.json", setting(sampling_steps=10**6), "/config.json: found .*1000000"),
-    (BRAIN, setting(attention_heads=5), "brain_model/config.json: found attention_heads = 5, wanted a divisor of 24"),
-    (BRAIN, without("attention_heads"), f"{BRAIN}: found no attention_heads"),
-    (BRAIN, setting(layers=10**6), "brain_model: found 1000000 layers and .* weights"),
-    (BRAIN, setting(voxels=10**9), "brain_model/model.safetensors: found .*wanted"),
-    (BRAIN, pipe, "brain_model/config.json: found a pipe or a device"),
-    ("voxels.npz", device, "voxels.npz: found a pipe or a device"),
-    ("memories.json", edit(lambda rows: [rows[0] | {"categories": None}, *rows[1:]]), "line 0: found categories = 'None'"),
-    (MEMORIES, tensors(e=torch.Tensor.double), "found torch.float64 of e.*wanted float32 or float16"),
-    (MEMORIES, tensors(text_tokens=torch.Tensor.long), "text_tokens: found int64"),
-    ("voxels.npz", npz(index=np.ones((N, 2), int)), r"voxels.npz\[index\]: found int64 of shape \(40, 2\)"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("file", "damage", "message"), STRANGE)
-def test_a_strangers_folder_is_one_error_that_names_its_file(file, damage, message, folder):
-    with damaged(folder / file, damage), pytest.raises(ValueError, match=message):
-        CineNeuron.from_pretrained(folder)
 
 
 def test_the_ranges_are_those_of_the_options():

@@ -1,6 +1,7 @@
 """support/videos.py: what a player shows, upright and in time, whatever the container says; frames picked, cut, written."""
 
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -92,6 +93,9 @@ def test_equal_frames_that_a_gif_merged_are_there_again(tmp_path):
     first.save(tmp_path / "a.gif", save_all=True, append_images=others, duration=60, loop=0)
     with Image.open(tmp_path / "a.gif") as image:
         assert image.n_frames == 7  # Pillow merged the rest
+    with open(tmp_path / "a.gif", "ab") as file:  # what follows the end does not matter, nor how long it is
+        file.write(b"anything")
+        file.truncate(file.tell() + (1 << 33))
     video = read_video(tmp_path / "a.gif")
     assert len(video.frames) == 20 and abs(video.fps - 1000 / 60) < 0.1 and near(video.frames, frames)
 
@@ -102,14 +106,6 @@ def test_a_still_picture_lasts(tmp_path):
     for name, seconds, n in (("a.gif", 2.0, 16), ("b.gif", 2.0, 24), ("a.gif", 5.0, 40)):
         video = read_video(tmp_path / name, seconds)
         assert video.fps == 8 and near(video.frames, film(1).repeat(n, 0))
-
-
-def test_what_follows_the_end_of_a_gif_does_not_matter(tmp_path):
-    write_video(tmp_path / "a.gif", film(), 10)
-    with open(tmp_path / "a.gif", "ab") as file:
-        file.write(b"anything")
-        file.truncate(file.tell() + (1 << 33))  # nor how long it is
-    assert near(read_video(tmp_path / "a.gif").frames, film())
 
 
 def test_a_trimmed_film_is_whole(tmp_path):
@@ -127,19 +123,16 @@ def test_a_trimmed_film_is_whole(tmp_path):
     assert near(read_clip(tmp_path / "b.mp4", 0.5, 0.5), film()[10:15])
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES[:-1] + (".MP4",))
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi", ".webm", ".gif", ".MP4"])
 def test_formats(suffix: str, tmp_path):
     path = tmp_path / f"a{suffix}"
+    assert suffix.lower() in SUFFIXES and SUFFIXES[-1] == ".npy"
     (write_video if suffix == ".gif" else write)(path, film(), **{"fps" if suffix == ".gif" else "rate": 10})
     video = read_video(path)
     assert abs(video.fps - 10) < 0.01 and near(video.frames, film())
-
-
-def test_an_array_lasts_as_long_as_it_is_told(tmp_path):
-    assert SUFFIXES == (".mp4", ".mov", ".mkv", ".avi", ".webm", ".gif", ".npy")
-    np.save(tmp_path / "a.npy", film())
-    assert read_video(tmp_path / "a.npy", 4).fps == 5
-    assert np.array_equal(read_video(tmp_path / "a.npy").frames, film())
+    np.save(tmp_path / "a.npy", film())  # lasts as long as it is told
+    video = read_video(tmp_path / "a.npy", 4)
+    assert video.fps == 5 and np.array_equal(video.frames, film())
 
 
 def big_gif(side: int, ticks: int) -> bytes:
@@ -231,7 +224,12 @@ def test_clips_hold_the_frames_of_their_seconds(tmp_path):
         list(read_clips(tmp_path / "a.mp4", 3))
 
 
-def test_a_clip_may_lack_one_frame_in_twenty(tmp_path):
+def test_a_clip_may_lack_one_frame_in_twenty_and_times_are_rounded(tmp_path):
+    """A film begins with its first frame."""
+    write(tmp_path / "a.mp4", film(), [0.5 + 0.1 * t - 0.00001 * (t > 0) for t in range(20)])
+    first, second = read_clips(tmp_path / "a.mp4", 2, 1.0)
+    assert near(first, film()[:10]) and near(second, film()[10:])
+    assert near(read_clip(tmp_path / "a.mp4", 1.0, 1.0), film()[10:])
     write(tmp_path / "a.mp4", film(40), [0.1 * t + 2 * (t >= 20) for t in range(40)])  # and not all of them
     with pytest.raises(ValueError, match="a.mp4: found 0 frames in the 2 s from 2.0 s on, wanted 1"):
         list(read_clips(tmp_path / "a.mp4", 3))
@@ -240,13 +238,6 @@ def test_a_clip_may_lack_one_frame_in_twenty(tmp_path):
     write(tmp_path / "a.mp4", film(60)[:37], rate=20)
     with pytest.raises(ValueError, match="37 frames in the 2 s from 0.0 s on, wanted 40 of a film of 1.9 s"):
         read_clip(tmp_path / "a.mp4", 0.0)
-
-
-def test_a_film_begins_with_its_first_frame_and_times_are_rounded(tmp_path):
-    write(tmp_path / "a.mp4", film(), [0.5 + 0.1 * t - 0.00001 * (t > 0) for t in range(20)])
-    first, second = read_clips(tmp_path / "a.mp4", 2, 1.0)
-    assert near(first, film()[:10]) and near(second, film()[10:])
-    assert near(read_clip(tmp_path / "a.mp4", 1.0, 1.0), film()[10:])
 
 
 def test_a_clip_is_found_by_seeking_past_what_is_damaged(tmp_path):
@@ -302,16 +293,6 @@ def test_videos_are_the_middle_of_a_clip_in_time_and_space(shape, size, frames, 
     assert resized(clip // 100 * 255, (90, 90)).mean() == pytest.approx((clip // 100 * 255).mean(), abs=3)
 
 
-@pytest.mark.parametrize("name", ["a.avi", "b.mp4"])
-def test_only_mp4_and_gif_are_written(name: str, tmp_path):
-    (tmp_path / "b.mp4").mkdir()
-    with pytest.raises(FileFault, match="found a folder" if name == "b.mp4" else "wanted .mp4 or .gif"):
-        check_writable(tmp_path / name)
-    with pytest.raises(FileFault):
-        write_video(tmp_path / name, film(), 10)
-    check_writable(tmp_path / "a.GIF")
-
-
 @pytest.mark.parametrize(("size", "pix_fmt"), [((256, 258), "yuv420p"), ((257, 300), "yuv444p")])
 def test_an_mp4_has_its_rate_its_key_frames_and_nearly_its_colours(size, pix_fmt, tmp_path):
     frames = resized(film(12), size)
@@ -325,6 +306,15 @@ def test_an_mp4_has_its_rate_its_key_frames_and_nearly_its_colours(size, pix_fmt
         assert [t for t, frame in enumerate(scene.decode(video=0)) if frame.key_frame] == [0, 5, 10]
     assert near(read_video(tmp_path / "a.mp4").frames, frames)
     assert np.abs(read_video(tmp_path / "b.mp4").frames.astype(float) - noise).mean() < 1.5
+
+
+def test_only_mp4_and_gif_are_written(tmp_path):
+    (tmp_path / "b.mp4").mkdir()
+    for name, fault in (("a.avi", "wanted .mp4 or .gif"), ("b.mp4", "found a folder")):
+        for write_or_ask in (check_writable, partial(write_video, frames=film(), fps=10)):
+            with pytest.raises(FileFault, match=fault):
+                write_or_ask(tmp_path / name)
+    check_writable(tmp_path / "a.GIF")
 
 
 @pytest.mark.parametrize(("fps", "milliseconds"), [(8, 120), (200, 20)])  # ticks of 10 ms, 20 at least
