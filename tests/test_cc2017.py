@@ -48,25 +48,10 @@ def empty_release(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def stimuli(tmp_path, monkeypatch):
-    """The working directory, and the calls of what encodes films: nothing is encoded."""
-    calls = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("prepare.stimuli.prepare_stimuli", lambda *args, **more: calls.append((args, more)))
-    monkeypatch.setattr("prepare.copies.prepare_copies", lambda folder: calls.append(folder))
-    monkeypatch.setattr("prepare.decoder.prepare_decoder", lambda *args: calls.append(args))
-    monkeypatch.setattr("prepare.decoder.check_decoder", lambda *args: None)
-    return calls
-
-
 def raw_run(path, volumes: int) -> np.ndarray:
     """The data of a CIFTI file, (volumes, 91282), read without its axes."""
     offset = path.stat().st_size - 4 * volumes * 91_282
     return np.memmap(path, "<f4", "r", offset, (volumes, 91_282), "F")
-
-
-# ---------------------------------------------------------------- the Purdue release
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss", "ignore:.*showing of test. is masked")
@@ -128,7 +113,7 @@ def test_a_film_of_another_length_is_refused_beforehand(empty_release):
         source.check()
 
 
-def test_windows_keep_240_volumes_after_trimming_and_delay(empty_release):
+def test_windows_keep_240_volumes_after_trimming_and_delay_and_what_is_missing_is_named(empty_release):
     source = PurdueRelease(empty_release, subject=1)
     assert (source.repeats("seg1"), source.repeats("test1")) == (2, 10)
     late = {f"test{n}": (4, 240) for n in (2, 3, 4, 5)}
@@ -139,9 +124,6 @@ def test_windows_keep_240_volumes_after_trimming_and_delay(empty_release):
     for delay in (5, -1):
         with pytest.raises(ValueError, match=f"--delay {delay}: wanted 0 to 4 volumes of 2 s"):
             PurdueRelease(empty_release, 1, delay)
-
-
-def test_what_is_missing_is_named(empty_release):
     folder = empty_release / "subject1" / "fmri" / "test2" / "cifti"
     (folder / "test2_9_Atlas.dtseries.nii").unlink()
     source = PurdueRelease(empty_release, subject=1)
@@ -179,9 +161,6 @@ def test_the_archives_are_read_where_they_were_unpacked(purdue, empty_release):
     (empty_release / "old" / "stimuli").mkdir(parents=True)
     with pytest.raises(ValueError, match="old/stimuli and .*stimuli both look like the release's stimuli"):
         PurdueRelease(empty_release, 1)
-
-
-# ---------------------------------------------------------------- the NeuroClips release
 
 
 def test_the_neuroclips_release_is_read_segment_by_segment(neuroclips):

@@ -36,7 +36,7 @@ def frames():
     return blocks.repeat(24, 2).repeat(24, 3)
 
 
-def test_load_clip(clip):
+def test_load_clip(clip, tmp_path):
     model, stats, tokenizer = clip
     mean, std = [*open_clip.OPENAI_DATASET_MEAN], [*open_clip.OPENAI_DATASET_STD]
     assert stats == {"size": 64, "mean": mean, "std": std}
@@ -47,9 +47,6 @@ def test_load_clip(clip):
     ids = [[number[word] for word in text.split()] for text in texts]
     tokens = tokenizer(["A red circle", "zebra moves", "red " * 30])
     assert tokens.tolist() == [row + [0] * (16 - len(row)) for row in ids]
-
-
-def test_a_missing_folder_and_an_unknown_name_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere/open_clip_config.json not found, wanted with"):
         load_clip(f"local-dir:{tmp_path}/nowhere")
     for name in ("nothing/of-this", "ViT-B-32/nothing"):

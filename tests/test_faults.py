@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from test_bombs import Pickled
 from tiny import SIZE, N, write_films
 
 import evaluate
@@ -116,26 +117,22 @@ def half(path: Path) -> None:
 
 
 def npy(array: np.ndarray) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        with open(path, "wb") as file:  # np.save adds a suffix to a name
-            np.save(file, array, allow_pickle=True)
-
-    return write
+    return lambda path: np.save(path, array, allow_pickle=True)
 
 
 def array(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
-    return lambda path: npy(change(np.load(path)))(path)
+    return lambda path: np.save(path, change(np.load(path)))
 
 
 def value(number, place=(5, 0)) -> Callable[[Path], None]:
     """This number at a place of an array."""
 
-    def change(x: np.ndarray) -> np.ndarray:
-        x = x.copy()
+    def damage(path: Path) -> None:
+        x = np.load(path)
         x[place] = number
-        return x
+        np.save(path, x)
 
-    return array(change)
+    return damage
 
 
 def huge(path: Path) -> None:
@@ -148,13 +145,7 @@ def huge(path: Path) -> None:
 
 def npz(**arrays) -> Callable[[Path], None]:
     """These arrays in place of those that are in it."""
-
-    def write(path: Path) -> None:
-        arrays_of = dict(np.load(path)) if path.exists() else {}
-        with open(path, "wb") as file:
-            np.savez(file, **(arrays_of | arrays))
-
-    return write
+    return lambda path: np.savez(path, **((dict(np.load(path)) if path.exists() else {}) | arrays))
 
 
 def edit(change: Callable[[object], object]) -> Callable[[Path], object]:
@@ -173,17 +164,6 @@ def without(key: str) -> Callable[[Path], object]:
     return edit(lambda settings: {name: value for name, value in settings.items() if name != key})
 
 
-def line(**changes) -> Callable[[Path], None]:
-    """Entries of the second line of a .jsonl; None goes."""
-
-    def damage(path: Path) -> None:
-        rows = [json.loads(text) for text in path.read_text().splitlines()]
-        rows[1] = {key: value for key, value in (rows[1] | changes).items() if value is not None}
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    return damage
-
-
 def tensors(**changes) -> Callable[[Path], None]:
     """Each a function of the file's tensor of that name (_: of its first), or None: it goes."""
 
@@ -197,13 +177,6 @@ def tensors(**changes) -> Callable[[Path], None]:
         save_file(stored, path, {"format": "pt"})  # which transformers asks for
 
     return damage
-
-
-class Bomb:
-    """Unpickling it would create a file."""
-
-    def __reduce__(self):
-        return (open, ("exploded", "w"))
 
 
 def pt(value: object) -> Callable[[Path], None]:
@@ -320,13 +293,13 @@ TABLE = [
     (read_checkpoint, "a.pt", lambda path: (pt({"step": 1})(path), half(path)), "wanted a checkpoint"),
     (read_checkpoint, "a.pt", pt([1]), "found a list"),
     (read_checkpoint, "a.pt", pt({"step": "3"}), "found step = '3'"),
-    (read_checkpoint, "a.pt", pt({"a": Bomb()}), CODE),
+    (read_checkpoint, "a.pt", pt({"a": Pickled(Path("exploded"))}), CODE),
     (read_floats, "absent.npy", lambda path: None, "absent.npy is not there: delete it and make it anew"),
     # what is prepared
     (s1, f"{SUBJECT}/train/recorded.npy", Path.unlink, "recorded.npy is not there: python data.py cc2017"),
     (s1, f"{SUBJECT}/voxels.npz", half, "voxels.npz"),
     (s1, f"{TRAIN}/e_txt.npy", array(lambda x: x.astype(np.float64)), "found float64.*manifest.json"),
-    (s1, f"{TRAIN}/clips.jsonl", line(start_s=float("nan")), "line 2: found start_s = nan"),
+    (s1, f"{TRAIN}/clips.jsonl", text('"start_s": 2.0', '"start_s": NaN'), "line 2: found start_s = nan"),
     (s1, f"{TRAIN}/manifest.json", raw("[1]"), "manifest.json: found list .*prepare it again"),
     (s2, "models/wan/transformer/config.json", raw("null"), "wan"),
     (read_clips, f"{SUBJECT}/train/fmri.npy", array(lambda x: x[..., :-1]), "fmri.npy: .*45, any, any, 40"),
@@ -351,7 +324,7 @@ TABLE = [
     (s1_again, STAGE1_CONFIG, setting(kernel="auto"), r"kernel 'auto' \(now None\): choose another --run"),
     (s1_again, STAGE1_CONFIG, setting(step=9), "config.json: found step = 9, wanted a step of 0 to 4"),
     (go_on, STATE, half, "state.pt: found .*delete .*stage1 and train again"),
-    (go_on, STATE, pt({"step": 2, "heads": Bomb()}), CODE),
+    (go_on, STATE, pt({"step": 2, "heads": Pickled(Path("exploded"))}), CODE),
     (go_on, STATE, state(step=0, heads=LINEAR), "state.pt: found step 0, wanted a step of 1 to 4"),
     (go_on, STATE, state(heads={"weight": ONES * torch.nan}), "state.pt: found NaN or infinity in weight"),
     (go_on, STATE, Path.unlink, "state.pt is not there: delete .*train again"),

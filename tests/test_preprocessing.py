@@ -51,10 +51,7 @@ def test_voxels_without_a_signal_are_nan_and_harm_no_other():
     run[200, 3], run[7, 4], run[244, 5] = np.nan, np.inf, np.nan  # volume 244 is outside the window
     response = preprocess_run(run, 3, 240)
     assert np.isnan(response[:, :5]).all() and np.array_equal(response[:, 5:], clean[:, 5:])
-
-
-def test_the_degree_of_the_trend_is_afnis():
-    """3dDetrend -polort A: 1 + floor(seconds / 150); 4 at cc2017's 480 s (§4.1)."""
+    # 3dDetrend -polort A: 1 + floor(seconds / 150); 4 at cc2017's 480 s (§4.1)
     assert [fmri.detrending_degree(seconds) for seconds in (149, 150, 480)] == [1, 2, 4]
 
 

@@ -60,14 +60,11 @@ def test_a_folder_makes_the_videos_of_its_run(run, tiny, x, tmp_path, monkeypatc
         assert str(again.remember(x).indices) == str(of_run.remember(x).indices)
 
 
-def test_the_folder_holds_what_the_run_holds(tiny, folder):
+def test_the_folder_holds_what_the_run_holds_and_its_card_loads_it(tiny, folder, x, monkeypatch):
     assert sorted(file.name for file in (tiny / RUN / "stage2").iterdir()) == PARTS
     assert sorted(file.name for file in folder.iterdir()) == sorted([*PARTS, "README.md"])
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert len(files) > 10 and {file.stat().st_mode & 0o777 for file in files} == {0o640}  # as the umask was
-
-
-def test_the_lines_of_the_card_load_the_model(folder, x, monkeypatch):
     text = (folder / "README.md").read_text()
     for part in folder.rglob("README.md"):
         assert not re.search("More Information Needed|{{", part.read_text())
@@ -113,9 +110,6 @@ def test_a_model_is_located(tiny_copy, monkeypatch):
     for name in ("runs/none", "none", RUN):
         with pytest.raises(FileNotFoundError, match=f"{name}/stage2/config.json is not there"):
             shared.locate(name)
-
-
-# ---------------------------------------------------------------- a decoder is its bytes, at its revision
 
 
 @pytest.mark.parametrize(("stored", "asked", "message"), [
@@ -165,9 +159,6 @@ def test_the_ranges_are_those_of_the_options():
         if field.name in shared.RANGES:
             assert shared.RANGES[field.name] == field.metadata["ranges"], field.name
     assert shared.LINE == data.LINE
-
-
-# ---------------------------------------------------------------- fMRI
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -15,9 +15,6 @@ TOY = REPO / "toy"
 SEEN, UNSEEN = world.combinations()
 
 
-# ---------------------------------------------------------------- world
-
-
 PICTURES = [658.5, -49.9, -2.5, 963.3, 2039.0, -153.6, -5.2, 108.6]  # of each action, its pixels with weights
 
 
@@ -29,9 +26,6 @@ def test_each_action_shape_colour_and_background_is_drawn_as_before():
         assert video.shape == (17, 64, 64, 3) and video.dtype == np.uint8
         assert video.ravel() @ np.cos(np.arange(video.size)) == pytest.approx(PICTURES[k], abs=3)
         assert clip.caption == "a {1} {0} {2} {3}".format(*looks)
-
-
-# ---------------------------------------------------------------- subject
 
 
 def test_the_table_of_voxels_is_drawn_from_the_areas_of_the_atlas(tmp_path):
@@ -81,9 +75,6 @@ def test_the_world_of_this_version_is_the_one_that_was_made_before():
     assert np.allclose(second[54, ::400], [10125.28, 10583.16, 10389.23, 10190.98, 9924.84], atol=0.1)
     # by scipy.stats.gamma: pdf(t, 6, scale=0.75) - pdf(t, 16, scale=0.75) / 6
     assert np.allclose(subject.hrf()[:6], [0, 0.44988, 1, 0.51912, 0.10947, -0.05623], atol=1e-5)
-
-
-# ---------------------------------------------------------------- release
 
 
 @pytest.fixture(scope="module")

@@ -18,15 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import noise_generator
 from support import pipelines
-from support.pipelines import (
-    LORA_FILE,
-    _check_finite,
-    check_prepared,
-    latent_shape,
-    load_lora,
-    load_pipeline,
-    save_lora,
-)
+from support.pipelines import LORA_FILE, latent_shape, load_lora, load_pipeline, save_lora
 from video_decoder import VideoDecoder, shifted
 
 B = 4
@@ -173,7 +165,7 @@ def test_the_last_row_of_a_long_matrix_is_read_too():
     model = torch.nn.Linear(1, 5000, bias=False)
     model.weight.data[-1] = torch.inf
     with pytest.raises(ValueError, match="no finite weight"):
-        _check_finite(model)
+        pipelines._check_finite(model)
 
 
 @pytest.mark.parametrize("s, more", [(3.0, 1.0), (5.0, 1.0), (None, 1.0), (3.0, 5.0)])
@@ -367,12 +359,12 @@ def test_sizes_of_latents_or_the_reason_why_a_size_does_not_fit(folder, family):
 ])  # fmt: skip
 def test_what_was_prepared_for_another_decoder_is_refused(folder, latents, empty):
     decoder = load(folder)
-    check_prepared(decoder, LATENT, (L, D_TXT))
+    pipelines.check_prepared(decoder, LATENT, (L, D_TXT))
     reads = (
         f"but {folder} reads 4 channels in patches of .*, {L} tokens of width {D_TXT}: prepare them for it"
     )
     with pytest.raises(ValueError, match=reads):
-        check_prepared(decoder, latents, empty)
+        pipelines.check_prepared(decoder, latents, empty)
 
 
 def test_saved_lora_loads_in_plain_diffusers_and_gives_the_same_videos(folder, plain, prompts, tmp_path):
