@@ -1,4 +1,4 @@
-"""Recordings: preprocessing, the choice of voxels, fmri.npy; and the toy world's release."""
+"""Recordings: preprocessing, the choice of voxels, fmri.npy."""
 
 import json
 
@@ -10,8 +10,6 @@ from conftest import sha256
 from prepare import fmri
 from prepare.fmri import fisher_z, prepare_fmri, preprocess_run, reproducible_voxels
 from prepare.release import Release
-from toy.release import make_toy, toy_recipe
-from toy.subject import VERSION
 
 
 def bold(volumes=245, voxels=300, seed=0):
@@ -208,28 +206,3 @@ def test_the_recording_of_another_subject_is_refused(tmp_path):
     (sub1 / "manifest.json").write_text(json.dumps({"fmri.npy": entry}))
     with pytest.raises(ValueError, match="subjects 2 and 1 .*/2-a and .*sub1/train/fmri.npy: .*--allow"):
         fmri.refuse_twins(source, data)
-
-
-def test_the_toy_world_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
-    calls = []
-
-    def write_release(folder, seed):
-        (folder / "stimuli").mkdir(parents=True)
-        calls.append(seed)
-        yield "seg1_1"
-        if len(calls) == 1:
-            raise OSError("disk full")
-
-    monkeypatch.setattr("toy.release.write_release", write_release)
-    raw = tmp_path / "toy" / "raw"
-    with pytest.raises(OSError, match="disk full"):
-        make_toy(raw)
-    assert not [*raw.parent.iterdir()]
-    (raw.parent / ".raw.part" / "fmri").mkdir(parents=True)  # a kill left it
-    make_toy(raw, 4)
-    make_toy(raw, 4)
-    assert calls == [0, 4] and [*raw.parent.iterdir()] == [raw]
-    assert toy_recipe(1)["world"] == VERSION
-    (raw / "version.json").write_text('{"version": 1}')
-    with pytest.raises(ValueError, match=f"of another version of the toy world, wanted {VERSION}"):
-        make_toy(raw)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import REPO
+from test_faults import damaged, setting
 
 from prepare.cifti import mmp_areas
 from support.videos import read_clips
@@ -122,6 +123,14 @@ def test_the_release_is_the_films_and_recordings_of_its_subject(made, monkeypatc
             assert np.array_equal(toy.load_run(name, k), volumes)
         assert (toy.window(name), toy.repeats(name)) == ((3, len(clips)), runs)
     assert toy.recording(2) == [raw / "fmri" / "seg1_1.npy"] and toy.recording(1) == []
+    assert release.toy_recipe(2)["world"] == subject.VERSION
+    release.make_toy(raw)  # it is there
+    version = raw / "version.json"
+    with (
+        damaged(version, setting(version=1)),
+        pytest.raises(ValueError, match="of another version of the toy"),
+    ):
+        release.make_toy(raw)
 
 
 def test_what_is_prepared_is_of_the_subject_and_whole(made, monkeypatch):

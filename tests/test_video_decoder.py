@@ -97,7 +97,7 @@ def test_only_the_parts_asked_for_are_loaded_in_the_dtype_that_the_family_wants(
         assert family == "cogvideox" or text_length == length
 
 
-def test_lora_is_on_every_attention_projection_and_all_else_is_frozen(folder, family):
+def test_lora_is_on_every_attention_projection_and_starts_as_nothing(folder, family, batch):
     decoder = load(folder, dtype=torch.bfloat16)
     trained = {name: p for name, p in decoder.named_parameters() if p.requires_grad}
     attentions = 4 if family == "wan" else 2  # of 2 layers: self- and cross-attention; CogVideoX's is joint
@@ -107,9 +107,6 @@ def test_lora_is_on_every_attention_projection_and_all_else_is_frozen(folder, fa
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert decoder.transformer.dtype == torch.bfloat16
     assert not any(p.requires_grad for p in load(folder, rank=0).parameters())
-
-
-def test_lora_starts_as_nothing_and_adds_alpha_over_rank_of_its_product(folder, batch):
     pipe, text_length, config = load_pipeline(folder, transformer=True)
     plain = VideoDecoder(pipe, text_length, config, lora_rank=0).diffusion_loss(*batch)
     decoder = VideoDecoder(load_pipeline(folder, transformer=True)[0], text_length, config)
