@@ -43,9 +43,8 @@ def test_the_blocks_are_torchs_pre_norm_transformer_and_f_c_comes_of_the_global_
     h = torch.stack([token + model.position[0, i] for i, token in enumerate(tokens)], 1)  # (B, L+1, D')
     for block in model.blocks:
         activation = partial(gelu, approximate="tanh")
-        layer = nn.TransformerEncoderLayer(
-            WIDTH, 4, 4 * WIDTH, 0, activation, batch_first=True, norm_first=True
-        )
+        options = dict(activation=activation, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0, **options)
         for name, source in (("norm1", block.norm_attention), ("norm2", block.norm_mlp), ("self_attn.out_proj", block.out),
                              ("linear1", block.mlp[0]), ("linear2", block.mlp[2])):  # fmt: skip
             layer.get_submodule(name).load_state_dict(source.state_dict())

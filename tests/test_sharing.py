@@ -91,10 +91,7 @@ def test_push_and_load_by_name(model, x, tmp_path, monkeypatch):
     again = CineNeuron.from_pretrained("lab/subject-1")
     assert np.array_equal(again.reconstruct(x[:1]), model.reconstruct(x[:1]))
     assert shared.locate("lab/subject-1@refs/pr/1") == Path("uploaded")
-    assert download.mock_calls == [
-        call("lab/subject-1", revision=None),
-        call("lab/subject-1", revision="refs/pr/1"),
-    ]
+    assert download.mock_calls == [call("lab/subject-1", revision=name) for name in (None, "refs/pr/1")]
     monkeypatch.setitem(model.settings, "decoder", "Wan-AI/Wan@v1")
     assert card.model_card(model, "x", None).data.base_model == "Wan-AI/Wan"
 

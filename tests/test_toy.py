@@ -165,9 +165,7 @@ def test_whatever_is_missing_is_prepared_anew(made, monkeypatch):
 @pytest.mark.slow
 def test_the_published_wan_draws_what_captions_say(tmp_path):
     rows = pretrain_wan.gates(TOY / "wan", tmp_path / "sheet.png", clips=16, steps=6)
-    assert rows["chance"] == pytest.approx(
-        {"shape": 0.2, "colour": 1 / 6, "action": 0.125, "background": 0.25}
-    )
+    assert [*rows["chance"].values()] == pytest.approx([1 / 5, 1 / 6, 1 / 8, 1 / 4])
     for name in ("reconstructed", "generated"):
         assert all(rows[name][attribute] > 0.8 for attribute in rows["chance"]), rows[name]
     assert 26 < rows["reconstructed"]["psnr"] < 33 and (tmp_path / "sheet.png").is_file()

@@ -278,9 +278,8 @@ def test_generate_is_the_pipeline_with_the_same_prompt_embeds(folder, plain, pro
     ).frames  # fmt: skip
     assert video.dtype == torch.uint8 and video.shape == (2, *SIZE, 3)
     assert abs(video.numpy() - expected * 255).max() <= 0.501 and video.float().std() > 1
-    alone, without = (
-        decoder.generate(f_fuse[1:], x, SIZE, generators(1), 3, 4.0) for x in (empty, f_fuse[1])
-    )
+    videos = [decoder.generate(f_fuse[1:], x, SIZE, generators(1), 3, 4.0) for x in (empty, f_fuse[1])]
+    alone, without = videos
     assert (video[1].int() - alone[0].int()).abs().max() <= 1  # a clip does not depend on its batch
     assert (without - alone).abs().max() > 1  # prompt and empty prompt matter
 
@@ -357,9 +356,7 @@ def test_sizes_of_latents_or_the_reason_why_a_size_does_not_fit(folder, family):
 def test_what_was_prepared_for_another_decoder_is_refused(folder, latents, empty):
     decoder = load(folder)
     pipelines.check_prepared(decoder, LATENT, (L, D_TXT))
-    reads = (
-        f"but {folder} reads 4 channels in patches of .*, {L} tokens of width {D_TXT}: prepare them for it"
-    )
+    reads = f"but {folder} reads 4 channels in patches of .*, {L} tokens of width {D_TXT}: prepare them"
     with pytest.raises(ValueError, match=reads):
         pipelines.check_prepared(decoder, latents, empty)
 
