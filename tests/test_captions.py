@@ -163,7 +163,6 @@ def test_rows_keep_their_tags_and_categories(tmp_path):
 
 
 def test_of_a_list_for_the_complete_release_the_first_captions_are_taken(tmp_path):
-    """And no list of another number."""
     films = Films(one_film=True)
     films.complete = {"train": (3, 2)}
     file, captions = tmp_path / "a.json", [f"a dog {k}" for k in range(6)]

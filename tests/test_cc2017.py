@@ -189,7 +189,6 @@ def test_the_neuroclips_release_is_read_segment_by_segment(neuroclips):
 
 
 def test_recordings_of_neuroclips_go_with_the_films_of_purdue(purdue, neuroclips, stimuli, tmp_path):
-    """As `--fmri-release DIR --raw RAW`: the films have the frames that stage 2 needs."""
     both = NeuroClipsWithFilms(neuroclips.folder, purdue.folder, 1, **FEW)
     pt, films = NeuroClipsRelease(neuroclips.folder, 1, **FEW), PurdueRelease(purdue.folder, 1, **FEW)
     both.check()
@@ -262,7 +261,6 @@ def test_bad_input_of_the_neuroclips_release_is_named(neuroclips, tmp_path):
 
 
 def test_what_is_no_pt_file_or_needs_pickle_is_named(tmp_path):
-    """That no pickle runs: test_bombs.py."""
     path = tmp_path / "GT_test_caption.pt"
     for content in (b"<html>not here</html>", b"PK"):
         path.write_bytes(content)

@@ -129,7 +129,6 @@ def test_preprocessed_volumes_are_taken_as_they_are(short, stimuli, tmp_path):
 
 
 def tree(folder, *subjects: int, films: str = "videos"):
-    """The release of these subjects, of empty films and of runs that hold their numbers."""
     (folder / films).mkdir(parents=True)
     for number in range(30 * facts.EPISODE_CLIPS):
         (folder / films / f"{number:06d}.mp4").touch()

@@ -41,7 +41,6 @@ def copied(tiny, tmp_path):
 
 @pytest.fixture
 def stored(tiny):
-    """An array of the tiny world's training clips, as it lies on the disk."""
     return lambda name: np.load(tiny / "data" / "cc2017" / name)
 
 

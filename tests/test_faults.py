@@ -125,8 +125,6 @@ def array(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
 
 
 def value(number, place=(5, 0)) -> Callable[[Path], None]:
-    """This number at a place of an array."""
-
     def damage(path: Path) -> None:
         x = np.load(path)
         x[place] = number
@@ -458,7 +456,6 @@ FINISHED = [("s1again", MAY_CHANGE), ("s2again", f"{MAY_CHANGE} --samples 3 --sa
 
 @pytest.mark.parametrize(("command", "more"), FINISHED)
 def test_a_finished_run_says_so_and_changes_nothing(command: str, more: str, world, capsys):
-    """Under other options that may change, too."""
     files = state_of(world)
     assert not run(command, more)
     changed = {path for path, value in state_of(world).items() if files.get(path) != value}

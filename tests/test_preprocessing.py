@@ -21,7 +21,6 @@ def bold(volumes=245, voxels=300, seed=0):
 
 
 def polyfit(run, start, length, order):
-    """What `preprocess_run` does, voxel by voxel."""
     time, columns = np.arange(length), []
     for voxel in run[start : start + length].T.astype(np.float64):
         rest = voxel - np.polyval(np.polyfit(time, voxel, order), time)

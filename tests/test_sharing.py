@@ -40,7 +40,6 @@ def model(tiny) -> CineNeuron:
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory) -> Path:
-    """The run full, shared."""
     root, mask = tmp_path_factory.mktemp("shared"), os.umask(0o027)
     model.save_pretrained(root / "subject-1")
     os.umask(mask)

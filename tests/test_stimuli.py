@@ -54,7 +54,6 @@ def colour_of(segment: str, k: int) -> int:
 
 
 def embedded(colour) -> np.ndarray:
-    """(..., 16) unit vectors, another for each colour."""
     return unit(np.random.default_rng(0).normal(size=(256, 16)))[np.asarray(colour, int)]
 
 

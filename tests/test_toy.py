@@ -92,7 +92,6 @@ SMALL = dict(TRAIN_SEGMENTS=6, TRAIN_CLIPS=40, TEST_SEGMENTS=1, TEST_CLIPS=12, T
 
 
 def small(patch) -> None:
-    """6 segments of 40 clips and one of 12."""
     for name, value in SMALL.items():
         patch.setattr(world, name, value)
 

@@ -48,7 +48,6 @@ def folder(tiny, family) -> Path:
 
 @pytest.fixture
 def plain(folder, family):
-    """What diffusers itself makes of the folder."""
     return PIPELINES[family].from_pretrained(folder)
 
 
