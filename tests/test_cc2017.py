@@ -87,9 +87,7 @@ def test_the_command_prepares_each_volume_of_the_release(purdue, stimuli, tmp_pa
     assert encoded[1:3] == (data.relative_to(tmp_path) / "stimuli", captions) and more == {"sentences": 2}
     assert encoded[3:] == ("ViT-L-14-quickgelu/openai", "OpenGVLab/ViCLIP")
     assert copies == encoded[1] and decoder[1:] == (encoded[1], "wan", (57, 624, 624), 2)
-    printed = capsys.readouterr().out
-    assert f"sub1/train/fmri.npy  float32 (720, 2, 1, {len(kept)})" in printed
-    assert "next: python train_stage1.py --data cc2017 --subject 1" in printed
+    assert f"sub1/train/fmri.npy  float32 (720, 2, 1, {len(kept)})" in capsys.readouterr().out
     twin = purdue.folder / "subject2"
     twin.symlink_to(purdue.folder / "10_4231_R7X63K3M" / "video_fmri_dataset" / "subject1")
     with pytest.raises(ValueError, match="subjects 2 and 1 have identical .*subject2.* and .*subject1"):
@@ -99,10 +97,6 @@ def test_the_command_prepares_each_volume_of_the_release(purdue, stimuli, tmp_pa
     assert (data / "sub2" / "test" / "fmri.npy").is_file()
     assert stimuli[-2][0][1] == encoded[1]  # they share their stimuli
     twin.unlink()
-    shutil.rmtree(data / "sub2")
-    for key, value in (("delay", 2), ("window", 1)):
-        with pytest.raises(ValueError, match=f"train/fmri.npy was made with {key} = {value}, but {key} = 3"):
-            main([*command, f"--{key}", "3"])
 
 
 def test_a_film_of_another_length_is_refused_beforehand(empty_release):

@@ -89,8 +89,6 @@ def test_the_command_prepares_each_volume_of_the_release(
     for k, clip in zip(shown(last, 6), source.read_clips(f"episode{last}"), strict=True):
         assert clip.shape == (33, 48, 48, 3)
         assert np.abs(pictures - clip.mean(0)).mean((1, 2, 3)).argmin() == k
-    with pytest.raises(ValueError, match="fmri.npy was made with delay = 5, but delay = 6 is asked for"):
-        main([*command, "--train-segments", "2", "--delay", "6"])
 
 
 @pytest.mark.filterwarnings("ignore:.*no CIFTI")
