@@ -418,9 +418,7 @@ OPTIONS = {  # where none is refused by its range alone, it is refused beside th
         "batch_size": "0", "metrics": "ssim,beauty", "size": "128", "subject": "0", "seed": "-1",
         "classifier_frames": "8", "flow": "tv-l1", "processes": "0", "run": "absent",
     },
-    "fmri": {
-        "out": "x.avi",
-    },
+    "fmri": {"out": "x.avi"},
 }  # fmt: skip
 PLACES = ("run", "stage1", "decoder", "out", "data")  # the error holds what was given
 OUT_OF_RANGE = [(command, *row) for command, options in OPTIONS.items() for row in options.items()]

@@ -22,7 +22,7 @@ from prepare.copies import prepare_copies, prepare_recorded
 from prepare.decoder import prepare_decoder
 from prepare.release import Release
 from support import shared
-from support.files import write_json
+from support.files import write_json, writing_array
 from support.videos import write_video
 
 T, N, F, D, CLASSES_COUNT = 2, 40, 5, 20, 4  # volumes, voxels, frames of CLIP, its width, categories
@@ -65,18 +65,8 @@ def write_prepared(
     to_fmri, to_text, to_action = (rng.normal(size=(hidden_numbers, k)) for k in (T * N, D, D))
 
     def save(path: Path, array: np.ndarray, **recipe) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, array)
-        manifest = path.with_name("manifest.json")
-        entries = json.loads(manifest.read_text()) if manifest.is_file() else {}
-        about = {
-            "shape": array.shape,
-            "dtype": str(array.dtype),
-            "recipe": recipe,
-            "inputs": {},
-            "versions": {},
-        }
-        manifest.write_text(json.dumps(entries | {path.name: about}))
+        with writing_array(path, array.shape, str(array.dtype), recipe) as out:
+            out[:] = array
 
     for split, n, parts, repeats in (("train", clips[0], segments[0], 2), ("test", clips[1], segments[1], 3)):
         length, prefix = n // parts, {"train": "seg", "test": "test"}[split]
