@@ -399,6 +399,10 @@ def test_fp16_weights_alone_are_found_and_offline_nothing_is_asked_of_the_hub(tm
     wan_pipeline().save_pretrained(tmp_path, variant="fp16")
     pipe, *_ = load_pipeline(str(tmp_path), transformer=True, vae=True, text_encoder=True)
     assert all(part is not None for part in (pipe.transformer, pipe.vae, pipe.text_encoder))
+    plain = wan_pipeline()
+    plain.save_pretrained(tmp_path)  # beside them: now these are read
+    pipe, *_ = load_pipeline(str(tmp_path), transformer=True)
+    assert torch.equal(pipe.transformer.patch_embedding.weight, plain.transformer.patch_embedding.weight)
     asked = Mock(side_effect=ValueError("nothing"))
     monkeypatch.setattr(pipelines, "read_configs", asked)
     monkeypatch.setattr(pipelines.constants, "HF_HUB_OFFLINE", True)
