@@ -72,6 +72,7 @@ def test_selection_equals_scipy_voxel_by_voxel():
     assert (selection.tested, selection.dropped, selection.kept) == (59, 1, keep.sum())
     opposite = [fisher_z(first, -second) for first, second in pairs]  # as reliable
     assert reproducible_voxels(opposite).kept == 0
+    assert np.isfinite(fisher_z(pairs[0][0], -pairs[0][0])).all()  # of a correlation of -1, too
     with pytest.raises(ValueError, match="1 training segments were shown twice, wanted 2 or more"):
         reproducible_voxels(opposite[:1])
 
