@@ -12,6 +12,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from mini_releases import stimuli  # noqa: F401  a fixture
 from tiny import tiny, tiny_copy  # noqa: F401  fixtures
 
 diffusers.utils.logging.set_verbosity_error()

@@ -13,11 +13,24 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from prepare import facts
 
 GRAYORDINATES, CORTEX, CLIPS = 91_282, 59_412, 240
 VISUAL = "V1 V2 V3 V4 LO1 LO2 FFC VVC MT MST PHA1".split()  # where the planted voxels are
+
+
+@pytest.fixture
+def stimuli(tmp_path, monkeypatch):
+    """The working directory, and the calls of what encodes films: nothing is encoded."""
+    calls = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("prepare.stimuli.prepare_stimuli", lambda *args, **more: calls.append((args, more)))
+    monkeypatch.setattr("prepare.copies.prepare_copies", lambda folder: calls.append(folder))
+    monkeypatch.setattr("prepare.decoder.prepare_decoder", lambda *args: calls.append(args))
+    monkeypatch.setattr("prepare.decoder.check_decoder", lambda *args: None)
+    return calls
 
 
 @dataclass

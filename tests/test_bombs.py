@@ -10,6 +10,7 @@ from conftest import REPO
 
 from metrics.table import LOADERS
 from prepare.cc2017 import load_pt
+from prepare.encoders import load_clip
 from prepare.viclip import ViCLIP
 from support.pipelines import load_pipeline
 from support.runs import BAD_INPUT
@@ -48,19 +49,22 @@ def with_pickle(folder: Path, exploded: Path, weights: str, pickled: str) -> Non
 
 
 AUTO = ["AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoModelForVideoClassification"]
+TOKENIZER = ("tokenizer_config.json", "PreTrainedTokenizerFast", ["AutoTokenizer"])
+MODEL = ("config.json", "PreTrainedModel", AUTO)
+PROCESSOR = ("preprocessor_config.json", "BaseImageProcessor", ["AutoImageProcessor"])
 JUDGES = {"video_classifier": "videomae", "image_classifier": "vit", "dino": "dino"}
-
-
-def code(folder: Path, exploded: Path) -> None:
-    with_code(folder, exploded, "config.json", "PreTrainedModel", AUTO)
-
-
-def code_of_the_processor(folder: Path, exploded: Path) -> None:
-    with_code(folder, exploded, "preprocessor_config.json", "BaseImageProcessor", ["AutoImageProcessor"])
-
-
-def weights(folder: Path, exploded: Path) -> None:
-    with_pickle(folder, exploded, "model.safetensors", "pytorch_model.bin")
+CODE_OF = [  # what is loaded: its folder, a part of it, the part's config, the class of its code, who loads that
+    *[(judge, ".", *code) for judge in JUDGES for code in (MODEL, PROCESSOR)],
+    ("clip", ".", *TOKENIZER),
+    ("wan", "transformer", *MODEL),
+    ("wan", "vae", *MODEL),
+    ("wan", "tokenizer", *TOKENIZER),
+    ("wan", ".", "model_index.json", "PreTrainedModel", ["AutoModel"]),
+]
+WEIGHTS_OF = [*[(judge, "model.safetensors", "pytorch_model.bin") for judge in JUDGES]]
+WEIGHTS_OF += [
+    ("wan", *[f"transformer/diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "bin")])
+]
 
 
 @pytest.fixture
@@ -71,18 +75,52 @@ def exploded(tmp_path, monkeypatch) -> Path:
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("option", JUDGES)
-@pytest.mark.parametrize("plant", [code, code_of_the_processor, weights])
-def test_no_code_of_a_judge_runs(option, plant, exploded, tmp_path):
-    shutil.copytree(REPO / "toy" / JUDGES[option], tmp_path / "model")
-    plant(tmp_path / "model", exploded)
+@pytest.fixture
+def copied(tiny, tmp_path):
+    """A copy of what an option takes."""
+
+    def copy(name: str) -> Path:
+        source = tiny / "models" / "wan" if name == "wan" else REPO / "toy" / JUDGES.get(name, name)
+        return shutil.copytree(source, tmp_path / name)
+
+    return copy
+
+
+def load(name: str, folder: Path) -> None:
+    """It may be loaded, without the code, or refused in an error that names it."""
     try:
-        LOADERS[option](str(tmp_path / "model"), "cpu")
+        if name == "wan":
+            load_pipeline(str(folder), transformer=True, vae=True, text_encoder=True)
+        elif name == "clip":
+            load_clip(f"local-dir:{folder}")
+        else:
+            LOADERS[name](str(folder), "cpu")
     except BAD_INPUT as error:
-        assert "model" in str(error)
+        assert name in str(error)
 
 
-READERS = {  # of a pickle; CLIP: test_encoders.py
+@pytest.mark.parametrize(("name", "part", "config", "kind", "loaders"), CODE_OF)
+def test_no_code_of_a_folder_runs(name, part, config, kind, loaders, exploded, copied):
+    folder = copied(name)
+    with_code(folder / part, exploded, config, kind, loaders)
+    values = json.loads((folder / part / config).read_text())
+    if name == "clip":
+        values |= {"tokenizer_class": "Bomb", "auto_map": {"AutoTokenizer": ["bomb.Bomb", "bomb.Bomb"]}}
+    if config == "model_index.json":
+        values["transformer"] = ["bomb", "Bomb"]
+        shutil.copy(folder / "bomb.py", folder / "transformer" / "bomb.py")
+    (folder / part / config).write_text(json.dumps(values))
+    load(name, folder)
+
+
+@pytest.mark.parametrize(("name", "weights", "pickled"), WEIGHTS_OF)
+def test_no_weights_of_a_folder_are_unpickled(name, weights, pickled, exploded, copied):
+    folder = copied(name)
+    with_pickle(folder, exploded, weights, pickled)
+    load(name, folder)
+
+
+READERS = {  # of a pickle
     "viclip.pth": ViCLIP.from_pretrained,
     "amt.pth": lambda file: LOADERS["amt"](str(file), "cpu"),
     "captions.pt": load_pt,
@@ -100,33 +138,6 @@ def test_no_pickle_runs(name, exploded, tmp_path):
             assert name in str(error)
         except ImportError:  # vbench is an extra
             assert name == "amt.pth"
-
-
-DECODER_CODE = [  # part, its config, the class of its code, the class that loads it
-    ("transformer", "config.json", "PreTrainedModel", "AutoModel"),
-    ("vae", "config.json", "PreTrainedModel", "AutoModel"),
-    ("tokenizer", "tokenizer_config.json", "PreTrainedTokenizerFast", "AutoTokenizer"),
-    (".", "model_index.json", "PreTrainedModel", "AutoModel"),
-    ("weights", "", "", ""),
-]
-
-
-@pytest.mark.parametrize(("part", "config", "kind", "auto"), DECODER_CODE)
-def test_no_code_of_a_decoder_runs(part, config, kind, auto, exploded, tiny, tmp_path):
-    folder = shutil.copytree(tiny / "models" / "wan", tmp_path / "wan")
-    if part == "weights":
-        name = "diffusion_pytorch_model"
-        with_pickle(folder / "transformer", exploded, f"{name}.safetensors", f"{name}.bin")
-    else:
-        with_code(folder / part, exploded, config, kind, [auto])
-    if part == ".":
-        value = json.loads((folder / config).read_text())
-        (folder / config).write_text(json.dumps(value | {"transformer": ["bomb", "Bomb"]}))
-        shutil.copy(folder / "bomb.py", folder / "transformer" / "bomb.py")
-    try:
-        load_pipeline(str(folder), transformer=True, vae=True, text_encoder=True)
-    except ValueError as error:
-        assert "wan" in str(error)
 
 
 def test_the_bombs_are_bombs_and_every_judge_gets_one(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import h5py
 import numpy as np
@@ -30,7 +31,7 @@ def read(path: Path, segment: str = "seg1") -> list[str]:
     return [row["caption"] for row in read_captions(path, [segment])]
 
 
-def test_each_format(tmp_path):
+def test_each_format(tmp_path, monkeypatch):
     (tmp_path / "list.json").write_text(json.dumps(CAPTIONS))
     (tmp_path / "RECORDS.JSON").write_text(json.dumps(RECORDS))
     rows = of_segments("test1", "seg1")
@@ -51,6 +52,17 @@ def test_each_format(tmp_path):
     assert read_captions(tmp_path / "RECORDS.JSON", ["seg1"])[1]["tags"] == ["dog"]
     assert read(tmp_path / "captions.jsonl", "test1")[0] == "only in the test set"
     assert read_captions(tmp_path / "videos.json", ["seg1"])[2]["video"] == "/films/2.mp4"
+    with h5py.File(tmp_path / "two.h5", "w") as file:
+        file["captions_a"], file["captions_b"] = ["a"], ["b"]
+    with pytest.raises(ValueError, match="two.h5: found datasets captions_a, captions_b, wanted one dataset"):
+        read(tmp_path / "two.h5")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(ValueError, match="tensor.pt: found Tensor, wanted a list of captions"):
+        read(tmp_path / "tensor.pt")
+    late = Mock(side_effect=subprocess.TimeoutExpired("h5py", 60))
+    monkeypatch.setattr(captions.subprocess, "run", late)  # by a damaged file the library loops
+    with pytest.raises(ValueError, match="two.h5: found no answer in a minute, wanted"):
+        read(tmp_path / "two.h5")
 
 
 @pytest.mark.parametrize(("key", "first"), [("clip", 0), ("idx", 1)])
@@ -87,14 +99,12 @@ def row(**values) -> str:
 
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("a.json", json.dumps({"0": "a dog"}), r"a.json: found dict .*, wanted a list"),
-    ("a.json", '["a dog", "a c', "a.json: found .*, wanted JSON"),
     ("a.json", '["a dog", " "]', "a.json, entry 2: found an empty caption"),
     ("a.json", row(title="a dog"), "a.json, entry 1: found no caption"),
     ("a.json", row(caption="a dog", tags=[3]), r"entry 1: found tags = \[3\], wanted a list of strings"),
     ("a.json", numbered([0, 1, 1, 2]), "a.json: found idx 1 twice, wanted numbers 0 to 3, each once"),
     ("a.json", numbered([1, 2, 4, 5], "clip"), "found no clip 3, wanted numbers 1 to 4, each once"),
     ("a.jsonl", lines([{"caption": "a dog"}]), "a.jsonl, line 1: found no segment"),
-    ("a.jsonl", '{"segment": "seg1", "caption": "a dog"}\n\n["a cat"]', "a.jsonl, line 2: "),
     *[(f"a.{kind}", "<html>not here</html>", f"a.{kind}") for kind in ("json", "h5", "pt")],
     ("a.txt", "a dog", "a.txt: found the suffix .txt, wanted captions.jsonl"),
 ])  # fmt: skip
@@ -103,25 +113,6 @@ def test_what_is_no_list_of_captions_is_one_error(tmp_path, name, text, message)
     with pytest.raises(ValueError, match=message) as error:
         read_captions(tmp_path / name, ["seg1"])
     assert len(str(error.value).splitlines()) == 1 and str(tmp_path / name) in str(error.value)
-
-
-def test_other_contents_are_one_error(tmp_path, monkeypatch):
-    with h5py.File(tmp_path / "two.h5", "w") as file:
-        file["captions_a"], file["captions_b"] = ["a"], ["b"]
-    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    for file, message in {
-        "two.h5": "two.h5: found datasets captions_a, captions_b, wanted one dataset",
-        "tensor.pt": "tensor.pt: found Tensor, wanted a list of captions",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            read(tmp_path / file)
-
-    def sleep(command, **options):
-        raise subprocess.TimeoutExpired(command, options["timeout"])
-
-    monkeypatch.setattr(captions.subprocess, "run", sleep)  # by a damaged file the library loops
-    with pytest.raises(ValueError, match="two.h5: found no answer in a minute, wanted"):
-        read(tmp_path / "two.h5")
 
 
 class Films(Release):
@@ -172,7 +163,6 @@ def test_rows_keep_their_tags_and_categories(tmp_path):
 
 
 def test_of_a_list_for_the_complete_release_the_first_captions_are_taken(tmp_path):
-    """And no list of another number."""
     films = Films(one_film=True)
     films.complete = {"train": (3, 2)}
     file, captions = tmp_path / "a.json", [f"a dog {k}" for k in range(6)]

@@ -1,6 +1,5 @@
-"""The clips of a subject and the batch of a training step: what belongs to which clip, and what is drawn anew."""
+"""The clips of a subject and the batch of a training step: what belongs to which clip, and what is drawn anew. Damage: test_faults.py."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -42,7 +41,6 @@ def copied(tiny, tmp_path):
 
 @pytest.fixture
 def stored(tiny):
-    """An array of the tiny world's training clips, as it lies on the disk."""
     return lambda name: np.load(tiny / "data" / "cc2017" / name)
 
 
@@ -265,77 +263,6 @@ def test_a_nan_or_infinity_at_a_recorded_showing_names_clip_and_voxel(copied, va
     place += rf"\(source index {7 * voxels[0]}, {AREAS[voxels[0] % 5]}\)"
     with pytest.raises(ValueError, match=f"fmri.npy: found {place}"):
         read()
-
-
-# ---------------------------------------------------------------- what is not as it was prepared; more: test_faults.py
-
-
-def array(change):
-    """A change of an .npy file's array."""
-    return lambda file: np.save(file, change(np.load(file)))
-
-
-def value(number, place=(5, 0)):
-    """This number at a place of an .npy file."""
-
-    def change(x):
-        x[place] = number
-        return x
-
-    return array(change)
-
-
-CATEGORIES, MANIFEST = f"{TRAIN}/categories.npy", f"{TRAIN}/manifest.json"
-TOKENS, OFFSETS = f"{TRAIN}/wan/text_tokens.npy", f"{TRAIN}/wan/text_offsets.npy"
-FAULTS = [
-    (FMRI, lambda file: os.truncate(file, 3000), "a whole .npy file"),
-    (FMRI, array(lambda x: x[..., :-1]), "45, any, any, 40"),
-    (f"{TRAIN}/e_img.npy", value(np.nan, (5, 1, 2)), r"nan at \(5, 1, 2\)"),
-    (f"{TRAIN}/e_txt.npy", value(np.inf), r"inf at \(5, 0\)"),
-    (f"{TRAIN}/e_act.npy", value(np.nan), r"nan at \(5, 0\)"),
-    (CATEGORIES, array(lambda x: x[:, :3]), "45, 4"),
-    (CATEGORIES, value(2), "wanted 0 and 1"),
-    (MANIFEST, lambda file: file.write_text(file.read_text().replace('"person"', "1")), "a list of names"),
-    (f"{TRAIN}/wan/latents-9x32x48.npy", array(lambda y: y[:-1]), "found float16 of shape .44, 4"),
-    (TOKENS, array(lambda tokens: tokens[:-1]), r"shape .\d+, 16., wanted .*\d+, 16"),
-    (TOKENS, value(np.nan), r"nan at \(\d, 0\)"),
-    (OFFSETS, value(0, slice(0, 2)), "numbers that rise by 1 to 12, from 0"),
-    (OFFSETS, value([0, 13, 14, 15], slice(0, 4)), "numbers that rise by 1 to 12"),
-    (OFFSETS, array(lambda offsets: offsets[1:]), "shape .45,., wanted .*46"),
-    ("stimuli/wan/empty_prompt.npy", value(np.inf), "inf at"),
-]
-
-
-@pytest.mark.parametrize(("name", "damage", "message"), FAULTS, ids=[f"{row[0]} {row[2]}" for row in FAULTS])
-def test_a_damaged_file_is_named(copied, name, damage, message):
-    read, folder = copied
-    damage(folder / name)
-    with pytest.raises(ValueError, match=message) as error:
-        memories(read(), lambda e_img: e_img[:, 0])
-    assert str(error.value).startswith(str(folder / name))
-
-
-RAW, LATER = (
-    "python data.py cc2017 --raw RAW --subject 1",
-    "is not there: run python data.py cc2017 .* --decoder",
-)
-LACKS = [  # file, what the error says
-    ("sub1/voxels.npz", RAW),
-    (f"{TRAIN}/e_img.npy", RAW),
-    (f"{TRAIN}/captions.npy", " is not there: python data.py cc2017 .* --subject 1 makes it"),
-    (f"{TRAIN}/wan/latents-9x32x48.npy", LATER),
-    (TOKENS, LATER),
-    ("stimuli/wan/empty_prompt.npy", LATER),
-]
-
-
-@pytest.mark.parametrize(("name", "message"), LACKS)
-def test_what_is_not_prepared_is_named_with_the_way_to_it(copied, name, message):
-    read, folder = copied
-    (folder / name).unlink()
-    with pytest.raises(MissingData, match=message) as missing:
-        read()
-    assert str(folder / name) in str(missing.value)
 
 
 def test_what_was_prepared_for_another_size_or_decoder_is_an_error(copied, tiny, tmp_path):

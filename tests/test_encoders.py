@@ -3,7 +3,6 @@
 import json
 import shutil
 from functools import partial
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,8 +12,6 @@ import torch
 from conftest import REPO
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_bombs import with_code
-from transformers import AutoTokenizer
 
 from prepare import encoders
 from prepare.encoders import encode_actions, encode_images, encode_texts, load_clip, prepare_frames
@@ -36,7 +33,7 @@ def frames():
     return blocks.repeat(24, 2).repeat(24, 3)
 
 
-def test_load_clip(clip):
+def test_load_clip(clip, tmp_path):
     model, stats, tokenizer = clip
     mean, std = [*open_clip.OPENAI_DATASET_MEAN], [*open_clip.OPENAI_DATASET_STD]
     assert stats == {"size": 64, "mean": mean, "std": std}
@@ -47,9 +44,6 @@ def test_load_clip(clip):
     ids = [[number[word] for word in text.split()] for text in texts]
     tokens = tokenizer(["A red circle", "zebra moves", "red " * 30])
     assert tokens.tolist() == [row + [0] * (16 - len(row)) for row in ids]
-
-
-def test_a_missing_folder_and_an_unknown_name_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere/open_clip_config.json not found, wanted with"):
         load_clip(f"local-dir:{tmp_path}/nowhere")
     for name in ("nothing/of-this", "ViT-B-32/nothing"):
@@ -99,48 +93,26 @@ def test_the_digest_of_the_encoders_is_that_of_their_weights(clip, tmp_path):
         _digests((clip[0], None, ViCLIP(viclip.config)), [file])
 
 
-def change_config(folder: Path, part: str, **values) -> None:
-    config = json.loads((folder / "open_clip_config.json").read_text())
-    config["model_cfg"][part] |= values
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-
-
-def test_no_code_of_a_clip_folder_is_run(folder, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # a reader who says yes to everything
-    exploded = folder / "exploded"
-    with_code(folder, exploded, "tokenizer_config.json", "PreTrainedTokenizerFast", ["AutoTokenizer"])
-    change = json.loads((folder / "tokenizer_config.json").read_text())
-    change |= {"tokenizer_class": "Bomb", "auto_map": {"AutoTokenizer": ["bomb.Bomb", "bomb.Bomb"]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(change))
-    try:
-        load_clip(f"local-dir:{folder}")
-    except ValueError as error:
-        assert str(folder) in str(error)
-    for part, key, value in (
-        ("text_cfg", "tokenizer_kwargs", {"trust_remote_code": True}),
-        ("vision_cfg", "tokenizer_kwargs", {"trust_remote_code": True}),
-        ("text_cfg", "hf_model_name", str(folder)),
+def test_a_clip_that_asks_for_code_is_refused(folder):
+    """Code in its folder: test_bombs.py."""
+    code = {"tokenizer_kwargs": {"trust_remote_code": True}}
+    for part, change in (
+        ("text_cfg", code),
+        ("vision_cfg", code),
+        ("text_cfg", {"hf_model_name": str(folder)}),
     ):
-        change_config(folder, part, **{key: value})
-        found = "trust_remote_code" if key == "tokenizer_kwargs" else key
-        with pytest.raises(ValueError, match=f"open_clip_config.json: found {found}"):
+        config = json.loads((CLIP / "open_clip_config.json").read_text())
+        config["model_cfg"][part] |= change
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="config.json: found (trust_remote_code|hf_model_name)"):
             load_clip(f"local-dir:{folder}")
-        change_config(folder, part, **{key: {}})
-    assert not exploded.exists()
-    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # the bomb is one
-    assert exploded.exists()
 
 
-@pytest.mark.parametrize("kind", ["missing", "left over", "size"])
-def test_damaged_weights_of_a_clip_name_the_file(folder, kind):
+def test_weights_of_another_size_name_the_file(folder):
+    """open_clip would resize these without a word."""
     file = folder / "open_clip_model.safetensors"
     state = load_file(file)
-    if kind == "missing":
-        del state["visual.proj"]
-    elif kind == "left over":
-        state["visual.extra"] = torch.zeros(1)
-    elif kind == "size":  # open_clip would resize this one without a word
-        state["visual.positional_embedding"] = state["visual.positional_embedding"][:10].clone()
+    state["visual.positional_embedding"] = state["visual.positional_embedding"][:10].clone()
     save_file(state, file)
     with pytest.raises(ValueError, match="open_clip_model.safetensors: found"):
         load_clip(f"local-dir:{folder}")
@@ -164,24 +136,18 @@ def test_frames_are_encoded_as_open_clip_does(clip, frames):
     with torch.no_grad():
         theirs = model.encode_image(images, normalize=True).numpy()
     assert abs(e_img[3] - theirs).max() < 2e-3
-    others = prepare_frames(torch.from_numpy(frames[3]), 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    with torch.no_grad():  # by ViCLIP's statistics they would be others
-        assert abs(model.encode_image(others, normalize=True).numpy() - theirs).max() > 1e-2
 
 
-def test_captions_are_read_at_their_end_token(clip):
+def test_captions_are_encoded_as_open_clip_does(clip):
     model, _, tokenizer = clip
     captions = ["a red circle moves left", "a blue square", "A  RED circle moves left", "red " * 30]
     e_txt = encode_texts(model, tokenizer, captions)
     assert e_txt.shape == (4, 64)
     check_vectors(partial(encode_texts, model, tokenizer), captions, e_txt)
     np.testing.assert_allclose(e_txt[2], e_txt[0], atol=1e-5)
-    tokens = tokenizer(captions)
     with torch.no_grad():
-        x = model.token_embedding(tokens) + model.positional_embedding
-        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
-        x = x[range(4), [6, 4, 6, 15]] @ model.text_projection
-    np.testing.assert_allclose(e_txt, x / x.norm(dim=-1, keepdim=True), atol=1e-5)
+        theirs = model.encode_text(tokenizer(captions), normalize=True)
+    np.testing.assert_allclose(e_txt, theirs, atol=1e-5)
 
 
 def test_actions_are_encoded_of_whole_frames_by_viclips_own_statistics():

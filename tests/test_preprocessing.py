@@ -1,4 +1,4 @@
-"""Recordings: preprocessing, the choice of voxels, fmri.npy; and the toy world's release."""
+"""Recordings: preprocessing, the choice of voxels, fmri.npy."""
 
 import json
 
@@ -10,8 +10,6 @@ from conftest import sha256
 from prepare import fmri
 from prepare.fmri import fisher_z, prepare_fmri, preprocess_run, reproducible_voxels
 from prepare.release import Release
-from toy.release import ToyRelease, make_toy, toy_recipe
-from toy.subject import VERSION
 
 
 def bold(volumes=245, voxels=300, seed=0):
@@ -23,7 +21,6 @@ def bold(volumes=245, voxels=300, seed=0):
 
 
 def polyfit(run, start, length, order):
-    """What `preprocess_run` does, voxel by voxel."""
     time, columns = np.arange(length), []
     for voxel in run[start : start + length].T.astype(np.float64):
         rest = voxel - np.polyval(np.polyfit(time, voxel, order), time)
@@ -51,24 +48,17 @@ def test_voxels_without_a_signal_are_nan_and_harm_no_other():
     run[200, 3], run[7, 4], run[244, 5] = np.nan, np.inf, np.nan  # volume 244 is outside the window
     response = preprocess_run(run, 3, 240)
     assert np.isnan(response[:, :5]).all() and np.array_equal(response[:, 5:], clean[:, 5:])
-
-
-def test_the_degree_of_the_trend_is_afnis():
-    """3dDetrend -polort A: 1 + floor(seconds / 150); 4 at cc2017's 480 s (§4.1)."""
+    # 3dDetrend -polort A: 1 + floor(seconds / 150); 4 at cc2017's 480 s (§4.1)
     assert [fmri.detrending_degree(seconds) for seconds in (149, 150, 480)] == [1, 2, 4]
 
 
-def showings(segments=18, volumes=240, voxels=2000, planted=100, seed=0):
-    """Per segment two showings; the first `planted` voxels share half of their variance."""
-    rng = np.random.default_rng(seed)
-    for _ in range(segments):
-        shared = rng.normal(size=(volumes, voxels)) * (np.arange(voxels) < planted)
-        pair = [shared + rng.normal(size=shared.shape) for _ in range(2)]
-        yield [preprocess_run(run.astype(np.float32), 0, volumes) for run in pair]
-
-
 def test_selection_equals_scipy_voxel_by_voxel():
-    pairs = list(showings(segments=6, voxels=60, planted=20))
+    """Of six segments, shown twice each; 20 of 60 voxels share half of their variance."""
+    rng, pairs = np.random.default_rng(0), []
+    for _ in range(6):
+        shared = rng.normal(size=(240, 60)) * (np.arange(60) < 20)
+        pair = [shared + rng.normal(size=shared.shape) for _ in range(2)]
+        pairs.append([preprocess_run(run.astype(np.float32), 0, 240) for run in pair])
     pairs[2][0][:, 5] = np.nan
     selection = reproducible_voxels([fisher_z(*pair) for pair in pairs])
     keep, mean_z = np.zeros(60, bool), np.full(60, np.nan)
@@ -80,14 +70,11 @@ def test_selection_equals_scipy_voxel_by_voxel():
     assert np.array_equal(selection.mask, keep)
     np.testing.assert_allclose(selection.mean_z, mean_z, atol=1e-5)
     assert (selection.tested, selection.dropped, selection.kept) == (59, 1, keep.sum())
-
-
-def test_selection_finds_the_planted_voxels_and_no_other():
-    z = [fisher_z(*pair) for pair in showings(voxels=600)]
-    assert np.array_equal(np.flatnonzero(reproducible_voxels(z).mask), np.arange(100))
-    assert reproducible_voxels([-one for one in z]).kept == 0  # as reliable, but opposite
+    opposite = [fisher_z(first, -second) for first, second in pairs]  # as reliable
+    assert reproducible_voxels(opposite).kept == 0
+    assert np.isfinite(fisher_z(pairs[0][0], -pairs[0][0])).all()  # of a correlation of -1, too
     with pytest.raises(ValueError, match="1 training segments were shown twice, wanted 2 or more"):
-        reproducible_voxels(z[:1])
+        reproducible_voxels(opposite[:1])
 
 
 class Film(Release):
@@ -219,31 +206,3 @@ def test_the_recording_of_another_subject_is_refused(tmp_path):
     (sub1 / "manifest.json").write_text(json.dumps({"fmri.npy": entry}))
     with pytest.raises(ValueError, match="subjects 2 and 1 .*/2-a and .*sub1/train/fmri.npy: .*--allow"):
         fmri.refuse_twins(source, data)
-
-
-def test_the_toy_world_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
-    calls = []
-
-    def write_release(folder, seed):
-        (folder / "stimuli").mkdir(parents=True)
-        calls.append(seed)
-        yield "seg1_1"
-        if len(calls) == 1:
-            raise OSError("disk full")
-        (folder / "captions.jsonl").write_text('{"split": "train", "segment": "seg1"}\n' * 3)
-
-    monkeypatch.setattr("toy.release.write_release", write_release)
-    raw = tmp_path / "toy" / "raw"
-    with pytest.raises(OSError, match="disk full"):
-        make_toy(raw)
-    assert not [*raw.parent.iterdir()]
-    (raw.parent / ".raw.part" / "fmri").mkdir(parents=True)  # a kill left it
-    make_toy(raw, 4)
-    make_toy(raw, 4)
-    assert calls == [0, 4] and [*raw.parent.iterdir()] == [raw]
-    source = ToyRelease(raw)
-    assert source.splits == {"train": ["seg1"], "test": []} and source.window("seg1") == (3, 3)
-    assert toy_recipe(1)["world"] == VERSION
-    (raw / "version.json").write_text('{"version": 1}')
-    with pytest.raises(ValueError, match=f"of another version of the toy world, wanted {VERSION}"):
-        make_toy(raw)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_faults import damaged, edit, npz, setting, tensors, without
 from tiny import N, T
 
 import data
@@ -42,7 +41,6 @@ def model(tiny) -> CineNeuron:
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory) -> Path:
-    """The run full, shared."""
     root, mask = tmp_path_factory.mktemp("shared"), os.umask(0o027)
     model.save_pretrained(root / "subject-1")
     os.umask(mask)
@@ -62,26 +60,11 @@ def test_a_folder_makes_the_videos_of_its_run(run, tiny, x, tmp_path, monkeypatc
         assert str(again.remember(x).indices) == str(of_run.remember(x).indices)
 
 
-def test_the_folder_holds_what_the_run_holds(tiny, folder):
+def test_the_folder_holds_what_the_run_holds_and_its_card_loads_it(tiny, folder, x, monkeypatch):
     assert sorted(file.name for file in (tiny / RUN / "stage2").iterdir()) == PARTS
     assert sorted(file.name for file in folder.iterdir()) == sorted([*PARTS, "README.md"])
     files = [file for file in folder.rglob("*") if file.is_file()]
     assert len(files) > 10 and {file.stat().st_mode & 0o777 for file in files} == {0o640}  # as the umask was
-
-
-def test_a_caption_that_recurs_stands_once(model, folder, tmp_path):
-    tokens, texts = load_file(folder / MEMORIES), [line["caption"] for line in model.lines]
-    assert len(tokens["text_offsets"]) - 1 == len(set(texts)) < len(texts)
-    e, captions, empty, lines = shared.read_memories(folder, 20)
-    tokens |= {"text_tokens": torch.cat(captions)}  # as runs had it before
-    tokens |= {"text_offsets": torch.tensor([0, *map(len, captions)]).cumsum(0)}
-    shutil.copy(folder / "memories.json", tmp_path)
-    save_file({name: tokens[name] for name in tokens.keys() - {"caption"}}, tmp_path / MEMORIES)
-    for again in (captions, shared.read_memories(tmp_path, 20)[1]):
-        assert all(map(torch.equal, again, model.pool.captions)) and len(again) == len(texts)
-
-
-def test_the_lines_of_the_card_load_the_model(folder, x, monkeypatch):
     text = (folder / "README.md").read_text()
     for part in folder.rglob("README.md"):
         assert not re.search("More Information Needed|{{", part.read_text())
@@ -90,6 +73,18 @@ def test_the_lines_of_the_card_load_the_model(folder, x, monkeypatch):
     exec(code, names)
     assert names["videos"].shape == (1, 9, 32, 48, 3)
     assert hasattr(CineNeuron, text.split("`model.")[1].split("(x).indices`")[0])
+
+
+def test_a_caption_that_recurs_stands_once(model, folder, tmp_path):
+    tokens, texts = load_file(folder / "memories.safetensors"), [line["caption"] for line in model.lines]
+    assert len(tokens["text_offsets"]) - 1 == len(set(texts)) < len(texts)
+    e, captions, empty, lines = shared.read_memories(folder, 20)
+    tokens |= {"text_tokens": torch.cat(captions)}  # as runs had it before
+    tokens |= {"text_offsets": torch.tensor([0, *map(len, captions)]).cumsum(0)}
+    shutil.copy(folder / "memories.json", tmp_path)
+    save_file({name: tokens[name] for name in tokens.keys() - {"caption"}}, tmp_path / "memories.safetensors")
+    for again in (captions, shared.read_memories(tmp_path, 20)[1]):
+        assert all(map(torch.equal, again, model.pool.captions)) and len(again) == len(texts)
 
 
 def test_push_and_load_by_name(model, x, tmp_path, monkeypatch):
@@ -108,10 +103,7 @@ def test_push_and_load_by_name(model, x, tmp_path, monkeypatch):
     again = CineNeuron.from_pretrained("lab/subject-1")
     assert np.array_equal(again.reconstruct(x[:1]), model.reconstruct(x[:1]))
     assert shared.locate("lab/subject-1@refs/pr/1") == Path("uploaded")
-    assert download.mock_calls == [
-        call("lab/subject-1", revision=None),
-        call("lab/subject-1", revision="refs/pr/1"),
-    ]
+    assert download.mock_calls == [call("lab/subject-1", revision=name) for name in (None, "refs/pr/1")]
     monkeypatch.setitem(model.settings, "decoder", "Wan-AI/Wan@v1")
     assert card.model_card(model, "x", None).data.base_model == "Wan-AI/Wan"
 
@@ -127,9 +119,6 @@ def test_a_model_is_located(tiny_copy, monkeypatch):
     for name in ("runs/none", "none", RUN):
         with pytest.raises(FileNotFoundError, match=f"{name}/stage2/config.json is not there"):
             shared.locate(name)
-
-
-# ---------------------------------------------------------------- a decoder is its bytes, at its revision
 
 
 @pytest.mark.parametrize(("stored", "asked", "message"), [
@@ -174,69 +163,11 @@ def test_a_decoder_is_loaded_at_a_revision(tiny, monkeypatch):
     download.assert_called_once_with("a/wan", revision="v1", allow_patterns=files)
 
 
-# ---------------------------------------------------------------- a stranger's folder
-
-
-def pipe(path: Path) -> None:
-    os.mkfifo(path.with_name("pipe"))
-    path.with_name("pipe").replace(path)
-
-
-def device(path: Path) -> None:
-    path.with_name("zero").symlink_to("/dev/zero")
-    path.with_name("zero").replace(path)
-
-
-def stage1(**changes):
-    return edit(lambda settings: settings | {"stage1_config": settings["stage1_config"] | changes})
-
-
-MOM, BRAIN, MEMORIES = "mixture_of_memories/config.json", "brain_model/config.json", "memories.safetensors"
-STRANGE = [
-    ("config.json", setting(height=0), "found height = 0, wanted height at least"),
-    ("config.json", setting(noise_shift=0.0), "found noise_shift = 0.0, wanted noise_shift above"),
-    ("config.json", setting(frames="9"), "found frames = '9', wanted frames as int"),
-    ("config.json", stage1(tau=0), "stage1_config: found tau = 0"),
-    ("config.json", setting(height=33), "config.json: found .*does not fit"),
-    (MOM, setting(K=46), "K = 46, wanted"),
-    (MOM, setting(K="3"), "K = '3', wanted"),
-    (MOM, setting(alpha=float("nan")), "alpha = nan, wanted"),
-    (MOM, setting(attention_heads=5), "attention_heads = 5, wanted"),
-    (MOM, setting(tokens=11), "tokens = 11, wanted"),
-    (MOM, without("K"), f"{MOM}: found no K"),
-    ("config.json", setting(lora_rank=10**9), "/config.json: found .*1000000000"),
-    ("config.json", setting(lora_alpha=1e9), "/config.json: found .*1000000000"),
-    ("config.json", setting(width=48 * 10**18), "/config.json: found .*does not fit: wanted at most"),
-    ("config.json", setting(sampling_steps=10**6), "/config.json: found .*1000000"),
-    (BRAIN, setting(attention_heads=5), "brain_model/config.json: found attention_heads = 5, wanted a divisor of 24"),
-    (BRAIN, without("attention_heads"), f"{BRAIN}: found no attention_heads"),
-    (BRAIN, setting(layers=10**6), "brain_model: found 1000000 layers and .* weights"),
-    (BRAIN, setting(voxels=10**9), "brain_model/model.safetensors: found .*wanted"),
-    (BRAIN, pipe, "brain_model/config.json: found a pipe or a device"),
-    ("voxels.npz", device, "voxels.npz: found a pipe or a device"),
-    ("memories.json", edit(lambda rows: [rows[0] | {"categories": None}, *rows[1:]]), "line 0: found categories = 'None'"),
-    (MEMORIES, tensors(e=torch.Tensor.double), "found torch.float64 of e.*wanted float32 or float16"),
-    (MEMORIES, tensors(text_tokens=torch.Tensor.long), "text_tokens: found int64"),
-    (MEMORIES, tensors(caption=lambda i: i + 1), "found caption [0-9]+, wanted 0 to [0-9]+"),
-    (MEMORIES, tensors(caption=lambda i: i - 1), "found caption"),
-    ("voxels.npz", npz(index=np.ones((N, 2), int)), r"voxels.npz\[index\]: found int64 of shape \(40, 2\)"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("file", "damage", "message"), STRANGE)
-def test_a_strangers_folder_is_one_error_that_names_its_file(file, damage, message, folder):
-    with damaged(folder / file, damage), pytest.raises(ValueError, match=message):
-        CineNeuron.from_pretrained(folder)
-
-
 def test_the_ranges_are_those_of_the_options():
     for field in (*fields(train_stage1.Config), *fields(train_stage2.Config)):
         if field.name in shared.RANGES:
             assert shared.RANGES[field.name] == field.metadata["ranges"], field.name
     assert shared.LINE == data.LINE
-
-
-# ---------------------------------------------------------------- fMRI
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -22,6 +22,7 @@ from prepare.release import Release
 from prepare.stimuli import encode_all, first_sentences, plan, prepare_stimuli
 from support.pipelines import load_pipeline
 from support.videos import video_frames
+from video_decoder import VideoDecoder
 
 
 class Films(Release):
@@ -53,7 +54,6 @@ def colour_of(segment: str, k: int) -> int:
 
 
 def embedded(colour) -> np.ndarray:
-    """(..., 16) unit vectors, another for each colour."""
     return unit(np.random.default_rng(0).normal(size=(256, 16)))[np.asarray(colour, int)]
 
 
@@ -128,13 +128,9 @@ def test_encodings_are_in_the_order_of_the_clips(films):
     assert len(films.batches) == 5
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [(KeyboardInterrupt(), None), (OSError(errno.ENOSPC, os.strerror(28)), "no room on the disk")],
-)
-def test_an_encoding_that_stopped_goes_on_where_it_was(films, error, message):
-    films.error = error
-    with pytest.raises(type(error), match=message):
+def test_an_encoding_that_stopped_goes_on_where_it_was(films):
+    films.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
         films.prepare()
     assert films.batches == [16, 16]
     films.error, films.source.asked = None, []
@@ -203,37 +199,21 @@ def test_a_plan_encodes_one_clip_and_says_how_long_all_take(monkeypatch, capsys)
     assert "1,200 clips take about 60.0 minutes; 5 at once" in capsys.readouterr().out
 
 
-def latents_by_diffusers(pipe, video: torch.Tensor) -> torch.Tensor:
-    """(F, H, W, 3) -> (C, f, h, w), by the VAE's own config."""
-    config = pipe.vae.config
-    with torch.no_grad():
-        z = pipe.vae.encode(video.permute(3, 0, 1, 2)[None] / 255 * 2 - 1).latent_dist.mean[0]
-    if getattr(config, "latents_mean", None):
-        mean, std = (torch.tensor(v)[:, None, None, None] for v in (config.latents_mean, config.latents_std))
-        return (z - mean) / std
-    return z * config.scaling_factor
-
-
-@pytest.mark.parametrize("decoder", ["wan", "cogvideox"])
-def test_latents_and_text_are_those_of_each_clip(tiny, decoder):
-    name = str(tiny / "models" / decoder)
-    pipe, L, _ = load_pipeline(name, vae=True, text_encoder=True)
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_latents_and_text_are_those_of_each_clip(tiny, name):
+    folder = str(tiny / "models" / name)
+    decoder = VideoDecoder(*load_pipeline(folder, vae=True, text_encoder=True), lora_rank=0)
     for split, length in (("train", 15), ("test", 13)):
-        clips = Clips("cc2017", 1, split, decoder=name, size=SIZE, root=tiny / "data")
+        clips = Clips("cc2017", 1, split, decoder=folder, size=SIZE, root=tiny / "data")
         films = [clip for segment in SEGMENTS[split] for clip in Bars(tiny).read_clips(segment)]
         for k in (0, length + 3, len(clips) - 1):
             video = torch.from_numpy(video_frames(films[k], *SIZE))
-            np.testing.assert_allclose(clips.latents[k], latents_by_diffusers(pipe, video), atol=2e-3)
-            padded = dict(return_tensors="pt", padding="max_length", max_length=L)
-            words = pipe.tokenizer(clips.lines[k]["caption"], **padded)
-            mask = words.attention_mask if decoder == "wan" else None
-            with torch.no_grad():
-                tokens = pipe.text_encoder(words.input_ids, attention_mask=mask)
-            n = int(words.attention_mask.sum()) if decoder == "wan" else L
-            np.testing.assert_allclose(clips.texts[k], tokens.last_hidden_state[0, :n], atol=2e-3)
+            np.testing.assert_allclose(clips.latents[k], decoder.encode_latents(video[None])[0], atol=2e-3)
+            (tokens,) = decoder.encode_text([clips.lines[k]["caption"]])
+            np.testing.assert_allclose(clips.texts[k], tokens, atol=2e-3)
         assert clips.latents.dtype == clips.texts[0].dtype == np.float16 and clips.empty.dtype == np.float32
         assert abs(clips.latents[0] - clips.latents[length + 3]).max() > 0.02  # or it says nothing
-        assert clips.empty.shape == (L, clips.texts[0].shape[1])
+        assert clips.empty.shape == (decoder.text_length, decoder.text_width)
 
 
 LATENTS = "latents-9x32x48.npy"

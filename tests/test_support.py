@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -31,15 +33,13 @@ from prepare.facts import decoder_recipes
 from support import files, runs, shared, training
 from support.files import MissingData, read_manifest, resumable_arrays, save_folder, write_json, written_whole
 from support.options import check_name, option, parse
-from support.readers import (
-    FileFault,
-    read_array,
-    read_json,
-    read_npz,
-    read_state,
-    read_tensors,
-)
+from support.readers import FileFault, read_array, read_json, read_npz, read_state, read_tensors
 from support.runs import RunFolder, Stopped, brief, door, read_log, run_folder
+
+
+def throw(error: BaseException):
+    raise error
+
 
 # ---------------------------------------------------------------- readers
 
@@ -271,14 +271,10 @@ def test_a_step_of_adamw_by_hand():
     assert numbers["norm"] == 50 and numbers["lr"] == schedule.get_last_lr()[0] > 0.02 and p.grad is None
 
 
-def sgd(*parameters: nn.Parameter):
-    optimiser = torch.optim.SGD(parameters, lr=1.0)
-    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 / (1 + step))
-
-
 def test_gradients_are_clipped_together_and_averaged(monkeypatch):
     a, b, unused = (nn.Parameter(torch.zeros(1)) for _ in range(3))
-    optimiser, schedule = sgd(a, b, unused)
+    optimiser = torch.optim.SGD([a, b, unused], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 / (1 + step))
     a.grad, b.grad = torch.tensor([3.0]), torch.tensor([4.0])
     assert training.update(optimiser, schedule, 2.5) == {"norm": 5, "lr": 0.5}
     assert (a.item(), b.item()) == pytest.approx((-1.5, -2))
@@ -313,21 +309,15 @@ def test_bitsandbytes_keeps_all_but_the_first_group_in_32_bits(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ValueError, match="--optimizer adamw8bit: no bitsandbytes .*pip install"):
         training.adamw_onecycle(groups, "adamw8bit", 0.1, 9)
-    calls, module = {}, ModuleType("bitsandbytes.optim")
-
-    class AdamW8bit(torch.optim.AdamW):
-        def __init__(self, params, weight_decay, min_8bit_size):
-            calls["size"] = min_8bit_size
-            super().__init__(params, weight_decay=weight_decay)
-
-    manager = SimpleNamespace(register_parameters=lambda params: None)
-    manager.override_config = lambda params, key, value: calls.update({key: (params, value)})
-    module.AdamW8bit, module.GlobalOptimManager = AdamW8bit, SimpleNamespace(get_instance=lambda: manager)
+    module, manager = ModuleType("bitsandbytes.optim"), Mock()
+    module.AdamW8bit = Mock(side_effect=lambda params, **_: torch.optim.AdamW(params))
+    module.GlobalOptimManager = Mock(get_instance=lambda: manager)
     monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
-    optimiser, _ = training.adamw_onecycle(groups, "adamw8bit", 0.3, 9)
-    assert calls == {"size": 4096, "optim_bits": (parameters[1:], 32)}
-    assert optimiser.param_groups[2]["weight_decay"] == 0.3
+    training.adamw_onecycle(groups, "adamw8bit", 0.3, 9)
+    manager.override_config.assert_called_once_with(parameters[1:], "optim_bits", 32)
+    assert manager.register_parameters.called
+    assert module.AdamW8bit.call_args.kwargs == {"weight_decay": 0.3, "min_8bit_size": 4096}
 
 
 def test_precision_and_compilation(monkeypatch):
@@ -347,40 +337,35 @@ def test_precision_and_compilation(monkeypatch):
 
 
 def test_a_run_is_on_cuda_or_the_cpu_unless_another_is_asked_for(monkeypatch):
-    calls = {}
-
     def of_a_machine(cpu: bool, **_):
         """As accelerate chooses on Apple silicon, or with CUDA."""
-        present = "cpu" if cpu else "cuda" if torch.cuda.is_available() else "mps"
-        calls["kind"] = present
-        return SimpleNamespace(distributed_type=DistributedType.NO, device=torch.device(present))
+        present.append("cpu" if cpu else "cuda" if torch.cuda.is_available() else "mps")
+        return SimpleNamespace(distributed_type=kind, device=torch.device(present[-1]))
 
+    present, kind = [], DistributedType.NO
     monkeypatch.setattr(training, "Accelerator", of_a_machine)
     monkeypatch.setattr(training, "is_initialized", lambda: False)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     for cuda, best, other in ((False, "cpu", "mps"), (True, "cuda", "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         assert training.device_type() == best
-        for device, present in ((None, best), (best, best), (other, other)):
+        for device, wanted in ((None, best), (best, best), (other, other)):
             training.start(device)
-            assert calls["kind"] == present
+            assert present[-1] == wanted
     with pytest.raises(ValueError, match="--device mps: this process has cuda: leave the option out"):
         training.start("mps")
-
-
-@pytest.mark.parametrize(("variable", "value", "message"), [
-    ("ACCELERATE_USE_DEEPSPEED", "true", "not installed .DeepSpeed.*wanted plain"),
-    ("ACCELERATE_MIXED_PRECISION", "fp16", "accelerate is set to fp16: wanted plain .* --precision bf16 or fp32"),
-])  # fmt: skip
-def test_what_accelerate_is_set_to_and_is_not_done_is_one_line(variable, value, message, monkeypatch):
-    monkeypatch.setenv(variable, value)
-    with pytest.raises(ValueError, match=message):
-        training.start()
-    monkeypatch.delenv(variable)
-    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP, device=torch.device("cpu"))
-    monkeypatch.setattr(training, "Accelerator", lambda **_: sharded)
+    kind = DistributedType.FSDP
     with pytest.raises(ValueError, match="FSDP: wanted plain data parallelism"):
         training.start()
+
+
+def test_what_accelerate_is_set_to_and_is_not_done_is_one_line(monkeypatch):
+    for variable, value, message in (
+        ("ACCELERATE_USE_DEEPSPEED", "true", "not installed .DeepSpeed.*wanted plain"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "is set to fp16: wanted plain .* --precision bf16 or fp32"),
+    ):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(ValueError, match=message):
+            training.start()
 
 
 def test_the_networks_beside_the_code_are_found_from_any_folder(tmp_path, monkeypatch):
@@ -442,17 +427,9 @@ def stage(root: Path) -> Path:
     return root / "runs" / "r" / "stage1"
 
 
-def rows_of(root: Path) -> list[dict]:
-    return read_log(stage(root) / "log.jsonl")
-
-
-class Kill(BaseException):
-    pass
-
-
 def test_after_a_kill_at_any_moment_the_end_is_the_same(tmp_path, monkeypatch):
     weights = fit(tmp_path / "undisturbed")
-    rows = rows_of(tmp_path / "undisturbed")
+    rows = read_log(stage(tmp_path / "undisturbed") / "log.jsonl")
     assert [row["step"] for row in rows] == list(range(TOTAL))
     assert all(row["loss"] == row["exact"] == row["image"] / 2 for row in rows)
     replace, k = os.replace, 0
@@ -461,14 +438,14 @@ def test_after_a_kill_at_any_moment_the_end_is_the_same(tmp_path, monkeypatch):
 
         def replace_or_die(source, target, k=k, moments=moments) -> None:
             if next(moments) == k:
-                raise Kill
+                raise KeyboardInterrupt
             replace(source, target)
 
         monkeypatch.setattr(os, "replace", replace_or_die)
         try:
             fit(root)
             break
-        except Kill:
+        except KeyboardInterrupt:
             monkeypatch.setattr(os, "replace", replace)
         if (stage(root) / "config.json").exists():  # what it says is true of the weights
             config = read_json(stage(root) / "config.json")
@@ -476,7 +453,7 @@ def test_after_a_kill_at_any_moment_the_end_is_the_same(tmp_path, monkeypatch):
             assert torch.load(stage(root) / "state" / "state.pt")["step"] >= config["step"]
             assert config["steps_in_all"] == TOTAL and config["shape"] == [1, 2]
         assert all(torch.equal(x, weights[name]) for name, x in fit(root).items())
-        assert rows_of(root) == rows
+        assert read_log(stage(root) / "log.jsonl") == rows
     assert k > 12
 
 
@@ -484,6 +461,10 @@ def test_a_run_is_new_or_goes_on_or_is_finished(tmp_path, windows):
     with begin(tmp_path) as run:
         run.restore({}, {})
         assert run.first_step == 0 and not run.finished
+        for _ in range(2):
+            with pytest.raises(ValueError, match="another process works in it: wait for it, or"):
+                begin(tmp_path)
+        begin(tmp_path, accelerator=SimpleNamespace(is_main_process=False))  # one lock for all of a launch
     assert not (tmp_path / "runs").exists()  # nothing changes before a step has worked
     fit(tmp_path, 3)
     with begin(tmp_path, seed=5, sample_every=9) as run:  # which may change
@@ -504,16 +485,6 @@ def test_a_run_is_new_or_goes_on_or_is_finished(tmp_path, windows):
         assert run.finished and (run.folder / "losses.png").stat().st_size > 1000
 
 
-def test_one_process_at_a_time(tmp_path):
-    with begin(tmp_path):
-        for _ in range(2):
-            with pytest.raises(ValueError, match="another process works in it: wait for it, or"):
-                begin(tmp_path)
-        begin(tmp_path, accelerator=SimpleNamespace(is_main_process=False))  # one lock for all of a launch
-    with begin(tmp_path):
-        pass
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_ends_training_after_its_step_and_the_run_goes_on(number, status, tmp_path, capfd):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -527,7 +498,10 @@ def test_a_signal_ends_training_after_its_step_and_the_run_goes_on(number, statu
         fit(tmp_path, at_step=at_step, sample_every=3, sample=samples.append)
     assert stopped.value.status == status and samples == []
     assert {n: signal.getsignal(n) for n in handlers} == handlers
-    assert read_json(stage(tmp_path) / "config.json")["step"] == 3 and "held out" in rows_of(tmp_path)[2]
+    assert (
+        read_json(stage(tmp_path) / "config.json")["step"] == 3
+        and "held out" in read_log(stage(tmp_path) / "log.jsonl")[2]
+    )
     weights = fit(tmp_path)
     assert all(torch.equal(x, weights[name]) for name, x in fit(tmp_path / "undisturbed").items())
     with pytest.raises(KeyboardInterrupt):  # a second signal does not wait
@@ -554,14 +528,8 @@ def at_the_door(monkeypatch, capfd):
             door(main)
         return end.value.code, capfd.readouterr().err
 
-    handler, form = signal.getsignal(signal.SIGTERM), warnings.formatwarning
-    yield call
-    signal.signal(signal.SIGTERM, handler)
-    warnings.formatwarning = form
-
-
-def throw(error: BaseException):
-    raise error
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # the door sets another
+    return call
 
 
 @pytest.mark.parametrize(("error", "status", "message"), [
@@ -583,20 +551,17 @@ def test_bad_input_and_signals_are_said_in_few_lines(error, status, message, at_
     assert code == status and text.startswith(message) and (not message.endswith("\n") or text == message)
 
 
-def test_the_door(at_the_door):
+def test_the_door(at_the_door, monkeypatch):
     assert at_the_door(lambda: None) == (0, "") and at_the_door(lambda: 3) == (3, "")
     terminated = at_the_door(lambda: signal.raise_signal(signal.SIGTERM))
     assert terminated == (0, "terminated; the same command goes on where it was\n")
     assert warnings.formatwarning(Warning("odd"), Warning, "a.py", 1) == "warning: odd\n"
+    assert logging.getLogger("huggingface_hub.hf_api").level == logging.ERROR  # not a word on being offline
     with pytest.raises(KeyError):  # a bug keeps its traceback
         door(lambda: throw(KeyError("bug")))
     assert len(brief(ValueError("long " * 999))) <= 600
-
-
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_what_a_code_page_lacks_is_replaced(encoding: str, at_the_door, monkeypatch):
     page = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(page, encoding))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(page, "cp1252"))  # which lacks these characters
     assert at_the_door(lambda: print("100 ↑ 視")) == (0, "") and page.getvalue() == b"100 ? ?\n"
 
 

@@ -46,12 +46,5 @@ def test_the_run_that_comes_along_is_evaluated_from_any_folder(tmp_path, monkeyp
     assert capsys.readouterr().out == f"written: out.mp4; it recalls: {CAPTION}\n"
     assert read_video(tmp_path / "out.mp4").frames.shape == (17, 64, 64, 3)
     assert [file.name for file in tmp_path.iterdir()] == ["out.mp4"]
-    of_others = [*options, "--subject", "2"]
-    for words, message in (
-        (of_others, "trained/config.json: found a run of toy sub1, wanted one of toy sub2.*--subject"),
-        ([*RUN, "--no-stage2"], "--run toy/trained: wanted"),
-        (["--run", "./nothing"], "nothing/stage2/config.json is not there"),
-        (RUN, "python data.py toy"),
-    ):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            main(parse([*words, "--device", "cpu"], ""))
+    with pytest.raises(ValueError, match="--run toy/trained: wanted"):
+        main(parse([*RUN, "--no-stage2", "--device", "cpu"], ""))

@@ -1,6 +1,7 @@
 """support/videos.py: what a player shows, upright and in time, whatever the container says; frames picked, cut, written."""
 
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -67,12 +68,34 @@ def write(path: Path, frames, times=None, rate=10, turned=0, options=None, sound
         out.mux(stream.encode())
 
 
-@pytest.mark.parametrize("degrees", [90, 180])
-def test_frames_are_upright(degrees: int, tmp_path):
-    lying = np.rot90(film(), -degrees // 90, axes=(1, 2))
-    write(tmp_path / "a.mp4", lying, turned=degrees)
-    assert near(read_video(tmp_path / "a.mp4").frames, film())
-    assert near(read_clip(tmp_path / "a.mp4", 0.0, 1.0), film()[:10])
+SHOWN = [  # file, its frames, settings, the frames that a player shows
+    *[(f"a{suffix}", film(), {}, film()) for suffix in (".mp4", ".mov", ".mkv", ".avi", ".webm", ".MP4")],
+    ("a.mp4", np.rot90(film(), -1, axes=(1, 2)), {"turned": 90}, film()),
+    ("a.mp4", np.rot90(film(), -2, axes=(1, 2)), {"turned": 180}, film()),
+    ("a.mkv", film(), {"sample_aspect_ratio": Fraction(2)}, film().repeat(2, 2)),
+    ("a.mp4", film(), {"sample_aspect_ratio": Fraction(1, 3)}, film().repeat(3, 1)),
+    ("a.mkv", film(), {"sound": 3}, film()),  # which is longer
+    ("a.mkv", film(), {"options": {"live": "1"}}, film()),  # whose header does not say how long it is
+    ("a.avi", film(), {"max_b_frames": 2}, film()),
+]
+
+
+@pytest.mark.parametrize(("name", "frames", "settings", "shown"), SHOWN)
+def test_what_a_player_shows(name, frames, settings, shown, tmp_path):
+    write(tmp_path / name, frames, **settings)
+    video = read_video(tmp_path / name)
+    assert abs(video.fps - 10) < 0.01 and near(video.frames, shown)
+    assert near(read_clip(tmp_path / name, 1.0, 1.0), shown[10:])
+    assert video_info(tmp_path / name).duration == pytest.approx(2.0, abs=0.02)
+
+
+def test_a_gif_has_its_times_and_an_array_lasts_as_long_as_it_is_told(tmp_path):
+    assert SUFFIXES == (".mp4", ".mov", ".mkv", ".avi", ".webm", ".gif", ".npy")
+    write_video(tmp_path / "a.gif", film(), 10)
+    np.save(tmp_path / "a.npy", film())
+    gif, array = read_video(tmp_path / "a.gif"), read_video(tmp_path / "a.npy", 4)
+    assert abs(gif.fps - 10) < 0.01 and near(gif.frames, film())
+    assert array.fps == 5 and np.array_equal(array.frames, film())
 
 
 @pytest.mark.parametrize("suffix", [".webm", ".mp4"])
@@ -92,6 +115,9 @@ def test_equal_frames_that_a_gif_merged_are_there_again(tmp_path):
     first.save(tmp_path / "a.gif", save_all=True, append_images=others, duration=60, loop=0)
     with Image.open(tmp_path / "a.gif") as image:
         assert image.n_frames == 7  # Pillow merged the rest
+    with open(tmp_path / "a.gif", "ab") as file:  # what follows the end does not matter, nor how long it is
+        file.write(b"anything")
+        file.truncate(file.tell() + (1 << 33))
     video = read_video(tmp_path / "a.gif")
     assert len(video.frames) == 20 and abs(video.fps - 1000 / 60) < 0.1 and near(video.frames, frames)
 
@@ -102,14 +128,6 @@ def test_a_still_picture_lasts(tmp_path):
     for name, seconds, n in (("a.gif", 2.0, 16), ("b.gif", 2.0, 24), ("a.gif", 5.0, 40)):
         video = read_video(tmp_path / name, seconds)
         assert video.fps == 8 and near(video.frames, film(1).repeat(n, 0))
-
-
-def test_what_follows_the_end_of_a_gif_does_not_matter(tmp_path):
-    write_video(tmp_path / "a.gif", film(), 10)
-    with open(tmp_path / "a.gif", "ab") as file:
-        file.write(b"anything")
-        file.truncate(file.tell() + (1 << 33))  # nor how long it is
-    assert near(read_video(tmp_path / "a.gif").frames, film())
 
 
 def test_a_trimmed_film_is_whole(tmp_path):
@@ -125,21 +143,6 @@ def test_a_trimmed_film_is_whole(tmp_path):
     assert b"elst" in (tmp_path / "b.mp4").read_bytes()
     assert near(read_video(tmp_path / "b.mp4").frames, film()[5:])
     assert near(read_clip(tmp_path / "b.mp4", 0.5, 0.5), film()[10:15])
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES[:-1] + (".MP4",))
-def test_formats(suffix: str, tmp_path):
-    path = tmp_path / f"a{suffix}"
-    (write_video if suffix == ".gif" else write)(path, film(), **{"fps" if suffix == ".gif" else "rate": 10})
-    video = read_video(path)
-    assert abs(video.fps - 10) < 0.01 and near(video.frames, film())
-
-
-def test_an_array_lasts_as_long_as_it_is_told(tmp_path):
-    assert SUFFIXES == (".mp4", ".mov", ".mkv", ".avi", ".webm", ".gif", ".npy")
-    np.save(tmp_path / "a.npy", film())
-    assert read_video(tmp_path / "a.npy", 4).fps == 5
-    assert np.array_equal(read_video(tmp_path / "a.npy").frames, film())
 
 
 def big_gif(side: int, ticks: int) -> bytes:
@@ -181,21 +184,6 @@ def test_what_is_no_whole_video_is_one_error(name: str, tmp_path):
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(("name", "settings", "wider", "higher"), [
-    ("a.mkv", {"sample_aspect_ratio": Fraction(2)}, 2, 1),
-    ("a.mp4", {"sample_aspect_ratio": Fraction(1, 3)}, 1, 3),
-    ("a.mkv", {"sound": 3}, 1, 1),
-    ("a.mkv", {"options": {"live": "1"}}, 1, 1),  # whose header does not say how long it is
-    ("a.avi", {"max_b_frames": 2}, 1, 1),
-])  # fmt: skip
-def test_no_longer_sound_is_shown_and_pixels_are_as_wide_as_told(name, settings, wider, higher, tmp_path):
-    write(tmp_path / name, film(), **settings)
-    shown = film().repeat(wider, 2).repeat(higher, 1)
-    assert near(read_video(tmp_path / name).frames, shown)
-    assert near(read_clip(tmp_path / name, 1.0, 1.0), shown[10:])
-    assert video_info(tmp_path / name).duration == pytest.approx(2.0, abs=0.02)
-
-
 @pytest.mark.parametrize(
     ("limit", "fault"), [(10, "more than .* bytes of frames"), (30, "50 frames of"), (1, "frames of 64 x 48")]
 )
@@ -231,7 +219,12 @@ def test_clips_hold_the_frames_of_their_seconds(tmp_path):
         list(read_clips(tmp_path / "a.mp4", 3))
 
 
-def test_a_clip_may_lack_one_frame_in_twenty(tmp_path):
+def test_a_clip_may_lack_one_frame_in_twenty_and_times_are_rounded(tmp_path):
+    """A film begins with its first frame."""
+    write(tmp_path / "a.mp4", film(), [0.5 + 0.1 * t - 0.00001 * (t > 0) for t in range(20)])
+    first, second = read_clips(tmp_path / "a.mp4", 2, 1.0)
+    assert near(first, film()[:10]) and near(second, film()[10:])
+    assert near(read_clip(tmp_path / "a.mp4", 1.0, 1.0), film()[10:])
     write(tmp_path / "a.mp4", film(40), [0.1 * t + 2 * (t >= 20) for t in range(40)])  # and not all of them
     with pytest.raises(ValueError, match="a.mp4: found 0 frames in the 2 s from 2.0 s on, wanted 1"):
         list(read_clips(tmp_path / "a.mp4", 3))
@@ -240,13 +233,6 @@ def test_a_clip_may_lack_one_frame_in_twenty(tmp_path):
     write(tmp_path / "a.mp4", film(60)[:37], rate=20)
     with pytest.raises(ValueError, match="37 frames in the 2 s from 0.0 s on, wanted 40 of a film of 1.9 s"):
         read_clip(tmp_path / "a.mp4", 0.0)
-
-
-def test_a_film_begins_with_its_first_frame_and_times_are_rounded(tmp_path):
-    write(tmp_path / "a.mp4", film(), [0.5 + 0.1 * t - 0.00001 * (t > 0) for t in range(20)])
-    first, second = read_clips(tmp_path / "a.mp4", 2, 1.0)
-    assert near(first, film()[:10]) and near(second, film()[10:])
-    assert near(read_clip(tmp_path / "a.mp4", 1.0, 1.0), film()[10:])
 
 
 def test_a_clip_is_found_by_seeking_past_what_is_damaged(tmp_path):
@@ -302,16 +288,6 @@ def test_videos_are_the_middle_of_a_clip_in_time_and_space(shape, size, frames, 
     assert resized(clip // 100 * 255, (90, 90)).mean() == pytest.approx((clip // 100 * 255).mean(), abs=3)
 
 
-@pytest.mark.parametrize("name", ["a.avi", "b.mp4"])
-def test_only_mp4_and_gif_are_written(name: str, tmp_path):
-    (tmp_path / "b.mp4").mkdir()
-    with pytest.raises(FileFault, match="found a folder" if name == "b.mp4" else "wanted .mp4 or .gif"):
-        check_writable(tmp_path / name)
-    with pytest.raises(FileFault):
-        write_video(tmp_path / name, film(), 10)
-    check_writable(tmp_path / "a.GIF")
-
-
 @pytest.mark.parametrize(("size", "pix_fmt"), [((256, 258), "yuv420p"), ((257, 300), "yuv444p")])
 def test_an_mp4_has_its_rate_its_key_frames_and_nearly_its_colours(size, pix_fmt, tmp_path):
     frames = resized(film(12), size)
@@ -325,6 +301,15 @@ def test_an_mp4_has_its_rate_its_key_frames_and_nearly_its_colours(size, pix_fmt
         assert [t for t, frame in enumerate(scene.decode(video=0)) if frame.key_frame] == [0, 5, 10]
     assert near(read_video(tmp_path / "a.mp4").frames, frames)
     assert np.abs(read_video(tmp_path / "b.mp4").frames.astype(float) - noise).mean() < 1.5
+
+
+def test_only_mp4_and_gif_are_written(tmp_path):
+    (tmp_path / "b.mp4").mkdir()
+    for name, fault in (("a.avi", "wanted .mp4 or .gif"), ("b.mp4", "found a folder")):
+        for write_or_ask in (check_writable, partial(write_video, frames=film(), fps=10)):
+            with pytest.raises(FileFault, match=fault):
+                write_or_ask(tmp_path / name)
+    check_writable(tmp_path / "a.GIF")
 
 
 @pytest.mark.parametrize(("fps", "milliseconds"), [(8, 120), (200, 20)])  # ticks of 10 ms, 20 at least

@@ -6,19 +6,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLCogVideoX,
-    AutoencoderKLWan,
-    CogVideoXDDIMScheduler,
-    CogVideoXPipeline,
-    CogVideoXTransformer3DModel,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
@@ -31,7 +22,7 @@ from prepare.copies import prepare_copies, prepare_recorded
 from prepare.decoder import prepare_decoder
 from prepare.release import Release
 from support import shared
-from support.files import write_json
+from support.files import write_json, writing_array
 from support.videos import write_video
 
 T, N, F, D, CLASSES_COUNT = 2, 40, 5, 20, 4  # volumes, voxels, frames of CLIP, its width, categories
@@ -74,18 +65,8 @@ def write_prepared(
     to_fmri, to_text, to_action = (rng.normal(size=(hidden_numbers, k)) for k in (T * N, D, D))
 
     def save(path: Path, array: np.ndarray, **recipe) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, array)
-        manifest = path.with_name("manifest.json")
-        entries = json.loads(manifest.read_text()) if manifest.is_file() else {}
-        about = {
-            "shape": array.shape,
-            "dtype": str(array.dtype),
-            "recipe": recipe,
-            "inputs": {},
-            "versions": {},
-        }
-        manifest.write_text(json.dumps(entries | {path.name: about}))
+        with writing_array(path, array.shape, str(array.dtype), recipe) as out:
+            out[:] = array
 
     for split, n, parts, repeats in (("train", clips[0], segments[0], 2), ("test", clips[1], segments[1], 3)):
         length, prefix = n // parts, {"train": "seg", "test": "test"}[split]
@@ -134,40 +115,40 @@ def tokenizer() -> PreTrainedTokenizerFast:
 TEXT = dict(vocab_size=16, d_model=D_TXT, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
 
 
-def wan_pipeline(**vae) -> WanPipeline:
+def wan_pipeline(**vae) -> diffusers.WanPipeline:
     """Tiny Wan2.1: VAE 8x in space and 4x in time, UniPC with the published settings."""
     moments = dict(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 2.0, 1.0])
     shape = dict(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     shape["temperal_downsample"] = [False, True, True]
-    return WanPipeline(
+    return diffusers.WanPipeline(
         tokenizer=tokenizer(),
         text_encoder=UMT5EncoderModel(UMT5Config(**TEXT)).eval(),
-        vae=AutoencoderKLWan(**(shape | moments | vae)),
-        transformer=WanTransformer3DModel(
+        vae=diffusers.AutoencoderKLWan(**(shape | moments | vae)),
+        transformer=diffusers.WanTransformer3DModel(
             num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, ffn_dim=32,
             text_dim=D_TXT, freq_dim=32, num_layers=2, rope_max_seq_len=32,
         ),
-        scheduler=UniPCMultistepScheduler(
+        scheduler=diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
         ),
     )  # fmt: skip
 
 
-def cogvideox_pipeline() -> CogVideoXPipeline:
+def cogvideox_pipeline() -> diffusers.CogVideoXPipeline:
     """Tiny CogVideoX 5B: rotary embeddings, v-prediction, zero terminal SNR."""
-    return CogVideoXPipeline(
+    return diffusers.CogVideoXPipeline(
         tokenizer=tokenizer(),
         text_encoder=T5EncoderModel(T5Config(**TEXT)).eval(),
-        vae=AutoencoderKLCogVideoX(
+        vae=diffusers.AutoencoderKLCogVideoX(
             scaling_factor=0.7, block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1,
             norm_num_groups=2,
         ),
-        transformer=CogVideoXTransformer3DModel(
+        transformer=diffusers.CogVideoXTransformer3DModel(
             num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2,
             text_embed_dim=D_TXT, time_embed_dim=8, use_rotary_positional_embeddings=True,
             sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=L,
         ),
-        scheduler=CogVideoXDDIMScheduler(
+        scheduler=diffusers.CogVideoXDDIMScheduler(
             prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
             clip_sample=False,
         ),
