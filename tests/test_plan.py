@@ -2,8 +2,6 @@
 
 import re
 from functools import cache
-from math import prod
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ import train_stage1
 import train_stage2
 from brain_model import BrainModel
 from extras import plan
-from extras.counter import Count, Repeated, aten, counting
+from extras.counter import Count, aten, counting
 from support.files import write_json
 from support.options import settings_of
 from support.pipelines import WAN, load_pipeline
@@ -34,12 +32,8 @@ ATTENTION = {  # of the CPU, which FlopCounterMode does not count
 }
 
 
-def stage1(*options: object, sizes: dict = plan.PUBLISHED["cc2017"]) -> Count:
-    return plan.count_stage1(train_stage1.parse(["--data", "cc2017", *map(str, options)]), sizes)
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
+def stage1(*options: object) -> Count:
+    return plan.count_stage1(train_stage1.parse(["--data", "cc2017", *map(str, options)]), SIZES)
 
 
 def printed(capsys, *options: str) -> str:
@@ -75,25 +69,21 @@ def test_memory_is_what_lives_at_once_in_blocks_of_512_bytes():
         assert (counter.now, counter.peak, counter.flop) == (1024, 2048, 2 * 10**3) and z.shape == (10, 10)
 
 
-@pytest.mark.parametrize("options, peak, flop", [("", 34.2, 687.9), slow("--micro_batch 8", 21.8, 873.9)])
-def test_stage_1_at_the_papers_size(options, peak, flop, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    text = printed(capsys, "stage1", "--data", "cc2017", "--card", "H100", *options.split())
-    assert numbers(text, "GiB", "TFLOP") == pytest.approx([peak, flop], rel=0.01)
-    seconds, hours = numbers(text, "s at 45% of 989", "hours")
-    steps = train_stage1.parse(["--data", "cc2017"]).steps
-    assert seconds == pytest.approx(flop / 989 / 0.45, rel=0.01)
-    assert hours == pytest.approx(steps * seconds / 3600, abs=0.06)
-    assert ("fits in 80.0" in text) is (peak < 80) and not list(tmp_path.iterdir())
-
-
-def test_stage_1_counts_what_a_pencil_counts():
+def test_stage_1_at_the_papers_size_is_what_a_pencil_counts(tmp_path, monkeypatch, capsys):
+    """It needs no data and writes nothing."""
     N, L, S, W = plan.PUBLISHED["cc2017"]["voxels"], 512, 513, 2048
     matrices = 12 + 8 + 24  # x S W^2: forward, recomputed but for the last matrix of each block, backward
     attention = (1 + 1 + 2.5) * 2  # x S^2 W; its backward pass computes the logits once more
     blocks = 24 * (matrices * S * W**2 + attention * S**2 * W)  # multiply-adds of a clip
     ends = 2 * N * L * 4 + 3 * L * 4 * W + 3 * W * 768  # no gradient of the voxels
-    assert stage1().flop == pytest.approx(2 * 144 * (blocks + ends), rel=0.01)
+    flop = 2 * 144 * (blocks + ends) / 10**12
+    monkeypatch.chdir(tmp_path)
+    text = printed(capsys, "stage1", "--data", "cc2017", "--card", "H100")
+    assert numbers(text, "GiB", "TFLOP") == pytest.approx([34.2, flop], rel=0.01)
+    seconds, hours = numbers(text, "s at 45% of 989", "hours")
+    assert seconds == pytest.approx(flop / 989 / 0.45, rel=0.01)
+    assert hours == pytest.approx(8000 * seconds / 3600, abs=0.06)
+    assert "fits in 80.0" in text and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -106,11 +96,9 @@ def test_stage_1_counts_what_a_pencil_counts():
      [12.3, 120.3, 3.0, 1.1, 0.2, 16.1, 1.8], 0.1),
 ])  # fmt: skip
 def test_the_others_at_the_papers_size(words, units, expected, rel, tmp_path, monkeypatch, capsys):
-    """They need no data and write nothing."""
     monkeypatch.chdir(tmp_path)
     text = printed(capsys, *words.split())
     assert numbers(text, *units.split(", ")) == pytest.approx(expected, rel=rel)
-    assert not list(tmp_path.iterdir())
 
 
 def real_step(config):
@@ -141,16 +129,7 @@ def test_the_peak_is_that_of_the_allocator(options):
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    assert stage1(*SMALL, *options, sizes=SIZES).peak == pytest.approx(held + peak, rel=0.05)
-
-
-@pytest.mark.parametrize("options", [["--no-checkpointing"], ["--micro_batch", "4"]])
-def test_the_operations_are_those_of_flop_counter_mode(options):
-    step, _ = real_step(train_stage1.parse(["--data", "cc2017", *SMALL, *options]))
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        step()
-    expected = counter.get_total_flops()
-    assert stage1(*SMALL, *options, sizes=SIZES).flop == pytest.approx(expected, rel=0.001)
+    assert stage1(*SMALL, *options).peak == pytest.approx(held + peak, rel=0.05)
 
 
 def stage2(root, family: str, *options: str):
@@ -187,24 +166,9 @@ def test_what_is_trained_and_what_goes_on_are_counted_by_the_byte(tiny):
 def test_a_process_has_its_share_of_the_batch_and_recomputes_what_it_is_told(tiny):
     whole, half = count_stage2(tiny), count_stage2(tiny, processes=2)
     assert half.flop == pytest.approx(whole.flop / 2, rel=0.01) and half.peak < whole.peak
-    for switch in ("--checkpointing", "--no-checkpointing"):
-        _, model = stage2(tiny, "wan", switch)
-        assert model.brain_model.gradient_checkpointing is (switch == "--checkpointing")
-    kept = count_stage2(tiny, "--no-checkpointing")
-    assert kept.flop < 0.95 * whole.flop
+    assert count_stage2(tiny, "--no-checkpointing").flop < 0.95 * whole.flop
     config = train_stage1.parse(["--data", "cc2017", *SMALL])
-    assert plan.count_stage1(config, SIZES, 3) == stage1(*SMALL, "--batch_size", 6, sizes=SIZES)
-
-
-@pytest.mark.parametrize("family", ["wan", slow("cogvideox")])
-def test_of_equal_parts_one_is_counted(family, tiny, monkeypatch):
-    """As much as if each ran; and a DiT of a local folder."""
-    config, model = stage2(tiny, family)
-    one = plan.count_stage2(model, config, SIZES)
-    monkeypatch.setattr(Repeated, "__call__", lambda self, *inputs: self.call(*inputs))
-    config, model = stage2(tiny, family)
-    each = plan.count_stage2(model, config, SIZES)
-    assert one.flop == pytest.approx(each.flop, rel=0.001) and one.peak == pytest.approx(each.peak, rel=0.01)
+    assert plan.count_stage1(config, SIZES, 3) == stage1(*SMALL, "--batch_size", 6)
 
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox"])
@@ -250,51 +214,6 @@ def test_preparation_takes_what_encoding_takes(family, tiny, tmp_path, monkeypat
     assert text < needs["text encoder"].peak < text + 100 * 32 * L * 32 * 4
 
 
-COG = {  # CogVideoX-2b, whose numbers are diffusers' defaults
-    "transformer": {"_class_name": "CogVideoXTransformer3DModel", "max_text_seq_length": 226},
-    "vae": {"_class_name": "AutoencoderKLCogVideoX"},
-    "scheduler": {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"},
-}
-OF_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
-TWO = {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
-DECODERS = {  # of the docs, and two that training refuses: configs, numbers of the DiT, of model_index.json
-    "Wan2.1-14B": (plan.WAN_1_3B, OF_14B, {}),
-    "CogVideoX-2b": (COG, {}, {}),
-    "Wan2.2-A14B": (plan.WAN_1_3B, OF_14B, TWO),
-    "CogVideoX1.5": (COG, {"patch_size_t": 2}, {}),
-}
-
-
-def write_decoder(name: str, **numbers) -> str:
-    """A folder of configs without weights."""
-    configs, of_dit, index = DECODERS[name]
-    kind = "WanPipeline" if configs is plan.WAN_1_3B else "CogVideoXPipeline"
-    write_json(Path(name, "model_index.json"), {"_class_name": kind} | index)
-    for part, config in (configs | {"transformer": configs["transformer"] | of_dit | numbers}).items():
-        write_json(Path(name, part, f"{'scheduler_' * (part == 'scheduler')}config.json"), config)
-    return name
-
-
-@pytest.mark.parametrize("name", ["Wan2.1-14B", "CogVideoX-2b"])
-@pytest.mark.parametrize("options", ["2 --frames 9 --height 96 --width 96", slow("40")])
-def test_every_decoder_of_the_docs_is_trained_and_sampled_on_paper(name, options, tmp_path, monkeypatch):
-    """At its true width; the Brain Model has the decoder's text length. Attention is not in `work`."""
-    monkeypatch.chdir(tmp_path)
-    layers, *options = options.split()
-    decoder = write_decoder(name, num_layers=int(layers))
-    config = train_stage2.parse(["--data", "cc2017", "--decoder", decoder, *options])
-    brain, sizes = plan.stage1_of(config)
-    model = plan.fake_model(settings_of(config), brain | {"layers": 1}, sizes, 4320)
-    assert len(model.empty) == (226 if "Cog" in name else 512)
-    dit, tokens = model.decoder.transformer, prod(plan.latent_shape(model.decoder, *model.size)[1:]) // 4
-    weights = sum(p.nbytes for p in dit.parameters())
-    work = 2 * tokens * sum(p.numel() for name, p in dit.named_parameters() if ".ff" in name)
-    trained = plan.count_stage2(model, config, sizes)
-    scored = plan.count_evaluation(model, evaluate.parse(["--data", "cc2017"], ""), sizes)
-    assert trained.flop > 32 * 3 * work and scored.flop > 100 * work
-    assert all(weights < need.peak < 2 * weights + 20 * plan.GIB for need in (trained, scored))
-
-
 def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, capsys, tiny):
     monkeypatch.chdir(tmp_path)
     write_prepared(tmp_path / "data")
@@ -318,24 +237,12 @@ def test_sizes_are_those_of_the_data_and_of_the_runs(tmp_path, monkeypatch, caps
     assert shown.number == 2 * 1080 and shown.disk["of latents (data/), fp16"] == 2 * 5520 * 4 * 3 * 4 * 4
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ("stage2 --card T4", "'T4' .*H200.*3090"),
-        ("stage3", "'stage3' .*prepare.*stage1.*stage2.*evaluate"),
-        ("prepare --data toy", "toy in 1 processes: wanted cc2017 or cinebrain, in one"),
-        ("prepare --data cc2017 --decoder CogVideoX1.5", "CogVideoX1.5: found a CogVideoXPipeline 1.5"),
-        ("stage1 --processes 0", "'0', wanted a whole number at least 1"),
-        ("stage2 --data cc2017 --decoder Wan2.2-A14B", "Wan2.2-A14B: .* WanPipeline of two transformers"),
-        ("stage2 --data cc2017 --width 632", "1.3B-Diffusers: a video .* does not fit: .* a width of 16"),
-        ("stage2 --data cc2017 --processes 5", "--batch_size 32: wanted a multiple of the 5 processes"),
-        ("stage1 --data cc2017 --layers=1000000", "--layers 1000000: wanted at most 500"),
-    ],
-)
-def test_what_cannot_be_planned_is_one_error(options, error, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name in DECODERS:
-        write_decoder(name)
+@pytest.mark.parametrize("options, error", [
+    ("stage2 --card T4", "'T4' .*H200.*3090"),
+    ("prepare --data toy", "toy in 1 processes: wanted cc2017 or cinebrain, in one"),
+    ("stage2 --data cc2017 --width 632", "1.3B-Diffusers: a video .* does not fit: .* a width of 16"),
+])  # fmt: skip
+def test_what_cannot_be_planned_is_one_error(options, error, capsys):
     with pytest.raises(SystemExit) as stopped:
         door(lambda: plan.main(options.split()))
     message = capsys.readouterr().err
