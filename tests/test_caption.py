@@ -161,50 +161,27 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(release, tmp_path, monke
     assert not out.exists() and part.read_bytes() == b"".join(lines[:4])
     with open(part, "ab") as file:  # as if killed in the third batch: one line of two, and half the second
         file.write(lines[4] + lines[5][:20])
-    before = part.read_bytes()
-    with pytest.raises(ValueError, match="part.jsonl was begun with frames = 5, but frames = 6 is asked"):
-        run(*source, out, "--frames", 6)
-    assert part.read_bytes() == before
     Model.batches.clear()
     run(*source, out)
     assert Model.batches == [2, 1]  # the third batch again, and the last clip
-    with pytest.raises(ValueError, match="is there already"):
-        run(*source, out)
     assert out.read_bytes() == full.read_bytes() and not part.exists()
 
 
 def test_videos_of_a_clip_each_become_a_list_by_name(tmp_path):
-    """As CineBrain's captions are found: by the video's name, in one list."""
     grey_film(tmp_path / "b.mp4", 0, 1)
     grey_film(tmp_path / "a.mp4", 1, 1)
     out = tmp_path / "captions.json"
     run("--videos", tmp_path / "*.mp4", "--out", out)
     rows = read_captions(out, [])
     assert [(row["video"], row["caption"]) for row in rows] == [("a.mp4", "clip 1"), ("b.mp4", "clip 0")]
-    assert "clip" not in rows[0] and not list(tmp_path.glob(".*"))
-    films = caption.films_of_videos(str(tmp_path), 0.5)
-    assert [(film.segment, film.clips, film.seconds) for film in films] == [("a", 4, 0.5), ("b", 4, 0.5)]
-
-
-NO_LISTS = [
-    '["person", "car"', '["person", 2]', '{"objects": ["cat"]}', '["<|im_end|>"]', "", "cat\ndog",
-    "The caption names a cat and a dog.", "Objects:\n- cat", ", ".join(["cat"] * 21),
-]  # fmt: skip
-LISTS = {
-    '["person", "Traffic Light", "person"]': "person|traffic light",
-    '```json\n["cat"]\n```': "cat",
-    "- a person\n- the dog\n": "person|dog",
-    "1. person\n2) tennis racket": "person|tennis racket",
-    "person, car, fire hydrant.": "person|car|fire hydrant",
-}
 
 
 def test_answers():
-    for answer in NO_LISTS:
+    for answer in ('["person", "car"', '["person", 2]', "The caption names a cat.", ", ".join(["cat"] * 21)):
         assert caption.parse_objects(answer) is None, answer
     assert caption.parse_objects("[]") == caption.parse_objects(" None. ") == []
-    for answer, names in LISTS.items():
-        assert caption.parse_objects(answer) == names.split("|"), answer
+    assert caption.parse_objects('["person", "Traffic Light", "person"]') == ["person", "traffic light"]
+    assert caption.parse_objects("1. a person\n2) tennis racket") == ["person", "tennis racket"]
 
 
 def test_the_rules_say_that_they_are_rules(tmp_path, capsys):
@@ -219,24 +196,3 @@ def test_the_rules_say_that_they_are_rules(tmp_path, capsys):
     places = [f"{rows[i]['split']} {rows[i]['segment']} {rows[i]['clip']}" for i in (239, 240, 480)]
     assert places == ["train seg1 239", "train seg2 0", "test test1 0"]
     assert [rows[i]["categories"] for i in (0, 240, 480)] == [["animal", "outdoor"], ["person", "sports"], []]
-    train.write_text(json.dumps(["a dog"] * 239))
-    with pytest.raises(ValueError, match="239 captions, wanted a multiple of 240"):
-        run("--rules", train, "--out", tmp_path / "new.jsonl")
-    assert not list(tmp_path.glob("*new*"))
-
-
-WRONG = {
-    "": "give one of --data, --videos and --rules",
-    "--rules a.json b.json c.json --out d.jsonl": "the training and the test list; 3 files are given",
-    "--data cc2017": "--data cc2017 wants --raw",
-    "--videos x": "--out says where",
-    "--videos x --out y.json --seconds 1e-9": "--seconds 1e-09: wanted at least 0.1",
-    "--videos x --out y.txt": "--out y.txt: wanted a name that ends in .jsonl, or .json for --videos",
-}
-
-
-@pytest.mark.parametrize("options", WRONG)
-def test_wrong_options(options, capsys):
-    with pytest.raises((SystemExit, ValueError)) as stopped:
-        caption.main(options.split())
-    assert WRONG[options] in f"{stopped.value} {capsys.readouterr().err}"
