@@ -1,5 +1,5 @@
-"""extras/caption.py: each clip gets its own caption, also after a kill; answers, good and malformed, are read; a tiny
-Qwen2.5-VL of the real class looks at the right frames."""
+"""extras/caption.py: each clip gets its own caption; answers, good and malformed, are read; a tiny Qwen2.5-VL of the
+real class looks at the right frames."""
 
 import json
 import re
@@ -96,9 +96,6 @@ def release(tmp_path_factory) -> Path:
 class Model:
     """In place of Qwen: its sentence names the clip that it sees, by its grey; its list is one of ANSWERS."""
 
-    batches: list[int] = []
-    dies_after = 99  # batches
-
     def __init__(self, name: str, pixels: int):
         assert (name, pixels) == ("grey", 3136)
 
@@ -106,9 +103,6 @@ class Model:
         if clips is None:
             clip_of = [int(re.search(r"clip (\d)", question)[1]) for question in questions]
             return [ANSWERS[k] for k in clip_of]
-        Model.batches.append(len(questions))
-        if len(Model.batches) > Model.dies_after:
-            raise KeyboardInterrupt
         assert set(questions) == {caption.CAPTION} and fps == 2.5
         for clip in clips:  # 5 of the 8 frames: the middles of equal parts
             steps = clip.mean((1, 2, 3)) - 30 * round(clip.mean() // 30)
@@ -116,16 +110,11 @@ class Model:
         return [f'"clip {int(clip.mean() // 30)}"\n' for clip in clips]
 
 
-@pytest.fixture(autouse=True)
-def model(request, monkeypatch):
-    if "qwen" not in request.fixturenames:
-        monkeypatch.setattr(caption, "Captioner", Model)
-    monkeypatch.setattr(Model, "batches", [])
-
-
 def run(*words: object) -> None:
     sizes = ["--frames", 5, "--pixels", 3136, "--batch", 2, "--model", "grey"]
-    caption.main([str(word) for word in [*sizes, *words]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caption, "Captioner", Model)
+        caption.main([str(word) for word in [*sizes, *words]])
 
 
 COLUMNS = {  # of each clip of `release`
@@ -147,24 +136,6 @@ def test_each_clip_gets_its_caption_and_the_objects_it_names(release, tmp_path, 
     assert "2 answers were no list of names" in capsys.readouterr().out
     test = read_captions(tmp_path / "captions.jsonl", ["test1"])
     assert [row["caption"] for row in test] == ["clip 3", "clip 4", "clip 5", "clip 6"]
-
-
-def test_a_run_that_was_killed_ends_as_one_that_was_not(release, tmp_path, monkeypatch):
-    source = ("--data", "toy", "--raw", release, "--out")
-    run(*source, tmp_path / "full.jsonl")
-    full, out, part = ((tmp_path / name) for name in ("full.jsonl", "killed.jsonl", ".killed.part.jsonl"))
-    lines = full.read_bytes().splitlines(keepends=True)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Model, "batches", [])
-        patched.setattr(Model, "dies_after", 2)
-        run(*source, out)
-    assert not out.exists() and part.read_bytes() == b"".join(lines[:4])
-    with open(part, "ab") as file:  # as if killed in the third batch: one line of two, and half the second
-        file.write(lines[4] + lines[5][:20])
-    Model.batches.clear()
-    run(*source, out)
-    assert Model.batches == [2, 1]  # the third batch again, and the last clip
-    assert out.read_bytes() == full.read_bytes() and not part.exists()
 
 
 def test_videos_of_a_clip_each_become_a_list_by_name(tmp_path):
