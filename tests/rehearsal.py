@@ -7,7 +7,7 @@
 It needs no network. Weights are random, in the publishers' classes and sizes; recordings have the releases' true
 layouts, few segments and a planted signal. Two clips and captions are encoded, of others the embeddings are made
 up. A training takes three steps (its table is of 16 clips), an evaluation three clips, judged by all metrics but
-MS without the package vbench. On a CPU the Brain Model has four layers; 24-layers is steps without an optimiser.
+MS without the package vbench. On a CPU the Brain Model has four layers.
 
 Prints and writes DIR/rehearsal.md: a row a command, seen / planned (extras/plan.py). `RSS` is of the process,
 `peak` of the tensors that live in a step. Two steps are counted, the third is timed, without AdamW's update.
@@ -61,7 +61,6 @@ from support.runs import RunFolder, door  # noqa: E402
 from video_decoder import VideoDecoder  # noqa: E402
 
 STEPS, MEMORY, EXACT = 3, 0.15, 0.05
-DEPTH = "24-layers"  # in place of a script
 KEPT = ("state.pt", "model.safetensors", "pytorch_lora_weights.safetensors")
 AMT = find_spec("vbench") is not None
 TEXT = dict(  # T5-XXL and UMT5-XXL
@@ -274,9 +273,7 @@ def inside(script: str, argv: list[str]) -> None:
     model.reconstruct = measured(model.reconstruct.__wrapped__, numbers)
     retrieval.with_controls = of_few_clips(retrieval.with_controls)
     sys.argv = [script, *argv]
-    if script == DEPTH:
-        full_depth(train_stage1.parse(argv), numbers)
-    elif script == "evaluate.py":
+    if script == "evaluate.py":
         with torch.no_grad():
             door(lambda: evaluate.main.__wrapped__(evaluate.parse(argv, evaluate.__doc__)))
     elif script.startswith("train"):
@@ -286,18 +283,6 @@ def inside(script: str, argv: list[str]) -> None:
     else:
         with measuring(numbers) if script == "data.py" else nullcontext():
             runpy.run_path(str(REPO / script), run_name="__main__")
-
-
-def full_depth(config: train_stage1.Config, numbers: dict) -> None:
-    """Steps of stage 1 without an optimiser: 24 layers and AdamW's moments are more than 16 GB."""
-    sizes = plan.sizes_of(config, None)
-    model, batch = train_stage1.build(config, sizes), plan.fake_batch(config.batch_size, sizes)
-    for field in batch[1:6]:  # x, e_img, e_txt, e_act, categories
-        field.uniform_()
-    step = measured(train_stage1.train_step, numbers)
-    for _ in range(STEPS):
-        step(*model, batch, config)
-    assert all(p.grad.isfinite().all() for part in model for p in part.parameters())
 
 
 def of_few_clips(with_controls: Callable) -> Callable:
@@ -380,10 +365,9 @@ class Rehearsal:
         planned = plan.PLANS[name](words, 1)
         need, on_disk = planned.need, (file for file in Path(stage or "-").rglob("*") if file.name in KEPT)
         disk = need.trained + need.state if stage else sum(planned.disk.values())
-        without = need.state - need.trained if command.startswith(DEPTH) else 0  # AdamW's moments
         cells = []
         for kind, seen, counted, tolerance, unit in (
-            ("GiB", numbers.get("peak"), need.peak - without, MEMORY, 2**30),
+            ("GiB", numbers.get("peak"), need.peak, MEMORY, 2**30),
             ("TFLOP", numbers.get("flop"), need.flop, EXACT, 10**12),
             ("GB", stage and sum(file.stat().st_size for file in on_disk), disk, EXACT, 10**9),
         ):
@@ -449,9 +433,6 @@ def rehearse(folder: Path, small: bool, device: str, training: str) -> int:
         show.run("evaluate.py", f"--data cc2017 --subject 1 --compare wan/{out.name} cog/{out.name}")
     show.run("extras/check.py", "--data cc2017")
     show.run("extras/delay.py", "--data cc2017 --subject 1")
-    if sizes.brain == ON_CPU.brain:
-        words = f"--data cc2017 --precision bf16 {FEW}"
-        show.run(DEPTH, words, f"stage1 {words}")
     show.subject("cinebrain", "wan", wan, f"--raw raw/cinebrain {encoders}")
     fourteen = "stage2 --data cc2017 --decoder weights/wan14"
     show.run("", fourteen, fourteen)

@@ -91,9 +91,6 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-# -- the model ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("run", "changes", "kind"),
     [("full", {}, MixtureOfMemories), ("no-mom", {"mom": False}, TopTextMemory), ("no-integration", {"integration": False}, DirectProjection)],
@@ -170,9 +167,6 @@ def test_a_shared_folder_is_whole_or_has_no_config(model, tmp_path, monkeypatch)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="found 2 other files, wanted a new or an empty folder"):
         model.save_pretrained(tmp_path)
-
-
-# -- the command -----------------------------------------------------------------------------------------------------
 
 
 def test_videos_have_the_frames_size_and_rate_asked_for(out):
@@ -305,9 +299,6 @@ def test_the_control_of_a_clip_is_another_scene(tmp_path):
     assert [pair.control for pair in few] == [None] * 4
 
 
-# -- the baselines --------------------------------------------------------------------------------------------
-
-
 def test_the_best_memory_is_played_beside_the_reconstruction(out, judge):
     """Its videos are the stimuli of the top-1 memories; its values stand in metrics.json, less them paired."""
     test, train = Clips("cc2017", 1, "test"), Clips("cc2017", 1, "train")
@@ -361,9 +352,6 @@ def test_no_stage_2_draws_the_best_memorys_caption(world, x, capsys, monkeypatch
     shutil.rmtree(RUN.with_name("alone-s0"))
 
 
-# -- one recording ----------------------------------------------------------------------------------------
-
-
 def test_one_recording_becomes_one_video(model, x, tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "x.npy", x[7].numpy().astype(">f8"))
     options = f"--data cc2017 --fmri {tmp_path}/x.npy --fps 10 --out"
@@ -380,9 +368,6 @@ def test_one_recording_becomes_one_video(model, x, tmp_path, monkeypatch, capsys
     assert torch.equal(calls[0][0], x[7:8]) and calls[0][1:] == ([(2, 0)], 5, 0.0)
     assert capsys.readouterr().out == "written: out.mp4\n" and Path("out.mp4").is_file()
     shutil.rmtree(RUN.with_name("full-s2"))
-
-
-# -- what is recognised -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
