@@ -134,25 +134,13 @@ def test_means_deviations_and_paired_intervals(table_4):
     shuffled = result["shuffled"]
     assert shuffled["metrics"]["video_50way"] == {"mean": approx(0.07), "std": approx(0.02 * 2**0.5)}
     assert shuffled["groups"]["never shown"]["all_attributes"]["mean"] == 1
-
-
-def test_the_table_has_rows_controls_groups_and_what_is_quoted(table_4, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # without docs/results/judges.json
-    (result, printed), mean = table_4, BASE.mean() + 0.02
-    lines = [[cell.strip() for cell in row] for row in ablation_tables.lines_of(result)]
-    columns = [(row[0], row[2]) for row in lines]
-    assert lines[0][2::4] == ["50-way video ↑", "all attributes ↑"]
-    assert columns[1] == ("no stage 2", f"{mean + 0.15:.3f}±0.028")
-    assert columns[10:16] == [
-        ("+ MoM", f"{mean + 0.25:.3f}±0.028"),
-        ("more than the row before", "+0.200 [0.200, 0.200]"),
-        ("more than no stage 2", "+0.100 [0.100, 0.100]"),
-        ("more than + L_action", "+0.200 [0.200, 0.200]"),
-        ("paper's model, shuffled fMRI", "0.070±0.028"),
-        ("chance", "0.058"),
-    ]
-    assert lines[-4][:3] == ["L_clip", "0.824±0.01", "0.217±0.03"]  # quoted
-    assert ablation_tables.as_text(result) in printed
+    assert ablation_tables.as_text(result) in table_4[1]
+    for text in (
+        f"{BASE.mean() + 0.27:.3f}±0.028",
+        "+0.200 [0.200, 0.200]",
+        "0.824±0.01",
+    ):  # the last is quoted
+        assert text in table_4[1]
 
 
 def test_the_page_keeps_the_words_around_its_tables(table_4, tmp_path):
@@ -170,9 +158,7 @@ def test_the_page_keeps_the_words_around_its_tables(table_4, tmp_path):
     assert "\nold\n" not in text and "| all four, never shown |" in text and source in text
     result["rows"][0]["metrics"]["video_50way"] = {"mean": "0.5"}
     (results / "table4-cc2017-sub1.json").write_text(json.dumps(result))
-    with pytest.raises(
-        ValueError, match="row 1, video_50way: found mean = '0.5'.*extras/ablations.py makes it anew"
-    ):
+    with pytest.raises(ValueError, match="row 1, video_50way: found mean = '0.5'.*makes it anew"):
         ablation_tables.write_page(page, results)
     assert page.read_text() == text
 
@@ -186,7 +172,6 @@ def test_the_page_is_what_the_results_make(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, error", [
     ("--rows 1 2", "--rows 1 2: wanted 1 to 6, 6 among them"),
-    ("--stage1 '--seed 5'", "--stage1 '--seed 5': --seed is the table's to set"),
     ("--data cc2017", "data/cc2017/raw/stimuli is not there.*--evaluate '--stimuli FOLDER'"),
 ])  # fmt: skip
 def test_a_study_that_cannot_end_is_refused_before_any_training(words, error, tmp_path, monkeypatch, capsys):

@@ -59,11 +59,3 @@ def test_the_correlation_is_that_of_a_regression_without_the_segment():
         expected = [np.corrcoef(guess[:, v], truth[:, v])[0, 1] for v in range(3)]
         parts = delay.correlations(x, y, segments, shift, 30.0)  # (10, 3)
         np.testing.assert_allclose(parts.mean(0), expected, atol=1e-10)
-
-
-def test_what_no_shift_fits_is_not_decided(folder, capsys):
-    e_img = folder / "stimuli" / "train" / "e_img.npy"
-    np.save(e_img, np.repeat(np.load(e_img)[:1], 160, 0))
-    assert run()["best"] is None
-    page = capsys.readouterr().out
-    assert "Not decided: " in page and "Prepare again" not in page
