@@ -134,7 +134,6 @@ def test_means_deviations_and_paired_intervals(table_4):
     shuffled = result["shuffled"]
     assert shuffled["metrics"]["video_50way"] == {"mean": approx(0.07), "std": approx(0.02 * 2**0.5)}
     assert shuffled["groups"]["never shown"]["all_attributes"]["mean"] == 1
-    assert ablation_tables.as_text(result) in table_4[1]
     for text in (
         f"{BASE.mean() + 0.27:.3f}±0.028",
         "+0.200 [0.200, 0.200]",
