@@ -169,20 +169,6 @@ def test_the_page_is_what_the_results_make(tmp_path, monkeypatch):
     assert Path(page).read_bytes() == ablation_tables.PAGE.read_bytes()
 
 
-@pytest.mark.parametrize("words, error", [
-    ("--rows 1 2", "--rows 1 2: wanted 1 to 6, 6 among them"),
-    ("--data cc2017", "data/cc2017/raw/stimuli is not there.*--evaluate '--stimuli FOLDER'"),
-])  # fmt: skip
-def test_a_study_that_cannot_end_is_refused_before_any_training(words, error, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ablations, "prepare_toy", lambda **options: None)
-    monkeypatch.setattr(ablations.subprocess, "Popen", None)
-    with pytest.raises((SystemExit, OSError, ValueError)) as refused:
-        ablations.main(shlex.split(words))
-    assert re.search(error, capsys.readouterr().err + str(refused.value))
-    assert not list(tmp_path.iterdir())
-
-
 STAGE1_WORDS = "--steps 4 --batch_size 8 --tokens 12 --width 24 --layers 1 --attention_heads 4"
 STAGE2_WORDS = (
     "--decoder models/wan --frames 9 --height 32 --width 48 --epochs 1 --batch_size 16 --micro_batch 16 --K 3 "

@@ -78,8 +78,6 @@ def check_command(command: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_what_a_page_says(page: Path, monkeypatch):
-    """Its commands are understood, its names exist and their equations are theirs, its links lead somewhere, its
-    figures stand in their files."""
     text = page.read_text()
     for command in dict.fromkeys(commands(text)):
         with monkeypatch.context() as patch:

@@ -199,7 +199,6 @@ def test_videos_and_memories_are_those_of_the_class(out, model, x, tmp_path):
 
 
 def test_pictures_show_stimulus_memory_and_reconstruction(out, model):
-    """Every cell has the colours of the video that it should show, and not of another clip's."""
     stimuli = held_out.Films(Config(data="cc2017"), SIZE, model.lines)
     rows = {row["clip"]: row for row in lines_of(out / "retrieved.jsonl")}
     with Image.open(out / "sheet.png") as sheet, Image.open(out / "grid.gif") as grid:
@@ -236,7 +235,6 @@ def test_videos_made_otherwise_are_not_mixed(out, world):
 
 
 def test_a_smaller_evaluation_has_a_folder_of_its_own():
-    """So that the results of all clips, of the run's sampling and of all metrics stay."""
     every = sorted("ssim psnr epe dtc ms".split())
 
     def folder(complete: bool = True, metrics: list[str] = every, **options) -> str:
@@ -300,7 +298,6 @@ def test_the_control_of_a_clip_is_another_scene(tmp_path):
 
 
 def test_the_best_memory_is_played_beside_the_reconstruction(out, judge):
-    """Its videos are the stimuli of the top-1 memories; its values stand in metrics.json, less them paired."""
     test, train = Clips("cc2017", 1, "test"), Clips("cc2017", 1, "train")
     stimuli = held_out.Films(Config(data="cc2017"), SIZE, [])
     for row in lines_of(out / "retrieved.jsonl"):
@@ -399,7 +396,6 @@ def test_shares_of_the_attributes():
 
 
 def test_clips_whose_like_was_seen_are_told_apart(model, tmp_path):
-    """By attributes where the clips have such, else by their near-copies."""
     test, near_copy = Clips("cc2017", 1, "test"), np.array([True, False, False, True])
     lines = {clip: test.lines[clip] for clip in (0, 5, 7, 20)}
     evaluation = Evaluation({}, tmp_path, Config(data="cc2017"), {}, {})

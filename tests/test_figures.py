@@ -124,7 +124,6 @@ def test_compare_shows_each_clip_and_run_in_its_place(run, tmp_path, monkeypatch
 
 
 def test_weights_are_on_one_scale_for_all_runs(run, tmp_path, capsys):
-    """Norms of the first layer, in the table."""
     runs = [run, run.with_name(SECOND)]
     figures.main(["weights", *map(str, runs), "--out", str(tmp_path / "picture.png")])
     norms = []
@@ -220,7 +219,6 @@ def colour_in(uri: str, folder: Path) -> np.ndarray:
 
 
 def test_the_page_of_terms_shows_each_clip_by_each_run(own_run, world, tmp_path):
-    """Each film and each word in its column, by the number of its clip."""
     second = shutil.copytree(world.root / "runs/cc2017/sub1" / SECOND, tmp_path / SECOND)
     order = (4, 3, 2, 1, 0)
     seen = {"caption": ["x"] * CLIPS, "id": [line_of(i)["id"] for i in order]}

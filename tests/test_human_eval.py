@@ -115,13 +115,6 @@ def test_pairs_of_any_kind_and_shape_in_an_order_of_the_seed(tmp_path):
         assert len(frames) / fps == pytest.approx(3, abs=0.01)
 
 
-def test_what_cannot_be_compared_is_refused_and_nothing_is_written(tmp_path):
-    runs, out = write_runs(tmp_path / "sub1", clips=2), tmp_path / "out"
-    write_video(runs[1] / "eval" / "gt" / "0001.mp4", np.full((8, 16, 16, 3), 200, np.uint8), 8)
-    assert "show different stimuli" in refused("make", *runs, "--out", out)
-    assert [path.name for path in tmp_path.iterdir()] == ["sub1"]
-
-
 def vote_file(folder: Path, file: Path, participant: str, answers) -> Path:
     """answers: (clip, question, method) of each vote."""
     key = key_of(folder)

@@ -535,7 +535,6 @@ VALUES = {  # of clips 0 ... 2 [value, value against another stimulus]
 
 
 def test_what_is_reported_of_values(three):
-    """By hand; the columns of the table and of metrics.csv hold what their heads say."""
     pairs, out = find_pairs(three), three / "out"
     config = Config(data="none", metrics=",".join(VALUES), trials=64)
     known = []

@@ -43,19 +43,6 @@ def numbers(text: str, *units: str) -> list[float]:
     return [float(re.search(f"([0-9.,]+) {unit}", text)[1].replace(",", "")) for unit in units]
 
 
-def test_seconds_follow_from_the_card(monkeypatch):
-    need = Count(20 * 2**30, 989 * 10**12, 10**9, 3 * 10**9)
-    planned = plan.Plan("x", need, "step", 3600, 0.5, {"of weights": 10**9})
-    assert "2.00 s at 50% of 989" in plan.report(planned, "H100", 1)
-    for card, rate, memory in (("4090", 165, 24), ("A100", 312, 80), ("H200", 989, 141)):
-        text = plan.report(planned, card, 8)
-        assert f"for 8 x {card}" in text and f"fits in {memory}.0" in text and f"of {rate} TFLOP/s" in text
-        assert numbers(text, "hours") == pytest.approx([2 * 989 / rate], abs=0.06)
-    monkeypatch.setattr(plan, "card_of", lambda name: ("NVIDIA T4", 15 * 2**30, ""))
-    text = plan.report(planned, None, 1)
-    assert "DOES NOT FIT in 15.0" in text and "no estimate of seconds" in text and "hours" not in text
-
-
 def test_memory_is_what_lives_at_once_in_blocks_of_512_bytes():
     with counting() as counter:
         x = torch.empty(100)  # 400 bytes

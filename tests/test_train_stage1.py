@@ -183,7 +183,6 @@ def test_the_table_of_the_held_out_clips_beats_chance_and_shuffled_fmri(trained,
 
 
 def test_stopped_at_any_step_it_goes_on_bit_equal(linked):
-    """Before the step after a checkpoint, and between two."""
     train("--save_every", 2, "--run", "whole")
     for stop in (3, 4, 5):
         name = f"stopped-{stop}"

@@ -324,7 +324,6 @@ def test_an_ablation_shows_what_its_table_says(world, ablation):
 
 
 def test_cogvideox_with_a_segment_held_out(world, capsys):
-    """The same script with a decoder of the other family."""
     write_stage1(world, "held-s0", val_segments="seg2")
     run = watch(train_stage2, [*STAGE2, *"--run held --K 3 --decoder models/cogvideox".split()], 99)
     assert "30 clips and memories" in capsys.readouterr().out
