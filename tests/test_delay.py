@@ -74,18 +74,3 @@ def test_what_no_shift_fits_is_not_decided(file, change, words, folder, capsys):
     page = capsys.readouterr().out
     assert "Not decided: " in page and "Prepare again" not in page
     assert ("widen --least, --most" in page) == bool(words)
-
-
-@pytest.mark.parametrize(("words", "problem"), [
-    (("--least", 3, "--most", 1), "--least 3 --most 1: wanted the smaller first"),
-    (("--ridge", 0), "--ridge 0.0: wanted above 0"),
-    (("--subject", 2), "data/cc2017 is not prepared for subject 2"),
-    (("--most", 12), "a shift of 9 clips: wanted at least two training segments that are longer"),
-])  # fmt: skip
-def test_what_cannot_be_is_refused(words, problem, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    folder = write_prepared(tmp_path / "data", clips=(36, 8))  # segments of 12
-    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as stopped:
-        run(*words)
-    assert problem in f"{stopped.value} {capsys.readouterr().err}"
-    assert not list((folder / "sub1").glob("delay*"))

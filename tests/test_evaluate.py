@@ -91,9 +91,6 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-# -- the model ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("run", "changes", "kind"),
     [("full", {}, MixtureOfMemories), ("no-mom", {"mom": False}, TopTextMemory), ("no-integration", {"integration": False}, DirectProjection)],
@@ -172,9 +169,6 @@ def test_a_shared_folder_is_whole_or_has_no_config(model, tmp_path, monkeypatch)
         model.save_pretrained(tmp_path)
 
 
-# -- the command -----------------------------------------------------------------------------------------------------
-
-
 def test_videos_have_the_frames_size_and_rate_asked_for(out):
     for kind, i in product(("gt", "recon"), CLIPS):
         video = read_video(out / kind / f"{i:04d}.mp4")
@@ -205,7 +199,6 @@ def test_videos_and_memories_are_those_of_the_class(out, model, x, tmp_path):
 
 
 def test_pictures_show_stimulus_memory_and_reconstruction(out, model):
-    """Every cell has the colours of the video that it should show, and not of another clip's."""
     stimuli = held_out.Films(Config(data="cc2017"), SIZE, model.lines)
     rows = {row["clip"]: row for row in lines_of(out / "retrieved.jsonl")}
     with Image.open(out / "sheet.png") as sheet, Image.open(out / "grid.gif") as grid:
@@ -242,7 +235,6 @@ def test_videos_made_otherwise_are_not_mixed(out, world):
 
 
 def test_a_smaller_evaluation_has_a_folder_of_its_own():
-    """So that the results of all clips, of the run's sampling and of all metrics stay."""
     every = sorted("ssim psnr epe dtc ms".split())
 
     def folder(complete: bool = True, metrics: list[str] = every, **options) -> str:
@@ -305,11 +297,7 @@ def test_the_control_of_a_clip_is_another_scene(tmp_path):
     assert [pair.control for pair in few] == [None] * 4
 
 
-# -- the baselines --------------------------------------------------------------------------------------------
-
-
 def test_the_best_memory_is_played_beside_the_reconstruction(out, judge):
-    """Its videos are the stimuli of the top-1 memories; its values stand in metrics.json, less them paired."""
     test, train = Clips("cc2017", 1, "test"), Clips("cc2017", 1, "train")
     stimuli = held_out.Films(Config(data="cc2017"), SIZE, [])
     for row in lines_of(out / "retrieved.jsonl"):
@@ -361,9 +349,6 @@ def test_no_stage_2_draws_the_best_memorys_caption(world, x, capsys, monkeypatch
     shutil.rmtree(RUN.with_name("alone-s0"))
 
 
-# -- one recording ----------------------------------------------------------------------------------------
-
-
 def test_one_recording_becomes_one_video(model, x, tmp_path, monkeypatch, capsys):
     np.save(tmp_path / "x.npy", x[7].numpy().astype(">f8"))
     options = f"--data cc2017 --fmri {tmp_path}/x.npy --fps 10 --out"
@@ -380,9 +365,6 @@ def test_one_recording_becomes_one_video(model, x, tmp_path, monkeypatch, capsys
     assert torch.equal(calls[0][0], x[7:8]) and calls[0][1:] == ([(2, 0)], 5, 0.0)
     assert capsys.readouterr().out == "written: out.mp4\n" and Path("out.mp4").is_file()
     shutil.rmtree(RUN.with_name("full-s2"))
-
-
-# -- what is recognised -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +396,6 @@ def test_shares_of_the_attributes():
 
 
 def test_clips_whose_like_was_seen_are_told_apart(model, tmp_path):
-    """By attributes where the clips have such, else by their near-copies."""
     test, near_copy = Clips("cc2017", 1, "test"), np.array([True, False, False, True])
     lines = {clip: test.lines[clip] for clip in (0, 5, 7, 20)}
     evaluation = Evaluation({}, tmp_path, Config(data="cc2017"), {}, {})

@@ -113,9 +113,6 @@ def test_an_evaluation_that_ends_at_its_pictures_is_not_whole(three, monkeypatch
     assert main(command) == 0 and results_of(three)["metrics"]["ssim"]["n"] == 3
 
 
-# -- pixels ---------------------------------------------------------------------------------------------------------
-
-
 def ssim_of_windows(x: np.ndarray, y: np.ndarray, weights: np.ndarray, top: float, n: float) -> float:
     """Wang et al. 2004 of one channel (H, W), the mean of all windows within; n / (n - 1) makes variances unbiased."""
     x, y = (sliding_window_view(v.astype(float), weights.shape) for v in (x, y))
@@ -156,9 +153,6 @@ def test_videos_are_compared_at_common_times_and_one_size(size, height, width):
         assert abs(np.stack(by_pil).astype(int) - resized_ones).mean() < 0.5  # PIL resizes in whole numbers
 
 
-# -- CLIP-pcc and DTC -----------------------------------------------------------------------------------------------
-
-
 def test_clip_pcc_and_dtc_by_hand():
     e = unit(np.random.default_rng(0).normal(size=(5, 8)) + 0.7)
     judge = lambda frames: e[frames[:, 0, 0, 0]]  # noqa: E731
@@ -196,9 +190,6 @@ def test_dino_sees_whole_frames_whose_short_side_is_its_own(tmp_path):
         tokens = vit(x, interpolate_pos_encoding=True).last_hidden_state
         e = features.dino_frames(str(tmp_path), "cpu")(frames)
     np.testing.assert_allclose(e, unit(tokens[:, 0].numpy()), atol=1e-5)
-
-
-# -- motion ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("fast", "dynamic"), [(3, 0), (4, 1)])
@@ -281,7 +272,7 @@ def test_raft_and_amt_see_neighbours_padded_on_all_sides():
 
 def test_flow_points_where_the_texture_moves():
     flow = motion.farneback_flow
-    slow, fast, still = (video_of(moving(5, speed=v)) for v in (1, 2, 0))
+    slow, fast = (video_of(moving(5, speed=v)) for v in (1, 2))
     w, down = flow(fast.frames), flow(fast.frames.swapaxes(1, 2).copy())
     assert w.shape == (4, 2, 48, 64) and w[:, 0, 8:-8, 8:-8].mean() == pytest.approx(2, abs=0.1)
     assert down.shape == (4, 2, 64, 48) and down[:, 1, 8:-8, 8:-8].mean() == pytest.approx(2, abs=0.1)
@@ -289,10 +280,7 @@ def test_flow_points_where_the_texture_moves():
     by_opencv = cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 15, 3, 5, 1.2, 0)
     np.testing.assert_array_equal(w[1], by_opencv.transpose(2, 0, 1))
     assert flow(fast.frames[:1]).shape == (0, 2, 48, 64)
-    jumpy = video_of(np.stack([moving(1, seed=i % 3)[0] for i in range(5)]))
     assert measured("epe", flow, "native", fast, slow) == pytest.approx(1, abs=0.1)
-    smoothness = [measured("ms_flow", flow, "native", video) for video in (still, fast, jumpy)]
-    assert smoothness[0] == 1 > smoothness[1] > 0.98 > 0.95 > smoothness[2]
 
 
 def test_epe_and_warping_by_hand():
@@ -308,9 +296,6 @@ def test_epe_and_warping_by_hand():
         sampled.append([map_coordinates(frame[..., c], at, order=1, mode="nearest") for c in range(3)])
     expected = np.moveaxis(np.mean(sampled, 0), 0, -1)
     assert abs(motion.warped_half_way(flow, frames)[0] - expected).max() <= 0.51
-
-
-# -- classes --------------------------------------------------------------------------------------------------------
 
 
 def test_n_way_by_hand():
@@ -372,9 +357,6 @@ def test_a_classifier_is_given_frames_spread_over_the_clip(of_video, number, len
     judge.of_video, judge.least, judge.forward = of_video, 2, lambda frames: frames[:, 0, 0, 0].tolist()
     videos = [counting(length) for length in lengths]
     assert METRICS["video_2way"].picks(judge, Config(classifier_frames=number), *videos) == expected
-
-
-# -- a set of pairs -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -553,7 +535,6 @@ VALUES = {  # of clips 0 ... 2 [value, value against another stimulus]
 
 
 def test_what_is_reported_of_values(three):
-    """By hand; the columns of the table and of metrics.csv hold what their heads say."""
     pairs, out = find_pairs(three), three / "out"
     config = Config(data="none", metrics=",".join(VALUES), trials=64)
     known = []
@@ -589,9 +570,6 @@ def test_what_is_reported_of_values(three):
     assert lines[0] == "method,metric,mean,std,ci95,chance,shuffled,n,weights,reason"
     (line,) = (line for line in lines if line.startswith("ours,psnr,13.0,2.16"))
     assert line.split(",")[4:8] == ["", "", "7.0", "3"]
-
-
-# -- which videos are compared --------------------------------------------------------------------------------------
 
 
 def test_side_by_side_videos_are_cut(three):
@@ -683,9 +661,6 @@ def test_every_clip_gets_another_scene(lengths):
         other_scenes(far_apart(["test1"] * 20))
 
 
-# -- bad input ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("change", "message"), [
     (lambda file: file.write_bytes(b"no video"), "ours/0001.npy: found .*--skip-bad"),
     (lambda file: file.rename(file.with_suffix(".mpg")), "partner: 0001; no video: ours/0001.mpg; --skip-bad"),
@@ -730,9 +705,6 @@ def test_presets():
     assert in_order_of_the_table == ["ssim", "psnr"]
     with pytest.raises(ValueError, match="wanted one of the two"):
         parse("--fmri y --pairs x".split())
-
-
-# -- statistics and comparisons -------------------------------------------------------------------------------------
 
 
 def test_an_interval_is_of_95_percent_of_blocks_and_paired():
@@ -881,9 +853,6 @@ def test_runs_that_cannot_be_compared(four_runs, tmp_path):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             main(parse(f"--data cc2017 --compare full {second}".split()))
-
-
-# -- stage 1's table, the card ---------------------------------------------------------------------------------
 
 
 def test_stage_1s_table_is_of_images_captions_and_actions():

@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from tiny import write_stage1
 from watch import EVALUATE, STAGE1, STAGE2, Evaluated, Watched, watch, watch_evaluation
 
 import evaluate
-import metrics.options
 import train_stage1
 import train_stage2
 from support.files import MissingData
@@ -324,16 +322,3 @@ def test_an_option_changes_what_it_should(place, usual, script, name):
 def test_every_option_has_a_row():
     for script, table in TABLES.items():
         assert table.keys() == {f.name for f in dataclasses.fields(script.Config)}
-
-
-@pytest.mark.parametrize("script", TABLES)
-def test_help_lists_each_option_with_its_default(script, capsys):
-    parse = partial(script.parse, doc="What it does.") if script is evaluate else script.parse
-    presets = metrics.options.PRESETS if script is evaluate else script.PRESETS
-    with pytest.raises(SystemExit) as ended:
-        parse(["--data", "toy", "--help"])
-    text = "".join(capsys.readouterr().out.split())
-    assert ended.value.code == 0
-    for f in dataclasses.fields(script.Config):
-        assert f"--{f.name}" in text and "".join(f.metadata["help"].split()) in text
-    assert all("".join(f"toy: {value}".split()) in text for value in presets["toy"].values())

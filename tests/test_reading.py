@@ -64,17 +64,6 @@ w_m$ of *all* clips, like Eq. 2 -> `S`, $\hat{f}^e$.
         assert "\\" not in formula, "LaTeX that latex2mathml cannot read"
 
 
-def test_what_a_file_lacks_is_refused(monkeypatch):
-    source = draw.read("heads")
-    (piece,) = [piece for piece in source.pieces if piece.name == "info_nce"]
-    piece.lines.pop()
-    with pytest.raises(ValueError, match="heads.info_nce: its docstring says Eq. 2, and no line # Eq. 2"):
-        draw.equations([source])
-    monkeypatch.setitem(draw.FILES, "heads", "info_nce gone")
-    with pytest.raises(ValueError, match="heads.py: found no gone: correct FILES"):
-        draw.read("heads")
-
-
 def test_meta_shapes_are_those_of_numbers():
     """The Brain Model of the toy, with numbers, against what the page says."""
     seen, rows = shapes.traced("toy", PATHS)

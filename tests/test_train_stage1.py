@@ -65,9 +65,6 @@ def prepared(tmp_path, monkeypatch) -> Path:
     return write_prepared(tmp_path / "data")
 
 
-# -- a step ------------------------------------------------------------------------------------------------
-
-
 def assert_batch_is_of_its_clips(batch: Batch, data: Path, voxel_dropout: float) -> None:
     """Each field of a Batch is what the files hold of those clips, in that order."""
     clips, stimuli = batch.clips.numpy(), data / "cc2017" / "stimuli" / "train"
@@ -129,8 +126,6 @@ def test_the_rate_rises_and_comes_down_and_the_log_tells_the_norm_before_clippin
     assert [row["lr"] for row in rows[:9]] == pytest.approx(rates[1:])  # of the step that follows
 
 
-# -- it finishes and learns --------------------------------------------------------------------------------
-
 LONG = "--steps 150 --save_every 25 --dropout 0.1 --tau 0.07 --width 32 --layers 1".split()
 
 
@@ -187,11 +182,7 @@ def test_the_table_of_the_held_out_clips_beats_chance_and_shuffled_fmri(trained,
     assert "50-way: n/a" in table
 
 
-# -- it goes on --------------------------------------------------------------------------------------------
-
-
 def test_stopped_at_any_step_it_goes_on_bit_equal(linked):
-    """Before the step after a checkpoint, and between two."""
     train("--save_every", 2, "--run", "whole")
     for stop in (3, 4, 5):
         name = f"stopped-{stop}"
@@ -237,16 +228,8 @@ def test_val_segments_are_held_out_with_their_near_copies_and_areas_left_out(lin
     assert printed.count("26 held-out clips, cc2017") == 1
 
 
-# -- options, and what it refuses --------------------------------------------------------------------------
-
-
 def test_names_of_runs_and_the_papers_defaults():
-    names = {
-        "--no-cls": "full-no-cls",
-        "--no-cls --no-action": "full-no-cls-no-action",
-        "--no-cls --run x": "x",
-    }
-    for switches, name in names.items():
+    for switches, name in (("--no-cls --no-action", "full-no-cls-no-action"), ("--no-cls --run x", "x")):
         assert train_stage1.parse(switches.split()).run == name
     assert train_stage1.parse(["--data", "cinebrain"]).rois == "visual,hippocampus"
     c = train_stage1.parse(["--data", "cc2017"])
@@ -254,18 +237,7 @@ def test_names_of_runs_and_the_papers_defaults():
     assert (c.tokens, c.width, c.layers, c.attention_heads) == (512, 2048, 24, 16)
 
 
-MISFITS = {
-    "--width 30": "--width 30: wanted a multiple of --attention_heads, which is 4",
-    "--batch_size 64": "a batch of 64 clips, but only 48 clips",
-    "--subject 2": "python data.py cc2017 --raw RAW --subject 2",
-    "--val-segments seg3,seg9": "--val_segments seg3,seg9: the training segments are seg1, seg2, seg3",
-}
-
-
-def test_what_does_not_fit_is_refused_before_anything_is_written(prepared, monkeypatch):
-    for words, message in MISFITS.items():
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            train(*words.split())
+def test_a_batch_that_processes_cannot_share_is_refused_before_anything_is_written(prepared, monkeypatch):
     monkeypatch.setattr(training, "start", lambda device: SimpleNamespace(num_processes=3))
     with pytest.raises(ValueError, match="--batch_size 8: wanted a multiple of the 3 processes"):
         train()
@@ -294,9 +266,6 @@ def test_other_settings_or_voxels_are_refused_and_nothing_changes(prepared):
     assert contents(Path()) == before, "a refused run changes nothing"
 
 
-# -- the table ---------------------------------------------------------------------------------------------
-
-
 def test_retrieval_against_a_count_by_hand():
     torch.manual_seed(0)
     f, e = torch.randn(12, 5), torch.randn(12, 5)
@@ -319,9 +288,6 @@ def test_retrieval_against_a_count_by_hand():
         retrieval.retrieval(f * torch.nan, e, other)
     scores, truth = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]), np.array([[1, 0], [0, 0], [1, 0]])
     assert retrieval.average_precision(scores, truth) == pytest.approx((1 + 2 / 3) / 2)  # one column occurs
-
-
-# -- real processes ----------------------------------------------------------------------------------------
 
 
 def signalled(script: str, argv: list, cwd: Path, file: Path, lines: int, number: int):

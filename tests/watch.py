@@ -42,7 +42,6 @@ class Enough(Exception):
 @dataclass
 class Watched:
     folder: Path = None  # of the stage
-    config: object = None  # as the step got it
     models: tuple[nn.Module, ...] = ()  # Brain Model and heads, or the CineNeuron
     optimiser: torch.optim.Optimizer = None
     batches: list[Batch] = field(default_factory=list)
@@ -75,9 +74,9 @@ def watch(script: ModuleType, arguments: list, stop: int = 3) -> Watched:
     save, enter, generate = RunFolder.save, RunFolder.__enter__, VideoDecoder.generate
 
     def step(*given):
-        *models, batch, config = given
+        *models, batch, _ = given
         if not watched.models:
-            watched.models, watched.config = (*models,), config
+            watched.models = (*models,)
             watched.start = watched.weights()
             count_passes(watched.brain_model.blocks, watched.calls)
             if hasattr(models[0], "decoder"):
