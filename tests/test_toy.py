@@ -1,4 +1,4 @@
-"""toy/: the films, the planted fMRI, the release that they make; the published video decoder draws what captions say."""
+"""toy/: the films, the planted fMRI, the release that they make."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from scipy import ndimage
 from prepare.cifti import mmp_areas
 from support.readers import read_json
 from support.videos import read_clips
-from toy import pretrain, pretrain_wan, release, subject, world
+from toy import pretrain, release, subject, world
 from toy.world import ACTIONS, BACKGROUNDS, COLOURS, SHAPES, Clip
 
 TOY = REPO / "toy"
@@ -236,14 +236,3 @@ def test_whatever_is_missing_is_prepared_anew(made, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             release.prepare_toy(made, subject=2)
         away.rename(file)
-
-
-@pytest.mark.slow
-def test_the_published_wan_draws_what_captions_say(tmp_path):
-    rows = pretrain_wan.gates(TOY / "wan", tmp_path / "sheet.png", clips=16, steps=6)
-    assert rows["chance"] == pytest.approx(
-        {"shape": 0.2, "colour": 1 / 6, "action": 0.125, "background": 0.25}
-    )
-    for name in ("reconstructed", "generated"):
-        assert all(rows[name][attribute] > 0.8 for attribute in rows["chance"]), rows[name]
-    assert 26 < rows["reconstructed"]["psnr"] < 33 and (tmp_path / "sheet.png").is_file()
