@@ -453,7 +453,8 @@ import sys; sys.path.insert(0, sys.argv[1])
 from support.runs import quiet
 from support.pipelines import load_pipeline
 quiet()
-assert load_pipeline("a/wan", vae=True, text_encoder=True)[0].vae
+for name in ("a/wan", "a/wan@v1"):
+    assert load_pipeline(name, vae=True, text_encoder=True)[0].vae
 """
 
 
@@ -464,7 +465,8 @@ def test_fp16_weights_alone_are_found_and_a_cache_is_read_offline_in_silence(tmp
     pipe, *_ = load_pipeline(str(folder), transformer=True, vae=True, text_encoder=True)
     assert all(part is not None for part in (pipe.transformer, pipe.vae, pipe.text_encoder))
     wan_pipeline().save_pretrained(folder)
-    write_text(cache / "refs" / "main", folder.name)
+    for revision in ("main", "v1"):
+        write_text(cache / "refs" / revision, folder.name)
     offline = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", OFFLINE, str(REPO)]
     loaded = subprocess.run(command, env=offline, capture_output=True, text=True)
