@@ -42,9 +42,9 @@ def clips_of(pool: list[tuple], copies: int, seed: int) -> list[Clip]:
     return [random_clip(combination, rng) for combination in pool * copies]
 
 
-def rendered(clips: list[Clip], frames: int | Sequence[int]) -> np.ndarray:
-    """uint8 (clips, F, 64, 64, 3): `frames` uniform ones of each clip, or those numbered so."""
-    chosen = uniform_frames(17, frames) if isinstance(frames, int) else frames
+def rendered(clips: list[Clip], frames: int) -> np.ndarray:
+    """uint8 (clips, F, 64, 64, 3): `frames` uniform ones of each clip."""
+    chosen = uniform_frames(17, frames)
     progress = tqdm(clips, desc="rendering", disable=len(clips) < 1000)
     return np.stack([render(clip)[chosen] for clip in progress])
 
