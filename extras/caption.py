@@ -158,7 +158,7 @@ class Captioner:
 
 
 def films_of(config: Config) -> list[Film]:
-    """The videos of a release, in the order of the clips. Raises FileNotFoundError where one is not there."""
+    """The videos of a release, in the order of the clips. Raises FileNotFoundError or FileFault."""
     if config.data == "toy":
         release = ToyRelease(config.raw)
     else:
@@ -168,6 +168,7 @@ def films_of(config: Config) -> list[Film]:
     for split, segments in release.splits.items():
         for segment in segments:
             (file,) = release.stimulus(segment)
+            video_info(file)  # one that is missing is an error now, not after hours
             films.append(Film(segment, split, file, release.clips_of(segment), 2.0))
     return films
 

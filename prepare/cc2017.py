@@ -24,7 +24,7 @@ from prepare.facts import (
     cc2017_splits,
 )
 from prepare.release import Release, only, visible
-from support.readers import FileFault, advising, check_array, damaged
+from support.readers import advising, check_array, damaged, reading
 
 AFTER = 4  # volumes that a run goes on for when the film has ended
 DOWNLOAD = "download it again"
@@ -50,12 +50,7 @@ class PurdueFilms(CC2017):
     film = CC2017_FPS, 2 * SEGMENT_VOLUMES, 5
 
     def find_films(self, folder: Path) -> None:
-        """Raises FileNotFoundError for a segment without its film."""
         self.films = below(folder, "stimuli") or folder / "stimuli"
-        for segment in self.segments:
-            (film,) = self.stimulus(segment)
-            if not film.is_file():
-                raise FileNotFoundError(f"{film}, the stimulus, is not there: {how_to_get(folder)}")
 
     def stimulus(self, segment: str) -> list[Path]:
         return [self.films / f"{segment}.mp4"]
@@ -70,12 +65,6 @@ def below(folder: Path, name: str) -> Path | None:
     return next(iter(only([*folders.values()], f"the release's {name}")), None)
 
 
-def how_to_get(folder: Path) -> str:
-    for archive in visible(folder, "bundle.zip", "*/bundle.zip"):
-        return f"unpack {archive} where it lies"
-    return "download it from the Purdue release, or use fewer --train-segments and --test-segments"
-
-
 class PurdueRelease(PurdueFilms):
     """Wen et al. 2018 (doi 10.4231/R7SF2TCW): CIFTI recordings of one subject, and mp4 films.
 
@@ -83,7 +72,7 @@ class PurdueRelease(PurdueFilms):
         stimuli/seg1.mp4                                     30 frames a second
 
     raw: the folder of these two, or the one in which the archives were unpacked. delay: in volumes of 2 s.
-    Raises FileNotFoundError for a segment without any recording or without its film.
+    Raises FileNotFoundError where there are no recordings of the subject.
     """
 
     def __post_init__(self):
@@ -92,12 +81,7 @@ class PurdueRelease(PurdueFilms):
         self.runs = below(self.raw, f"subject{self.subject}/fmri")
         if not self.runs:
             text = f"{self.raw} has no subject{self.subject}/fmri below it, the recordings of the subject"
-            raise FileNotFoundError(f"{text}: {how_to_get(self.raw)}")
-        for segment in self.segments:
-            if not self.files(segment):
-                path = self.run_file(segment, 0)
-                text = f"{path.parent} has no recording of {segment}: wanted {path.name}"
-                raise FileNotFoundError(f"{text}; {how_to_get(self.raw)}")
+            raise FileNotFoundError(f"{text}: download it, or unpack bundle.zip where it lies")
         self.find_films(self.raw)
 
     def run_file(self, segment: str, repeat: int) -> Path:
@@ -237,25 +221,11 @@ class NeuroClipsWithFilms(PurdueFilms, NeuroClipsRelease):
 
 
 def load_pt(path: Path) -> torch.Tensor | list:
-    """A tensor (memory-mapped), or a list of strings. Raises ValueError where it would need pickle."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is not there: download it from gongzx/cc2017_dataset on Hugging Face"
-        )
+    """A tensor (memory-mapped), or a list of strings; nothing in it is ever executed."""
     # The published captions are a NumPy array of fixed-width strings; these names rebuild one, nothing else.
     rebuild = np.empty(0).__reduce__()[0]
     names = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     names += [np.ndarray, np.dtype, np.dtypes.StrDType, codecs.encode]
-    archive = zipfile.is_zipfile(path)
-    try:
-        with torch.serialization.safe_globals(names):
-            value = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except Exception as error:  # UnpicklingError, RuntimeError, and whatever damage makes it say
-        if archive and "weights_only" in str(error).lower():
-            raise FileFault(
-                f"{path} needs pickle to load, which can run any code: download it again, or if you trust it "
-                "rewrite it: torch.save(torch.as_tensor(torch.load(FILE, weights_only=False)), FILE)"
-            ) from error
-        size = f"{path.stat().st_size:,} bytes, truncated or no .pt file"
-        raise damaged(path, size, "a tensor, or a list of strings", DOWNLOAD) from error
+    with reading(path, "a tensor, or a list of strings", DOWNLOAD), torch.serialization.safe_globals(names):
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     return value.tolist() if isinstance(value, np.ndarray) else value

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from prepare.facts import decoder_recipes, is_made_for, latents_name
 from prepare.release import Release
-from prepare.stimuli import clips_from, encode_all, first_sentences, plan
+from prepare.stimuli import clips_from, encode_all, first_sentences
 from support.files import hashes, resumable_arrays, writing_array
 from support.pipelines import latent_shape, load_pipeline
 from support.readers import read_json_lines
@@ -23,6 +23,7 @@ from support.videos import video_frames
 from video_decoder import VideoDecoder
 
 WHOLE = 3e7  # pixels of a video that the VAE encodes at once; a larger one in tiles
+AT_ONCE = 32  # captions that the text encoder reads
 Size = tuple[int, int, int]  # frames, height, width
 
 
@@ -79,15 +80,11 @@ def _prepare_text(decoder: str, captions: dict[Path, list[str]], empty: Path, re
     encoder = _load(decoder, text_encoder=True)
     recipe = recipe | decoder_recipes(decoder, (0, 0, 0))[1]  # its files are here now
     L, D_txt = encoder.text_length, encoder.text_width
-    n = sum(len(set(texts)) for texts in captions.values())
-    first = next(iter(captions.values()))[:1]
-    title = f"{decoder}: text tokens of {n:,} captions, at most {L} x {D_txt} float16 each"
-    at_once = plan(title, lambda: encoder.encode_text(first), n, on_cpu=32)
     for folder, texts in captions.items():
         unique = list(dict.fromkeys(texts))
         encoded = []  # (n, D_txt) of each
-        for i in tqdm(range(0, len(unique), at_once), f"text tokens, {folder.parent.name}", unit="batch"):
-            batch = encoder.encode_text(unique[i : i + at_once])
+        for i in tqdm(range(0, len(unique), AT_ONCE), f"text tokens, {folder.parent.name}", unit="batch"):
+            batch = encoder.encode_text(unique[i : i + AT_ONCE])
             encoded += [e.numpy().astype(np.float16) for e in batch]
             if not all(np.isfinite(e).all() for e in encoded[i:]):
                 fault = f"{decoder}/text_encoder gives NaN or values beyond float16"
@@ -117,8 +114,8 @@ def _prepare_latents(
     def encode(batch: np.ndarray) -> tuple[np.ndarray]:  # (b, F, H, W, 3) uint8
         return (encoder.encode_latents(torch.from_numpy(batch)).cpu().numpy(),)  # (b, C, f, h, w)
 
-    on_cpu = min(16, max(1, 2_000_000 // int(np.prod(size))))
+    at_once = min(16, max(1, 2_000_000 // int(np.prod(size))))
     inputs = hashes(map(source.stimulus, source.splits[split]))
     with resumable_arrays({file: shape}, "float16", recipe, inputs) as (arrays, done, filled):
         videos = (video_frames(clip, *size) for clip in clips_from(source, rows, done))
-        encode_all(videos, encode, arrays, done, filled, f"latents, {split}", on_cpu)
+        encode_all(videos, encode, arrays, done, filled, f"latents, {split}", at_once)

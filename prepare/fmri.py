@@ -7,7 +7,6 @@ are kept whose response to a film repeats (Wen et al. 2018). One run is in memor
 import filecmp
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -53,16 +52,6 @@ def preprocess_run(run: np.ndarray, start: int, length: int, order: int = 4) -> 
     return response
 
 
-class Selection(NamedTuple):
-    """What the reproducibility test says of all N voxels of the source."""
-
-    mask: np.ndarray  # (N,) bool: kept
-    mean_z: np.ndarray  # (N,) mean over the segments of the Fisher z of two showings; NaN where not tested
-    tested: int  # finite in every segment
-    dropped: int  # not tested
-    kept: int
-
-
 def fisher_z(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Two showings of a segment, (V, N) from `preprocess_run` -> (N,) Fisher z of each voxel's Pearson r."""
     products = np.einsum("tn,tn->n", first, second).astype(np.float64)
@@ -70,8 +59,9 @@ def fisher_z(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.arctanh(np.clip(r, -1 + 1e-6, 1 - 1e-6))  # r = 1 would be infinite
 
 
-def reproducible_voxels(z: list[np.ndarray], alpha: float = 0.05) -> Selection:
-    """Which voxels respond alike to two showings of a film (§4.1)? z: a (N,) Fisher z per segment.
+def reproducible_voxels(z: list[np.ndarray], alpha: float = 0.05) -> tuple[np.ndarray, int]:
+    """Which voxels respond alike to two showings of a film (§4.1)? z: a (N,) Fisher z per segment. Returns
+    (N,) bool, and how many voxels are finite in every segment: those tested.
 
     One-sample two-sided t-test over the segments against 0, Bonferroni over the voxels tested, mean z > 0.
     """
@@ -81,14 +71,13 @@ def reproducible_voxels(z: list[np.ndarray], alpha: float = 0.05) -> Selection:
         )
     z = np.where(np.isfinite(z).all(0), z, np.nan)  # (segments, N)
     mean_z = z.mean(0)
-    tested, dropped = int(np.isfinite(mean_z).sum()), int(np.isnan(mean_z).sum())
+    tested = int(np.isfinite(mean_z).sum())
     if tested == 0:
         fault = "is constant or not finite in some segment: check the files"
-        raise ValueError(f"each of the {dropped} voxels {fault}")
+        raise ValueError(f"each of the {len(mean_z)} voxels {fault}")
     with np.errstate(invalid="ignore", divide="ignore"):
         p = scipy.stats.ttest_1samp(z, 0).pvalue  # NaN where not tested
-    mask = (p * tested < alpha) & (mean_z > 0)
-    return Selection(mask, mean_z, tested, dropped, int(mask.sum()))
+    return (p * tested < alpha) & (mean_z > 0), tested
 
 
 def load_response(source: Release, segment: str, repeat: int, voxels=slice(None)) -> np.ndarray | None:
@@ -117,14 +106,14 @@ def load_run(source: Release, segment: str, repeat: int) -> np.ndarray | None:
     return run.astype(np.result_type(run, np.float32), copy=False)
 
 
-def select_voxels(source: Release, alpha: float = 0.05) -> Selection:
+def select_voxels(source: Release) -> tuple[np.ndarray, int]:
     """`reproducible_voxels` on the first two showings of the training segments that have both."""
     z = []  # one (N,) a segment
     for segment in tqdm(source.splits["train"], desc="which voxels respond reproducibly", unit="segment"):
         first, second = (load_response(source, segment, repeat) for repeat in (0, 1))
         if first is not None and second is not None:
             z.append(fisher_z(first, second))
-    return reproducible_voxels(z, alpha)
+    return reproducible_voxels(z)
 
 
 def prepare_fmri(source: Release, folder: Path, recipe: dict, window: int = 1) -> None:
@@ -179,8 +168,6 @@ def _fill_segment(fmri: np.ndarray, source: Release, segment: str, mask: np.ndar
                 f"{index[mask][lost[0]]}: download it again, or move it away"
             )
         fmri[:, repeat] = response[volumes]
-    if np.isnan(fmri).all():
-        raise FileNotFoundError(f"{source.raw} has no recording of {segment}, wanted one or more")
 
 
 def _choose_voxels(source: Release, folder: Path) -> np.ndarray:
@@ -191,10 +178,10 @@ def _choose_voxels(source: Release, folder: Path) -> np.ndarray:
     if source.preprocessed:  # chosen by the release's authors, or by the names of their areas
         mask, note = np.ones(len(index), bool), f"{len(index):,} voxels, as the release has them"
     else:
-        mask, _, tested, dropped, kept = select_voxels(source)
-        note = f"{kept:,} of {tested:,} voxels respond reproducibly"
-        note += f"; {dropped:,} constant or not finite, dropped"
-        if not kept:
+        mask, tested = select_voxels(source)
+        note = f"{mask.sum():,} of {tested:,} voxels respond reproducibly"
+        note += f"; {len(mask) - tested:,} constant or not finite, dropped"
+        if not mask.any():
             doubt = "the two showings of a segment do not correlate: are the runs in the right folders?"
             raise ValueError(f"{folder}: {note}; {doubt}")
     tqdm.write(note)

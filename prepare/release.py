@@ -111,11 +111,14 @@ class Release:
     def check(self) -> None:
         """Raises ValueError where films or recordings are not as they should be: before hours of work."""
         for segment in self.segments:
-            for role, files in (("film", self.stimulus(segment)), ("recording", self.files(segment))):
-                if not files or not files[0].is_file():
-                    raise FileNotFoundError(f"{files[0] if files else self.raw}: no {role} of {segment}")
+            films = self.stimulus(segment) or [self.raw]
+            recordings = self.files(segment) or [self.run_file(segment, 0)]
+            for role, file in (("film", films[0]), ("recording", recordings[0])):
+                if not file.is_file():
+                    advice = "download it, or ask for fewer segments"
+                    raise FileNotFoundError(f"{file}: no {role} of {segment}: {advice}")
             if self.film:
-                check_film(self.stimulus(segment)[0], *self.film)
+                check_film(films[0], *self.film)
 
 
 def visible(folder: Path, *patterns: str) -> list[Path]:

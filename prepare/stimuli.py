@@ -6,16 +6,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
-from prepare.captions import caption_copies, captions_that_fit, describe_clips
+from prepare.captions import captions_that_fit, describe_clips
 from prepare.categories import category_matrix, category_table, merge_rare
 from prepare.encoders import Tokenizer, encode_actions, encode_images, encode_texts, load_clip
 from prepare.release import Release
@@ -26,8 +24,8 @@ from support.files import (
     is_made_by,
     read_manifest,
     resumable_arrays,
+    write_text,
     writing_array,
-    written_whole,
 )
 from support.readers import damaged
 from support.training import device_type
@@ -53,35 +51,6 @@ def clips_from(source: Release, rows: Sequence[dict], first: int) -> Iterator[np
         first -= n
 
 
-def plan(title: str, encode: Callable[[], object], clips: int, on_cpu: int) -> int:
-    """Encode one clip to see what it takes, and print it. Returns how many to encode at once: as many as fit
-    into half of the GPU's free memory, 64 at most; `on_cpu` where there is no GPU."""
-    encode()  # the first takes longer
-    gpu = device_type() == "cuda"
-    if gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        weights = torch.cuda.memory_allocated()
-    start = perf_counter()
-    encode()
-    if gpu:
-        torch.cuda.synchronize()
-    minutes = (perf_counter() - start) * clips / 60
-    if gpu:
-        memory = max(torch.cuda.max_memory_allocated() - weights, 1)
-        torch.cuda.empty_cache()  # what a model before this one took is free, too
-        free, _ = torch.cuda.mem_get_info()
-        at_once = int(np.clip(free / 2 / memory, 1, 64))
-        room = f"{memory / 1e9:.2f} GB of GPU memory a clip, beside {weights / 1e9:.1f} GB of weights"
-    else:
-        import psutil  # comes with accelerate, and knows each system
-
-        at_once = on_cpu
-        room = f"{psutil.Process().memory_info().rss / 1e9:.1f} GB of memory in all"
-    tqdm.write(f"{title}: {room}; {clips:,} clips take about {minutes:,.1f} minutes; {at_once} at once")
-    return at_once
-
-
 def encode_all(
     clips: Iterator[np.ndarray],
     encode: Callable[[np.ndarray], Sequence[np.ndarray]],
@@ -89,19 +58,16 @@ def encode_all(
     done: int,
     filled: Callable[[int], None],
     title: str,
-    on_cpu: int,
+    at_once: int,
 ) -> None:
     """Fill the arrays side by side: encode(batch of clips) gives the same rows of each.
 
     clips: (F, H, W, 3) uint8 each, from number `done` on. arrays, done, filled: of `resumable_arrays`.
-    on_cpu: clips at once where there is no GPU. Raises ValueError where clips are missing.
+    at_once: clips of a batch. Raises ValueError where clips are missing.
     """
     n = len(arrays[0])
     if done == n:
         return
-    first = next(clips)
-    at_once = plan(title, lambda: encode(first[None]), n - done, on_cpu)
-    clips = chain([first], clips)
     with tqdm(total=n, initial=done, desc=title, unit="clip") as progress:
         while done < n:
             batch = [*islice(clips, at_once)]
@@ -131,15 +97,16 @@ def prepare_stimuli(
     rows = {split: describe_clips(source, split, captions[split]) for split in source.splits}
     labels = {split: [row["categories"] for row in rows[split]] for split in rows}
     classes = merge_rare(labels["train"])
-    _report(folder / "categories.txt", category_table(labels["train"], classes), rows)
+    table = category_table(labels["train"], classes)
+    write_text(folder / "categories.txt", table + "\n")
+    tqdm.write(table)
     encoders, weights = None, {}
     for split in source.splits:
         recipe = {"clip": clip_name, "viclip": viclip_name, "frames": frames, "caption_sentences": sentences}
         recipe["captions"] = hashes([[captions[split]]])
         files = [folder / split / f"{name}.npy" for name in ("e_txt", "e_img", "e_act")]
         encoded = all([is_made_by(file, recipe) for file in files])
-        with written_whole(folder / split / "clips.jsonl") as part:
-            part.write_text("".join(json.dumps(row) + "\n" for row in rows[split]), encoding="utf-8")
+        write_text(folder / split / "clips.jsonl", "".join(json.dumps(row) + "\n" for row in rows[split]))
         matrix = category_matrix(labels[split], classes)
         file = folder / split / "categories.npy"
         with writing_array(file, matrix.shape, "uint8", {"classes": classes}) as array:
@@ -154,16 +121,6 @@ def prepare_stimuli(
         if doubtful:
             doubt = f"the captions of {', '.join(doubtful)} may be in another order than the clips"
             warnings.warn(f"{captions[split]}: {doubt} ({report})", stacklevel=2)
-
-
-def _report(file: Path, table: str, rows: dict[str, list[dict]]) -> None:
-    """The table of categories to `file` and to the screen, and how many captions recur."""
-    with written_whole(file) as part:
-        part.write_text(table + "\n", encoding="utf-8")
-    train, test = caption_copies(rows["train"], rows["test"])
-    tqdm.write(table)
-    tqdm.write(f"{train:.1%} of the training clips share their caption with another training segment")
-    tqdm.write(f"{test:.1%} of the test clips share theirs with training")
 
 
 def _load(clip_name: str, viclip_name: str) -> tuple[nn.Module, Tokenizer, ViCLIP]:
@@ -211,12 +168,10 @@ def _encode_split(
         array[:] = e_txt
 
     def encode(clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (b, F, H, W, 3) uint8
-        b = len(clips)
-        e_img = encode_images(clip, clips, batch=max(128, b * F))  # (b, F, D)
-        return e_img, encode_actions(viclip, clips, batch=max(16, b))  # (b, D)
+        return encode_images(clip, clips), encode_actions(viclip, clips)  # (b, F, D), (b, D)
 
     shapes = {folder / "e_img.npy": (n, F, e_txt.shape[1]), folder / "e_act.npy": e_txt.shape}
     with resumable_arrays(shapes, "float32", recipe, inputs) as (arrays, done, filled):
         clips = (frames[uniform_frames(len(frames), F)] for frames in clips_from(source, rows, done))
-        encode_all(clips, encode, arrays, done, filled, f"CLIP and ViCLIP, {split}", on_cpu=16)
+        encode_all(clips, encode, arrays, done, filled, f"CLIP and ViCLIP, {split}", at_once=16)
         return captions_that_fit(arrays[0], e_txt, [row["segment"] for row in rows])

@@ -63,8 +63,6 @@ def parse(config: type, presets: dict[str, dict], doc: str, prog: str, argv: Seq
         for item in value if isinstance(value, list) else [value]:
             if item is not None and not lies_within(item, ranges):
                 parser.error(f"--{f.name} {item}: wanted {range_text(ranges) or 'a finite number'}")
-            if isinstance(item, str) and "\0" in item:
-                parser.error(f"--{f.name} {item!r}: wanted text without a null character")
     return values
 
 

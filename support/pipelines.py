@@ -2,14 +2,12 @@
 Weights come from safetensors alone, and no code comes with them."""
 
 import json
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoModel, CogVideoXPipeline, DiffusionPipeline, WanPipeline
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
@@ -26,22 +24,6 @@ WANTED = "a WanPipeline with one transformer or a CogVideoXPipeline 1.0, all of 
 ADVICE = f"download it again, or choose another --decoder, e.g. {WAN}"
 
 
-def at_revision(load: Callable) -> Callable:
-    """Of a loader by name one that takes NAME@REVISION on the Hub, too: its folder there is downloaded."""
-
-    @wraps(load)
-    def load_at(name: Path | str, *values, **options):
-        repo, _, revision = str(name).partition("@")
-        if revision and not Path(name).exists():
-            parts = [part for part in ("transformer", "vae", "text_encoder") if options.get(part)]
-            files = ["*.json", "tokenizer/*", *(f"{part}/*.safetensors" for part in parts)]
-            name = snapshot_download(repo, revision=revision, allow_patterns=files)
-        return load(name, *values, **options)
-
-    return load_at
-
-
-@at_revision
 def load_pipeline(
     name: str,
     dtype: torch.dtype = torch.float32,
@@ -50,13 +32,17 @@ def load_pipeline(
     text_encoder: bool = False,
     tiling: bool = False,
 ) -> tuple[DiffusionPipeline, int, dict]:
-    """A folder or a name on the Hub -> the pipeline with these parts, its text length L, its DiT's config.
+    """A folder, or NAME or NAME@REVISION on the Hub -> the pipeline with these parts, its text length L, its
+    DiT's config.
 
     What is not loaded is not downloaded either. tiling: the VAE works in tiles and clip by clip, in less
     memory. Raises ValueError where the pipeline is of another kind or damaged."""
-    name = find_weights(name)
+    name, revision = find_weights(name), None
     with reading(name, WANTED, ADVICE):  # whatever damage makes diffusers, transformers and safetensors say
-        hub = {"local_files_only": constants.HF_HUB_OFFLINE}  # else diffusers tells that it is offline
+        if not Path(name).exists():
+            name, _, revision = name.partition("@")
+        # without the first, diffusers tells that it is offline
+        hub = {"local_files_only": constants.HF_HUB_OFFLINE, "revision": revision or None}
         kind, config, L = read_configs(name, **hub)
         D_txt = config["text_dim" if kind == "WanPipeline" else "text_embed_dim"]
         dtypes = {  # Wan's VAE is meant to run in fp32; T5-XXL takes 11 GB in bf16, 23 in fp32

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-KINDS = {"f": "floating-point", "u": "whole", "iu": "whole", "fiu": "real", "fiub": "real", "b": "boolean"}
+KINDS = {"f": "floating-point", "u": "whole", "iu": "whole", "fiu": "real", "b": "boolean"}
 TYPES = {dict: "an object {...}", list: "a list [...]"}
 Shape = Sequence[int | None] | None  # None: any, or of any size
 Shapes = dict[str, Sequence[int]] | None  # of tensors by name

@@ -147,6 +147,9 @@ def test_each_clip_gets_its_caption_and_the_objects_it_names(release, tmp_path, 
     assert "2 answers were no list of names" in capsys.readouterr().out
     test = read_captions(tmp_path / "captions.jsonl", ["test1"])
     assert [row["caption"] for row in test] == ["clip 3", "clip 4", "clip 5", "clip 6"]
+    with pytest.raises(FileNotFoundError, match="stimuli/seg1.mp4 is not there: download it again"):
+        run("--data", "cc2017", "--raw", tmp_path, "--out", tmp_path / "none.jsonl")
+    assert not list(tmp_path.glob("*none*"))
 
 
 def test_a_run_that_was_killed_ends_as_one_that_was_not(release, tmp_path, monkeypatch):

@@ -81,5 +81,5 @@ def test_what_a_release_lacks_is_named(raw, tmp_path, monkeypatch):
     for folder, role in (("sub1", "recording"), ("stimuli", "film")):
         for file in [*(copy / folder).glob("test2*")]:
             file.rename(tmp_path / file.name)
-        with pytest.raises(FileNotFoundError, match=f"raw: no {role} of test2"):
+        with pytest.raises(FileNotFoundError, match=f"raw.*: no {role} of test2: download it"):
             command.main(["mine", "--raw", "raw"])

@@ -22,7 +22,7 @@ from data import Clips
 from evaluate import CineNeuron
 from metrics import card
 from prepare import facts
-from support import pipelines, shared
+from support import shared
 from support.files import writing_array
 
 RUN = Path("runs/cc2017/sub1/full-s0")
@@ -153,14 +153,6 @@ def test_what_a_copy_of_a_decoder_needs_lies_under_its_first_name(tiny, tmp_path
     for n, known in ((1, True), (2, False)):  # whole, and one of two
         next((other / "vae").glob("*.safetensors")).rename(other / "vae" / f"{weights}{n}.safetensors")
         assert (facts.decoder_recipes(str(other), (9, 32, 48))[0]["vae"] is not None) == known
-
-
-def test_a_decoder_is_loaded_at_a_revision(tiny, monkeypatch):
-    download = Mock(return_value=str(tiny / "models/wan"))
-    monkeypatch.setattr(pipelines, "snapshot_download", download)
-    assert pipelines.load_pipeline("a/wan@v1", vae=True)[0].vae is not None
-    files = ["*.json", "tokenizer/*", "vae/*.safetensors"]
-    download.assert_called_once_with("a/wan", revision="v1", allow_patterns=files)
 
 
 def test_the_ranges_are_those_of_the_options():

