@@ -102,7 +102,7 @@ def main(config: Config) -> None:
         print(f"{shift:>14}{value:>9.3f} +- {error:.3f}{mark}")
     advice = f"Prepare again with a delay that is {best:+d} clips longer."
     print(f"Not decided: {doubt}." if doubt else advice if best else "0 is what was prepared.")
-    folder = Path("data") / config.data / f"sub{config.subject}"
+    folder = train.folder
     result = {"shifts": shifts, "mean_r": curve.tolist(), "spread": spread.tolist(), "voxels": len(chosen)}
     result |= {"best": None if doubt else best, "not decided": doubt}
     write_json(folder / "delay.json", result)
