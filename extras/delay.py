@@ -5,8 +5,8 @@
 For each shift the CLIP features of a clip's mean frame predict the responses that many clips later, by ridge
 regression from all training segments but one to that one. The right shift is where voxels are predicted best.
 0 is what was prepared: `python data.py ... --delay D` adds D volumes. Where no shift stands out from the
-spread over tenths of the recordings, or the best is the last one tried, nothing is decided. The idea: encoding
-models (Naselaris et al. 2011, NeuroImage 56).
+spread over tenths of the recordings, or the best is the last one tried, nothing is decided. The idea:
+encoding models (Naselaris et al. 2011, NeuroImage 56).
 """
 
 import sys
