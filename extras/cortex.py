@@ -59,11 +59,6 @@ def on_cortex(index: np.ndarray, roi: np.ndarray) -> bool:
     return (roi == atlas_areas(index)).mean() > 0.5
 
 
-def without_side(roi: np.ndarray) -> np.ndarray:
-    """Areas without their hemisphere: 'L_V1' -> 'V1'."""
-    return np.array([str(name).removeprefix("L_").removeprefix("R_") for name in roi])
-
-
 def draw_cortex(
     ax,
     index: np.ndarray,  # (N,) grayordinates

@@ -5,9 +5,8 @@
 For each shift the CLIP features of a clip's mean frame predict the responses that many clips later, by ridge
 regression from all training segments but one to that one. The right shift is where voxels are predicted best.
 0 is what was prepared: `python data.py ... --delay D` adds D volumes. Where no shift stands out from the
-spread over tenths of the recordings, or the best is the last one tried, nothing is decided. No public source
-says whether the recordings of NeuroClips are delayed. The idea: encoding models (Naselaris et al. 2011,
-NeuroImage 56).
+spread over tenths of the recordings, or the best is the last one tried, nothing is decided. The idea:
+encoding models (Naselaris et al. 2011, NeuroImage 56).
 """
 
 import sys
@@ -102,7 +101,7 @@ def main(config: Config) -> None:
         print(f"{shift:>14}{value:>9.3f} +- {error:.3f}{mark}")
     advice = f"Prepare again with a delay that is {best:+d} clips longer."
     print(f"Not decided: {doubt}." if doubt else advice if best else "0 is what was prepared.")
-    folder = Path("data") / config.data / f"sub{config.subject}"
+    folder = train.folder
     result = {"shifts": shifts, "mean_r": curve.tolist(), "spread": spread.tolist(), "voxels": len(chosen)}
     result |= {"best": None if doubt else best, "not decided": doubt}
     write_json(folder / "delay.json", result)

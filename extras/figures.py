@@ -29,9 +29,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this file sees the project
 from brain_model import BrainModel  # noqa: E402
 from extras import maps, memories, terms  # noqa: E402
-from extras.cortex import draw_cortex, without_side  # noqa: E402
+from extras.cortex import draw_cortex  # noqa: E402
 from extras.runs import Run, caption_of, choose_clips, evaluation_of, frames_of, names_of, save_figure  # noqa: E402
-from prepare.facts import DATASETS, SECONDS  # noqa: E402
+from prepare.facts import DATASETS, SECONDS, without_side  # noqa: E402
 from support.options import Parser, within  # noqa: E402
 from support.pictures import contact_sheet, grid_gif  # noqa: E402
 from support.readers import load_model, reading  # noqa: E402

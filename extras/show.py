@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data import Clips
-from extras.cortex import draw_cortex, flat_positions, on_cortex, without_side
-from prepare.facts import CORTEX, ROIS, SECONDS
+from extras.cortex import draw_cortex, flat_positions, on_cortex
+from prepare.facts import CORTEX, ROIS, SECONDS, without_side
 from support.files import written_whole
 from support.videos import read_clip, uniform_frames
 

@@ -118,10 +118,14 @@ AUDITORY_AND_LANGUAGE = (
 )
 
 
+def without_side(areas: np.ndarray) -> np.ndarray:
+    """Areas (N,) without their hemisphere: 'L_V1' -> 'V1'."""
+    return np.array([area.removeprefix("L_").removeprefix("R_") for area in areas])
+
+
 def in_areas(areas: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """(N,) bool: has each area ('L_V1') one of the names, with ('L_V1') or without its hemisphere ('V1')?"""
-    bare = [area.removeprefix("L_").removeprefix("R_") for area in areas]
-    return np.isin(areas, names) | np.isin(bare, names)
+    return np.isin(areas, names) | np.isin(without_side(areas), names)
 
 
 # ---------------------------------------------------------------- models, and where the data is had
