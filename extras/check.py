@@ -217,7 +217,16 @@ def embeddings(splits: Splits) -> Lines:
     yield OK, "captions", f"{text} with training"
 
 
-CHECKS = (files, counts, voxels, showings, z_scores, leakage, categories, embeddings)
+def latents(splits: Splits) -> Lines:
+    """Of each decoder: finite, and no clip all one value."""
+    for file in sorted(file for clips in splits.values() for file in clips.stimuli.glob("*/latents-*.npy")):
+        y = np.load(file, mmap_mode="r")  # (clips, C, f, h, w)
+        bad = [i for i, clip in enumerate(y) if not clip.astype(np.float32).std() > 1e-3]  # NaN is not
+        first = f"{len(bad)} of {len(y):,} clips are not finite, or all one value{f': {bad[:3]}' * bool(bad)}"
+        yield FAIL if bad else OK, "latents", f"{file}: {first}"
+
+
+CHECKS = (files, counts, voxels, showings, z_scores, leakage, categories, embeddings, latents)
 
 
 def check(name: str, subject: int, root: Path = Path("data")) -> list[tuple[str, str, str]]:

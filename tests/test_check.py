@@ -68,6 +68,18 @@ def test_a_sound_dataset_passes(sound, capsys):
         assert text in page, page
 
 
+def test_latents_are_finite_and_of_clips_that_differ_from_gray(copy, capsys):
+    file = copy / STIMULI / "wan" / "latents-9x32x48.npy"
+    y = np.random.default_rng(0).normal(size=(45, 4, 3, 4, 6)).astype(np.float16)
+    y[3], y[7, 1] = 0, np.nan
+    file.parent.mkdir()
+    for array, expected in ((y, "FAIL    latents"), (y[8:], "ok      latents")):
+        np.save(file, array)
+        check.main(["--data", "cc2017", "--root", str(copy.parent)])
+        page = capsys.readouterr().out
+        assert expected in page and ("2 of 45 clips" in page and "[3, 7]" in page) is (len(array) == 45), page
+
+
 # ---------------------------------------------------------------- faults: changes of the folder
 
 
