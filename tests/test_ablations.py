@@ -301,16 +301,18 @@ def test_the_page_keeps_the_words_around_its_tables(table_4, tmp_path):
     assert page.read_text() == "# Words\n"
 
 
-DAMAGE = [  # a path in a result, what stands there, the error
-    ("rows", [1, 2], "rows: found 0 = '1', wanted 0 as an object"),
-    ("rows 0 metrics video_50way mean", "0.5", "row 1, video_50way: found mean = '0.5'"),
-    ("rows 1 metrics video_50way ci95", [0.1], "row 2, video_50way: found ci95 = .0.1., wanted its two ends"),
-    ("shuffled metrics video_50way std", "x", "shuffled, video_50way: found 0 = 'x'"),
+DAMAGE = [  # a path in a result, and what stands there
+    ("rows", [1, 2]),
+    ("rows 0 metrics video_50way mean", "0.5"),
+    ("rows 0 metrics video_50way mean", float("nan")),
+    ("rows 1 metrics video_50way ci95", [0.1]),
+    ("rows 1 quoted", ["0.824"]),
+    ("shuffled metrics video_50way std", "x"),
 ]
 
 
-@pytest.mark.parametrize("path, value, error", DAMAGE)
-def test_a_damaged_result_does_not_enter_the_page(table_4, tmp_path, path, value, error):
+@pytest.mark.parametrize("path, value", DAMAGE)
+def test_a_damaged_result_does_not_enter_the_page(table_4, tmp_path, path, value):
     result = json.loads(json.dumps(table_4[0]))
     *parents, last = [int(key) if key.isdecimal() else key for key in path.split()]
     entry = result
@@ -318,7 +320,7 @@ def test_a_damaged_result_does_not_enter_the_page(table_4, tmp_path, path, value
         entry = entry[key]
     entry[last] = value
     (tmp_path / "table4.json").write_text(json.dumps(result))
-    with pytest.raises(ValueError, match=f"table4.json.*{error}.*: python extras/ablations.py makes it anew"):
+    with pytest.raises(ValueError, match="table4.json: found .*: python extras/ablations.py makes it anew"):
         ablation_tables.write_page(tmp_path / "page.md", tmp_path)
     assert not (tmp_path / "page.md").exists()
 
