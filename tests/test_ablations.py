@@ -7,7 +7,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import threading
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import pytest
@@ -63,7 +66,7 @@ def test_the_rows_share_their_stage_1(tmp_path, monkeypatch):
 
 
 SCRIPT = """
-import os, shutil, sys
+import shutil, sys
 from pathlib import Path
 words = sys.argv[1:]
 option = dict(zip(words, words[1:]))
@@ -72,7 +75,7 @@ scored = "eval" + "-shuffled" * ("--shuffle" in words) + "-no-stage2" * ("--no-s
 stage = {"train_stage1.py": "stage1", "train_stage2.py": "stage2", "evaluate.py": scored}
 folder = Path("runs/cc2017/sub1", f"{run}-s{option['--seed']}", stage[Path(sys.argv[0]).name])
 with open("begun", "a") as file:
-    print(folder.relative_to("runs/cc2017/sub1"), os.environ.get("OMP_NUM_THREADS"), file=file)
+    print(folder.relative_to("runs/cc2017/sub1"), file=file)
 if not Path("store", folder).is_dir():
     sys.exit(f"a line\\nerror: no {folder.name}\\n\\n")
 shutil.copytree(Path("store", folder), folder)
@@ -131,13 +134,10 @@ def scripts(tmp_path_factory) -> Path:
 
 
 def study(words: str, scripts: Path, monkeypatch) -> list[str]:
-    """Runs ablations.py. Returns which runs began, with their threads."""
+    """Runs ablations.py. Returns which runs began."""
     Path("data/cc2017/raw/stimuli").mkdir(parents=True, exist_ok=True)
-    sleep = ablations.time.sleep
     monkeypatch.setattr(ablations, "REPO", scripts)
-    monkeypatch.setattr(ablations.time, "sleep", lambda seconds: sleep(seconds / 10))
     monkeypatch.setattr(ablations, "provenance", lambda folder: ABOUT)
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
     Path("begun").write_text("")
     ablations.main(shlex.split(words))
     return Path("begun").read_text().splitlines()
@@ -157,23 +157,23 @@ def test_a_study_goes_on_where_it_was_and_overwrites_nothing(tmp_path, scripts, 
     away.rename("away")
     with pytest.raises(ValueError, match="^python evaluate.py .* ended with status 1: error: no eval; "):
         study(TABLE_6_STUDY, scripts, monkeypatch)
-    begun = [*OF_TABLE_6, SCORED[0]]  # no more begin
-    assert Path("begun").read_text().splitlines() == [f"{folder} 5" for folder in begun]
+    assert Path("begun").read_text().splitlines() == [*OF_TABLE_6, SCORED[0]]  # no more begin
     capsys.readouterr()
 
     def left(words: str) -> list[str]:
         ablations.main([*words.split(), "--dry-run"])
         return capsys.readouterr().out.splitlines()
 
-    assert left(TABLE_6_STUDY)[-1] == "4 commands are left; no finished run says how long 4 of them take"
+    assert left(TABLE_6_STUDY)[-1] == "4 commands are left"
     Path("away").rename(away)
-    threads = [f"{folder} 1" for folder in SCORED]
-    assert sorted(study(TABLE_6_STUDY + " --jobs 3", scripts, monkeypatch)) == sorted(threads)
+    assert study(TABLE_6_STUDY, scripts, monkeypatch) == SCORED
     assert study(TABLE_6_STUDY, scripts, monkeypatch) == []
     assert "w/ integration" in capsys.readouterr().out
     assert left(TABLE_6_STUDY) == ["0 commands are left"]
-    *lines, total = left("--table 6 --data cc2017 --seeds 7 8 --jobs 2")
-    assert total.startswith("16 commands are left, about 16 minutes at 2 a time: the median of finished runs")
+    with monkeypatch.context() as patch:
+        patch.setattr(ablations, "on_paper", lambda *words: 30.0)
+        total = left("--table 6 --data cc2017 --seeds 7 8")[-1]
+    assert total == "16 commands are left; extras/plan.py counts 8 hours for 16 of them"
     assert len(left(TABLE_6_STUDY + " --stage1=--tau=0.5")) == 2  # another setting: the script is to say so
     runs = Path("runs/cc2017/sub1")
     os.utime(runs / "full-s4/stage2/lora/x.safetensors", (6000, 6000))  # trained after it was evaluated
@@ -192,8 +192,6 @@ told = []
 signal.signal(signal.SIGTERM, lambda *of: told.append(1))
 me = Path(sys.argv[1])
 if me.name == "bad":
-    while not Path(sys.argv[1]).with_name("ready").exists():
-        time.sleep(0.01)
     sys.exit("this went wrong")
 me.with_name("ready").write_text("")
 end = time.time() + 20
@@ -204,33 +202,35 @@ me.write_text(f"{len(told)} {os.getsid(0) == os.getpid()}")
 """
 
 
-@pytest.mark.parametrize("names, at_once", [(("good", "bad", "later"), 2), (("good", "later"), 1)])
-def test_those_under_way_are_told_once_and_save(names, at_once, tmp_path, monkeypatch):
-    """When one fails, or after Ctrl-C; no more begin."""
+@pytest.mark.parametrize("names", [("bad", "later"), ("good", "later")])
+def test_the_one_under_way_is_told_once_and_saves(names, tmp_path, monkeypatch):
+    """After Ctrl-C; then, and when one fails, no more begin."""
     monkeypatch.setattr(ablations, "REPO", tmp_path)
     (tmp_path / "train_stage1.py").write_text(PROGRAM)
-    script, sleep = ablations.SCRIPTS["stage1"], ablations.time.sleep
     folders = [tmp_path / f"{name}-s0" / "stage1" for name in names]
+    script = ablations.SCRIPTS["stage1"]
     jobs = [ablations.Job(script, [f"{folder.parent}"[:-3]], folder, None) for folder in folders]
 
-    def wait(seconds: float) -> None:
-        sleep(seconds / 10)
-        if "bad" not in names and (tmp_path / "ready").exists():
-            raise KeyboardInterrupt
+    def press_ctrl_c() -> None:
+        while not (tmp_path / "ready").exists():
+            sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(ablations.time, "sleep", wait)
+    if names[0] == "good":
+        threading.Thread(target=press_ctrl_c).start()
     with pytest.raises((KeyboardInterrupt, ValueError)) as stopped:
-        ablations.run(jobs, at_once, tmp_path / "logs")
-    assert (tmp_path / "good").read_text() == "1 True" and not (tmp_path / "later").exists()
-    logs = sorted(file.name for file in (tmp_path / "logs").iterdir())
-    assert logs == [f"{name}-s0-stage1.log" for name in ("bad", "good") if name in names]
-    assert "bad" not in names or "bad ended with status 1: this went wrong" in str(stopped.value)
+        ablations.run(jobs, tmp_path / "logs")
+    assert [file.name for file in (tmp_path / "logs").iterdir()] == [f"{names[0]}-s0-stage1.log"]
+    if names[0] == "good":
+        assert (tmp_path / "good").read_text() == "1 True"
+    else:
+        assert "bad ended with status 1: this went wrong" in str(stopped.value)
 
 
 @pytest.fixture(scope="module")
 def table_4(tmp_path_factory, scripts) -> tuple[dict, str]:
     """docs/results/*.json of a study of two seeds, and the table that is printed."""
-    words = "--table 4 --data cc2017 --seeds 0 1 --jobs 4 --evaluate '--metrics video_50way,ms_flow'"
+    words = "--table 4 --data cc2017 --seeds 0 1 --evaluate '--metrics video_50way,ms_flow'"
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.chdir(tmp_path_factory.mktemp("study"))
         write_store(words)
@@ -365,7 +365,7 @@ def test_the_real_scripts_make_a_table(tiny_copy, capsys, monkeypatch):
     shutil.rmtree("runs")
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-    words = ["--table", "6", "--data", "cc2017", "--seeds", "0", "--jobs", "2"]
+    words = ["--table", "6", "--data", "cc2017", "--seeds", "0"]
     words += ["--stage1", STAGE1_WORDS, "--stage2", STAGE2_WORDS, "--evaluate", EVALUATE_WORDS]
     ablations.main(words)
     result = json.loads(Path("docs/results/table6-cc2017-sub1.json").read_text())
