@@ -872,7 +872,7 @@ def test_runs_that_cannot_be_compared(four_runs, tmp_path):
         ("full/eval-shuffled", "no metrics.json there, nor in runs/cc2017/sub.*/full-s.*/eval-shuffled/"),
         ("native", "--size 256 .* and --size native"),
         ("frames", "--classifier-frames 16, and .* --classifier-frames own"),
-        ("played2", "metrics.json, memory: found clips = '3'"),
+        ("played2", "metrics.json: found .*, wanted what evaluate.py writes"),
         ("no-mom --subject 3 --seed 1", "full --subject 3 --seed 1: none of its 4 runs is of these"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
