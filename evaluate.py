@@ -15,7 +15,7 @@ Out: runs/<data>/sub<S>/<run>-s<seed>/eval/ (the control eval-shuffled/, pairs D
      folder of their own: eval-no-stage2/, eval-4-clips/, eval-steps10/, eval-ssim/). Files in it are kept.
      gt/, recon/, memory/NNNN.mp4    stimulus, reconstruction and best memory of clip NNNN
      retrieved.jsonl                 a line a clip: W_r, and the memories, lines of stage2/memories.json
-     metrics.json, metrics.csv       of the set, of each clip, of clips like those of training and the others
+     metrics.json                    of the set, of each clip, of clips like those of training and the others
      sheet.png, grid.gif             stimulus | top-1 memory | reconstruction, of six clips evenly spread
      ranked.png                      the best, median and worst clips by video_50way
      recognised.json                 toy world: do classifiers see in the reconstruction what was shown?

@@ -1,6 +1,7 @@
 """The runs of extras/ablations.py -> docs/results/*.json; those -> the terminal and the tables of
 docs/ablations.md."""
 
+import json
 import subprocess
 import time
 from collections.abc import Sequence
@@ -11,10 +12,9 @@ from typing import NamedTuple
 
 from metrics.compare import Runs, check_alike, read_runs
 from metrics.intervals import Difference, pooled
-from metrics.report import number
 from metrics.table import METRICS
 from support.files import written_whole
-from support.readers import Type, check_keys, damaged, read_json, reading
+from support.readers import check_keys, damaged, read_json, reading
 
 RESULTS, PAGE = Path("docs", "results"), Path("docs", "ablations.md")
 MARKS = "<!-- tables: extras/ablations.py --page writes what follows -->", "<!-- end of the tables -->"
@@ -27,10 +27,6 @@ TITLES[ALL] = "all attributes ↑"
 MODEL = "paper's model, shuffled fMRI"
 BEFORE, PLAYED = "the row before", "best memory, played"
 DIFFERENCE = ("more", "ci95", "freedom")
-KEYS = dict.fromkeys(("table", "subject", "clips"), int)  # of docs/results/table*.json
-KEYS |= dict.fromkeys(("data", "quoted_of", "command", "date", "commit"), str)
-KEYS |= dict.fromkeys(("groups", "shuffled", "stage1 shuffled", "chance", "minutes", "versions"), dict)
-KEYS |= dict.fromkeys(("seeds", "columns", "rows"), list)
 
 # ---------------------------------------------------------------- what is known of a table
 
@@ -159,7 +155,7 @@ def mean(cell: dict | None) -> str:
     """0.384±0.012"""
     if not cell:
         return "-"
-    return number(cell["mean"]) + ("" if cell.get("std") is None else f"±{cell['std']:.3f}")
+    return f"{cell['mean']:.3f}" + ("" if cell.get("std") is None else f"±{cell['std']:.3f}")
 
 
 def more(cell: dict | None) -> str:
@@ -200,7 +196,7 @@ def lines_of(result: dict) -> list[list[str]]:
 
 def stage1_lines(result: dict) -> list[list[str]]:
     """What the fMRI of each row's stage 1 tells, a row of cells each, the titles first."""
-    entries = [(row["label"], row["stage1"]) for row in result["rows"] if "stage1" in row]
+    entries = [(row["label"], row["stage1"]) for row in result["rows"] if "run" in row]
     entries.append(("shuffled fMRI", result["stage1 shuffled"]))
     return [["stage 1", *OF_STAGE1], *cell_rows(entries, OF_STAGE1)]
 
@@ -323,76 +319,18 @@ def shape(result: dict) -> list:
     return rows
 
 
-# ---------------------------------------------------------------- read again
-
-
-def check_all(values: dict | list, place: object, kind: Type) -> None:
-    """Raises FileFault where a value is of another type, or a number that is not finite."""
-    values = values if isinstance(values, dict) else dict(enumerate(values))
-    check_keys(values, place, dict.fromkeys(values, kind))
-
-
-def check_cells(entries: dict, place: str) -> None:
-    """Of `cells`. Raises FileFault."""
-    check_all(entries, place, dict)
-    for name, cell in entries.items():
-        check_keys({"than": {}} | cell, f"{place}, {name}", {"mean": float, "than": dict})
-        check_all([cell.get("std")], f"{place}, {name}", (float, type(None)))
-        check_all(cell.get("than", {}), f"{place}, {name}", dict)
-        for difference in (cell, *cell.get("than", {}).values()):
-            check_difference(difference, f"{place}, {name}")
-
-
-def check_difference(cell: dict, place: str) -> None:
-    """Raises FileFault."""
-    check_all([cell.get("more"), cell.get("freedom")], place, (float, type(None)))
-    if cell.get("ci95") is not None:
-        check_all(check_keys(cell, place, {"ci95": list})["ci95"], place, float)
-        if len(cell["ci95"]) != 2:
-            raise damaged(place, f"ci95 = {cell['ci95']}", "its two ends")
-
-
-def check_measured(entry: dict, groups: dict, place: str) -> None:
-    """Of all clips and of each group. Raises FileFault."""
-    check_keys(entry, place, {"metrics": dict, "groups": dict})
-    check_cells(entry["metrics"], place)
-    check_keys(entry["groups"], place, dict.fromkeys(groups, dict))
-    for group in groups:
-        check_cells(entry["groups"][group], f"{place}, {group}")
-
-
-def read_result(file: Path) -> dict:
-    """A result of `main` of ablations.py. Raises FileFault where a part of it is damaged."""
-    result = read_json(file, keys=KEYS)
-    for name, kind in {"seeds": int, "columns": str, "groups": int, "rows": dict, "chance": float}.items():
-        check_all(result[name], f"{file}, {name}", kind)
-    check_all(result["versions"], f"{file}, versions", str)
-    check_all(result["minutes"], f"{file}, minutes", (float, type(None)))
-    if unknown := {*result["columns"]} - {*TITLES}:
-        raise damaged(file, f"columns {', '.join(sorted(unknown))}", "names of metrics")
-    for k, row in enumerate(result["rows"], 1):
-        place = f"{file}, row {k}"
-        check_all(check_keys(row, place, {"label": str, "quoted": list})["quoted"], place, str)
-        if len(row["quoted"]) not in (0, len(COLUMNS)):
-            raise damaged(place, f"{len(row['quoted'])} quoted numbers", len(COLUMNS))
-        if "lacks" in row:
-            check_keys(row, place, {"lacks": str})
-        else:
-            stage1 = {"stage1": {}} | row if row["label"] == PLAYED else row  # a memory has no stage 1
-            check_cells(check_keys(stage1, place, {"stage1": dict})["stage1"], f"{place}, stage1")
-            check_measured(row, result["groups"], place)
-    check_measured(result["shuffled"], result["groups"], f"{file}, shuffled")
-    check_cells(result["stage1 shuffled"], f"{file}, stage1 shuffled")
-    return result
-
-
 def write_page(page: Path = PAGE, results: Path = RESULTS) -> None:
     """The tables of docs/ablations.md between its two marks; the words around them stay. Raises
     FileNotFoundError or ValueError where there is no result, or the page has no marks."""
     tables: dict[tuple, list[dict]] = {}  # table and data: the results of each film
     for file in sorted(results.glob("table*.json")):
-        with reading(file, advice="python extras/ablations.py makes it anew"):
-            result = read_result(file)
+        with reading(file, "what extras/ablations.py writes", "python extras/ablations.py makes it anew"):
+            result = read_json(file, keys={"table": int, "data": str, "subject": int, "clips": int})
+            json.dumps(result, allow_nan=False)  # every number is finite
+            as_text(result)  # whatever shows a result finds its faults
+            page_of({(result["table"], result["data"]): [result]})
+            if any(len(row["quoted"]) not in (0, len(COLUMNS)) for row in result["rows"]):
+                raise ValueError("quoted numbers of some columns")
             tables.setdefault((result["table"], result["data"]), []).append(result)
     if not tables:
         raise FileNotFoundError(f"{results}/table*.json is not there: python extras/ablations.py makes it")

@@ -1,10 +1,10 @@
 """Tables 4, 5 and 6 of the paper (§4.3) by one command: train what their rows lack, evaluate, compare.
 
     python extras/ablations.py --table 4                                  on the toy world, three seeds
-    python extras/ablations.py --table 6 --data toy --subject 2 --seeds 0 1 2 --jobs 2
+    python extras/ablations.py --table 6 --data toy --subject 2 --seeds 0 1 2
     python extras/ablations.py --table 5 --data cinebrain --subject 5 --seeds 0
     python extras/ablations.py --table 4 --rows 1 4 6                     some rows: the table is of these
-    python extras/ablations.py --table 4 --dry-run                        the commands and minutes, no more
+    python extras/ablations.py --table 4 --dry-run                        the commands that are left
     python extras/ablations.py --page                                     docs/ablations.md from docs/results/
 
 Table 4: no stage 2; L_clip; + L_cls; + L_action, and this with any caption in training; + MoM. 5: visual
@@ -12,8 +12,7 @@ areas; + hippocampus; + mPFC. 6: without integration, with alpha = 0, and with i
 train_stage2.py and evaluate.py run as they do by hand, under their own names of runs, so that tables share
 what they can: the last row of Tables 4 and 6 is the run `full`, as is the row of Table 5 whose areas have all
 voxels (on the toy the second), and its stage 1 is also that of the rows without stage 2, MoM or integration.
-What is finished is kept; after Ctrl-C, or a kill, the same command goes on where it was. --jobs 2 runs two at
-once with a thread each: two cores do more so.
+What is finished is kept; after Ctrl-C, or a kill, the same command goes on where it was.
 
 In:  as the three scripts.
 Out: runs/ as of the three scripts, what they printed in runs/<data>/sub<S>/ablations/, and
@@ -22,7 +21,6 @@ Out: runs/ as of the three scripts, what they printed in runs/<data>/sub<S>/abla
 """
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -62,8 +60,7 @@ class Config:
     subject: int = option(1, "number of the subject (paper: 1 of cc2017, in Table 5 5 of CineBrain)", least=1)
     seeds: list[int] = option([0, 1, 2], "of the runs", least=0)
     rows: list[int] = option([], "of the table, from 1; none: all", least=1)
-    jobs: int = option(1, "trainings at once; two or more take a thread each", least=1, most=64)
-    dry_run: bool = option(False, "list the commands that are left and their minutes, and run none")
+    dry_run: bool = option(False, "list the commands that are left, with minutes by extras/plan.py")
     page: bool = option(False, "write the tables of docs/ablations.md from docs/results/*.json")
     stage1: str = option("", "more options of train_stage1.py, in quotes: --stage1 '--steps 20'")
     stage2: str = option("", "likewise of train_stage2.py")
@@ -226,18 +223,6 @@ class Job(NamedTuple):
             return None
         return max(0.0, last.stat().st_mtime - min(starts)) / 60
 
-    def estimate(self) -> float | None:
-        """Minutes that it will take: the median of finished ones of the same row; else of the same script on
-        this dataset, where the control takes as long as the evaluation; None where no run is finished."""
-        runs, stage = self.folder.parents[2], self.folder.name
-        row = Path(*self.folder.parts[-3:-1]).as_posix().rstrip("0123456789")  # sub1/full-s
-        every = "sub*/*-s[0-9]*"
-        for pattern in (f"{row}[0-9]*/{stage}", f"{every}/{stage}", f"{every}/{stage.split('-')[0]}"):
-            minutes = [self._replace(folder=folder).minutes() for folder in runs.glob(pattern)]
-            if known := [value for value in minutes if value is not None]:
-                return float(np.median(known))
-        return None
-
 
 def flags_of(words: Sequence[str]) -> set[str]:
     """The names of the options: {"data", "action"} of --data toy --no-action."""
@@ -332,77 +317,50 @@ def counted(job: Job) -> float | None:
     return on_paper(script, *options, *(["--", *stage2] if job.is_evaluation else []))
 
 
-def listed(jobs: list[Job], at_once: int) -> str:
-    """The commands that are left, with their minutes."""
-    finished = [job.estimate() for job in jobs]
-    minutes = [counted(job) if value is None else value for job, value in zip(jobs, finished, strict=True)]
+def listed(jobs: list[Job]) -> str:
+    """The commands that are left, with their minutes where these are counted."""
+    minutes = [counted(job) for job in jobs]
     known = [value for value in minutes if value is not None]
-    by_plan = finished.count(None) - minutes.count(None)
     lines = []
     for job, value in zip(jobs, minutes, strict=True):
-        lines.append(f"{'?' if value is None else f'{value:.1f}':>6} min  {job.command}")
+        lines.append(job.command if value is None else f"{value:6.1f} min  {job.command}")
     total = f"{len(jobs)} commands are left"
     if known:
-        together = sum(known) / min(at_once, len(jobs))
-        extent = f"{together:.0f} minutes" if together < 120 else f"{together / 60:.0f} hours"
-        total += f", about {extent} at {at_once} a time"
-        if by_plan < len(known):
-            total += ": the median of finished runs, by the times of their files"
-        total += f"; {by_plan} of them counted, not measured, as by extras/plan.py" if by_plan else ""
-    if len(known) < len(jobs):
-        total += f"; no finished run says how long {len(jobs) - len(known)} of them take"
+        total += f"; extras/plan.py counts {sum(known) / 60:.0f} hours for {len(known)} of them"
     return "\n".join([*lines, total])
 
 
 # ---------------------------------------------------------------- running
 
 
-class Process:
-    """A job under way, in a session of its own, which Ctrl-C does not reach."""
-
-    def __init__(self, job: Job, logs: Path, one_thread: bool):
-        self.job, self.log, self.start = job, logs / f"{job.name}.log", time.monotonic()
-        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if one_thread else {})
+def run(jobs: list[Job], logs: Path) -> None:
+    """Run jobs, one by one, each in a session of its own, which Ctrl-C does not reach. When a signal comes,
+    the one under way gets SIGTERM once, and saves what it has. Raises ValueError where one fails."""
+    for job in jobs:
+        log, start = logs / f"{job.name}.log", time.monotonic()
         logs.mkdir(parents=True, exist_ok=True)
         print(f"begins: {job.command}", flush=True)
         command = [sys.executable, str(REPO / job.script.file), *job.options]
-        with open(self.log, "wb") as log:
-            first = end_with_parent if sys.platform == "linux" else None
-            about = dict(stdout=log, stderr=log, env=environment, start_new_session=True)
-            self.child = subprocess.Popen(command, preexec_fn=first, **about)
-
-    def check(self) -> None:
-        """Of one that has ended: a line on the terminal. Raises ValueError where it failed."""
-        status, minutes = self.child.returncode, (time.monotonic() - self.start) / 60
-        in_part = status == 3 and self.job.is_evaluation
-        if in_part or status == 0 and self.job.finished():
-            remark = f", in part: {self.log} says why" if in_part else ""
-            print(f"{minutes:7.1f} min: {self.job.name}{remark}", flush=True)
-            return
-        lines = [line for line in self.log.read_text("utf-8", "replace").splitlines() if line.strip()]
+        first = end_with_parent if sys.platform == "linux" else None
+        with open(log, "wb") as file:
+            about = dict(stdout=file, stderr=file, start_new_session=True)
+            child = subprocess.Popen(command, preexec_fn=first, **about)
+        try:
+            child.wait()
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+        minutes, status = (time.monotonic() - start) / 60, child.returncode
+        in_part = status == 3 and job.is_evaluation
+        if in_part or status == 0 and job.finished():
+            remark = f", in part: {log} says why" if in_part else ""
+            print(f"{minutes:7.1f} min: {job.name}{remark}", flush=True)
+            continue
+        lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
         message = lines[-1].split("\r")[-1][:300] if lines else "it printed nothing"
-        advice = f"all is in {self.log}; what is finished is kept, the same command goes on"
-        raise ValueError(f"{self.job.command} ended with status {status}: {message}; {advice}")
-
-
-def run(jobs: list[Job], at_once: int, logs: Path) -> None:
-    """Run jobs, some at once. When one fails, or a signal comes, no more begin, and those under way get
-    SIGTERM once, and save what they have. Raises ValueError where one fails."""
-    waiting, running = [*jobs], []
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                running.append(Process(waiting.pop(0), logs, at_once > 1))
-            time.sleep(0.2)
-            for process in [process for process in running if process.child.poll() is not None]:
-                running.remove(process)
-                process.check()
-    except BaseException:
-        for process in running:
-            process.child.terminate()
-        for process in running:
-            process.child.wait()
-        raise
+        advice = f"all is in {log}; what is finished is kept, the same command goes on"
+        raise ValueError(f"{job.command} ended with status {status}: {message}; {advice}")
 
 
 # ---------------------------------------------------------------- the command
@@ -425,7 +383,7 @@ def main(argv: Sequence[str]) -> None:
     rows = chosen_rows(config)
     planned = plan(config, rows)
     if config.dry_run:
-        print(listed([job for wave in planned.waves for job in wave if not job.finished()], config.jobs))
+        print(listed([job for wave in planned.waves for job in wave if not job.finished()]))
         return
     scored = planned.waves[2][0].config
     films = Path(scored.stimuli or raw_folder(data, subject) / "stimuli")
@@ -434,7 +392,7 @@ def main(argv: Sequence[str]) -> None:
         raise FileNotFoundError(f"{films} is not there, whose films the evaluations need: {advice}")
     for wave in planned.waves:
         logs = run_folder(data, subject, "full", 0).with_name("ablations")
-        run([job for job in wave if not job.finished()], config.jobs, logs)
+        run([job for job in wave if not job.finished()], logs)
     minutes = {job.name: job.minutes() for wave in planned.waves for job in wave}
     result = {
         "table": table,

@@ -3,12 +3,11 @@
     python extras/caption.py --data cc2017 --raw RAW         RAW/stimuli/seg1.mp4 ... -> RAW/captions.jsonl
     python extras/caption.py --videos 'RAW/videos/*.mp4' --out RAW/captions.json     a clip a file
     python extras/caption.py --videos FOLDER --seconds 2 --out NEW.jsonl         files that are cut into clips
-    python extras/caption.py --rules captions.jsonl --out NEW.jsonl   no model: the nouns of its captions
 
 Qwen2.5-VL is asked twice: for a sentence on frames of a clip, then, as in the paper, which objects of
 MSCOCO's list that sentence names. It writes what prepare/captions.py reads, a line a clip in order (--out
 X.json: one list): segment, clip, video, caption, tags (the names as answered), categories (by the words of
-coco_nouns.txt), by (the model, or "rules"). An answer that is no list of names is kept as `answer`, and
+coco_nouns.txt), by (the model). An answer that is no list of names is kept as `answer`, and
 `categories_by` is then "rules". A run that was killed goes on and ends with the same file.
 """
 
@@ -16,7 +15,6 @@ import glob
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -29,10 +27,8 @@ import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from prepare.captions import read_captions  # noqa: E402
-from prepare.categories import COCO, category_table, clip_categories, merge_rare  # noqa: E402
+from prepare.categories import COCO, clip_categories  # noqa: E402
 from prepare.cc2017 import PurdueFilms  # noqa: E402
-from prepare.facts import SEGMENT_VOLUMES, cc2017_splits  # noqa: E402
 from support.files import write_json, written_whole  # noqa: E402
 from support.options import option, parse  # noqa: E402
 from support.readers import advising, damaged, read_json, read_json_lines  # noqa: E402
@@ -46,7 +42,6 @@ OBJECTS = (
     + ", ".join(chain(*COCO.values()))
     + ".\nAnswer with a JSON list of names from the list and nothing else; with [] if it names none."
 )
-NOTICE = "rule-based: no model has looked at any frame; categories are of the nouns in captions and tags"
 PRESETS = {"cc2017": {}, "toy": {"raw": Path("data/toy/raw")}}
 
 
@@ -56,7 +51,6 @@ class Config:
     raw: Path | None = option(None, "folder of the release, with stimuli/")
     videos: str | None = option(None, "in place of --data a folder of videos, or a pattern in quotes")
     seconds: float | None = option(None, "length of a clip of --videos (default: a video is one)", least=0.1)
-    rules: list[Path] = option([], "captions.jsonl, or cc2017's training and test list; no model is run")
     out: Path | None = option(None, "a .jsonl, or for --videos a .json list (default: RAW/captions.jsonl)")
     model: str = option("Qwen/Qwen2.5-VL-7B-Instruct", "name on the Hub or folder of a Qwen2.5-VL")
     frames: int = option(8, "frames of a clip that are shown", least=1)
@@ -107,19 +101,13 @@ def parse_objects(answer: str) -> list[str] | None:
     return list(dict.fromkeys(names)) if all(re.fullmatch(NAME, name) for name in names) else None
 
 
-def row_of(place: dict, caption: str, tags: Sequence[str] | None, by: str) -> dict:
-    """A line of captions.jsonl; place: segment, clip and what else says which clip it is."""
-    categories = clip_categories(caption, tags)
-    return {**place, "caption": caption, "tags": tags or [], "categories": categories, "by": by}
-
-
 def answered_row(film: Film, clip: int, caption: str, answer: str, model: str) -> dict:
-    """The line of a clip, of the model's two answers."""
-    place = {"segment": film.segment, "clip": clip, "video": film.file.name}
+    """The line of captions.jsonl of a clip, of the model's two answers."""
+    row = {"segment": film.segment, "clip": clip, "video": film.file.name}
     if film.split:
-        place["split"] = film.split
-    names = parse_objects(answer)
-    row = row_of(place, " ".join(caption.split()).strip('"'), names, model)
+        row["split"] = film.split
+    text, names = " ".join(caption.split()).strip('"'), parse_objects(answer)
+    row |= {"caption": text, "tags": names or [], "categories": clip_categories(text, names), "by": model}
     return row if names is not None else {**row, "categories_by": "rules", "answer": answer}
 
 
@@ -267,56 +255,13 @@ def caption(config: Config) -> None:
     part.unlink()
 
 
-def rows_of_list(file: Path, split: str) -> list[dict]:
-    """The captions of a list; one that names no segments is of cc2017, in order."""
-    if file.suffix == ".jsonl":
-        segments = dict.fromkeys(row["segment"] for row in read_json_lines(file, {"segment": str}))
-        return read_captions(file, list(segments))
-    rows = read_captions(file, [])
-    if len(rows) % SEGMENT_VOLUMES:
-        wanted = f"a multiple of {SEGMENT_VOLUMES} (cc2017), or a .jsonl"
-        raise ValueError(f"{file} has {len(rows)} captions, wanted {wanted}")
-    segments = cc2017_splits(len(rows), len(rows))[split]
-    for i, row in enumerate(rows):
-        row["segment"], row["clip"] = segments[i // SEGMENT_VOLUMES], i % SEGMENT_VOLUMES
-        row["split"] = split
-    return rows
-
-
-def rules(config: Config) -> None:
-    """The captions (and tags) of `config.rules`, with the categories of their nouns, into `config.out`."""
-    with written_whole(config.out) as part, open(part, "w", encoding="utf-8") as out:
-        for split, file in zip(("train", "test"), config.rules, strict=False):
-            for row in rows_of_list(file, split):
-                place = {key: row[key] for key in ("segment", "clip", "split") if key in row}
-                out.write(json.dumps(row_of(place, row["caption"], row.get("tags"), "rules")) + "\n")
-    tqdm.write(NOTICE)
-
-
-def summary(path: Path) -> str:
-    """Clips, answers that were no list, names that map to nothing, and the table of categories."""
-    rows = read_json(path, list) if path.suffix == ".json" else read_json_lines(path)
-    labels = [row["categories"] for row in rows]
-    unknown = Counter(name for row in rows for name in row["tags"] if not clip_categories("", [name]))
-    malformed, empty = sum("answer" in row for row in rows), sum(not row["caption"] for row in rows)
-    authors = ", ".join(sorted({row["by"] for row in rows}))
-    names = ", ".join(f"{name} ({n})" for name, n in unknown.most_common(8)) or "none"
-    return f"""{path}: {len(rows):,} clips, captioned by {authors}; {empty} captions are empty
-{malformed} answers were no list of names: kept in `answer`, and rule-based categories taken in their place
-names without a category: {names}
-{category_table(labels, merge_rare(labels))}"""
-
-
 def check(config: Config) -> None:
     """Sets the default of --out. Raises ValueError where options do not go together, or --out is there."""
     if config.data and config.raw and not config.out:
         config.out = config.raw / "captions.jsonl"
-    sources = [source for source in (config.data, config.videos, config.rules) if source]
     out, endings = config.out or Path(".jsonl"), (".jsonl", ".json") if config.videos else (".jsonl",)
-    lists = "--rules takes captions.jsonl, or the training and the test list"
     for is_wrong, problem in [
-        (len(sources) != 1, "give one of --data, --videos and --rules"),
-        (len(config.rules) > 2, f"{lists}; {len(config.rules)} files are given"),
+        (bool(config.data) == bool(config.videos), "give one of --data and --videos"),
         (config.data and not config.raw, f"--data {config.data} wants --raw, the folder of the release"),
         (config.seconds and not config.videos, "--seconds is of --videos: a release has clips of 2 s"),
         (not config.out, "--out says where the captions go"),
@@ -330,8 +275,8 @@ def check(config: Config) -> None:
 def main(argv: Sequence[str]) -> None:
     config = parse(Config, PRESETS, __doc__, "extras/caption.py", argv)
     check(config)
-    rules(config) if config.rules else caption(config)
-    print(summary(config.out))
+    caption(config)
+    print(f"written: {config.out}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """Pictures of runs: reconstructions side by side (Fig. 3, 4, 6), voxel weights (Fig. 5), memories (Eq. 5, 6).
 
     python extras/figures.py compare RUN RUN ...   the stimulus beside what several runs made of it
-    python extras/figures.py compare --table 4 --data toy --subject 1 --seed 0    the rows of Table 4: Fig. 6
     python extras/figures.py weights RUN RUN ...   which voxels the first layer of each Brain Model listens to
-    python extras/figures.py weights --table 4     without and with L_cls and L_action: Fig. 5
     python extras/figures.py memories RUN          a clip's memories, their scores (Eq. 5), attention (Eq. 6)
     python extras/figures.py memories RUN --html   the same as a page, clip by clip: films that move
     python extras/figures.py map RUN               queries among the memories (Eq. 5), the streams of Eq. 8
@@ -12,9 +10,8 @@
 In:  runs/<data>/sub<S>/<NAME>-s<seed>, after evaluate.py (`weights`: after train_stage1.py), and the
      prepared data they were trained on; or an evaluation beside eval, such as <NAME>-s<seed>/eval-shuffled;
      or a shared folder, such as toy/trained.
-     --table takes the runs that extras/ablations.py made.
-Out: a picture, --out; by default COMMAND.png in the folder of the first run, of `compare` also a .gif, of
-     `terms` docs/terms.html. `weights` prints the mean of each area.
+Out: a picture, --out; by default COMMAND.png in the folder of the first run, of `terms` docs/terms.html.
+     `weights` prints the mean of each area.
 Clips that --clips does not name are spread evenly over the test set, half of them such whose like was seen in
 training, half of them others, as evaluate.py tells them apart.
 """
@@ -31,9 +28,9 @@ from brain_model import BrainModel  # noqa: E402
 from extras import maps, memories, terms  # noqa: E402
 from extras.cortex import draw_cortex  # noqa: E402
 from extras.runs import Run, caption_of, choose_clips, evaluation_of, frames_of, names_of, save_figure  # noqa: E402
-from prepare.facts import DATASETS, SECONDS, without_side  # noqa: E402
+from prepare.facts import DATASETS, without_side  # noqa: E402
 from support.options import Parser, within  # noqa: E402
-from support.pictures import contact_sheet, grid_gif  # noqa: E402
+from support.pictures import contact_sheet  # noqa: E402
 from support.readers import load_model, reading  # noqa: E402
 from support.runs import door  # noqa: E402
 
@@ -57,7 +54,7 @@ BARS = ("#b9c0c9", "#33608c", "#c46a2b", "#4d8a57")  # colours of the runs
 
 def compare(runs: dict[str, Path], clips: dict[int, str], out: Path) -> None:
     """A row a clip; columns: the stimulus, its caption and its group, then what each run, {title: folder},
-    made of it. Of each video three moments; beside `out` a GIF of the videos themselves."""
+    made of it. Of each video three moments."""
     first = Run(next(iter(runs.values())), "stage2")
     lines = first.test_clips().lines
     videos, labels = [], []
@@ -65,9 +62,7 @@ def compare(runs: dict[str, Path], clips: dict[int, str], out: Path) -> None:
         reconstructions = [frames_of(run, "recon", clip) for run in runs.values()]
         videos.append([frames_of(first.folder, "gt", clip), *reconstructions])
         labels.append([caption_of(lines[clip], group), *[""] * len(runs)])
-    titles = ["stimulus", *runs]
-    contact_sheet(out, videos, labels, titles, height=144)
-    grid_gif(out.with_suffix(".gif"), videos, labels, titles, SECONDS[first.data], height=144)
+    contact_sheet(out, videos, labels, ["stimulus", *runs], height=144)
 
 
 # ---------------------------------------------------------------- Fig. 5
@@ -200,25 +195,18 @@ def file_name(text: str) -> Path:
 def parse(argv: list[str]) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser("figures.py", description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.set_defaults(table=None, html=False)
+    parser.set_defaults(html=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    tables = {"compare": (4, 5, 6), "weights": (4,), "memories": (), "map": (), "terms": ()}
-    for name, numbers in tables.items():
+    for name in ("compare", "weights", "memories", "map", "terms"):
         command = commands.add_parser(name, allow_abbrev=False)
         add = command.add_argument
         folder = "runs/<data>/sub<S>/<NAME>-s<seed>"
-        number = {"memories": 1, "map": 1, "terms": "+"}.get(name, "*")
+        number = 1 if name in ("memories", "map") else "+"
         add("runs", nargs=number, type=Path, metavar="RUN", help=folder)
         text = "the file, png or pdf [default: COMMAND.png in the first run's folder]"
         text = "the page [default: docs/terms.html]" if name == "terms" else text
         add("--out", type=file_name, help=text)
-        if numbers:
-            text = "in place of RUN: those of Table 4, of which `weights` takes the first and the last"
-            add("--table", type=int, choices=numbers, help=text)
-            add("--data", choices=[*SECONDS], default="toy", help="with --table")
-            add("--subject", type=within(int, least=1), default=1, help="with --table")
-            add("--seed", type=within(int, least=0), default=0, help="with --table")
-        elif name != "map":
+        if name in ("memories", "terms"):
             text = "folder of the stimuli's videos [default: raw/stimuli in data/<data>]"
             add("--stimuli", type=Path, help=text)
             command.set_defaults(html=name == "terms")
@@ -231,40 +219,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
             text = f"so many clips, without --clips [default: {ROWS[name]}]"
             add("--rows", type=within(int, least=1, most=100), help=text)
     args = parser.parse_args(argv)
-    if tables[args.command] and bool(args.runs) == bool(args.table):
-        parser.error(f"{args.command}: wanted RUN ..., or --table")
     if args.out and (args.out.suffix.lower() == ".html") != args.html:
         parser.error(f"--out {args.out}: wanted a name in {'.html' if args.html else '.png or .pdf'}")
     return args
 
 
-def runs_of(args: argparse.Namespace) -> dict[str, Path]:
-    """{title: folder} of the runs given, or of a table's rows."""
-    if args.runs:
-        return dict(zip(names_of(args.runs), args.runs, strict=True))
-    from extras import ablations
-
-    config = ablations.Config(table=args.table, data=args.data, subject=args.subject, seeds=[args.seed])
-    rows = ablations.rows_of(config.table, config.data, config.subject)
-    plan = ablations.plan(
-        config, [row for row in rows if row.has_stage2]
-    )  # the others are no run of their own
-    if args.command == "compare":
-        return {label: files[0].parents[1] for label, files in plan.files.evaluations.items()}
-    first, *_, last = [job.folder.parent for job in plan.waves[0]]
-    return {"without L_cls, L_action": first, "with": last}
-
-
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    runs = runs_of(args)
+    runs = dict(zip(names_of(args.runs), args.runs, strict=True))
     first = next(iter(runs.values()))
     folder = first if evaluation_of(first) == first else evaluation_of(first).parent
     folder = terms.FOLDER if args.command == "terms" else folder
-    out = folder / f"{args.command}.{'html' if args.html else 'png'}"
-    if args.table:
-        out = first.parent / f"table{args.table}-s{args.seed}-{args.command}.png"
-    out = args.out or out
+    out = args.out or folder / f"{args.command}.{'html' if args.html else 'png'}"
     if args.command == "weights":
         weights(runs, out)
     elif args.command == "map":

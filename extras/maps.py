@@ -7,13 +7,9 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from brain_model import BrainModel
 from extras.runs import Run, save_figure
-from heads import Stage1Heads
 from metrics.attributes import attribute_values
-from mixture_of_memories import MemoryPool, MixtureOfMemories, condition
-from support.readers import load_model, reading
-from support.shared import read_memories
+from mixture_of_memories import condition
 
 SEEN_BY = {"text": "shape", "image": "background", "action": "action"}  # the toy's attribute of a colour
 
@@ -25,14 +21,10 @@ def draw(folder: Path, out: Path) -> None:
     from matplotlib.figure import Figure
 
     run = Run(folder, "stage2")
-    if not (run.settings.get("mom", True) and run.settings.get("integration", True)):
+    if not run.settings.get("mom", True):
         raise ValueError(f"{folder} has no Mixture-of-Memories: name a run that has one")
-    with reading(run.stage, advice="python train_stage2.py makes it"):
-        brain_model = load_model(BrainModel, run.stage / "brain_model").eval()
-        e, captions, _, memories = read_memories(run.stage, brain_model.to_f_c.out_features)  # e (N, 3, D)
-        heads = load_model(Stage1Heads, run.stage / "heads").eval()
-        mom = load_model(MixtureOfMemories, run.stage / "mixture_of_memories").eval()
-    test, pool, alpha = run.test_clips(), MemoryPool(e, captions), mom.integration.alpha
+    brain_model, heads, mom, pool, memories = run.parts()
+    test, alpha, e = run.test_clips(), mom.integration.alpha, pool.e  # (N, 3, D)
     queries, norms = [], []
     with torch.inference_mode():
         for x in test.averaged():  # (T, N); one clip at a time: z_f and z_t are large

@@ -3,6 +3,7 @@ and a page. Called by extras/figures.py."""
 
 import base64
 import json
+import re
 import tempfile
 import textwrap
 from pathlib import Path
@@ -13,15 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from brain_model import BrainModel
 from extras.runs import Run, caption_of, frames_of, judged, save_figure, video_file
-from heads import Stage1Heads
 from mixture_of_memories import MixtureOfMemories
 from prepare.facts import SECONDS, raw_folder
 from support.files import written_whole
 from support.pictures import strip
-from support.readers import check_keys, damaged, load_model, read_json_lines, reading
-from support.shared import read_memories
+from support.readers import check_keys, reading
 from support.videos import read_clip, read_video, video_frames, write_for_browsers
 
 COLOURS = {"txt": "#3b6ea5", "img": "#d98324", "act": "#4f9a5b"}  # of the modalities
@@ -58,42 +56,29 @@ class Remembered:
     """What a run remembered of these clips, {number: its group}.
 
     memories: lines of clips.jsonl, one a memory; lines and scores of each clip; films: the folder of the
-    stimuli, by default the release's. Raises FileNotFoundError or ValueError, also where other weights than
-    the run's have retrieved the memories."""
+    stimuli, by default the release's. Raises ValueError for a control, whose memories are not the clips'."""
 
     def __init__(self, folder: Path, groups: dict[int, str], films: Path | None = None):
         self.run = run = Run(folder, "stage2")
+        if re.search("-shuffled|-no-stage2", run.evaluation.name):
+            raise ValueError(f"{folder}: memories are shown of the run, not of a control: name {run.folder}")
         self.groups = groups
         self.films = films or raw_folder(run.data, run.subject) / "stimuli"
         self.size = (run.settings["frames"], run.settings["height"], run.settings["width"])
-        test, clips, mom = run.test_clips(), [*groups], None
+        test, clips = run.test_clips(), [*groups]
         self.lines = {clip: test.lines[clip] for clip in clips}
-        file = run.evaluation / "retrieved.jsonl"
-        advice = "python train_stage2.py makes it"
-        with reading(run.stage, advice=advice):
-            brain_model = load_model(BrainModel, run.stage / "brain_model").eval()
-            e, _, _, self.memories = read_memories(run.stage, brain_model.to_f_c.out_features)  # (N, 3, D)
-        rows = read_retrieved(file, clips, len(e))
-        with reading(run.stage, advice=advice):
-            heads = load_model(Stage1Heads, run.stage / "heads").eval()
-            if run.settings.get("mom", True):
-                mom = load_model(MixtureOfMemories, run.stage / "mixture_of_memories").eval()
-        with torch.inference_mode():
-            f_c, f_e = brain_model(test.averaged()[clips])  # (B, D), (B, L, D')
-            q = normalize(heads.queries(f_c), dim=-1)  # (B, 3, D)
+        brain_model, heads, mom, pool, self.memories = run.parts()
         self.scores: dict[int, Scores] = {}
-        for clip, query, tokens in zip(clips, q, f_e, strict=True):
-            retrieved, W_r = rows[clip]["retrieved"], np.array(rows[clip]["W_r"], float)
-            cosines = (e[retrieved] * query).sum(-1).numpy()  # (K, 3)
-            S = cosines @ W_r  # (K,)  Eq. 5
-            if (np.diff(S) > 0.01).any():
-                reason = f"the scores of clip {clip} do not fall, so other weights retrieved them"
-                raise ValueError(f"{file}: {reason}: python evaluate.py, anew")
-            weights = None
-            if mom is not None:
-                with torch.inference_mode():
-                    weights = attention(mom, tokens, e[retrieved], torch.from_numpy(S).float()).numpy()
-            self.scores[clip] = Scores(retrieved, W_r, cosines, weights)
+        with reading(run.stage, advice="python train_stage2.py makes it anew"), torch.inference_mode():
+            for clip, x in zip(clips, test.averaged()[clips], strict=True):  # (T, N)
+                f_c, f_e = brain_model(x[None])  # (1, D), (1, L, D')
+                q = heads.queries(f_c)  # (1, 3, D)
+                recalled = mom(f_e, q, pool)
+                indices, e = recalled.indices[0], pool.e[recalled.indices[0]]  # (K,), (K, 3, D)
+                cosines, weights = (e * normalize(q, dim=-1)).sum(-1).numpy(), None  # (K, 3)
+                if isinstance(mom, MixtureOfMemories):
+                    weights = attention(mom, f_e[0], e, recalled.S[0, indices]).numpy()
+                self.scores[clip] = Scores(indices.tolist(), recalled.W_r[0].numpy(), cosines, weights)
 
     def film(self, i: int) -> np.ndarray:
         """The video of memory i, uint8 (F, H, W, 3)."""
@@ -101,23 +86,6 @@ class Remembered:
         line = check_keys(self.memories[i], f"{file}, line {i}", {"video": str, "start_s": float})
         clip = read_clip(self.films / line["video"], line["start_s"], SECONDS[self.run.data])
         return video_frames(clip, *self.size)
-
-
-def read_retrieved(file: Path, clips: list[int], N: int) -> dict[int, dict]:
-    """Of each clip the line that evaluate.py wrote: indices of the N memories, W_r."""
-    advice = "python evaluate.py makes it, on a run with memories (not --no-integration)"
-    with reading(file, advice=advice):
-        rows = read_json_lines(file, {"clip": int, "retrieved": list, "W_r": list})
-    rows = {row["clip"]: row for row in rows}
-    if missing := sorted(set(clips) - rows.keys()):
-        raise ValueError(f"{file} has no line of the clips {missing}: python evaluate.py, once more")
-    for clip in clips:
-        retrieved, W_r = rows[clip]["retrieved"], rows[clip]["W_r"]
-        known = retrieved and all(type(i) is int and 0 <= i < N for i in retrieved)
-        if not known or len(W_r) != 3 or not all(type(w) in (int, float) and 0 <= w <= 1 for w in W_r):
-            expected = f"indices of {N} memories, and three weights"
-            raise damaged(file, f"clip {clip}: {retrieved} {W_r}", expected, "delete it; python evaluate.py")
-    return rows
 
 
 # ---------------------------------------------------------------- the picture

@@ -1,8 +1,7 @@
 """The paper beside the code: one page, docs/reading.html, of the docstrings and the code of the method; and
 figures/method.svg, its drawing.
 
-python extras/reading.py            writes it anew, in half a minute
-python extras/reading.py --check    says whether it is stale; exit status 1 where it is
+python extras/reading.py            writes both anew, in half a minute
 """
 
 import sys
@@ -19,23 +18,12 @@ PAGE = ROOT / "docs" / "reading.html"
 FIGURE = ROOT / "figures" / "method.svg"
 
 
-def main(arguments: list[str]) -> int:
-    """Returns the exit status: 1 where --check saw a stale page."""
-    parser = Parser("extras/reading.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing: is the page what it should be?")
-    check = parser.parse_args(arguments).check
-    stale = 0
+def main(arguments: list[str]) -> None:
+    Parser("extras/reading.py", description=__doc__.split("\n")[0]).parse_args(arguments)
     for file, text in zip((PAGE, FIGURE), build(), strict=True):
-        present = file.read_text(encoding="utf-8") if file.is_file() else ""
-        if check:
-            state = "up to date" if text == present else "stale: python extras/reading.py writes it anew"
-            print(f"{file.relative_to(ROOT)} is {state}")
-            stale |= text != present
-            continue
         with written_whole(file) as part:
             part.write_text(text, encoding="utf-8")
         print(f"written: {file.relative_to(ROOT)}, {len(text) / 1e3:,.0f} kB")
-    return int(stale)
 
 
 if __name__ == "__main__":

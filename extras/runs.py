@@ -5,14 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
+from brain_model import BrainModel
 from data import Clips
+from heads import Stage1Heads
 from metrics.compare import read_metrics
+from mixture_of_memories import MemoryPool, MixtureOfMemories, TopTextMemory
 from prepare.facts import SECONDS
 from support.files import written_whole
 from support.pictures import spread
-from support.readers import damaged, read_json, reading
+from support.readers import damaged, load_model, read_json, reading
 from support.runs import run_folder
-from support.shared import MEMORIES
+from support.shared import MEMORIES, read_memories
 from support.videos import read_video
 
 STAGE1_KEYS = {"data": str, "subject": int}
@@ -45,6 +48,19 @@ class Run:
         self.settings = settings
         self.data, self.subject = settings["data"], settings["subject"]
         self.rois = settings.get("stage1_config", settings).get("rois")
+
+    def parts(self) -> tuple:
+        """What remembers: Brain Model, heads, Mixture-of-Memories, its pool; and of each memory its line of
+        clips.jsonl. Raises ValueError for a run without memories."""
+        if not self.settings.get("integration", True):
+            raise ValueError(f"{self.folder} has no memories (--no-integration): name a run that has")
+        kind = MixtureOfMemories if self.settings.get("mom", True) else TopTextMemory
+        with reading(self.stage, advice="python train_stage2.py makes it"):
+            brain_model = load_model(BrainModel, self.stage / "brain_model").eval()
+            heads = load_model(Stage1Heads, self.stage / "heads").eval()
+            mom = load_model(kind, self.stage / "mixture_of_memories").eval()
+            e, captions, _, lines = read_memories(self.stage, brain_model.to_f_c.out_features)
+        return brain_model, heads, mom, MemoryPool(e, captions), lines
 
     def test_clips(self) -> Clips:
         return Clips(self.data, self.subject, "test", self.rois)

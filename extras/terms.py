@@ -21,12 +21,8 @@ def words(seen: dict[str, str], line: dict) -> list[tuple[str, bool]]:
 
 def page(runs: dict[str, Path], clips: dict[int, str], films: Path | None, out: Path) -> None:
     """A clip at a time: the stimulus, the best memory of the first run, what each run, {title: folder}, made
-    of it. Raises ValueError for a run of another subject, whose clips are others, and where the first is a
-    control, whose memories are not the clips'."""
-    start = next(iter(runs.values()))
-    if re.search("-shuffled|-no-stage2", start.name):
-        raise ValueError(f"{start}: the first RUN's best memory is shown: name {start.parent} before it")
-    remembered = Remembered(start, clips, films)
+    of it. Raises ValueError for a run of another subject, whose clips are others."""
+    remembered = Remembered(next(iter(runs.values())), clips, films)
     first, (_, height, width) = remembered.run, remembered.size
     columns, evaluations, rows = ["stimulus", "best memory"], {}, []
     for title, folder in runs.items():

@@ -1,6 +1,7 @@
 """Runs side by side, over subjects and seeds. The ± of the runs' means is what differs between them; their
 intervals are over clips and runs: where a mean would lie on other clips, from other seeds."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from metrics.intervals import Difference, blocks_of, difference, estimate, remar
 from metrics.report import beside_quoted, interval, number, table, values_of
 from metrics.table import METRICS, NAMES
 from prepare.facts import stimuli_folder
-from support.readers import advising, check_keys, damaged, read_json
+from support.readers import check_keys, read_json, reading
 
 
 class Runs(NamedTuple):
@@ -88,7 +89,7 @@ def joined(name: str, results: list[dict]) -> Runs:
             raise ValueError(f"--compare {name}: its runs scored {counted}, wanted the same ones")
         for row in run["clips"]:
             runs.rows.setdefault((subject, row["clip"]), []).append(row)
-        for group, about in run["groups"].items():
+        for group, about in run.get("groups", {}).items():
             runs.groups.setdefault(group, set()).update((subject, clip) for clip in about["clips"])
     return runs
 
@@ -169,33 +170,20 @@ def _metrics_files(name: str, data: str) -> list[Path]:
 
 
 def read_metrics(file: Path) -> dict:
-    """metrics.json, checked; "groups" is empty in older ones. Raises ValueError naming the file."""
-    with advising("python evaluate.py makes it anew"):
-        result = _check(read_json(file), str(file))
-        check_keys(check_keys(result, file, {"provenance": dict})["provenance"], file, {"size": str})
-        if result.get("memory"):
-            memory = check_keys(result, file, {"memory": dict})["memory"]
-            result["memory"] = _check(memory, f"{file}, memory")
-    return result
-
-
-def _check(result: dict, file: str) -> dict:
-    """What was measured of some videos: of the set, of groups and of each clip."""
-
-    def check(values: object, place: str, keys: dict) -> None:
-        if not isinstance(values, dict):
-            raise damaged(file, values, f"an object in its {place}")
-        check_keys(values, f"{file}, {place}", keys)
-
-    optional = (float, type(None))
-    result = check_keys({"groups": {}} | result, file, {"metrics": dict, "groups": dict, "clips": list})
-    for name in result["metrics"].keys() & set(NAMES):
-        check(result["metrics"][name], name, {"mean": optional})
-    for name, group in result["groups"].items():
-        check(group, f"groups, {name}", {"clips": list})
-        if not all(isinstance(clip, str) for clip in group["clips"]):
-            raise damaged(file, group["clips"], "names of clips")
-    for row in result["clips"]:
-        check(row, "clips", {"clip": str})
-        check(row, "clips", {name: optional for name in NAMES if name in row})
+    """metrics.json; "groups" is empty in older ones. Summing it up finds what is damaged: raises ValueError
+    naming the file."""
+    with reading(file, "what evaluate.py writes", "python evaluate.py makes it anew"):
+        kinds = {"metrics": dict, "groups": dict, "clips": list, "provenance": dict}
+        result = check_keys({"groups": {}} | read_json(file), file, kinds)
+        json.dumps(result, allow_nan=False)  # every number is finite
+        runs = joined(str(file), [result])
+        check_alike([runs])
+        for part in filter(None, (runs, runs.memory())):
+            keys = part.shared()
+            part.blocks(keys)
+            for metric in NAMES:
+                part.summary(metric)
+                part.values(metric, keys)
+            if not set().union(*part.groups.values()) <= part.rows.keys():
+                raise ValueError("groups of other clips")
     return result

@@ -1,4 +1,4 @@
-"""Values -> means, intervals, controls: metrics.json, metrics.csv, a table beside the paper's, pictures."""
+"""Values -> means, intervals, controls: metrics.json, a table beside the paper's, pictures."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -22,14 +22,13 @@ from metrics.score import (
 )
 from metrics.table import BLOCKS, METRICS, NAMES, Judging, asked
 from prepare.facts import DATASETS
-from support.files import write_json, written_whole
+from support.files import write_json
 from support.pictures import contact_sheet, grid_gif, spread
 from support.runs import FolderLock
 from support.training import start
 
 MEMORY = "best memory, played"  # a set beside a reconstruction's: the stimulus of each clip's top-1 memory
 QUOTED = Path(__file__).with_name("quoted.csv")  # Tables 1 and 2 of the paper
-COLUMNS = ("method", "metric", "mean", "std", "ci95", "chance", "shuffled", "n", "weights", "reason")
 
 
 class Evaluation(NamedTuple):
@@ -123,7 +122,7 @@ def _entry(name: str, scored: list[dict], blocks: np.ndarray, run: Evaluation) -
 
 
 def report(run: Evaluation) -> str:
-    """Writes metrics.csv, the pictures and, last, metrics.json of each method: with it an evaluation is
+    """Writes the pictures and, last, metrics.json of each method: with it an evaluation is
     whole. Returns the text to print."""
     known, names, config = known_values(run.out), asked(run.config), run.config
     common = _common_clips(run, known)
@@ -135,26 +134,17 @@ def report(run: Evaluation) -> str:
     reasons: dict[str, list[str]] = {}
     rows: list[Row] = []
     control = "another stimulus" if config.pairs else "shuffled"  # --pairs knows no scenes
-    entries = {method: result["metrics"] for method, result in results.items()}  # of metrics.csv
     memory = results.get(MEMORY)
     for method, result in results.items():
         if result is not memory:
             if memory:
                 result["memory"] = {key: memory[key] for key in ("metrics", "groups", "clips")}
                 result["less_memory"] = less(result, memory)
-                of_set = result["less_memory"]["metrics"]
-                entries[f"{method} less memory"] = {name: of_set[name] for name in names}
             rows += _rows(method, result, names, control)
         for name in names:
             if reason := result["metrics"][name].get("reason"):
                 reasons.setdefault(f"{method}: {reason}", []).append(name)
     rows.append(("chance", {name: number(METRICS[name].chance) for name in names}))
-    with written_whole(run.out / "metrics.csv") as part, part.open("w", -1, "utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for method, metrics in entries.items():
-            for name, entry in metrics.items():
-                writer.writerow({"method": method, "metric": name, **entry})
     size = "the stimuli's size" if config.size == "native" else f"{config.size} x {config.size}"
     blocks = blocks_of([pair.name for pair in next(iter(run.sets.values()))], run.provenance.get("data", ""))
     text = run.seen + f"\nSSIM, PSNR and EPE at {size} and common frame times; {remark(blocks)}"
@@ -169,7 +159,7 @@ def report(run: Evaluation) -> str:
             write_json((run.out / method if config.pairs else run.out) / "metrics.json", result)
     files = "gt, recon, memory, retrieved.jsonl, metrics.json, ..."
     if config.pairs:
-        files = "METHOD/metrics.json, metrics.csv, sheet.png, grid.gif, ranked.png"
+        files = "METHOD/metrics.json, sheet.png, grid.gif, ranked.png"
     return f"{text}\n\nwritten: {run.out}/ ({files})"
 
 

@@ -3,10 +3,14 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import threading
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import pytest
@@ -95,6 +99,48 @@ def write(job: ablations.Job) -> None:
     (job.folder / "lora" / "x.safetensors").touch()
 
 
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+told = []
+signal.signal(signal.SIGTERM, lambda *of: told.append(1))
+me = Path(sys.argv[1])
+if me.name == "bad":
+    sys.exit("this went wrong")
+me.with_name("ready").write_text("")
+end = time.time() + 20
+while not told and time.time() < end:
+    time.sleep(0.01)
+time.sleep(0.3)  # it saves
+me.write_text(f"{len(told)} {os.getsid(0) == os.getpid()}")
+"""
+
+
+@pytest.mark.parametrize("names", [("bad", "later"), ("good", "later")])
+def test_the_one_under_way_is_told_once_and_saves(names, tmp_path, monkeypatch):
+    """After Ctrl-C; then, and when one fails, no more begin."""
+    monkeypatch.setattr(ablations, "REPO", tmp_path)
+    (tmp_path / "train_stage1.py").write_text(PROGRAM)
+    folders = [tmp_path / f"{name}-s0" / "stage1" for name in names]
+    script = ablations.SCRIPTS["stage1"]
+    jobs = [ablations.Job(script, [f"{folder.parent}"[:-3]], folder, None) for folder in folders]
+
+    def press_ctrl_c() -> None:
+        while not (tmp_path / "ready").exists():
+            sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if names[0] == "good":
+        threading.Thread(target=press_ctrl_c).start()
+    with pytest.raises((KeyboardInterrupt, ValueError)) as stopped:
+        ablations.run(jobs, tmp_path / "logs")
+    assert [file.name for file in (tmp_path / "logs").iterdir()] == [f"{names[0]}-s0-stage1.log"]
+    if names[0] == "good":
+        assert (tmp_path / "good").read_text() == "1 True"
+    else:
+        assert "bad ended with status 1: this went wrong" in str(stopped.value)
+
+
 @pytest.fixture(scope="module")
 def table_4(tmp_path_factory) -> tuple[dict, str]:
     """docs/results/*.json of a study of two seeds, and the table that is printed."""
@@ -157,9 +203,33 @@ def test_the_page_keeps_the_words_around_its_tables(table_4, tmp_path):
     assert "\nold\n" not in text and "| all four, never shown |" in text and source in text
     result["rows"][0]["metrics"]["video_50way"] = {"mean": "0.5"}
     (results / "table4-cc2017-sub1.json").write_text(json.dumps(result))
-    with pytest.raises(ValueError, match="row 1, video_50way: found mean = '0.5'.*makes it anew"):
+    with pytest.raises(ValueError, match="table4-cc2017-sub1.json: found .*makes it anew"):
         ablation_tables.write_page(page, results)
     assert page.read_text() == text
+
+
+DAMAGE = [  # a path in a result, and what stands there
+    ("rows", [1, 2]),
+    ("rows 0 metrics video_50way mean", "0.5"),
+    ("rows 0 metrics video_50way mean", float("nan")),
+    ("rows 1 metrics video_50way ci95", [0.1]),
+    ("rows 1 quoted", ["0.824"]),
+    ("shuffled metrics video_50way std", "x"),
+]
+
+
+@pytest.mark.parametrize("path, value", DAMAGE)
+def test_a_damaged_result_does_not_enter_the_page(table_4, tmp_path, path, value):
+    result = json.loads(json.dumps(table_4[0]))
+    *parents, last = [int(key) if key.isdecimal() else key for key in path.split()]
+    entry = result
+    for key in parents:
+        entry = entry[key]
+    entry[last] = value
+    (tmp_path / "table4.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="table4.json: found .*: python extras/ablations.py makes it anew"):
+        ablation_tables.write_page(tmp_path / "page.md", tmp_path)
+    assert not (tmp_path / "page.md").exists()
 
 
 def test_the_page_is_what_the_results_make(tmp_path, monkeypatch):

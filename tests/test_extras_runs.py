@@ -28,7 +28,8 @@ def test_clips_are_chosen_of_those_reconstructed_half_of_each_group(tmp_path):
     assert runs.choose_clips(tmp_path, None, 3) == middles
     seen, new = "shown in training", "never shown"
     groups = {seen: ["0001", "0002", "0007", "mean"], new: ["0004", "0005", "0011"]}
-    metrics = {"metrics": {}, "clips": [], "provenance": {"size": "native"}}
+    rows = [{"clip": clip} for clips in groups.values() for clip in clips]
+    metrics = {"metrics": {}, "clips": rows, "provenance": {"size": "native"}}
     metrics["groups"] = {name: {"clips": clips} for name, clips in groups.items()}
     (tmp_path / "eval" / "metrics.json").write_text(json.dumps(metrics))
     assert list(runs.choose_clips(tmp_path, None, 2).items()) == [(2, seen), (5, new)]

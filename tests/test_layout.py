@@ -71,9 +71,7 @@ def test_there_is_no_circle():
 
 def test_files_and_the_functions_of_the_paper_fit_in_sight():
     for file, (name, tree) in zip(FILES, TREES.items(), strict=True):
-        assert len(file.read_text().splitlines()) <= LINES.get(
-            name, 457 if name == "extras.ablations" else 430
-        ), name
+        assert len(file.read_text().splitlines()) <= LINES.get(name, 430), name
         for node in ast.walk(tree) if name in LINES else ():
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 60, node.name
 

@@ -566,10 +566,6 @@ def test_what_is_reported_of_values(three):
     table = {tuple(re.split(r"\s{2,}", line.strip())) for line in text.split("\n")}
     assert {("ours, 3 clips: mean ±", "-", "0.500±0.05", "-", "-"), ("chance", "-", "0.058", "-", "-"), ("shuffled", "-", "0.100", "-", "-"),
             ("old, 2 clips", "-", "0.300", "-", "-")} <= table  # fmt: skip
-    lines = (out / "metrics.csv").read_text().splitlines()
-    assert lines[0] == "method,metric,mean,std,ci95,chance,shuffled,n,weights,reason"
-    (line,) = (line for line in lines if line.startswith("ours,psnr,13.0,2.16"))
-    assert line.split(",")[4:8] == ["", "", "7.0", "3"]
 
 
 def test_side_by_side_videos_are_cut(three):
@@ -848,7 +844,7 @@ def test_runs_that_cannot_be_compared(four_runs, tmp_path):
         ("full/eval-shuffled", "no metrics.json there, nor in runs/cc2017/sub.*/full-s.*/eval-shuffled/"),
         ("native", "--size 256 .* and --size native"),
         ("frames", "--classifier-frames 16, and .* --classifier-frames own"),
-        ("played2", "metrics.json, memory: found clips = '3'"),
+        ("played2", "metrics.json: found .*, wanted what evaluate.py writes"),
         ("no-mom --subject 3 --seed 1", "full --subject 3 --seed 1: none of its 4 runs is of these"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
