@@ -252,7 +252,7 @@ def test_the_real_scripts_make_a_table(tiny_copy, capsys, monkeypatch):
     shutil.rmtree("runs")
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-    words = ["--table", "6", "--data", "cc2017", "--seeds", "0", "--jobs", "2"]
+    words = ["--table", "6", "--data", "cc2017", "--seeds", "0"]
     words += ["--stage1", STAGE1_WORDS, "--stage2", STAGE2_WORDS, "--evaluate", EVALUATE_WORDS]
     ablations.main(words)
     result = json.loads(Path("docs/results/table6-cc2017-sub1.json").read_text())
