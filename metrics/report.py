@@ -228,7 +228,7 @@ def table(rows: list[Row], data: str) -> str:
         if filled and filled[0] not in quoted:
             lines.append("")
             for label, cells in [("", titles), *filled]:
-                lines.append(f"{label:<40}" + "".join(f"{cells.get(name) or '-':>17}" for name in titles))
+                lines.append(f"{label:<48}" + "".join(f"{cells.get(name) or '-':>17}" for name in titles))
     return "\n".join(lines)
 
 
