@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from data import TIMES, Batch, Clips, noise_generator
+from data import TIMES, Batch, Clips
 from evaluate import CineNeuron
 from heads import stage1_loss
 from mixture_of_memories import Recalled
@@ -165,13 +165,9 @@ def sample(model: CineNeuron, config: Config, accelerator: Accelerator, clips: C
     shares = np.array_split(np.arange(len(places)), accelerator.num_processes)
     share = torch.from_numpy(shares[accelerator.process_index])  # neighbours: gathered, all stand in order
     for part in share.split(config.micro_batch) if len(share) else ():
-        _, recalled = model(x[part].to(accelerator.device))
-        generators = [noise_generator(config.seed, i) for i in part.tolist()]
-        videos = model.decoder.generate(
-            recalled.f_fuse, model.empty, model.size, generators, config.sampling_steps, config.guidance
-        )
+        videos = model.reconstruct(x[part], [(config.seed, i) for i in part.tolist()])
         stimuli = model.decoder.decode_latents(torch.from_numpy(clips.latents[shown[part.numpy()]]))
-        rows += [[*pair] for pair in zip(stimuli.numpy(), videos.numpy(), strict=True)]  # (F, H, W, 3) each
+        rows += [[*pair] for pair in zip(stimuli.numpy(), videos, strict=True)]  # (F, H, W, 3) each
     rows = gather_object(rows) if accelerator.num_processes > 1 else rows
     labels = [[clips.lines[clip]["caption"], ""] for clip in shown]
     if accelerator.is_main_process:
