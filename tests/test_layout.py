@@ -11,12 +11,8 @@ LINES = dict(brain_model=140, heads=140, mixture_of_memories=205, video_decoder=
 LINES |= dict(train_stage1=200, train_stage2=276, evaluate=297)
 ROOMS = ["support", "prepare", "metrics", "toy", "extras"]
 METHOD = ["brain_model", "heads", "mixture_of_memories", "video_decoder"]
-FLOORS = dict.fromkeys([*METHOD, "support"], 0) | {
-    "prepare.facts": 1,
-    "prepare.release": 1,
-    "prepare.copies": 2,
-    "toy.share": 6,
-}
+FLOORS = dict.fromkeys([*METHOD, "support"], 0)
+FLOORS |= {"prepare.facts": 1, "prepare.release": 1, "prepare.copies": 2}
 FLOORS |= dict(prepare=3, data=3, metrics=4, evaluate=5, toy=5, train_stage1=6, train_stage2=6, extras=7)
 # what makes data is imported where it is asked for, and what stage 2 starts from where there is none: the only
 # arrows up, and all that leads to the toy world
