@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -40,15 +39,12 @@ def read_edits(file: Path, only: str) -> list[tuple[str, str, str]]:
 
 
 def tests_for(name: str) -> list[str]:
-    """Every test file: that of the file's own name first, then those that import it, then the others."""
-    module = name.removesuffix(".py").replace("/", ".")
-    imported = re.compile(
-        rf"\b(from|import) {re.escape(module)}\b|from {re.escape(module).rpartition('.')[0]} import"
-    )
+    """Every test file: that of the file's own name first, then those that name it, then the others."""
+    stem = Path(name).stem
 
-    def rank(test: Path) -> tuple[int, str]:
-        own = test.stem == f"test_{Path(name).stem}"
-        return (0 if own else 1 if imported.search(test.read_text(encoding="utf-8")) else 2), test.name
+    def rank(test: Path) -> tuple[bool, bool, str]:
+        named = re.search(rf"\b{stem}\b", test.read_text(encoding="utf-8"))
+        return test.stem != f"test_{stem}", named is None, test.name
 
     return [f"tests/{test.name}" for test in sorted((REPO / "tests").glob("test_*.py"), key=rank)]
 
@@ -72,27 +68,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--edits", type=Path, default=REPO / "tests" / "mutants.txt")
     parser.add_argument("--only", default="", help="lines that hold this text")
     parser.add_argument("--processes", type=int, default=1)
     config = parser.parse_args()
-    edits = read_edits(config.edits, config.only)
+    edits, survivors = read_edits(REPO / "tests" / "mutants.txt", config.only), []
     checkouts: Queue[Path] = Queue()
-    survivors = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(config.processes) as pool:
         for k in range(config.processes):
             checkouts.put(shutil.copytree(REPO, Path(folder) / str(k), ignore=IGNORED))
 
         def run(edit: tuple[str, str, str]) -> None:
-            checkout, start = checkouts.get(), time.monotonic()
+            checkout, (name, before, after) = checkouts.get(), edit
             noticed = try_edit(checkout, edit)
             checkouts.put(checkout)
             if noticed is None:
                 survivors.append(edit)
-            print(
-                f"{noticed or 'SURVIVED'} ({time.monotonic() - start:.0f} s)  {edit[0]}: {edit[1]!r} ==> {edit[2]!r}",
-                flush=True,
-            )
+            print(f"{noticed or 'SURVIVED'}  {name}: {before!r} ==> {after!r}", flush=True)
 
         list(pool.map(run, edits))
     print(f"{len(edits) - len(survivors)} of {len(edits)} noticed")
