@@ -17,17 +17,15 @@ from diffusers import WanPipeline
 from PIL import Image, ImageSequence
 from safetensors.torch import load_file
 from test_train_stage1 import assert_batch_is_of_its_clips, log, signalled
-from tiny import D_TXT, LATENT, SIZE, STAGE1_CONFIG, WIDTH, D, L, away_from_zero, write_stage1
+from tiny import D_TXT, LATENT, SIZE, STAGE1_CONFIG, D, L, new_stage2, write_stage1
 from torch import Tensor
 from torch.nn.functional import normalize
 from watch import STAGE2, watch
 
 import train_stage2
-from brain_model import BrainModel
 from data import Clips, memories, noise_generator
 from evaluate import CineNeuron
 from heads import Stage1Heads, stage1_loss
-from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories, TopTextMemory
 from support.options import without
 from support.pipelines import load_pipeline
 from support.training import compile_blocks
@@ -81,22 +79,6 @@ def load_decoder(folder: Path, **parts: bool) -> VideoDecoder:
     return VideoDecoder(pipe, text_length, config, lora_rank=4, lora_alpha=8)
 
 
-def make_model(tiny: Path, clips: Clips, mom=None, model: str = "wan") -> CineNeuron:
-    """Stage 1 of the tiny world with a LoRA and zero-convolutions that are away from zero."""
-    torch.manual_seed(2)
-    stage1 = tiny / RUNS / "full-s0" / "stage1"
-    brain_model = BrainModel.from_pretrained(stage1 / "brain_model")
-    heads = Stage1Heads.from_pretrained(stage1 / "heads")
-    decoder = load_decoder(tiny / "models" / model, transformer=True)
-    mom = mom or MixtureOfMemories(L, WIDTH, D, D_TXT, 5, 4)
-    pool, empty = MemoryPool(*memories(clips, heads.phi_v)), torch.from_numpy(np.array(clips.empty))
-    settings = dict(zip(("frames", "height", "width"), SIZE, strict=True), checkpointing=False)
-    settings["stage1_config"] = STAGE1_CONFIG
-    model = CineNeuron(settings, brain_model, heads, mom, pool, decoder, empty, lines=[], voxels={})
-    away_from_zero(model, 0.2)
-    return model
-
-
 def gradients(model: CineNeuron) -> dict[str, Tensor]:
     """By name; they are None afterwards."""
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -141,8 +123,7 @@ def test_the_empty_prompt_is_the_decoders_own(tiny, model):
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox"])
 def test_the_one_step_form_is_the_plain_backward_however_the_clips_are_split(tiny, family):
-    clips = clips_of(tiny, family)
-    model = make_model(tiny, clips, model=family)
+    clips, model = clips_of(tiny, family), new_stage2(tiny, decoder=family)
     loss, plain = plain_step(model, clips)
     assert {name.split(".")[0] for name in plain} == {"brain_model", "mom", "decoder"}  # the heads are frozen
     assert all("lora_" in name for name in plain if name.startswith("decoder"))
@@ -157,14 +138,14 @@ def test_the_one_step_form_is_the_plain_backward_however_the_clips_are_split(tin
     torch.testing.assert_close(logged["loss"], total(logged))
 
 
-@pytest.mark.parametrize("mom", [TopTextMemory(L), DirectProjection(WIDTH, D_TXT)], ids=ABLATIONS)
-def test_an_ablations_step_is_the_plain_backward_too(tiny, clips, mom):
-    model = make_model(tiny, clips, mom=mom)
+@pytest.mark.parametrize("part", ["mom", "integration"])
+def test_an_ablations_step_is_the_plain_backward_too(tiny, clips, part):
+    model = new_stage2(tiny, **{part: False})
     loss, plain = plain_step(model, clips)
     logged, grads = one_step(model, clips, 2)
     assert_gradients(grads, plain)
     torch.testing.assert_close(logged["loss"], loss)
-    if isinstance(mom, DirectProjection):
+    if part == "integration":
         assert not logged.keys() & {"w_txt", "z_f/z_t"}
         assert grads["mom.project.weight"].abs().max() > 0
         return
@@ -179,7 +160,7 @@ def test_an_ablations_step_is_the_plain_backward_too(tiny, clips, mom):
 def test_the_mean_over_processes_is_the_step_of_one(tiny, clips):
     """Eq. 9, its share of f.grad and the logged loss, of two processes one after the other. Eq. 3 is left
     out: its processes must meet (test_heads.py)."""
-    model = make_model(tiny, clips)
+    model = new_stage2(tiny)
     model.tau, model.lambda_1, model.lambda_2 = 1e6, 0.0, 0.0
     logged, grads = one_step(model, clips, 4)
     (first, a), (second, b) = (one_step(model, clips, 3, clips.batch(STEP, rank, 2)) for rank in (0, 1))
@@ -188,7 +169,7 @@ def test_the_mean_over_processes_is_the_step_of_one(tiny, clips):
 
 
 def test_the_log_tells_the_router_and_what_the_fmri_adds(tiny, clips):
-    model, batch = make_model(tiny, clips), clips.batch(STEP)
+    model, batch = new_stage2(tiny), clips.batch(STEP)
     _, recalled = train_step(model, batch, Config(micro_batch=4, precision="fp32"))
     logged = measures(model, recalled)
     W_r = [logged[name].item() for name in ("w_txt", "w_img", "w_act")]
@@ -333,9 +314,10 @@ def test_cogvideox_with_a_segment_held_out(world, capsys):
     assert CineNeuron.from_pretrained(stage2("held")).pool.e.shape == (30, 3, D)
 
 
-@pytest.mark.parametrize("ablation", ["", "--no-mom", "--no-integration"])
+@pytest.mark.parametrize("ablation", ["", *ABLATIONS])
 def test_each_part_learns_at_the_rate_that_is_asked_for(world, ablation):
-    words = f"{ablation} --lr 1e-5 --lr_lora 1e-2".split() + ["--lr_fusion=1e-3"] * (ablation != "--no-mom")
+    words = [*([f"--{ablation}"] if ablation else []), *"--lr 1e-5 --lr_lora 1e-2".split()]
+    words += ["--lr_fusion=1e-3"] * (ablation != "no-mom")
     run = watch(train_stage2, [*without(STAGE2, train_stage2.UNUSED if ablation else ()), *words], stop=1)
     (model,), groups = run.models, run.optimiser.param_groups
     rate = {p: group["max_lr"] for group in groups for p in group["params"]}
@@ -344,10 +326,9 @@ def test_each_part_learns_at_the_rate_that_is_asked_for(world, ablation):
     assert {rate.pop(p) for p in model.decoder.parameters() if p.requires_grad} == {1e-2}
     of_mom = {name: rate.pop(p) for name, p in model.mom.named_parameters()}
     assert not rate
-    router = {lr for name, lr in of_mom.items() if name.startswith("router.")}
-    fusion = {lr for name, lr in of_mom.items() if not name.startswith("router.")}
-    wanted = {"": ({1e-5}, {1e-3}), "--no-mom": (set(), set()), "--no-integration": (set(), {1e-3})}
-    assert (router, fusion) == wanted[ablation]
+    wanted = {"": {1e-5, 1e-3}, "no-mom": set(), "no-integration": {1e-3}}
+    assert {*of_mom.values()} == wanted[ablation]
+    assert all((lr == 1e-5) == name.startswith("router.") for name, lr in of_mom.items())
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
@@ -478,8 +459,8 @@ def test_compiled_blocks_have_the_same_gradients(tiny, clips):
     """--compile, with what the blocks of Brain Model and DiT recompute."""
     if shutil.which("g++") is None:
         pytest.skip("no compiler")
-    logged, grads = one_step(make_model(tiny, clips), clips, 2)
-    model = make_model(tiny, clips)
+    logged, grads = one_step(new_stage2(tiny), clips, 2)
+    model = new_stage2(tiny)
     model.brain_model.gradient_checkpointing = True
     model.decoder.transformer.enable_gradient_checkpointing(recompute)
     compile_blocks(model.brain_model.blocks, model.decoder.transformer)

@@ -88,7 +88,7 @@ def test_only_the_parts_asked_for_are_loaded_in_the_dtype_that_the_family_wants(
     assert pipe.transformer is None and pipe.text_encoder.dtype == torch.bfloat16
     assert pipe.vae.dtype == (torch.float32 if family == "wan" else torch.bfloat16)
     assert not (pipe.vae.use_tiling or pipe.vae.use_slicing)
-    assert decoder.to("meta") is decoder  # shows what a GPU would
+    decoder.to("meta")  # shows what a GPU would
     assert pipe.vae.device.type == pipe.text_encoder.device.type == "meta"
     wide = shutil.copytree(folder, tmp_path / "wide")  # a text encoder of T5-XXL's width is in bf16 anywhere
     setting(**{"text_dim" if family == "wan" else "text_embed_dim": 4096})(wide / "transformer/config.json")
@@ -109,11 +109,10 @@ def test_lora_is_on_every_attention_projection_and_starts_as_nothing(folder, fam
     assert projections == {"to_q", "to_k", "to_v", "to_out.0"}
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert decoder.transformer.dtype == torch.bfloat16
-    assert not any(p.requires_grad for p in load(folder, rank=0).parameters())
-    pipe, text_length, config = load_pipeline(folder, transformer=True)
-    plain = VideoDecoder(pipe, text_length, config, lora_rank=0).diffusion_loss(*batch)
-    decoder = VideoDecoder(load_pipeline(folder, transformer=True)[0], text_length, config)
-    assert torch.equal(decoder.diffusion_loss(*batch), plain)
+    plain = load(folder, rank=0)
+    assert not any(p.requires_grad for p in plain.parameters())
+    decoder = VideoDecoder(*load_pipeline(folder, transformer=True))
+    assert torch.equal(decoder.diffusion_loss(*batch), plain.diffusion_loss(*batch))
     blocks = "blocks" if decoder.is_wan else "transformer_blocks"
     module = load(folder).transformer.get_submodule(f"{blocks}.1.attn1.to_q")
     A, B = module.lora_A.default.weight, module.lora_B.default.weight
@@ -135,8 +134,9 @@ REFUSED = [  # file, change, error
 def test_another_pipeline_is_refused(folder, tmp_path, file, change, fault):
     copy = shutil.copytree(folder, tmp_path / "decoder")
     setting(**change)(copy / file)
-    wanted = "wanted a WanPipeline with one transformer or a CogVideoXPipeline 1.0"
-    with pytest.raises(ValueError, match=f"{copy}: found {fault}, {wanted}"):
+    with pytest.raises(
+        ValueError, match=f"{copy}: found {fault}, wanted a WanPipeline with one transformer or"
+    ):
         load_pipeline(copy)
 
 
@@ -147,7 +147,6 @@ DAMAGED = [  # file, damage, what is found
     (f"transformer/{WEIGHTS}", NAN, "no finite .*"),
     (f"vae/{WEIGHTS}", NAN, "no finite .*"),
     ("text_encoder/model.safetensors", NAN, "no finite .*"),
-    ("model_index.json", raw("{"), ".*"),
     ("tokenizer/tokenizer.json", raw("{"), ".*"),
 ]
 
@@ -156,9 +155,8 @@ DAMAGED = [  # file, damage, what is found
 def test_a_damaged_pipeline_is_one_error_that_names_its_folder(folder, tmp_path, file, damage, found):
     copy = shutil.copytree(folder, tmp_path / "decoder")
     damage(copy / file)
-    with pytest.raises(ValueError, match=f"^{copy}: found {found}, wanted a .*: download it again") as error:
+    with pytest.raises(ValueError, match=f"^{copy}: found {found}, wanted a .*: download it again"):
         load_pipeline(copy, transformer=True, vae=True, text_encoder=True)
-    assert len(str(error.value).splitlines()) == 1
 
 
 def test_the_last_row_of_a_long_matrix_is_read_too():
@@ -203,9 +201,8 @@ def test_cogvideox_loss_is_the_weighted_error_of_the_clean_latents(tiny, batch):
         t, text = torch.tensor([int(1000 * u[i])]), f_fuse[i : i + 1]
         a = plain.scheduler.alphas_cumprod[t].float()
         y_t = (a.sqrt() * y[i] + (1 - a).sqrt() * noise[i]).transpose(0, 1)
-        prediction = decoder.transformer(
-            y_t[None], timestep=t, encoder_hidden_states=text, image_rotary_emb=rotary
-        )
+        given = dict(timestep=t, encoder_hidden_states=text, image_rotary_emb=rotary)
+        prediction = decoder.transformer(y_t[None], **given)
         y_hat = (a.sqrt() * y_t - (1 - a).sqrt() * prediction.sample[0]).transpose(0, 1)
         expected.append((y_hat - y[i]).square().mean() / (1 - a[0]))
     torch.testing.assert_close(decoder.diffusion_loss(*batch), torch.stack(expected), rtol=1e-3, atol=1e-4)
@@ -220,9 +217,7 @@ def test_cogvideox_loss_is_the_weighted_error_of_the_clean_latents(tiny, batch):
 def test_other_predictions_of_cogvideox_are_compared_with_what_they_predict(tiny, batch, kind, monkeypatch):
     decoder, (y, _, noise, _) = load(tiny / "models" / "cogvideox"), batch
     decoder.scheduler.register_to_config(prediction_type=kind)
-    answer = (
-        {"epsilon": noise, "sample": y}[kind].transpose(1, 2).clone()
-    )  # as the DiT sees it: (B, f, C, h, w)
+    answer = {"epsilon": noise, "sample": y}[kind].transpose(1, 2).clone()  # (B, f, C, h, w)
     answer[0] += 1  # an error of one everywhere costs one
     monkeypatch.setattr(decoder.transformer, "forward", lambda *args, **kwargs: (answer,))
     wanted = torch.tensor([1.0, 0, 0, 0])
@@ -331,21 +326,17 @@ def test_sizes_of_latents_or_the_reason_why_a_size_does_not_fit(folder, family):
     decoder = load(folder, transformer=False, vae=True)
     assert latent_shape(decoder, *SIZE) == LATENT and latent_shape(decoder, 17, 32, 64) == (4, 5, 4, 8)
     sizes = [(8, 32, 48), (9, 40, 48), (9, 32, 40), (11, 32, 48)]
+    cases = [(size, (1, 2, 2), f"{folder}: a video of {size[0]} frames") for size in sizes]
     if family == "wan":  # its VAE takes 4k+1 frames, CogVideoX's 8k+1
         assert latent_shape(decoder, 13, 32, 48) == (4, 4, 4, 6)
+        cases.append(((9, 48, 32), (1, 2, 3), "a multiple of 16 and a width of 24"))
+        cases.append((SIZE, (2, 2, 3), r"a multiple of 2 latent frames \(now 3\)"))
     else:
-        sizes.append((13, 32, 48))
-    for size in sizes:
-        wanted = f"{folder}: a video of {size[0]} frames, {size[1]}x{size[2]}, does not fit: wanted [48]k"
+        cases.append(((13, 32, 48), 2, "13 frames, 32x48, does not fit: wanted 8k"))
+    for size, patch, wanted in cases:
+        decoder.config = decoder.config | ({"patch_size": patch} if family == "wan" else {})
         with pytest.raises(ValueError, match=wanted):
             latent_shape(decoder, *size)
-    if family == "wan":
-        patches = {(1, 2, 3): (9, 48, 32, "a multiple of 16 and a width of 24")}
-        patches[2, 2, 3] = (*SIZE, r"a multiple of 2 latent frames \(now 3\)")
-        for patch, (*size, wanted) in patches.items():
-            decoder.config = decoder.config | {"patch_size": patch}
-            with pytest.raises(ValueError, match=wanted):
-                latent_shape(decoder, *size)
 
 
 @pytest.mark.parametrize("latents, empty", [
@@ -392,9 +383,6 @@ def test_lora_loads_back_and_another_models_is_refused(folder, batch, tmp_path):
     save_file({name: x[:1].contiguous() for name, x in load_file(file).items()}, file, metadata)
     found = rf"{LORA_FILE}: found \S*lora_A.weight \(1, .*, wanted \(4, .*: load it into the decoder"
     with pytest.raises(ValueError, match=found):
-        load_lora(fresh, tmp_path)
-    file.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{LORA_FILE} is not there: load it into the decoder"):
         load_lora(fresh, tmp_path)
     assert all(map(torch.equal, values, fresh.parameters()))
 

@@ -207,19 +207,23 @@ def write_stage1(
     return folder
 
 
-def write_stage2(root: Path, run: str = "full-s0", stage1: str = "full-s0", **changes) -> Path:
-    """A finished stage 2 on top of a finished stage 1, its LoRA and zero-convolutions away from zero."""
-    runs, decoder = root / "runs" / "cc2017" / "sub1", str(root / "models" / "wan")
-    settings = SETTINGS | {"decoder": decoder} | changes
-    train = Clips("cc2017", 1, "train", None, decoder, SIZE, root / "data")
+def new_stage2(root: Path, stage1: str = "full-s0", decoder: str = "wan", **changes) -> CineNeuron:
+    """A stage 2 on top of a finished stage 1, its LoRA and zero-convolutions away from zero."""
+    settings = SETTINGS | {"decoder": str(root / "models" / decoder)} | changes
+    train = Clips("cc2017", 1, "train", None, settings["decoder"], SIZE, root / "data")
     torch.manual_seed(0)
-    model = CineNeuron.from_stage1(runs / stage1 / "stage1", settings, train)
+    model = CineNeuron.from_stage1(root / "runs/cc2017/sub1" / stage1 / "stage1", settings, train)
     away_from_zero(model)
-    folder = runs / run / "stage2"
+    return model
+
+
+def write_stage2(root: Path, run: str = "full-s0", stage1: str = "full-s0", **changes) -> Path:
+    """A finished one."""
+    model, folder = new_stage2(root, stage1, **changes), root / "runs/cc2017/sub1" / run / "stage2"
     for name, write in shared.writers(model).items():
         write(folder / name)
     shared.write_memories(folder, model)
-    write_json(folder / "config.json", settings)
+    write_json(folder / "config.json", model.settings)
     return folder
 
 
