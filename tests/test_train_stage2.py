@@ -369,7 +369,6 @@ MISFITS = {
     "--run tokens": r"10 tokens, wanted the decoder's 12: train_stage1.py --tokens 12",
     "--run unfinished": rf"'step': 3.*wanted .*'step': 9.*finished run: {AGAIN} unfinished",
     "--K 31 --run many --stage1 full": r"--K 31: a clip may retrieve \d+ of 45 memories: a lower --K",
-    "--lr_lora 1e-4": r"lr_lora 0.001 \(now 0.0001\)",
     "--guidance 7": r"guidance 5.0 \(now 7.0\)",
     "--no-mom --no-integration": "two ablations",
     "--no-mom --run a": "--attention_heads with --no-mom, which does not use it: wanted one of the two",
@@ -377,33 +376,18 @@ MISFITS = {
 }
 
 
-@pytest.fixture(scope="module")
-def misfits(tiny, tmp_path_factory) -> Path:
-    """Runs of stage 1 that do not fit, and one of both stages."""
-    root = tmp_path_factory.mktemp("misfits")
-    for name in ("data", "models"):
-        (root / name).symlink_to(tiny / name, target_is_directory=True)
-    runs = {"full": {}, "voxels": {"voxels": 41}, "tokens": {"tokens": 10}, "unfinished": {"step": 3}}
+def test_what_does_not_fit_is_an_error_and_changes_nothing(world, monkeypatch):
+    """Beside runs of stage 1 that do not fit, and one of both stages."""
+    runs = {"voxels": {"voxels": 41}, "tokens": {"tokens": 10}, "unfinished": {"step": 3}}
     for name, changes in runs.items():
-        write_stage1(root, f"{name}-s0", **changes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        watch(train_stage2, [*STAGE2, "--save_every", 1], stop=1)
-    return root
-
-
-@pytest.mark.parametrize("options", MISFITS)
-def test_what_does_not_fit_is_an_error_and_changes_nothing(misfits, monkeypatch, options):
-    monkeypatch.chdir(misfits)
-    before = {path: path.stat().st_mtime for path in Path("runs").rglob("*.*")}
-    with pytest.raises((ValueError, FileNotFoundError), match=MISFITS[options]):
-        train(*options.split())
-    assert {path: path.stat().st_mtime for path in Path("runs").rglob("*.*")} == before
-
-
-def test_a_stage_1_trained_again_and_a_batch_that_processes_cannot_share_are_refused(world, monkeypatch):
+        write_stage1(world, f"{name}-s0", **changes)
     watch(train_stage2, [*STAGE2, "--save_every", 1], stop=2)
-    write_stage1(world, tau=0.21)
+    before = {path: path.stat().st_mtime for path in Path("runs").rglob("*.*")}
+    for options, message in MISFITS.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            train(*options.split())
+    assert {path: path.stat().st_mtime for path in Path("runs").rglob("*.*")} == before
+    write_stage1(world, tau=0.21)  # trained again
     with pytest.raises(ValueError, match="stage1_config"):
         train("--save_every", 1)
     monkeypatch.setattr(train_stage2.training, "start", lambda device: SimpleNamespace(num_processes=3))
