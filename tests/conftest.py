@@ -13,7 +13,7 @@ import diffusers
 import pytest
 import torch
 from mini_releases import stimuli  # noqa: F401  a fixture
-from tiny import tiny, tiny_copy  # noqa: F401  fixtures
+from tiny import linked, tiny, tiny_copy  # noqa: F401  fixtures
 
 diffusers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)

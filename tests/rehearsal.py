@@ -31,7 +31,6 @@ from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import diffusers
 import numpy as np
@@ -153,8 +152,8 @@ def write_weights(folder: Path, small: bool) -> None:
     torch.save(raft_large().state_dict(), folder / RAFT)
 
 
-def write_releases(raw: Path, step: int) -> None:
-    """step: every so manieth visual voxel responds to the films."""
+def write_releases(raw: Path, small: bool) -> None:
+    step = 16 if small else 1  # every so manieth visual voxel responds to the films
     mini_releases.write_purdue(raw / "cc2017", 2, 1, as_unpacked=True, step=step)
     mini_releases.write_neuroclips(raw / "neuroclips", 2, 1, voxels=13_447, size=224)
     mini_releases.write_cinebrain(raw / "cinebrain", train=2, test=1, step=step)
@@ -294,18 +293,13 @@ def write_numbers(numbers: dict) -> None:
 # ---------------------------------------------------------------- the commands
 
 
-class Sizes(NamedTuple):
-    tokens: dict[str, int]  # L of a decoder
-    video: str = ""  # options of its size
-    brain: str = ""  # options of the Brain Model
-    training: str = ""  # options of both stages
-
-
 FEW, LAYERS = "--batch_size 2 --micro_batch 1", "--layers 4"
-PAPER = Sizes({"wan": 512, "cog": 226})
-ON_CPU = Sizes(PAPER.tokens, "--frames 9 --height 64 --width 64", LAYERS, FEW)
-SMALL = Sizes({"wan": 16, "cog": 12}, "--frames 17 --height 64 --width 64", "--width 128 --layers 2")
-SMALL = SMALL._replace(training=f"{FEW} --attention_heads 4")
+SIZES = {  # tokens of the decoders; options of the videos' size, of the Brain Model, of both trainings
+    "paper": ({"wan": 512, "cog": 226}, "", "", ""),
+    "cpu": ({"wan": 512, "cog": 226}, "--frames 9 --height 64 --width 64", LAYERS, FEW),
+    "small": ({"wan": 16, "cog": 12}, "--frames 17 --height 64 --width 64", "--width 128 --layers 2",
+              f"{FEW} --attention_heads 4"),
+}  # fmt: skip
 HEAD = "| command | exit | seconds | RSS, GB | peak / plan, GiB | TFLOP / plan | disk / plan, GB"
 HEAD += " | s a step (TFLOP/s) / plan |\n" + "|---" * 8 + "|"
 FILMS = {"cc2017": "cc2017/10_4231_R71Z42KK/video_fmri_dataset/stimuli", "cinebrain": "cinebrain/videos"}
@@ -314,25 +308,24 @@ FILMS = {"cc2017": "cc2017/10_4231_R71Z42KK/video_fmri_dataset/stimuli", "cinebr
 class Rehearsal:
     """Runs commands in a folder, and keeps a row of each."""
 
-    def __init__(self, folder: Path, device: str, small: bool, sizes: Sizes, judges: str):
-        self.folder, self.device, self.small, self.sizes, self.judges = folder, device, small, sizes, judges
-        self.numbers, self.logs, self.rows, self.faults = folder / "numbers.json", folder / "logs", [], []
-        self.environment = os.environ | {
-            "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO), "REHEARSAL_NUMBERS": str(self.numbers),
-            "TORCH_HOME": str(folder / "weights" / "torch"), **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
-        }  # fmt: skip
+    def __init__(self, folder: Path, sizes: str):
+        self.folder, self.sizes, self.rows, self.faults = folder, sizes, [], []
+        self.numbers = folder / "numbers.json"
+        self.environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO)}
+        self.environment |= {
+            "TORCH_HOME": str(folder / "weights/torch"),
+            "REHEARSAL_NUMBERS": str(self.numbers),
+        }
+        self.environment |= {} if sizes == "paper" else {"CUDA_VISIBLE_DEVICES": ""}
 
     def run(self, script: str, options: str, plan_of: str = "", stage: Path | None = None) -> None:
-        """A command; "" is a row of the plan alone. plan_of: options of extras/plan.py; stage: the folder whose
-        size the plan foretells."""
-        command = " ".join(f"{script or 'extras/plan.py'} {options}".split())
-        log = self.logs / f"{len(self.rows):02d}-{Path(command.split()[0]).stem}.txt"
+        """A command. plan_of: options of extras/plan.py; stage: the folder whose size the plan foretells."""
+        command, start = " ".join(f"{script} {options}".split()), time.perf_counter()
+        log = self.folder / f"{len(self.rows):02d}-{Path(script).stem}.txt"
         self.numbers.unlink(missing_ok=True)
-        self.logs.mkdir(exist_ok=True)
-        argv, start = [sys.executable, __file__, "--inside", *command.split()], time.perf_counter()
+        argv = [sys.executable, __file__, "--inside", *command.split()]
         with open(log, "wb") as out:
-            process = dict(cwd=self.folder, env=self.environment, stdout=out, stderr=out)
-            code = subprocess.call(argv, **process) if script else 0
+            code = subprocess.call(argv, cwd=self.folder, env=self.environment, stdout=out, stderr=out)
         numbers = json.loads(self.numbers.read_text()) if self.numbers.exists() else {}
         if code and (code, script) != (1, "extras/check.py"):  # the films of a miniature repeat: a leak
             self.faults.append(f"{command}: exit status {code}, see {log}")
@@ -349,6 +342,9 @@ class Rehearsal:
         need, on_disk = planned.need, (file for file in Path(stage or "-").rglob("*") if file.name in KEPT)
         disk = need.trained + need.state if stage else sum(planned.disk.values())
         without = need.state - need.trained if command.startswith(DEPTH) else 0  # AdamW's moments
+        alike = {"paper": "GiB TFLOP GB", "cpu": "GiB TFLOP GB", "small": "GB"}[self.sizes].split()
+        if self.sizes == "cpu" and name in ("evaluate", "prepare"):  # fp32, and fewer at once
+            alike.remove("GiB")
         cells = []
         for kind, seen, counted, tolerance, unit in (
             ("GiB", numbers.get("peak"), need.peak - without, MEMORY, 2**30),
@@ -356,73 +352,71 @@ class Rehearsal:
             ("GB", stage and sum(file.stat().st_size for file in on_disk), disk, EXACT, 10**9),
         ):
             cells.append(f"{'-' if seen is None else f'{seen / unit:.3g}'} / {counted / unit:.3g}")
-            otherwise = self.device == "cpu" and name in ("evaluate", "prepare")  # fp32, and fewer at once
-            unlike = self.small and kind != "GB" or otherwise and kind == "GiB"
-            if seen and not unlike and not abs(seen - counted) <= tolerance * counted:
+            if seen and kind in alike and not abs(seen - counted) <= tolerance * counted:
                 self.faults.append(f"{command}: {cells[-1]} {kind} planned, more than {tolerance:.0%} off")
         seconds, counted = numbers.get("seconds"), plan.seconds_of(planned, numbers.get("card", ""))
         cells.append(f"{seconds:.3g} ({need.flop / seconds / 10**12:.3g})" if seconds else "")
         cells[-1] += f" / {counted:.3g}" if counted else ""
         return cells
 
-    def subject(self, data: str, run: str, decoder: str, release: str) -> None:
+    def subject(self, data: str, run: str, decoder: str, release: str, training: str, judges: str) -> None:
         """Preparation, stage 1, stage 2 and evaluation of a subject. release: options of data.py."""
-        sizes, subject = self.sizes, 3 if data == "cinebrain" else 1
-        words = f"--decoder {decoder} {sizes.video} --train-segments 2 --test-segments 1"
+        tokens, video, brain, both = SIZES[self.sizes]
+        subject, rois = (3, "--rois visual,hippocampus,mpfc") if data == "cinebrain" else (1, "")
+        words = f"--decoder {decoder} {video} --train-segments 2 --test-segments 1"
         self.run("data.py", f"{data} --subject {subject} {release} {words}", f"prepare --data {data} {words}")
-        who = f"--data {data} --subject {subject} --run {run}"
-        folder = Path("runs", data, f"sub{subject}", f"{run}-s0")
-        common = f"{who} --precision bf16 {sizes.training}"
-        regions = "--rois visual,hippocampus,mpfc" if data == "cinebrain" else ""
-        words = f"{common} --tokens {sizes.tokens[run]} {sizes.brain} {regions}"
+        who, folder = (
+            f"--data {data} --subject {subject} --run {run}",
+            Path(f"runs/{data}/sub{subject}/{run}-s0"),
+        )
+        common = f"{who} --precision bf16 {both} {training}"
+        words = f"{common} --tokens {tokens[run]} {brain} {rois}"
         self.run("train_stage1.py", words, f"stage1 {words}", folder / "stage1")
-        words = f"{common} --stage1 {run} --decoder {decoder} --sample_every 0 {sizes.video}"
+        words = f"{common} --stage1 {run} --decoder {decoder} --sample_every 0 {video}"
         self.run("train_stage2.py", words, f"stage2 {words}", folder / "stage2")
-        words = f"{who} --clips {STEPS} --steps 2 --stimuli raw/{FILMS[data]} {self.judges}"
+        words = f"{who} --clips {STEPS} --steps 2 --stimuli raw/{FILMS[data]} {judges}"
         self.run("evaluate.py", words, f"evaluate {words}")
         for state in (self.folder / folder).glob("*/state"):
             shutil.rmtree(state)  # of finished stages: three quarters of their disk
 
 
-def options_of(small: bool) -> tuple[str, str, str, str]:
-    """Wan, CogVideoX, the options of the encoders and of the judges."""
-    at = f"{REPO}/toy" if small else "weights"
-    encoders = f"--clip local-dir:{at}/clip --viclip {at}/viclip{'' if small else '.pth'}"
-    judges = f"--video_classifier {at}/videomae --image_classifier {at}/vit --dino {at}/dino"
-    judges += f" --clip local-dir:{at}/clip{'' if small else '-b32'} --clip_large local-dir:{at}/clip"
-    judges += " --flow farneback" if small else ""  # RAFT would take most of the time
-    metrics = ",".join(name for name in evaluate.Config().metrics.split(",") if name != "ms")
-    return f"{at}/wan", "weights/cog", encoders, f"{judges} --metrics {metrics}"
-
-
-def rehearse(folder: Path, small: bool, device: str, training: str) -> int:
+def rehearse(folder: Path, sizes: str, training: str) -> int:
+    small = sizes == "small"
     for name, write in {"weights": write_weights, "raw": write_releases}.items():
         if not (folder / name).exists():
             with written_whole(folder / name) as part:
-                write(part, {"weights": small, "raw": 16 if small else 1}[name])
-    wan, cog, encoders, judges = options_of(small)
-    sizes = SMALL if small else PAPER if device == "cuda" else ON_CPU
-    sizes = sizes._replace(training=f"{sizes.training} {training}")
-    show, purdue = Rehearsal(folder, device, small, sizes, judges), f"--raw raw/cc2017 {encoders}"
-    for run, decoder in {"wan": wan, "cog": cog}.items():
-        show.subject("cc2017", run, decoder, f"{purdue} --captions raw/cc2017/captions.jsonl")
+                write(part, small)
+    at = f"{REPO}/toy" if small else "weights"
+    encoders = f"--clip local-dir:{at}/clip --viclip {at}/viclip{'' if small else '.pth'}"
+    judges = f"--video_classifier {at}/videomae --image_classifier {at}/vit --dino {at}/dino --metrics "
+    judges += ",".join(name for name in evaluate.Config().metrics.split(",") if name != "ms")
+    judges += f" --clip local-dir:{at}/clip{'' if small else '-b32'} --clip_large local-dir:{at}/clip"
+    judges += " --flow farneback" if small else ""  # RAFT would take most of the time
+    show, purdue, captions = (
+        Rehearsal(folder, sizes),
+        "--raw raw/cc2017",
+        "--captions raw/cc2017/captions.jsonl",
+    )
+    subject = partial(show.subject, training=training, judges=judges)
+    for run, decoder in {"wan": f"{at}/wan", "cog": "weights/cog"}.items():
+        subject("cc2017", run, decoder, f"{purdue} {encoders} {captions}")
     for out in (folder / "runs/cc2017/sub1/wan-s0").glob("eval-*"):
         show.run("evaluate.py", f"--data cc2017 --subject 1 --compare wan/{out.name} cog/{out.name}")
     show.run("extras/check.py", "--data cc2017")
     show.run("extras/delay.py", "--data cc2017 --subject 1")
-    if sizes.brain == LAYERS:
+    if sizes == "cpu":
         words = f"--data cc2017 --precision bf16 {FEW}"
         show.run(DEPTH, words, f"stage1 {words}")
-    show.subject("cinebrain", "wan", wan, f"--raw raw/cinebrain {encoders}")
+    subject("cinebrain", "wan", f"{at}/wan", f"--raw raw/cinebrain {encoders}")
     fourteen = "stage2 --data cc2017 --decoder weights/wan14"
-    show.run("", fourteen, fourteen)
+    show.run("extras/plan.py", fourteen, fourteen)
     show.folder = folder / "neuroclips"  # its data would take the place of Purdue's
     show.folder.mkdir(exist_ok=True)
     for name in {"raw", "weights"} - {*os.listdir(show.folder)}:
         (show.folder / name).symlink_to(folder / name)
-    show.subject("cc2017", "wan", wan, f"{purdue} --fmri-release raw/neuroclips")
+    subject("cc2017", "wan", f"{at}/wan", f"{purdue} {encoders} --fmri-release raw/neuroclips")
     gpu = [sys.executable, "-m", "pytest", "-n", "0", "-m", "gpu", "tests/test_gpu.py"]
-    if device == "cuda" and subprocess.run(gpu, cwd=REPO).returncode:
+    if sizes == "paper" and subprocess.run(gpu, cwd=REPO).returncode:
         show.faults.append("pytest -m gpu failed: results of the GPU are not the CPU's")
     (folder / "rehearsal.md").write_text("\n".join([HEAD, *show.rows, "", *show.faults, ""]))
     print("\n".join(show.faults) or "all as planned")
@@ -438,4 +432,5 @@ if __name__ == "__main__":
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--training", default="", help="options of both trainings")
     options = parser.parse_args()
-    sys.exit(rehearse(options.folder.resolve(), options.small, options.device, options.training))
+    sizes = "small" if options.small else "paper" if options.device == "cuda" else "cpu"
+    sys.exit(rehearse(options.folder.resolve(), sizes, options.training))

@@ -50,21 +50,6 @@ def weights(out: Path) -> list[str]:
     return [sha256(out / part / "model.safetensors") for part in ("brain_model", "heads")]
 
 
-@pytest.fixture
-def linked(tiny, tmp_path, monkeypatch) -> Path:
-    """The working directory, with the tiny world's data."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(tiny / "data", target_is_directory=True)
-    return tmp_path
-
-
-@pytest.fixture
-def prepared(tmp_path, monkeypatch) -> Path:
-    """data/cc2017 of its own, in the working directory: to be changed."""
-    monkeypatch.chdir(tmp_path)
-    return write_prepared(tmp_path / "data")
-
-
 def assert_batch_is_of_its_clips(batch: Batch, data: Path, voxel_dropout: float) -> None:
     """Each field of a Batch is what the files hold of those clips, in that order."""
     clips, stimuli = batch.clips.numpy(), data / "cc2017" / "stimuli" / "train"
@@ -237,7 +222,9 @@ def test_names_of_runs_and_the_papers_defaults():
     assert (c.tokens, c.width, c.layers, c.attention_heads) == (512, 2048, 24, 16)
 
 
-def test_what_does_not_fit_is_refused_and_nothing_changes(prepared, monkeypatch):
+def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_prepared(Path("data"))
     train("--steps", 2)
     before = contents(Path())
     for name, old, new in (("width", 24, 16), ("rois", None, "visual"), ("steps", 2, 8), ("tau", 0.07, 0.1)):
@@ -246,7 +233,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(prepared, monkeypatch)
     write_prepared(Path("data"), N=35)
     with pytest.raises(ValueError, match=r"'voxels': 40.*'voxels': 35"):
         train("--steps", 2)
-    fmri = np.load(file := prepared / "sub1" / "test" / "fmri.npy")
+    fmri = np.load(file := Path("data/cc2017/sub1/test/fmri.npy"))
     fmri[13, :, 0, 5] = np.nan
     np.save(file, fmri)
     with pytest.raises(ValueError, match="test/fmri.npy: found nan at clip 13 .*voxel 5"):  # before training

@@ -271,10 +271,16 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny_copy(tiny, tmp_path, monkeypatch) -> Path:
-    """A copy of the world's runs, with its data and models, as the working directory."""
+def linked(tiny, tmp_path, monkeypatch) -> Path:
+    """The working directory, with the world's data and models."""
     monkeypatch.chdir(tmp_path)
     for name in ("data", "models"):
         (tmp_path / name).symlink_to(tiny / name, target_is_directory=True)
-    shutil.copytree(tiny / "runs", tmp_path / "runs")
     return tmp_path
+
+
+@pytest.fixture
+def tiny_copy(tiny, linked) -> Path:
+    """And with a copy of its runs."""
+    shutil.copytree(tiny / "runs", linked / "runs")
+    return linked
