@@ -14,7 +14,7 @@ B, T, N, L, WIDTH, D, RANK = 6, 2, 30, 5, 32, 12, 3
 
 @pytest.fixture
 def model() -> BrainModel:
-    """As after some training: no weight, bias or gain is where it started."""
+    """As after some training: no weight is where it started."""
     torch.manual_seed(0)
     model = BrainModel(N, T, L, WIDTH, layers=2, attention_heads=4, embed_dim=D, rank=RANK)
     for p in model.parameters():
@@ -56,10 +56,10 @@ def test_the_blocks_are_torchs_pre_norm_transformer_and_f_c_comes_of_the_global_
         torch.testing.assert_close(mode(x), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(3, T, N - 1), (3, 1, N), (3, N, T)])
-def test_another_number_of_voxels_or_volumes_is_refused(model, shape):
-    with pytest.raises(AssertionError, match=rf"fMRI \({shape[1]}, {shape[2]}\), wanted \(2, 30\)"):
-        model(torch.randn(shape))
+def test_another_number_of_voxels_or_volumes_is_refused(model):
+    for T_, N_ in ((T, N - 1), (1, N)):
+        with pytest.raises(AssertionError, match=rf"fMRI \({T_}, {N_}\), wanted \(2, 30\)"):
+            model(torch.randn(3, T_, N_))
 
 
 def test_parameters_at_the_papers_size():
@@ -71,12 +71,12 @@ def test_parameters_at_the_papers_size():
     assert sum(p.numel() for p in model.parameters()) == 24 * block + regression + rest
     assert 24 * block + regression + rest == pytest.approx(1.24e9, rel=0.003)
     assert model.volumes == 1 and model.blocks[0].attention_heads == 16
+    assert not model.gradient_checkpointing
 
 
 def test_recomputing_the_blocks_gives_equal_gradients(model, x):
     gradients, calls = [], []
     model.blocks[0].register_forward_pre_hook(lambda *args: calls.append(model.gradient_checkpointing))
-    assert not model.gradient_checkpointing
     for model.gradient_checkpointing in (False, True):
         model.zero_grad()
         f_c, f_e = model(x)
