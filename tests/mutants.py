@@ -17,7 +17,6 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 
 REPO = Path(__file__).parents[1]
 IGNORED = shutil.ignore_patterns(".git", "data", "runs", "__pycache__", ".*_cache", "*.egg-info")
@@ -49,15 +48,16 @@ def tests_for(name: str) -> list[str]:
     return [f"tests/{test.name}" for test in sorted((REPO / "tests").glob("test_*.py"), key=rank)]
 
 
-def try_edit(checkout: Path, edit: tuple[str, str, str]) -> str | None:
+def try_edit(edit: tuple[str, str, str]) -> str | None:
     """The name of the test that noticed; None where all passed."""
     name, before, after = edit
-    text = (REPO / name).read_text(encoding="utf-8")
-    (checkout / name).write_text(text.replace(before, after), encoding="utf-8")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
     command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", *tests_for(name)]
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
-    (checkout / name).write_text(text, encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = shutil.copytree(REPO, Path(folder) / "checkout", ignore=IGNORED)
+        text = (checkout / name).read_text(encoding="utf-8").replace(before, after)
+        (checkout / name).write_text(text, encoding="utf-8")
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
         return None
     noticed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
@@ -65,29 +65,18 @@ def try_edit(checkout: Path, edit: tuple[str, str, str]) -> str | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--only", default="", help="lines that hold this text")
     parser.add_argument("--processes", type=int, default=1)
     config = parser.parse_args()
-    edits, survivors = read_edits(REPO / "tests" / "mutants.txt", config.only), []
-    checkouts: Queue[Path] = Queue()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(config.processes) as pool:
-        for k in range(config.processes):
-            checkouts.put(shutil.copytree(REPO, Path(folder) / str(k), ignore=IGNORED))
-
-        def run(edit: tuple[str, str, str]) -> None:
-            checkout, (name, before, after) = checkouts.get(), edit
-            noticed = try_edit(checkout, edit)
-            checkouts.put(checkout)
-            if noticed is None:
-                survivors.append(edit)
+    edits, survivors = read_edits(REPO / "tests" / "mutants.txt", config.only), 0
+    with ThreadPoolExecutor(config.processes) as pool:
+        for (name, before, after), noticed in zip(edits, pool.map(try_edit, edits), strict=True):
+            survivors += noticed is None
             print(f"{noticed or 'SURVIVED'}  {name}: {before!r} ==> {after!r}", flush=True)
-
-        list(pool.map(run, edits))
-    print(f"{len(edits) - len(survivors)} of {len(edits)} noticed")
-    return len(survivors) > 0
+    print(f"{len(edits) - survivors} of {len(edits)} noticed")
+    return survivors > 0
 
 
 if __name__ == "__main__":
