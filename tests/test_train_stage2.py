@@ -3,7 +3,6 @@ gets, what a run leaves, goes on from, and refuses."""
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import chatter, environment, run_script
+from conftest import environment
 from diffusers import WanPipeline
 from PIL import Image, ImageSequence
 from safetensors.torch import load_file
-from test_train_stage1 import assert_batch_is_of_its_clips, log, signalled
+from test_train_stage1 import assert_batch_is_of_its_clips, log
 from tiny import D_TXT, LATENT, SIZE, STAGE1_CONFIG, D, L, new_stage2, write_stage1
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -381,25 +380,6 @@ def test_what_does_not_fit_is_an_error_and_changes_nothing(world, monkeypatch):
     monkeypatch.setattr(train_stage2.training, "start", lambda device: SimpleNamespace(num_processes=3))
     with pytest.raises(ValueError, match="--batch_size 8: wanted a multiple of the 3 processes"):
         train()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 0)])
-def test_killed_or_stopped_the_same_command_goes_on_bit_equal(world, number, status):
-    command = [*STAGE2, *SAMPLES, "--save_every", "2"]
-    train(*SAMPLES, "--save_every", 2, "--run", "whole", "--stage1", "full")
-    done = signalled("train_stage2.py", command, world, stage2() / "log.jsonl", 5, number)
-    assert done.returncode == status and "Traceback" not in done.stderr
-    step = json.loads((stage2() / "config.json").read_text())["step"]
-    assert 2 <= step < 10
-    if number == signal.SIGTERM:
-        assert done.stderr.splitlines()[-1] == f"saved after step {step} of 10; the same command goes on"
-    again = run_script("train_stage2.py", *command, cwd=world)
-    assert again.returncode == 0 and not chatter(again), again.stderr
-    assert_bit_equal(stage2(), stage2("whole"))
-    refused = run_script("train_stage2.py", *command, "--run", "never", cwd=world)
-    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in refused.stderr
 
 
 @pytest.mark.slow
