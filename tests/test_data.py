@@ -160,6 +160,11 @@ def test_the_draws_of_stage_2_are_those_of_eq_9(read, stored):
     train = read(decoder="wan", batch_size=45, seed=3, condition_dropout=0.3)
     steps = [train.batch(step) for step in range(60)]
     assert np.array_equal(steps[0].y, stored("stimuli/train/wan/latents-9x32x48.npy")[steps[0].clips])
+    for b, clip in enumerate(steps[1].clips.tolist()):
+        generator = noise_generator(3, 1, clip)
+        u, chance = torch.rand(2, generator=generator)
+        assert steps[1].u[b] == u and steps[1].dropped[b] == (chance < 0.3)
+        assert torch.equal(steps[1].noise[b], torch.randn(LATENT, generator=generator))
     batch = joined(steps)
     assert batch.dropped.shape == (2700, 1, 1) and batch.u.shape == (2700,)
     dropped, u = batch.dropped.flatten(), batch.u
