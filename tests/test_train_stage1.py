@@ -52,11 +52,8 @@ def weights(out: Path) -> list[str]:
 
 
 def test_a_step_gets_the_clips_that_the_files_hold(linked):
-    """In an order, with showings and hidden voxels that belong to seed and step: test_data.py."""
-    run, train = (
-        watch(train_stage1, STAGE1, stop=6),
-        Clips("cc2017", 1, "train", batch_size=8, voxel_dropout=0.25),
-    )
+    run = watch(train_stage1, STAGE1, stop=6)
+    train = Clips("cc2017", 1, "train", batch_size=8, voxel_dropout=0.25)
     assert all(equal(batch, train.batch(step)) for step, batch in enumerate(run.batches))
     epoch = torch.cat([batch.clips for batch in run.batches[:5]]).tolist()  # 5 steps of 8
     assert len(run.batches) == 6 and len(set(epoch)) == 40
