@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,27 +17,23 @@ from prepare.copies import prepare_recorded
 from support.files import MissingData
 
 
+def clips_of(root: Path, split: str = "train", decoder: str | None = None, size=SIZE, **options) -> Clips:
+    """With decoder="wan" also what stage 2 reads."""
+    folder = str(root / "models" / decoder) if decoder else None
+    return Clips("cc2017", 1, split, decoder=folder, size=size, root=root / "data", **options)
+
+
 @pytest.fixture
 def read(tiny):
-    """Clips of the tiny world; with decoder="wan" also what stage 2 reads."""
-
-    def read(split: str = "train", decoder: str | None = None, **options) -> Clips:
-        folder = str(tiny / "models" / decoder) if decoder else None
-        return Clips("cc2017", 1, split, decoder=folder, size=SIZE, root=tiny / "data", **options)
-
-    return read
+    return partial(clips_of, tiny)
 
 
 @pytest.fixture
 def copied(tiny, tmp_path):
     """Clips of a copy of the tiny world, to change; the folder of its data set."""
-    root = tmp_path / "copy"
-    shutil.copytree(tiny / "data", root, ignore=shutil.ignore_patterns("raw"))
-
-    def read(decoder: Path = tiny / "models" / "wan", size=SIZE, **options) -> Clips:
-        return Clips("cc2017", 1, "train", decoder=str(decoder), size=size, root=root, **options)
-
-    return read, root / "cc2017"
+    shutil.copytree(tiny / "data", tmp_path / "data", ignore=shutil.ignore_patterns("raw"))
+    (tmp_path / "models").symlink_to(tiny / "models")
+    return partial(clips_of, tmp_path, decoder="wan"), tmp_path / "data" / "cc2017"
 
 
 @pytest.fixture
@@ -275,7 +272,7 @@ def test_what_was_prepared_for_another_size_or_decoder_is_an_error(copied, tiny,
         wan = shutil.copytree(tiny / "models" / "wan", tmp_path / part / "wan")
         (wan / part / "config.json").write_text("{}")
         with pytest.raises(ValueError, match=f"{file} was made with {part} = "):
-            read(wan)
+            read(decoder=wan)
 
 
 def test_reading_imports_no_encoder(tmp_path):
