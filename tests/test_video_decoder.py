@@ -11,8 +11,6 @@ import pytest
 import torch
 from conftest import environment
 from diffusers import CogVideoXPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from test_faults import raw, setting, tensors
 from tiny import D_TXT, LATENT, SIZE, L, away_from_zero, wan_pipeline
 from torch.nn.functional import pad
@@ -354,14 +352,6 @@ def test_lora_loads_back_and_another_models_is_refused(folder, tmp_path):
         wanted = f"found .*rank 4, alpha 8, wanted the .*rank {rank}, alpha {alpha} of {folder}"
         with pytest.raises(ValueError, match=f"{LORA_FILE}: {wanted}"):
             load_lora(load(folder, rank, alpha), tmp_path)
-    file, values = tmp_path / LORA_FILE, [p.clone() for p in fresh.parameters()]
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    save_file({name: x[:1].contiguous() for name, x in load_file(file).items()}, file, metadata)
-    found = rf"{LORA_FILE}: found \S*lora_A.weight \(1, .*, wanted \(4, .*: load it into the decoder"
-    with pytest.raises(ValueError, match=found):
-        load_lora(fresh, tmp_path)
-    assert all(map(torch.equal, values, fresh.parameters()))
 
 
 def test_fp16_weights_alone_are_found_and_a_cache_is_read_offline_in_silence(tmp_path):
@@ -375,9 +365,7 @@ def test_fp16_weights_alone_are_found_and_a_cache_is_read_offline_in_silence(tmp
     pipe, *_ = load_pipeline(str(folder), transformer=True)
     assert torch.equal(pipe.transformer.patch_embedding.weight, plain.transformer.patch_embedding.weight)
     write_text(cache / "refs" / "v1", folder.name)
-    code = (
-        "import support.pipelines as p, support.runs as r; r.quiet(); p.load_pipeline('a/wan@v1', vae=True)"
-    )
+    code = "from support import pipelines as p, runs; runs.quiet(); p.load_pipeline('a/wan@v1', vae=True)"
     offline = environment() | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True)
     assert done.returncode == 0 and "the Hub" not in done.stderr, done.stderr
