@@ -13,7 +13,7 @@ import diffusers
 import pytest
 import torch
 from mini_releases import stimuli  # noqa: F401  a fixture
-from tiny import tiny, tiny_copy  # noqa: F401  fixtures
+from tiny import linked, tiny, tiny_copy  # noqa: F401  fixtures
 
 diffusers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)
@@ -36,12 +36,6 @@ def run_script(script: str, *args: object, cwd: Path, timeout: float = 900) -> s
     return subprocess.run(
         command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout
     )
-
-
-def chatter(done: subprocess.CompletedProcess) -> list[str]:
-    """What libraries said in a script's output: warnings, and bars of the models that they load."""
-    lines = (done.stdout + done.stderr).replace("\r", "\n").split("\n")
-    return [line for line in lines if "Warning" in line or "Loading" in line or "pixdim" in line]
 
 
 def sha256(path: Path) -> str:
@@ -76,9 +70,9 @@ def browser(tmp_path):
     opened = webdriver.Chrome(options=options, service=service)
     opened.implicitly_wait(5)
     yield opened
-    said = opened.get_log("browser")
+    log = opened.get_log("browser")
     opened.quit()
-    assert said == []
+    assert log == []
 
 
 def wait(true, seconds: float = 5) -> None:

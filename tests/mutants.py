@@ -15,10 +15,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 
 REPO = Path(__file__).parents[1]
 IGNORED = shutil.ignore_patterns(".git", "data", "runs", "__pycache__", ".*_cache", "*.egg-info")
@@ -40,28 +38,26 @@ def read_edits(file: Path, only: str) -> list[tuple[str, str, str]]:
 
 
 def tests_for(name: str) -> list[str]:
-    """Every test file: that of the file's own name first, then those that import it, then the others."""
-    module = name.removesuffix(".py").replace("/", ".")
-    imported = re.compile(
-        rf"\b(from|import) {re.escape(module)}\b|from {re.escape(module).rpartition('.')[0]} import"
-    )
+    """Every test file: that of the file's own name first, then those that name it, then the others."""
+    stem = Path(name).stem
 
-    def rank(test: Path) -> tuple[int, str]:
-        own = test.stem == f"test_{Path(name).stem}"
-        return (0 if own else 1 if imported.search(test.read_text(encoding="utf-8")) else 2), test.name
+    def rank(test: Path) -> tuple[bool, bool, str]:
+        named = re.search(rf"\b{stem}\b", test.read_text(encoding="utf-8"))
+        return test.stem != f"test_{stem}", named is None, test.name
 
     return [f"tests/{test.name}" for test in sorted((REPO / "tests").glob("test_*.py"), key=rank)]
 
 
-def try_edit(checkout: Path, edit: tuple[str, str, str]) -> str | None:
+def try_edit(edit: tuple[str, str, str]) -> str | None:
     """The name of the test that noticed; None where all passed."""
     name, before, after = edit
-    text = (REPO / name).read_text(encoding="utf-8")
-    (checkout / name).write_text(text.replace(before, after), encoding="utf-8")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"}
     command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", *tests_for(name)]
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
-    (checkout / name).write_text(text, encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = shutil.copytree(REPO, Path(folder) / "checkout", ignore=IGNORED)
+        text = (checkout / name).read_text(encoding="utf-8").replace(before, after)
+        (checkout / name).write_text(text, encoding="utf-8")
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
         return None
     noticed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
@@ -69,34 +65,18 @@ def try_edit(checkout: Path, edit: tuple[str, str, str]) -> str | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--edits", type=Path, default=REPO / "tests" / "mutants.txt")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--only", default="", help="lines that hold this text")
     parser.add_argument("--processes", type=int, default=1)
     config = parser.parse_args()
-    edits = read_edits(config.edits, config.only)
-    checkouts: Queue[Path] = Queue()
-    survivors = []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(config.processes) as pool:
-        for k in range(config.processes):
-            checkouts.put(shutil.copytree(REPO, Path(folder) / str(k), ignore=IGNORED))
-
-        def run(edit: tuple[str, str, str]) -> None:
-            checkout, start = checkouts.get(), time.monotonic()
-            noticed = try_edit(checkout, edit)
-            checkouts.put(checkout)
-            if noticed is None:
-                survivors.append(edit)
-            print(
-                f"{noticed or 'SURVIVED'} ({time.monotonic() - start:.0f} s)  {edit[0]}: {edit[1]!r} ==> {edit[2]!r}",
-                flush=True,
-            )
-
-        list(pool.map(run, edits))
-    print(f"{len(edits) - len(survivors)} of {len(edits)} noticed")
-    return len(survivors) > 0
+    edits, survivors = read_edits(REPO / "tests" / "mutants.txt", config.only), 0
+    with ThreadPoolExecutor(config.processes) as pool:
+        for (name, before, after), noticed in zip(edits, pool.map(try_edit, edits), strict=True):
+            survivors += noticed is None
+            print(f"{noticed or 'SURVIVED'}  {name}: {before!r} ==> {after!r}", flush=True)
+    print(f"{len(edits) - survivors} of {len(edits)} noticed")
+    return survivors > 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 It needs no network. Weights are random, in the publishers' classes and sizes; recordings have the releases' true
 layouts, few segments and a planted signal. Two clips and captions are encoded, of others the embeddings are made
 up. A training takes three steps (its table is of 16 clips), an evaluation three clips, judged by all metrics but
-MS without the package vbench. On a CPU the Brain Model has four layers; 24-layers is steps without an optimiser.
+MS. On a CPU the Brain Model has four layers; 24-layers is steps without an optimiser.
 
 Prints and writes DIR/rehearsal.md: a row a command, seen / planned (extras/plan.py). `RSS` is of the process,
 `peak` of the tensors that live in a step. Two steps are counted, the third is timed, without AdamW's update.
@@ -18,8 +18,8 @@ takes options of both trainings: --training "--micro_batch 8".
 
 import argparse
 import atexit
+import copy
 import gc
-import importlib
 import json
 import os
 import runpy
@@ -30,9 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, nullcontext
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import diffusers
 import numpy as np
@@ -57,28 +55,22 @@ from extras.counter import Counter  # noqa: E402
 from metrics import retrieval  # noqa: E402
 from prepare import stimuli  # noqa: E402
 from prepare.viclip import ViCLIP, ViCLIPConfig  # noqa: E402
+from support.files import written_whole  # noqa: E402
 from support.runs import RunFolder, door  # noqa: E402
 from video_decoder import VideoDecoder  # noqa: E402
 
 STEPS, MEMORY, EXACT = 3, 0.15, 0.05
 DEPTH = "24-layers"  # in place of a script
 KEPT = ("state.pt", "model.safetensors", "pytorch_lora_weights.safetensors")
-AMT = find_spec("vbench") is not None
-TEXT = dict(  # T5-XXL and UMT5-XXL
-    d_model=4096, d_ff=10240, d_kv=64, num_heads=64, feed_forward_proj="gated-gelu", tie_word_embeddings=False
-)  # fmt: skip
+RAFT = Path("torch/hub/checkpoints", Path(Raft_Large_Weights.C_T_V1.url).name)  # where torchvision looks
 
 
 # ---------------------------------------------------------------- random weights of the published sizes
 
 
-def write_random(build: Callable[[], nn.Module], folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """A model of diffusers or transformers with small random weights; one such model is in memory at a time."""
-    if (folder / "config.json").exists():
-        return
-    with torch.device("meta"):
-        model = build()
-    model.to(dtype).to_empty(device="cpu")
+def write_random(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """A model of diffusers or transformers, that has no values yet, with small random weights."""
+    model = copy.deepcopy(model).to(dtype).to_empty(device="cpu")  # which go when it is written
     for name, x in [*model.named_parameters(), *model.named_buffers()]:
         if x.is_floating_point():
             nn.init.normal_(x, float(x.dim() == 1 and name.endswith(("weight", "gamma"))), 0.02)
@@ -87,105 +79,84 @@ def write_random(build: Callable[[], nn.Module], folder: Path, dtype: torch.dtyp
 
 def write_wan(folder: Path, **changes) -> None:
     """Wan2.1 1.3B: DiT and VAE in fp32, UMT5 in bf16 as it is published. With changes of the DiT configs alone."""
-    shape, settings = (
-        {key: value for key, value in plan.WAN_1_3B[part].items() if not key.startswith("_")}
-        for part in ("transformer", "scheduler")
-    )
-    text = transformers.UMT5Config(vocab_size=256_384, num_layers=24, **TEXT)
-    parts = {
-        "transformer": (partial(diffusers.WanTransformer3DModel, **shape | changes), torch.float32),
-        "vae": (diffusers.AutoencoderKLWan, torch.float32),
-        "text_encoder": (partial(transformers.UMT5EncoderModel, text), torch.bfloat16),
-    }
-    scheduler = diffusers.UniPCMultistepScheduler(**settings)
-    write_pipeline(folder, diffusers.WanPipeline, parts, scheduler, 512, bool(changes))
+    wan = plan.WAN_1_3B
+    dit = partial(diffusers.WanTransformer3DModel.from_config, wan["transformer"] | changes)
+    scheduler = diffusers.UniPCMultistepScheduler.from_config(wan["scheduler"])
+    text = partial(transformers.UMT5EncoderModel, transformers.AutoConfig.for_model(**wan["text_encoder"]))
+    builds = {"transformer": dit, "vae": diffusers.AutoencoderKLWan, "text_encoder": text}
+    dtypes = {"text_encoder": torch.bfloat16}
+    write_pipeline(folder, diffusers.WanPipeline, builds, dtypes, scheduler, 512, bool(changes))
 
 
 def write_cog(folder: Path) -> None:
-    """CogVideoX-2b in fp16; of its T5-XXL, as large as Wan's, two layers."""
-    text = transformers.T5Config(vocab_size=32_128, num_layers=2, **TEXT)
-    scheduler = diffusers.CogVideoXDDIMScheduler(
-        snr_shift_scale=3.0, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False,
-        prediction_type="v_prediction", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-    )  # fmt: skip
-    vae = dict(
-        block_out_channels=(128, 256, 256, 512), layers_per_block=3, latent_channels=16, sample_height=480,
-        sample_width=720, scaling_factor=1.15258426, down_block_types=("CogVideoXDownBlock3D",) * 4,
-        up_block_types=("CogVideoXUpBlock3D",) * 4,
-    )  # fmt: skip
-    parts = {
-        "transformer": (diffusers.CogVideoXTransformer3DModel, torch.float16),  # its defaults are the 2b's
-        "vae": (partial(diffusers.AutoencoderKLCogVideoX, **vae), torch.float16),
-        "text_encoder": (partial(transformers.T5EncoderModel, text), torch.float16),
-    }
-    write_pipeline(folder, diffusers.CogVideoXPipeline, parts, scheduler, 226)
+    """CogVideoX-2b, whose sizes are the classes' defaults, in fp16; of its T5-XXL, as large as Wan's, two layers."""
+    t5 = plan.WAN_1_3B["text_encoder"] | {"model_type": "t5", "vocab_size": 32_128, "num_layers": 2}
+    terminal = dict(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
+    scheduler = diffusers.CogVideoXDDIMScheduler(**terminal, prediction_type="v_prediction")
+    text = partial(transformers.T5EncoderModel, transformers.AutoConfig.for_model(**t5))
+    builds = {"transformer": diffusers.CogVideoXTransformer3DModel, "vae": diffusers.AutoencoderKLCogVideoX}
+    builds, dtypes = builds | {"text_encoder": text}, dict.fromkeys((*builds, "text_encoder"), torch.float16)
+    write_pipeline(folder, diffusers.CogVideoXPipeline, builds, dtypes, scheduler, 226)
 
 
-def write_pipeline(folder: Path, kind: type, parts: dict, scheduler, tokens: int, bare: bool = False) -> None:
+def write_pipeline(
+    folder: Path, kind: type, builds: dict, dtypes: dict, scheduler, tokens: int, bare=False
+) -> None:
     """A pipeline, bare without weights; its tokenizer has the tiny world's words and the true length."""
     tokenizer = tiny.tokenizer()
     tokenizer.model_max_length = tokens
     with torch.device("meta"):
-        models = {name: build() for name, (build, _) in parts.items()}
+        models = {name: build() for name, build in builds.items()}
     kind(**models, scheduler=scheduler, tokenizer=tokenizer).save_config(folder)
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler.save_pretrained(folder / "scheduler")
-    for name, (build, dtype) in parts.items():
+    for name, model in models.items():
         if not bare:
-            write_random(build, folder / name, dtype)
+            write_random(model, folder / name, dtypes.get(name, torch.float32))
         elif name != "text_encoder":
-            models[name].save_config(folder / name)
+            model.save_config(folder / name)
 
 
-def write_encoders(folder: Path) -> None:
-    """Two CLIPs for open_clip, and ViCLIP's .pth."""
-    for name, kind in {"clip": "ViT-L-14-quickgelu", "clip-b32": "ViT-B-32-quickgelu"}.items():
-        if not (folder / name / "open_clip_config.json").exists():
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            config = {"model_cfg": open_clip.get_model_config(kind)}
-            config["preprocess_cfg"] = dict(
-                mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD
-            )
-            weights = open_clip.CLIP(**config["model_cfg"]).state_dict()
-            save_file(weights, folder / name / "open_clip_model.safetensors")
-            (folder / name / "open_clip_config.json").write_text(json.dumps(config))
-    if not (file := folder / "viclip.pth").exists():
-        torch.save({"model": ViCLIP(ViCLIPConfig()).state_dict()}, file)
+def write_clip(folder: Path, kind: str) -> None:
+    config = {"model_cfg": open_clip.get_model_config(kind)}
+    config["preprocess_cfg"] = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
+    folder.mkdir()
+    save_file(open_clip.CLIP(**config["model_cfg"]).state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
 
 
-def write_classifiers(folder: Path) -> None:
-    """VideoMAE-base of Kinetics' 400 classes, ViT-B/16 of ImageNet's 1,000, DINO ViT-B/16."""
+def write_weights(folder: Path, small: bool) -> None:
+    """Both decoders, CLIPs, ViCLIP; VideoMAE-base of Kinetics' 400 classes, ViT-B/16 of ImageNet's 1,000, DINO, RAFT."""
+    write_wan(folder / "wan14", num_layers=40, num_attention_heads=40, ffn_dim=13_824)  # Wan2.1 14B
+    if small:
+        tiny.cogvideox_pipeline().save_pretrained(folder / "cog")
+        return
+    write_wan(folder / "wan")
+    write_cog(folder / "cog")
+    write_clip(folder / "clip", "ViT-L-14-quickgelu")
+    write_clip(folder / "clip-b32", "ViT-B-32-quickgelu")
+    torch.save({"model": ViCLIP(ViCLIPConfig()).state_dict()}, folder / "viclip.pth")
     video, image = transformers.VideoMAEConfig(num_labels=400), transformers.ViTConfig(num_labels=1000)
-    write_random(partial(transformers.VideoMAEForVideoClassification, video), folder / "videomae")
-    write_random(partial(transformers.ViTForImageClassification, image), folder / "vit")
-    write_random(partial(transformers.ViTModel, transformers.ViTConfig()), folder / "dino")
-    transformers.VideoMAEImageProcessor().save_pretrained(folder / "videomae")
-    for name in ("vit", "dino"):
-        transformers.ViTImageProcessor().save_pretrained(folder / name)
+    for name, model, processor in (
+        (
+            "videomae",
+            transformers.VideoMAEForVideoClassification(video),
+            transformers.VideoMAEImageProcessor(),
+        ),
+        ("vit", transformers.ViTForImageClassification(image), transformers.ViTImageProcessor()),
+        ("dino", transformers.ViTModel(transformers.ViTConfig()), transformers.ViTImageProcessor()),
+    ):
+        write_random(model, folder / name)
+        processor.save_pretrained(folder / name)
+    (folder / RAFT).parent.mkdir(parents=True)
+    torch.save(raft_large().state_dict(), folder / RAFT)
 
 
-def write_motion(folder: Path) -> None:
-    """RAFT where torchvision looks for it, and AMT-S where its package is installed."""
-    raft = folder / "torch" / "hub" / "checkpoints" / Path(Raft_Large_Weights.C_T_V1.url).name
-    raft.parent.mkdir(parents=True, exist_ok=True)
-    if not raft.exists():
-        torch.save(raft_large().state_dict(), raft)
-    if AMT:
-        amt = importlib.import_module("vbench.third_party.amt.networks.AMT-S").Model()
-        torch.save({"state_dict": amt.state_dict()}, folder / "amt-s.pth")
-
-
-def write_releases(folder: Path, step: int) -> None:
-    """step: every so manieth visual voxel responds to the films."""
-    for name, write in {
-        "cc2017": lambda raw: mini_releases.write_purdue(raw, 2, 1, as_unpacked=True, step=step),
-        "neuroclips": lambda raw: mini_releases.write_neuroclips(raw, 2, 1, voxels=13_447, size=224),
-        "cinebrain": lambda raw: mini_releases.write_cinebrain(raw, train=2, test=1, step=step),
-    }.items():
-        if not (folder / name).exists():
-            shutil.rmtree(folder / f"{name}.part", ignore_errors=True)
-            write(folder / f"{name}.part")
-            (folder / f"{name}.part").rename(folder / name)
+def write_releases(raw: Path, small: bool) -> None:
+    step = 16 if small else 1  # every so manieth visual voxel responds to the films
+    mini_releases.write_purdue(raw / "cc2017", 2, 1, as_unpacked=True, step=step)
+    mini_releases.write_neuroclips(raw / "neuroclips", 2, 1, voxels=13_447, size=224)
+    mini_releases.write_cinebrain(raw / "cinebrain", train=2, test=1, step=step)
 
 
 # ---------------------------------------------------------------- inside the process of a command
@@ -266,9 +237,11 @@ def inside(script: str, argv: list[str]) -> None:
     atexit.register(write_numbers, numbers)
     for place, name, made_up, joined in FEW_ENCODED[: 1 if torch.cuda.is_available() else None]:
         setattr(place, name, encode_two(getattr(place, name), made_up, joined))
-    RunFolder.__init__ = lambda self, folder, settings, total, *args, **options: start(
-        self, folder, settings, min(total, STEPS), *args, **options
-    )
+
+    def few_steps(run, folder, settings, total, *more):
+        start(run, folder, settings, min(total, STEPS), *more)
+
+    RunFolder.__init__ = few_steps
     # in inference mode operations do not come apart into those that are counted
     model.remember = model.remember.__wrapped__
     model.reconstruct = measured(model.reconstruct.__wrapped__, numbers)
@@ -304,37 +277,29 @@ def of_few_clips(with_controls: Callable) -> Callable:
     """Stage 1's table of the first 16 held-out clips, each half the other's control."""
 
     def shortened(brain_model, heads, x, targets, far):
-        n = min(16, len(x))
-        few = type(targets)(*(None if field is None else field[:n] for field in targets))
-        halves = np.arange(n) < n // 2
-        return with_controls(brain_model, heads, x[:n], few, halves[:, None] != halves)
+        few = type(targets)(*(None if field is None else field[:16] for field in targets))
+        halves = np.arange(16) < 8
+        return with_controls(brain_model, heads, x[:16], few, halves[:, None] != halves)
 
     return shortened
 
 
 def write_numbers(numbers: dict) -> None:
-    """And the highest resident memory of this process, in kB (Linux; a parent's is not in it)."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    numbers["resident"] = sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    """And the highest resident memory of this process, in kB (a parent's is not in it)."""
+    numbers["resident"] = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     Path(os.environ["REHEARSAL_NUMBERS"]).write_text(json.dumps(numbers))
 
 
 # ---------------------------------------------------------------- the commands
 
 
-class Sizes(NamedTuple):
-    tokens: dict[str, int]  # L of a decoder
-    video: str = ""  # options of its size
-    brain: str = ""  # options of the Brain Model
-    training: str = ""  # options of both stages
-
-
-FEW = "--batch_size 2 --micro_batch 1"
-PAPER = Sizes({"wan": 512, "cog": 226})
-ON_CPU = PAPER._replace(video="--frames 9 --height 64 --width 64", brain="--layers 4", training=FEW)
-SMALL = Sizes({"wan": 16, "cog": 12}, "--frames 17 --height 64 --width 64", "--width 128 --layers 2")
-SMALL = SMALL._replace(training=f"{FEW} --attention_heads 4")
+FEW, LAYERS = "--batch_size 2 --micro_batch 1", "--layers 4"
+SIZES = {  # tokens of the decoders; options of the videos' size, of the Brain Model, of both trainings
+    "paper": ({"wan": 512, "cog": 226}, "", "", ""),
+    "cpu": ({"wan": 512, "cog": 226}, "--frames 9 --height 64 --width 64", LAYERS, FEW),
+    "small": ({"wan": 16, "cog": 12}, "--frames 17 --height 64 --width 64", "--width 128 --layers 2",
+              f"{FEW} --attention_heads 4"),
+}  # fmt: skip
 HEAD = "| command | exit | seconds | RSS, GB | peak / plan, GiB | TFLOP / plan | disk / plan, GB"
 HEAD += " | s a step (TFLOP/s) / plan |\n" + "|---" * 8 + "|"
 FILMS = {"cc2017": "cc2017/10_4231_R71Z42KK/video_fmri_dataset/stimuli", "cinebrain": "cinebrain/videos"}
@@ -343,34 +308,30 @@ FILMS = {"cc2017": "cc2017/10_4231_R71Z42KK/video_fmri_dataset/stimuli", "cinebr
 class Rehearsal:
     """Runs commands in a folder, and keeps a row of each."""
 
-    def __init__(self, folder: Path, device: str, small: bool, sizes: Sizes, judges: str):
-        self.folder, self.device, self.small, self.sizes, self.judges = folder, device, small, sizes, judges
-        self.numbers, self.logs, self.rows, self.faults = folder / "numbers.json", folder / "logs", [], []
-        self.environment = os.environ | {
-            "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO), "REHEARSAL_NUMBERS": str(self.numbers),
-            "TORCH_HOME": str(folder / "weights" / "torch"), **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
-        }  # fmt: skip
+    def __init__(self, folder: Path, sizes: str):
+        self.folder, self.sizes, self.rows, self.faults = folder, sizes, [], []
+        self.numbers = folder / "numbers.json"
+        self.environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPO)}
+        self.environment |= {
+            "TORCH_HOME": str(folder / "weights/torch"),
+            "REHEARSAL_NUMBERS": str(self.numbers),
+        }
+        self.environment |= {} if sizes == "paper" else {"CUDA_VISIBLE_DEVICES": ""}
 
     def run(self, script: str, options: str, plan_of: str = "", stage: Path | None = None) -> None:
-        """A command; "" is a row of the plan alone. plan_of: options of extras/plan.py; stage: the folder whose
-        size the plan foretells."""
-        command = " ".join(f"{script or 'extras/plan.py'} {options}".split())
-        log = self.logs / f"{len(self.rows):02d}-{Path(command.split()[0]).stem}.txt"
+        """A command. plan_of: options of extras/plan.py; stage: the folder whose size the plan foretells."""
+        command, start = " ".join(f"{script} {options}".split()), time.perf_counter()
+        log = self.folder / f"{len(self.rows):02d}-{Path(script).stem}.txt"
         self.numbers.unlink(missing_ok=True)
-        self.logs.mkdir(exist_ok=True)
-        argv, start = [sys.executable, __file__, "--inside", *command.split()], time.perf_counter()
+        argv = [sys.executable, __file__, "--inside", *command.split()]
         with open(log, "wb") as out:
-            process = dict(cwd=self.folder, env=self.environment, stdout=out, stderr=out)
-            code = subprocess.call(argv, **process) if script else 0
+            code = subprocess.call(argv, cwd=self.folder, env=self.environment, stdout=out, stderr=out)
         numbers = json.loads(self.numbers.read_text()) if self.numbers.exists() else {}
         if code and (code, script) != (1, "extras/check.py"):  # the films of a miniature repeat: a leak
             self.faults.append(f"{command}: exit status {code}, see {log}")
         cells = [f"{code}", f"{time.perf_counter() - start:.0f}", f"{numbers.get('resident', 0) / 2**20:.1f}"]
-        try:
-            with chdir(self.folder):
-                cells += self.compare(command, numbers, plan_of, stage) if plan_of else [""] * 4
-        except (ValueError, OSError, SystemExit) as error:
-            self.faults.append(f"{command}: no plan: {error}")
+        with chdir(self.folder):
+            cells += self.compare(command, numbers, plan_of, stage) if plan_of else [""] * 4
         self.rows.append(f"| `{command}` | {' | '.join(cells)} |")
         print(self.rows[-1], flush=True)
 
@@ -381,6 +342,9 @@ class Rehearsal:
         need, on_disk = planned.need, (file for file in Path(stage or "-").rglob("*") if file.name in KEPT)
         disk = need.trained + need.state if stage else sum(planned.disk.values())
         without = need.state - need.trained if command.startswith(DEPTH) else 0  # AdamW's moments
+        alike = {"paper": "GiB TFLOP GB", "cpu": "GiB TFLOP GB", "small": "GB"}[self.sizes].split()
+        if self.sizes == "cpu" and name in ("evaluate", "prepare"):  # fp32, and fewer at once
+            alike.remove("GiB")
         cells = []
         for kind, seen, counted, tolerance, unit in (
             ("GiB", numbers.get("peak"), need.peak - without, MEMORY, 2**30),
@@ -388,80 +352,71 @@ class Rehearsal:
             ("GB", stage and sum(file.stat().st_size for file in on_disk), disk, EXACT, 10**9),
         ):
             cells.append(f"{'-' if seen is None else f'{seen / unit:.3g}'} / {counted / unit:.3g}")
-            otherwise = self.device == "cpu" and name in ("evaluate", "prepare")  # fp32, and fewer at once
-            unlike = self.small and kind != "GB" or otherwise and kind == "GiB"
-            if seen and not unlike and not abs(seen - counted) <= tolerance * counted:
+            if seen and kind in alike and not abs(seen - counted) <= tolerance * counted:
                 self.faults.append(f"{command}: {cells[-1]} {kind} planned, more than {tolerance:.0%} off")
         seconds, counted = numbers.get("seconds"), plan.seconds_of(planned, numbers.get("card", ""))
         cells.append(f"{seconds:.3g} ({need.flop / seconds / 10**12:.3g})" if seconds else "")
         cells[-1] += f" / {counted:.3g}" if counted else ""
         return cells
 
-    def subject(self, data: str, run: str, decoder: str, release: str) -> None:
+    def subject(self, data: str, run: str, decoder: str, release: str, training: str, judges: str) -> None:
         """Preparation, stage 1, stage 2 and evaluation of a subject. release: options of data.py."""
-        sizes, subject = self.sizes, 3 if data == "cinebrain" else 1
-        words = f"--decoder {decoder} {sizes.video} --train-segments 2 --test-segments 1"
-        planned = f"prepare --data {data} {words}" if "prepare" in plan.PLANS else ""
-        self.run("data.py", f"{data} --subject {subject} {release} {words}", planned)
-        who = f"--data {data} --subject {subject} --run {run}"
-        folder = Path("runs", data, f"sub{subject}", f"{run}-s0")
-        common = f"{who} --precision bf16 {sizes.training}"
-        regions = "--rois visual,hippocampus,mpfc" if data == "cinebrain" else ""
-        words = f"{common} --tokens {sizes.tokens[run]} {sizes.brain} {regions}"
+        tokens, video, brain, both = SIZES[self.sizes]
+        subject, rois = (3, "--rois visual,hippocampus,mpfc") if data == "cinebrain" else (1, "")
+        words = f"--decoder {decoder} {video} --train-segments 2 --test-segments 1"
+        self.run("data.py", f"{data} --subject {subject} {release} {words}", f"prepare --data {data} {words}")
+        who, folder = (
+            f"--data {data} --subject {subject} --run {run}",
+            Path(f"runs/{data}/sub{subject}/{run}-s0"),
+        )
+        common = f"{who} --precision bf16 {both} {training}"
+        words = f"{common} --tokens {tokens[run]} {brain} {rois}"
         self.run("train_stage1.py", words, f"stage1 {words}", folder / "stage1")
-        words = f"{common} --stage1 {run} --decoder {decoder} --sample_every 0 {sizes.video}"
+        words = f"{common} --stage1 {run} --decoder {decoder} --sample_every 0 {video}"
         self.run("train_stage2.py", words, f"stage2 {words}", folder / "stage2")
-        words = f"{who} --clips {STEPS} --steps 2 --stimuli raw/{FILMS[data]} {self.judges}"
+        words = f"{who} --clips {STEPS} --steps 2 --stimuli raw/{FILMS[data]} {judges}"
         self.run("evaluate.py", words, f"evaluate {words}")
         for state in (self.folder / folder).glob("*/state"):
             shutil.rmtree(state)  # of finished stages: three quarters of their disk
 
 
-def write_all(folder: Path, small: bool) -> tuple[str, str, str, str]:
-    """Weights and releases. Returns Wan, CogVideoX, the options of the encoders and of the judges."""
-    weights, at = folder / "weights", f"{REPO}/toy" if small else "weights"
-    write_releases(folder / "raw", 16 if small else 1)
-    write_motion(weights)
-    write_wan(weights / "wan14", num_layers=40, num_attention_heads=40, ffn_dim=13_824)  # Wan2.1 14B
-    if not small:
-        write_wan(weights / "wan")
-        write_cog(weights / "cog")
-        write_encoders(weights)
-        write_classifiers(weights)
-    elif not (weights / "cog").exists():
-        tiny.cogvideox_pipeline().save_pretrained(weights / "cog")
+def rehearse(folder: Path, sizes: str, training: str) -> int:
+    small = sizes == "small"
+    for name, write in {"weights": write_weights, "raw": write_releases}.items():
+        if not (folder / name).exists():
+            with written_whole(folder / name) as part:
+                write(part, small)
+    at = f"{REPO}/toy" if small else "weights"
     encoders = f"--clip local-dir:{at}/clip --viclip {at}/viclip{'' if small else '.pth'}"
-    judges = f"--video_classifier {at}/videomae --image_classifier {at}/vit --dino {at}/dino"
+    judges = f"--video_classifier {at}/videomae --image_classifier {at}/vit --dino {at}/dino --metrics "
+    judges += ",".join(name for name in evaluate.Config().metrics.split(",") if name != "ms")
     judges += f" --clip local-dir:{at}/clip{'' if small else '-b32'} --clip_large local-dir:{at}/clip"
     judges += " --flow farneback" if small else ""  # RAFT would take most of the time
-    metrics = ",".join(name for name in evaluate.Config().metrics.split(",") if AMT or name != "ms")
-    return f"{at}/wan", "weights/cog", encoders, f"{judges} --amt weights/amt-s.pth --metrics {metrics}"
-
-
-def rehearse(folder: Path, small: bool, device: str, training: str) -> int:
-    wan, cog, encoders, judges = write_all(folder, small)
-    sizes = SMALL if small else PAPER if device == "cuda" else ON_CPU
-    sizes = sizes._replace(training=f"{sizes.training} {training}")
-    show, purdue = Rehearsal(folder, device, small, sizes, judges), f"--raw raw/cc2017 {encoders}"
-    for run, decoder in {"wan": wan, "cog": cog}.items():
-        show.subject("cc2017", run, decoder, f"{purdue} --captions raw/cc2017/captions.jsonl")
+    show, purdue, captions = (
+        Rehearsal(folder, sizes),
+        "--raw raw/cc2017",
+        "--captions raw/cc2017/captions.jsonl",
+    )
+    subject = partial(show.subject, training=training, judges=judges)
+    for run, decoder in {"wan": f"{at}/wan", "cog": "weights/cog"}.items():
+        subject("cc2017", run, decoder, f"{purdue} {encoders} {captions}")
     for out in (folder / "runs/cc2017/sub1/wan-s0").glob("eval-*"):
         show.run("evaluate.py", f"--data cc2017 --subject 1 --compare wan/{out.name} cog/{out.name}")
     show.run("extras/check.py", "--data cc2017")
     show.run("extras/delay.py", "--data cc2017 --subject 1")
-    if sizes.brain == ON_CPU.brain:
+    if sizes == "cpu":
         words = f"--data cc2017 --precision bf16 {FEW}"
         show.run(DEPTH, words, f"stage1 {words}")
-    show.subject("cinebrain", "wan", wan, f"--raw raw/cinebrain {encoders}")
+    subject("cinebrain", "wan", f"{at}/wan", f"--raw raw/cinebrain {encoders}")
     fourteen = "stage2 --data cc2017 --decoder weights/wan14"
-    show.run("", fourteen, fourteen)
+    show.run("extras/plan.py", fourteen, fourteen)
     show.folder = folder / "neuroclips"  # its data would take the place of Purdue's
     show.folder.mkdir(exist_ok=True)
     for name in {"raw", "weights"} - {*os.listdir(show.folder)}:
         (show.folder / name).symlink_to(folder / name)
-    show.subject("cc2017", "wan", wan, f"{purdue} --fmri-release raw/neuroclips")
+    subject("cc2017", "wan", f"{at}/wan", f"{purdue} {encoders} --fmri-release raw/neuroclips")
     gpu = [sys.executable, "-m", "pytest", "-n", "0", "-m", "gpu", "tests/test_gpu.py"]
-    if device == "cuda" and subprocess.run(gpu, cwd=REPO).returncode:
+    if sizes == "paper" and subprocess.run(gpu, cwd=REPO).returncode:
         show.faults.append("pytest -m gpu failed: results of the GPU are not the CPU's")
     (folder / "rehearsal.md").write_text("\n".join([HEAD, *show.rows, "", *show.faults, ""]))
     print("\n".join(show.faults) or "all as planned")
@@ -477,4 +432,5 @@ if __name__ == "__main__":
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--training", default="", help="options of both trainings")
     options = parser.parse_args()
-    sys.exit(rehearse(options.folder.resolve(), options.small, options.device, options.training))
+    sizes = "small" if options.small else "paper" if options.device == "cuda" else "cpu"
+    sys.exit(rehearse(options.folder.resolve(), sizes, options.training))

@@ -10,11 +10,12 @@ from torch.nn.functional import gelu
 from brain_model import BrainModel
 
 B, T, N, L, WIDTH, D, RANK = 6, 2, 30, 5, 32, 12, 3
+X = torch.randn(B, T, N, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
 def model() -> BrainModel:
-    """As after some training: no weight, bias or gain is where it started."""
+    """As after some training: no weight is where it started."""
     torch.manual_seed(0)
     model = BrainModel(N, T, L, WIDTH, layers=2, attention_heads=4, embed_dim=D, rank=RANK)
     for p in model.parameters():
@@ -22,24 +23,19 @@ def model() -> BrainModel:
     return model
 
 
-@pytest.fixture
-def x() -> torch.Tensor:
-    return torch.randn(B, T, N, generator=torch.Generator().manual_seed(1))
-
-
-def test_a_token_has_its_own_numbers_of_each_volume(model, x):
+def test_a_token_has_its_own_numbers_of_each_volume(model):
     """Token l of clip b is lift of the r numbers of volume 0, then of volume 1."""
     contract, lift = model.regression.contract, model.regression.lift
-    y = model.regression(x)
+    y = model.regression(X)
     for b in range(B):
         for token in range(L):
             rows = slice(RANK * token, RANK * token + RANK)
-            numbers = [contract.weight[rows] @ x[b, t] + contract.bias[rows] for t in range(T)]
+            numbers = [contract.weight[rows] @ X[b, t] + contract.bias[rows] for t in range(T)]
             torch.testing.assert_close(y[b, token], lift(torch.cat(numbers)), rtol=1e-5, atol=1e-5)
 
 
-def test_the_blocks_are_torchs_pre_norm_transformer_and_f_c_comes_of_the_global_token(model, x):
-    tokens = [model.global_token[0, 0].expand(B, -1), *model.regression(x).unbind(1)]
+def test_the_blocks_are_torchs_pre_norm_transformer_and_f_c_comes_of_the_global_token(model):
+    tokens = [model.global_token[0, 0].expand(B, -1), *model.regression(X).unbind(1)]
     h = torch.stack([token + model.position[0, i] for i, token in enumerate(tokens)], 1)  # (B, L+1, D')
     for block in model.blocks:
         activation = partial(gelu, approximate="tanh")
@@ -53,13 +49,13 @@ def test_the_blocks_are_torchs_pre_norm_transformer_and_f_c_comes_of_the_global_
     h = nn.functional.layer_norm(h, (WIDTH,), model.norm.weight, model.norm.bias)
     expected = h[:, 0] @ model.to_f_c.weight.T + model.to_f_c.bias, h[:, 1:]
     for mode in (model.train(), model.eval()):  # the model hides no voxels by itself
-        torch.testing.assert_close(mode(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mode(X), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(3, T, N - 1), (3, 1, N), (3, N, T)])
-def test_another_number_of_voxels_or_volumes_is_refused(model, shape):
-    with pytest.raises(AssertionError, match=rf"fMRI \({shape[1]}, {shape[2]}\), wanted \(2, 30\)"):
-        model(torch.randn(shape))
+def test_another_number_of_voxels_or_volumes_is_refused(model):
+    for T_, N_ in ((T, N - 1), (1, N)):
+        with pytest.raises(AssertionError, match=rf"fMRI \({T_}, {N_}\), wanted \(2, 30\)"):
+            model(torch.randn(3, T_, N_))
 
 
 def test_parameters_at_the_papers_size():
@@ -71,15 +67,15 @@ def test_parameters_at_the_papers_size():
     assert sum(p.numel() for p in model.parameters()) == 24 * block + regression + rest
     assert 24 * block + regression + rest == pytest.approx(1.24e9, rel=0.003)
     assert model.volumes == 1 and model.blocks[0].attention_heads == 16
+    assert not model.gradient_checkpointing
 
 
-def test_recomputing_the_blocks_gives_equal_gradients(model, x):
+def test_recomputing_the_blocks_gives_equal_gradients(model):
     gradients, calls = [], []
     model.blocks[0].register_forward_pre_hook(lambda *args: calls.append(model.gradient_checkpointing))
-    assert not model.gradient_checkpointing
     for model.gradient_checkpointing in (False, True):
         model.zero_grad()
-        f_c, f_e = model(x)
+        f_c, f_e = model(X)
         (f_c.square().mean() + f_e.square().mean()).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)

@@ -15,6 +15,15 @@ from heads import Stage1Heads, focal_bce, info_nce, stage1_loss
 B, FRAMES, D, CLASSES = 6, 3, 16, 5
 
 
+G = torch.Generator().manual_seed(0)
+F_C = 3 * F.normalize(torch.randn(B, D, generator=G), dim=-1)  # the Brain Model's output is no unit vector
+E_IMG, E_TXT, E_ACT = (
+    F.normalize(torch.randn(*shape, D, generator=G), dim=-1) for shape in ((B, FRAMES), (B,), (B,))
+)
+CATEGORIES = (torch.rand(B, CLASSES, generator=G) < 0.3).to(torch.uint8)
+BATCH = Batch(torch.arange(B), torch.zeros(B, 1, 20), E_IMG, E_TXT, E_ACT, CATEGORIES)
+
+
 @pytest.fixture
 def heads() -> Stage1Heads:
     torch.manual_seed(1)
@@ -22,24 +31,6 @@ def heads() -> Stage1Heads:
     for p in heads.parameters():
         nn.init.normal_(p, std=0.3)
     return heads
-
-
-@pytest.fixture
-def batch() -> Batch:
-    g = torch.Generator().manual_seed(0)
-
-    def unit(*shape: int) -> torch.Tensor:
-        return F.normalize(torch.randn(shape, generator=g), dim=-1)
-
-    x, e_img = torch.randn(B, 1, 20, generator=g), unit(B, FRAMES, D)
-    categories = (torch.rand(B, CLASSES, generator=g) < 0.3).to(torch.uint8)
-    return Batch(torch.arange(B), x, e_img, unit(B, D), unit(B, D), categories)
-
-
-@pytest.fixture
-def f_c() -> torch.Tensor:
-    f_c = torch.randn(B, D, generator=torch.Generator().manual_seed(3))
-    return 3 * F.normalize(f_c, dim=-1)  # the Brain Model's output is no unit vector
 
 
 def by_hand(f: torch.Tensor, e: torch.Tensor, tau: float) -> float:
@@ -51,21 +42,21 @@ def by_hand(f: torch.Tensor, e: torch.Tensor, tau: float) -> float:
     return total / len(f)
 
 
-def test_info_nce_against_a_double_loop(f_c, batch):
-    e = batch.e_txt * torch.arange(1, B + 1)[:, None]  # of any length, too
+def test_info_nce_against_a_double_loop():
+    e = E_TXT * torch.arange(1, B + 1)[:, None]  # of any length, too
     for tau in (0.2, 1.0):
-        assert info_nce(f_c, e, tau).item() == pytest.approx(by_hand(f_c, e, tau), rel=1e-5)
-    expected = pytest.approx(by_hand(f_c, e, 0.07), rel=1e-5)
+        assert info_nce(F_C, e, tau).item() == pytest.approx(by_hand(F_C, e, tau), rel=1e-5)
+    expected = pytest.approx(by_hand(F_C, e, 0.07), rel=1e-5)
     with torch.autocast("cpu", torch.bfloat16):  # leaves the logits in float32
-        assert info_nce(f_c, e).item() == expected
-    assert info_nce(f_c, e).item() == expected
+        assert info_nce(F_C, e).item() == expected
+    assert info_nce(F_C, e).item() == expected
 
 
-def test_a_process_finds_its_own_clips_among_those_of_all(f_c, batch, monkeypatch):
+def test_a_process_finds_its_own_clips_among_those_of_all(monkeypatch):
     """Three processes of two clips, one after another: losses and gradients are those of one process."""
     losses, gradients = [], []
     for processes in (1, 3):
-        f, e = f_c.clone().requires_grad_(), batch.e_txt.clone().requires_grad_()
+        f, e = F_C.clone().requires_grad_(), E_TXT.clone().requires_grad_()
         loss, share = 0.0, B // processes
         for process in range(processes):
             mine = slice(process * share, (process + 1) * share)
@@ -96,51 +87,44 @@ def test_focal_bce_against_torch_and_torchvision(gamma, alpha):
     assert logits.grad.isfinite().all()
 
 
-def test_phi_v_starts_as_the_mean_phi_a_as_the_identity_and_phi_c_with_rare_positives(f_c, batch):
+def test_phi_v_starts_as_the_mean_phi_a_as_the_identity_and_phi_c_with_rare_positives():
     heads = Stage1Heads(D, FRAMES, CLASSES)
-    e_img_hat, f_a, logits = heads(f_c, batch.e_img)
-    torch.testing.assert_close(e_img_hat, batch.e_img.mean(1))
-    assert torch.equal(f_a, f_c) and logits.shape == (B, CLASSES)
+    e_img_hat, f_a, logits = heads(F_C, E_IMG)
+    torch.testing.assert_close(e_img_hat, E_IMG.mean(1))
+    assert torch.equal(f_a, F_C) and logits.shape == (B, CLASSES)
     torch.testing.assert_close(heads.phi_c.linear[1].bias.sigmoid(), torch.full((CLASSES,), 0.01))
     paper = Stage1Heads()
     assert paper.phi_v.mix.weight.shape == (1, 8, 1) and paper.phi_c.linear[1].weight.shape == (12, 768)
 
 
-def test_heads_and_queries_by_hand(heads, f_c, batch):
+def test_heads_and_queries_by_hand(heads):
     p = dict(heads.named_parameters())
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
         return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
 
     def norm(name: str) -> torch.Tensor:
-        x = (f_c - f_c.mean(-1, keepdim=True)) / (f_c.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        x = (F_C - F_C.mean(-1, keepdim=True)) / (F_C.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
         return x * p[f"{name}.weight"] + p[f"{name}.bias"]
 
     hidden = linear("phi_a.mlp.1", norm("phi_a.mlp.0"))
-    f_a = f_c + linear("phi_a.mlp.3", hidden * (1 + (hidden / 2**0.5).erf()) / 2)
+    f_a = F_C + linear("phi_a.mlp.3", hidden * (1 + (hidden / 2**0.5).erf()) / 2)
     weights = p["phi_v.mix.weight"][0, :, 0]  # no plain mean
-    e_img_hat = sum(weight * frame for weight, frame in zip(weights, batch.e_img.unbind(1), strict=True))
+    e_img_hat = sum(weight * frame for weight, frame in zip(weights, E_IMG.unbind(1), strict=True))
     expected = e_img_hat, f_a, linear("phi_c.linear.1", norm("phi_c.linear.0"))
-    torch.testing.assert_close(heads(f_c, batch.e_img), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(heads.queries(f_c), torch.stack([f_c, f_c, f_a], 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(heads(F_C, E_IMG), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(heads.queries(F_C), torch.stack([F_C, F_C, f_a], 1), rtol=1e-4, atol=1e-5)
 
 
-OPTIONS = [
-    (0.1, {"tau": 0.1, "lambda_1": 0.5, "lambda_2": 2.0}),
-    (0.07, {"lambda_1": 0.0, "lambda_2": 0.0}),
-    (0.07, {}),
-]
-
-
-@pytest.mark.parametrize("tau, options", OPTIONS)
-def test_stage1_loss_is_eq_1_and_eq_3(heads, f_c, batch, tau, options):
-    e_img_hat, f_a, logits = heads(f_c, batch.e_img)
-    pairs = (f_c, e_img_hat), (f_c, batch.e_txt), (f_a, batch.e_act)
+@pytest.mark.parametrize("tau, options", [(0.1, {"tau": 0.1, "lambda_1": 0.5, "lambda_2": 2.0}), (0.07, {})])
+def test_stage1_loss_is_eq_1_and_eq_3(heads, tau, options):
+    e_img_hat, f_a, logits = heads(F_C, E_IMG)
+    pairs = (F_C, e_img_hat), (F_C, E_TXT), (f_a, E_ACT)
     image, text, action = (by_hand(*pair, tau) for pair in pairs)
-    truth = batch.categories.float()
+    truth = CATEGORIES.float()
     focal = sigmoid_focal_loss(logits, truth, alpha=0.25, gamma=2, reduction="mean")
     category = (F.binary_cross_entropy_with_logits(logits, truth) + focal).item()
-    losses = stage1_loss(heads, f_c, batch, **options)
+    losses = stage1_loss(heads, F_C, BATCH, **options)
     assert [v.item() for v in losses[1:]] == pytest.approx([image, text, action, category], rel=1e-4)
     weighted = options.get("lambda_1", 1) * action + options.get("lambda_2", 1) * category
     assert losses.loss.item() == pytest.approx(image + text + weighted, rel=1e-4)

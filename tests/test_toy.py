@@ -4,18 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from conftest import REPO
 from test_faults import damaged, setting
 
-from prepare.cifti import mmp_areas
 from support.videos import read_clips
-from toy import release, subject, world
+from toy import fit, release, subject, world
+from toy.pretrain_classifiers import class_of
 from toy.world import ACTIONS, BACKGROUNDS, COLOURS, SHAPES, Clip
 
-TOY = REPO / "toy"
 SEEN, UNSEEN = world.combinations()
-
-
 PICTURES = [658.5, -49.9, -2.5, 963.3, 2039.0, -153.6, -5.2, 108.6]  # of each action, its pixels with weights
 
 
@@ -29,11 +25,17 @@ def test_each_action_shape_colour_and_background_is_drawn_as_before():
         assert clip.caption == "a {1} {0} {2} {3}".format(*looks)
 
 
+def test_what_a_judge_learns_from():
+    x = fit.pixels(np.full((2, 4, 5, 3), 51, np.uint8), [0.1, 0.2, 0.3], 0.5)
+    assert x.shape == (2, 3, 4, 5) and x[1, :, 0, 0].tolist() == pytest.approx([0.2, 0, -0.2], abs=1e-6)
+    classes = [class_of(("ring", "red", "jumps", "on sand"), kind) for kind in ("videomae", "vit")]
+    assert classes == ["a red ring jumps", "a red ring on sand"]
+
+
 def test_the_table_of_voxels_is_drawn_from_the_areas_of_the_atlas(tmp_path):
     subject.write_voxel_table(tmp_path / "voxels.npz")
     table, shipped = np.load(tmp_path / "voxels.npz"), np.load(subject.VOXELS)
     assert all(np.array_equal(table[key], shipped[key]) for key in ("index", "roi"))
-    assert [*table["roi"]] == [*mmp_areas()[table["index"]]] and (np.diff(table["index"]) > 0).all()
 
 
 DRIVEN = {  # by drive: five clips' responses, summed over the voxels with weights
@@ -49,7 +51,7 @@ DRIVEN = {  # by drive: five clips' responses, summed over the voxels with weigh
 
 def test_the_world_of_this_version_is_the_one_that_was_made_before():
     """Who draws otherwise raises VERSION, so that prepared data and runs of the older world are refused."""
-    assert subject.VERSION == 2
+    assert release.toy_recipe(2)["world"] == subject.VERSION == 2
     train, test, roi = world.film("train", 0), world.film("test", 0), np.load(subject.VOXELS)["roi"]
     assert len(SEEN) == 752 and len(UNSEEN) == 160 and len({*train}) == 2000 and len({*test}) == 160
     assert not [clip for clip in train if clip.combination in UNSEEN]
@@ -62,7 +64,6 @@ def test_the_world_of_this_version_is_the_one_that_was_made_before():
     assert world.render(train[0]).mean() == pytest.approx(133.198525, abs=1e-3)
     response, other = (subject.responses(train[:200], roi, seed) for seed in (0, 1))
     assert response.dtype == np.float32 and abs(response.mean(0)).max() < 1e-4
-    assert np.allclose(response[7, [0, 400, 800, 1200]], [-1.565, -0.548, -1.0537, -1.1133], atol=1e-3)
     names = [name.removeprefix("L_").removeprefix("R_") for name in roi]
     weight = np.cos(np.arange(len(roi)))  # of each voxel another
     for drive, (areas, _) in subject.AREAS.items():
@@ -82,22 +83,15 @@ def test_the_world_of_this_version_is_the_one_that_was_made_before():
 def made(tmp_path_factory):
     """The small world of subject 2, prepared as the release is: its root."""
     root = tmp_path_factory.mktemp("toy")
+    sizes = dict(TRAIN_SEGMENTS=6, TRAIN_CLIPS=40, TEST_SEGMENTS=1, TEST_CLIPS=12, TEST_REPEATS=3)
     with pytest.MonkeyPatch.context() as patch:
-        small(patch)
+        for name, value in sizes.items():
+            patch.setattr(world, name, value)
         release.prepare_toy(root, subject=2)
-    return root
+        yield root
 
 
-SMALL = dict(TRAIN_SEGMENTS=6, TRAIN_CLIPS=40, TEST_SEGMENTS=1, TEST_CLIPS=12, TEST_REPEATS=3)
-
-
-def small(patch) -> None:
-    for name, value in SMALL.items():
-        patch.setattr(world, name, value)
-
-
-def test_the_release_is_the_films_and_recordings_of_its_subject(made, monkeypatch):
-    small(monkeypatch)
+def test_the_release_is_the_films_and_recordings_of_its_subject(made):
     raw, roi = made / "toy" / "raw-2", np.load(subject.VOXELS)["roi"]
     train, test = world.film("train", 1), world.film("test", 1)
     response = subject.responses(train + test, roi, 1)
@@ -114,7 +108,6 @@ def test_the_release_is_the_films_and_recordings_of_its_subject(made, monkeypatc
         ("seg2", train[40:80], response[40:80], 2, [1, 0, 1]),
         ("test1", test, response[240:], 3, [1, 1, 0]),
     ):
-        assert toy.stimulus(name) == [raw / "stimuli" / f"{name}.mp4"]
         for video, clip in zip(read_clips(*toy.stimulus(name), len(clips)), clips, strict=True):
             assert abs(video.astype(int) - world.render(clip)).mean() < 3  # H.264 loses a little
         assert toy.files(name) == [raw / "fmri" / f"{name}_{k + 1}.npy" for k in range(runs)]
@@ -122,14 +115,19 @@ def test_the_release_is_the_films_and_recordings_of_its_subject(made, monkeypatc
             assert np.array_equal(toy.load_run(name, k), volumes)
         assert (toy.window(name), toy.repeats(name)) == ((3, len(clips)), runs)
     assert toy.recording(2) == [raw / "fmri" / "seg1_1.npy"] and toy.recording(1) == []
-    assert release.toy_recipe(2)["world"] == subject.VERSION
     release.make_toy(raw)  # it is there
-    version = raw / "version.json"
     with (
-        damaged(version, setting(version=1)),
-        pytest.raises(ValueError, match="of another version of the toy"),
+        damaged(raw / "version.json", setting(version=1)),
+        pytest.raises(ValueError, match="another version"),
     ):
         release.make_toy(raw)
+    folder = made / "toy" / "sub2"
+    captions = [json.loads(line)["caption"] for line in open(made / "toy/stimuli-2/train/clips.jsonl")]
+    assert captions == [clip.caption for clip in train]
+    fmri = np.load(folder / "train" / "fmri.npy")
+    assert fmri.shape[:3] == (240, 2, 1) and np.load(folder / "test" / "fmri.npy").shape[:2] == (12, 3)
+    # clip by clip the two showings say the same
+    assert np.mean([np.corrcoef(*fmri[i, :, 0])[0, 1] for i in range(20)]) > 0.2
 
 
 def test_the_release_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -139,28 +137,17 @@ def test_the_release_is_made_whole_or_not_at_all(tmp_path, monkeypatch):
         (folder / "stimuli").mkdir(parents=True)
         calls.append(seed)
         if len(calls) == 1:
-            raise OSError("disk full")
+            raise OSError
 
     monkeypatch.setattr(release, "write_release", write_release)
     raw = tmp_path / "toy" / "raw"
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError):
         release.make_toy(raw)
     assert not [*raw.parent.iterdir()]
     (raw.parent / ".raw.part" / "fmri").mkdir(parents=True)  # a kill left it
     release.make_toy(raw, 4)
     release.make_toy(raw, 4)
     assert calls == [0, 4] and [*raw.parent.iterdir()] == [raw]
-
-
-def test_what_is_prepared_is_of_the_subject_and_whole(made, monkeypatch):
-    small(monkeypatch)
-    folder, stimuli = made / "toy" / "sub2", made / "toy" / "stimuli-2"
-    captions = [json.loads(line)["caption"] for line in open(stimuli / "train" / "clips.jsonl")]
-    assert captions == [clip.caption for clip in world.film("train", 1)]
-    fmri = np.load(folder / "train" / "fmri.npy")
-    assert fmri.shape[:3] == (240, 2, 1) and np.load(folder / "test" / "fmri.npy").shape[:2] == (12, 3)
-    # clip by clip the two showings say the same
-    assert np.mean([np.corrcoef(*fmri[i, :, 0])[0, 1] for i in range(20)]) > 0.2
 
 
 def test_whatever_is_missing_is_prepared_anew(made, monkeypatch):

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, chatter, environment, run_script, sha256
+from conftest import REPO, environment, run_script, sha256
+from test_data import equal
 from tiny import D, F, L, N, T, write_prepared
 from torch.nn.functional import normalize
 from watch import STAGE1, watch
@@ -50,49 +51,16 @@ def weights(out: Path) -> list[str]:
     return [sha256(out / part / "model.safetensors") for part in ("brain_model", "heads")]
 
 
-@pytest.fixture
-def linked(tiny, tmp_path, monkeypatch) -> Path:
-    """The working directory, with the tiny world's data."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(tiny / "data", target_is_directory=True)
-    return tmp_path
-
-
-@pytest.fixture
-def prepared(tmp_path, monkeypatch) -> Path:
-    """data/cc2017 of its own, in the working directory: to be changed."""
-    monkeypatch.chdir(tmp_path)
-    return write_prepared(tmp_path / "data")
-
-
-def assert_batch_is_of_its_clips(batch: Batch, data: Path, voxel_dropout: float) -> None:
-    """Each field of a Batch is what the files hold of those clips, in that order."""
-    clips, stimuli = batch.clips.numpy(), data / "cc2017" / "stimuli" / "train"
-    for name in ("e_img", "e_txt", "e_act", "categories"):
-        assert np.array_equal(getattr(batch, name), np.load(stimuli / f"{name}.npy")[clips]), name
-    fmri = np.load(data / "cc2017" / "sub1" / "train" / "fmri.npy")[clips]  # (B, 2, T, N)
-    visible = batch.x.numpy() != 0
-    assert visible.mean() == pytest.approx(1 - voxel_dropout, abs=0.08)
-    assert (visible[0] != visible[1]).any(), "the same voxels are hidden of all clips"
-    misses = abs(batch.x.numpy()[:, None] * (1 - voxel_dropout) - fmri * visible[:, None]).max((2, 3))
-    assert np.nanmin(misses, axis=1).max() < 1e-5, "x is no showing of the clip"
-
-
 def test_a_step_gets_the_clips_that_the_files_hold(linked):
-    run, fmri, first = watch(train_stage1, STAGE1, stop=6), np.load("data/cc2017/sub1/train/fmri.npy"), set()
-    for batch in run.batches:
-        assert_batch_is_of_its_clips(batch, linked / "data", 0.25)
-        assert batch.excluded is None and batch.y is None
-        for clip, x in zip(batch.clips.tolist(), batch.x.numpy(), strict=True):
-            first.add(abs(fmri[clip, 0] - x * 0.75)[x != 0].max() < 1e-5)
-    assert first == {True, False}, "one showing is always drawn"
+    run = watch(train_stage1, STAGE1, stop=6)
+    train = Clips("cc2017", 1, "train", batch_size=8, voxel_dropout=0.25)
+    assert all(equal(batch, train.batch(step)) for step, batch in enumerate(run.batches))
     epoch = torch.cat([batch.clips for batch in run.batches[:5]]).tolist()  # 5 steps of 8
-    assert len(set(epoch)) == 40 and run.batches[5].clips.tolist() != run.batches[0].clips.tolist()
+    assert len(run.batches) == 6 and len(set(epoch)) == 40
+    assert run.batches[0].excluded is None and (run.batches[0].x == 0).float().mean() > 0.15
 
 
-@pytest.mark.parametrize(
-    "micro_batch, checkpointing", [(None, False), (None, True), (1, False), (3, True), (16, False)]
-)
+@pytest.mark.parametrize("micro_batch, checkpointing", [(None, False), (1, False), (3, True)])
 def test_the_gradients_of_a_step_are_those_of_eq_3(micro_batch, checkpointing):
     """InfoNCE is over the whole batch, however many clips are in the Brain Model at once."""
     options = [*STAGE1, *"--lambda_1 0.7 --lambda_2 0.5 --tau 0.2".split()]
@@ -152,9 +120,6 @@ def test_it_writes_all_that_a_run_has(trained):
     rows = log(trained)
     assert [row["step"] for row in rows] == list(range(150))
     assert np.mean([row["loss"] for row in rows[-10:]]) < 0.5 * rows[0]["loss"]
-    for row in rows:
-        parts = sum(row[name] for name in ("image", "text", "action", "category"))
-        assert row["loss"] == pytest.approx(parts, rel=1e-5)
 
 
 def top_1(out: Path, clips: Clips, numbers: np.ndarray) -> float:
@@ -229,32 +194,17 @@ def test_val_segments_are_held_out_with_their_near_copies_and_areas_left_out(lin
 
 
 def test_names_of_runs_and_the_papers_defaults():
-    for switches, name in (("--no-cls --no-action", "full-no-cls-no-action"), ("--no-cls --run x", "x")):
-        assert train_stage1.parse(switches.split()).run == name
+    assert train_stage1.parse(["--no-cls", "--no-action"]).run == "full-no-cls-no-action"
+    assert train_stage1.parse(["--no-cls", "--run", "x"]).run == "x"
     assert train_stage1.parse(["--data", "cinebrain"]).rois == "visual,hippocampus"
     c = train_stage1.parse(["--data", "cc2017"])
     assert (c.steps, c.batch_size, c.lr) == (8000, 144, 1e-4)  # §4.1
     assert (c.tokens, c.width, c.layers, c.attention_heads) == (512, 2048, 24, 16)
 
 
-def test_a_batch_that_processes_cannot_share_is_refused_before_anything_is_written(prepared, monkeypatch):
-    monkeypatch.setattr(training, "start", lambda device: SimpleNamespace(num_processes=3))
-    with pytest.raises(ValueError, match="--batch_size 8: wanted a multiple of the 3 processes"):
-        train()
-    assert not Path("runs").exists()
-
-
-def test_a_nan_of_the_test_clips_is_an_error_before_training(prepared):
-    file = prepared / "sub1" / "test" / "fmri.npy"
-    fmri = np.load(file)
-    fmri[13, :, 0, 5] = np.nan
-    np.save(file, fmri)
-    with pytest.raises(ValueError, match="test/fmri.npy: found nan at clip 13 .*voxel 5"):
-        train("--steps", 6)
-    assert not [*Path("runs").rglob("log.jsonl")]
-
-
-def test_other_settings_or_voxels_are_refused_and_nothing_changes(prepared):
+def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_prepared(Path("data"))
     train("--steps", 2)
     before = contents(Path())
     for name, old, new in (("width", 24, 16), ("rois", None, "visual"), ("steps", 2, 8), ("tau", 0.07, 0.1)):
@@ -263,7 +213,15 @@ def test_other_settings_or_voxels_are_refused_and_nothing_changes(prepared):
     write_prepared(Path("data"), N=35)
     with pytest.raises(ValueError, match=r"'voxels': 40.*'voxels': 35"):
         train("--steps", 2)
-    assert contents(Path()) == before, "a refused run changes nothing"
+    fmri = np.load(file := Path("data/cc2017/sub1/test/fmri.npy"))
+    fmri[13, :, 0, 5] = np.nan
+    np.save(file, fmri)
+    with pytest.raises(ValueError, match="test/fmri.npy: found nan at clip 13 .*voxel 5"):  # before training
+        train("--run", "new")
+    monkeypatch.setattr(training, "start", lambda device: SimpleNamespace(num_processes=3))
+    with pytest.raises(ValueError, match="--batch_size 8: wanted a multiple of the 3 processes"):
+        train("--run", "new")
+    assert contents(Path()) == before
 
 
 def test_retrieval_against_a_count_by_hand():
@@ -314,21 +272,13 @@ def test_killed_or_stopped_the_same_command_goes_on_bit_equal(trained, linked, n
         assert done.stderr.splitlines()[-1] == f"saved after step {step} of 150; the same command goes on"
         assert 30 <= step < 150 and "Traceback" not in done.stderr
     again = run_script("train_stage1.py", *command, cwd=linked)
-    assert again.returncode == 0 and not chatter(again), again.stderr
+    assert again.returncode == 0 and "Warning" not in again.stderr, again.stderr
     assert weights(OUT) == weights(trained) and log(OUT) == log(trained)
     assert (trained / "test.txt").read_text().strip() in again.stdout
 
 
-SEVERAL = """
-import sys, torch, train_stage1
-step = torch.optim.AdamW.step
-def keep(self, *args, **kwargs):  # the gradients of the last step
-    number = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    torch.save([p.grad for group in self.param_groups for p in group["params"]], f"{sys.argv[1]}-{number}.pt")
-    return step(self, *args, **kwargs)
-torch.optim.AdamW.step = keep
-train_stage1.main(train_stage1.parse([*sys.argv[2:], "--run", sys.argv[1]]))
-"""
+# torch's launcher would take --run for its own
+SEVERAL = "import sys, train_stage1 as s; s.main(s.parse([*sys.argv[2:], '--run', sys.argv[1]]))"
 
 
 @pytest.mark.slow
@@ -344,15 +294,5 @@ def test_several_processes_train_as_one_does(linked, processes, batch, more):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("26 held-out clips") == 1  # one process prints
     assert len(log(of("one"))) == 6
-    for one, many in zip(log(of("one")), log(of("many")), strict=True):
+    for one, many in zip(log(of("one")), log(of("many")), strict=True):  # the gradient's norm, too
         assert many == pytest.approx(one, rel=1e-5, abs=1e-5)
-    expected = torch.load("one-0.pt")
-    for number in range(processes):
-        torch.testing.assert_close(torch.load(f"many-{number}.pt"), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_import_of_the_script_loads_no_encoder_and_no_decoder():
-    code = "import sys, train_stage1; print([n for n in ('open_clip', 'diffusers') if n in sys.modules])"
-    stdout = subprocess.check_output([sys.executable, "-c", code], env=environment(), text=True)
-    assert stdout.strip() == "[]"

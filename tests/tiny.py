@@ -53,15 +53,15 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def write_prepared(
-    root: Path, clips=(48, 24), segments=(3, 2), N=40, T=1, D=16, F=3, hidden_numbers=4, copies=0, subject=1, seed=0
-) -> Path:  # fmt: skip
+    root: Path, clips=(48, 24), segments=(3, 2), N=40, T=1, D=16, F=3, hidden_numbers=4, copies=0
+) -> Path:
     """root/cc2017 as the contract has it (2 and 3 showings, the last of the last training segment not recorded), with
     so many clips and segments of training and test. Returns root/cc2017.
 
     fMRI and embeddings are linear in the same `hidden_numbers` a clip, so that one can be read from the
     other. The first `copies` clips of the first segment have the frames of the first of the last segment.
     """
-    rng, folder = np.random.default_rng(seed), root / "cc2017"
+    rng, folder = np.random.default_rng(0), root / "cc2017"
     to_fmri, to_text, to_action = (rng.normal(size=(hidden_numbers, k)) for k in (T * N, D, D))
 
     def save(path: Path, array: np.ndarray, **recipe) -> None:
@@ -71,19 +71,18 @@ def write_prepared(
     for split, n, parts, repeats in (("train", clips[0], segments[0], 2), ("test", clips[1], segments[1], 3)):
         length, prefix = n // parts, {"train": "seg", "test": "test"}[split]
         hidden = rng.normal(size=(n, hidden_numbers))
-        if split == "train" and copies:
+        if split == "train":
             hidden[:copies] = hidden[-length:][:copies]
         noise = 0.3 * hidden_numbers**0.5 * rng.normal(size=(n, repeats, T, N))
         fmri = (hidden @ to_fmri).reshape(n, 1, T, N) + noise
         fmri = (fmri - fmri.mean(0)) / fmri.std(0)
-        if split == "train":
-            fmri[-length:, -1] = np.nan
         moves = (np.arange(n) >= copies)[:, None, None]
         frames = hidden[:, None] + 0.1 * rng.normal(size=(n, F, hidden_numbers)) * moves
-        if split == "train" and copies:
+        if split == "train":
+            fmri[-length:, -1] = np.nan
             frames[:copies] = frames[-length:][:copies]
         labels = (hidden[:, :4] > 0.5).astype(np.uint8)
-        save(folder / f"sub{subject}" / split / "fmri.npy", fmri.astype(np.float32), subject=subject)
+        save(folder / "sub1" / split / "fmri.npy", fmri.astype(np.float32), subject=1)
         stimuli = folder / "stimuli" / split
         save(stimuli / "e_img.npy", unit(frames @ to_text), clip="planted")
         save(stimuli / "e_txt.npy", unit(hidden @ to_text), clip="planted")
@@ -97,9 +96,9 @@ def write_prepared(
                 clip["categories"] = [CLASSES[m] for m in np.flatnonzero(row)]
                 file.write(json.dumps(clip) + "\n")
     roi = np.array([AREAS[i % len(AREAS)] for i in range(N)])
-    np.savez(folder / f"sub{subject}" / "voxels.npz", index=np.arange(N) * 7, roi=roi)
+    np.savez(folder / "sub1" / "voxels.npz", index=np.arange(N) * 7, roi=roi)
     prepare_copies(folder / "stimuli")
-    prepare_recorded(folder / f"sub{subject}")
+    prepare_recorded(folder / "sub1")
     return folder
 
 
@@ -167,8 +166,7 @@ class Films(Release):
         self.root = root
 
     def stimulus(self, segment: str) -> list[Path]:
-        path = self.root / f"{segment}.mp4"
-        path.write_text(segment)
+        (path := self.root / f"{segment}.mp4").write_text(segment)
         return [path]
 
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
@@ -177,11 +175,6 @@ class Films(Release):
             for t, frame in enumerate(clip):
                 frame[:, (t + 3 * k) % 60 :][:, :8, k % 3] = 230
             yield clip
-
-    def write(self, folder: Path) -> None:
-        """seg1.mp4 ...: 20 frames in the 2 s of a clip."""
-        for segment in SEGMENTS["train"] + SEGMENTS["test"]:
-            write_video(folder / f"{segment}.mp4", np.concatenate([*self.read_clips(segment)]), 10)
 
 
 def away_from_zero(model: nn.Module, std: float = 0.3) -> None:
@@ -207,19 +200,23 @@ def write_stage1(
     return folder
 
 
-def write_stage2(root: Path, run: str = "full-s0", stage1: str = "full-s0", **changes) -> Path:
-    """A finished stage 2 on top of a finished stage 1, its LoRA and zero-convolutions away from zero."""
-    runs, decoder = root / "runs" / "cc2017" / "sub1", str(root / "models" / "wan")
-    settings = SETTINGS | {"decoder": decoder} | changes
-    train = Clips("cc2017", 1, "train", None, decoder, SIZE, root / "data")
+def new_stage2(root: Path, stage1: str = "full-s0", decoder: str = "wan", **changes) -> CineNeuron:
+    """A stage 2 on top of a finished stage 1, its LoRA and zero-convolutions away from zero."""
+    settings = SETTINGS | {"decoder": str(root / "models" / decoder)} | changes
+    train = Clips("cc2017", 1, "train", None, settings["decoder"], SIZE, root / "data")
     torch.manual_seed(0)
-    model = CineNeuron.from_stage1(runs / stage1 / "stage1", settings, train)
+    model = CineNeuron.from_stage1(root / "runs/cc2017/sub1" / stage1 / "stage1", settings, train)
     away_from_zero(model)
-    folder = runs / run / "stage2"
+    return model
+
+
+def write_stage2(root: Path, run: str = "full-s0", stage1: str = "full-s0", **changes) -> Path:
+    """A finished one."""
+    model, folder = new_stage2(root, stage1, **changes), root / "runs/cc2017/sub1" / run / "stage2"
     for name, write in shared.writers(model).items():
         write(folder / name)
     shared.write_memories(folder, model)
-    write_json(folder / "config.json", settings)
+    write_json(folder / "config.json", model.settings)
     return folder
 
 
@@ -242,7 +239,9 @@ def write_films(root: Path, decoders: tuple[str, ...] = ("wan",)) -> Path:
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepare_copies(folder / "stimuli")  # the captions are others now
     films = Films(root)
-    films.write(folder / "raw" / "stimuli")
+    for segment in SEGMENTS["train"] + SEGMENTS["test"]:  # 20 frames in the 2 s of a clip
+        clips = np.concatenate([*films.read_clips(segment)])
+        write_video(folder / "raw" / "stimuli" / f"{segment}.mp4", clips, 10)
     torch.manual_seed(0)
     for name in decoders:
         pipe = {"wan": wan_pipeline, "cogvideox": cogvideox_pipeline}[name]()
@@ -267,10 +266,16 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny_copy(tiny, tmp_path, monkeypatch) -> Path:
-    """A copy of the world's runs, with its data and models, as the working directory."""
+def linked(tiny, tmp_path, monkeypatch) -> Path:
+    """The working directory, with the world's data and models."""
     monkeypatch.chdir(tmp_path)
     for name in ("data", "models"):
         (tmp_path / name).symlink_to(tiny / name, target_is_directory=True)
-    shutil.copytree(tiny / "runs", tmp_path / "runs")
     return tmp_path
+
+
+@pytest.fixture
+def tiny_copy(tiny, linked) -> Path:
+    """And with a copy of its runs."""
+    shutil.copytree(tiny / "runs", linked / "runs")
+    return linked

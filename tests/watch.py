@@ -2,7 +2,7 @@
 evaluation reconstructs and scores."""
 
 import io
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -113,22 +113,19 @@ def watch(script: ModuleType, arguments: list, stop: int = 3) -> Watched:
         return generate(decoder, f_fuse, empty, size, generators, steps, guidance)
 
     def compile_blocks(blocks, dit=None) -> None:
-        watched.compiled += [*blocks, *([dit] if dit is not None else [])]
+        watched.compiled += [*blocks, dit]
 
     hook = register_optimizer_step_pre_hook(moved)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(script, "train_step", step)
-            patch.setattr(RunFolder, "save", saving)
-            patch.setattr(RunFolder, "__enter__", entered)
-            patch.setattr(VideoDecoder, "generate", sampled)
-            patch.setattr(training, "compile_blocks", compile_blocks)
-            try:
-                script.main(script.parse([str(word) for word in arguments]))
-            except Enough:
-                pass
-    finally:
-        hook.remove()
+    with pytest.MonkeyPatch.context() as patch, suppress(Enough):
+        patch.setattr(script, "train_step", step)
+        patch.setattr(RunFolder, "save", saving)
+        patch.setattr(RunFolder, "__enter__", entered)
+        patch.setattr(VideoDecoder, "generate", sampled)
+        patch.setattr(training, "compile_blocks", compile_blocks)
+        try:
+            script.main(script.parse([str(word) for word in arguments]))
+        finally:
+            hook.remove()
     watched.end = watched.weights()
     watched.logged = [row["step"] for row in read_log(watched.folder / "log.jsonl")]
     return watched
@@ -209,8 +206,8 @@ def watch_evaluation(arguments: list) -> Evaluated:
         patch.setattr(VideoDecoder, "generate", made)
         patch.setattr(evaluate, "in_processes", in_processes)
         patch.setattr(score, "in_processes", in_processes)
-        for module in (evaluate, metrics.report):
-            patch.setattr(module, "report", report)
+        patch.setattr(evaluate, "report", report)
+        patch.setattr(metrics.report, "report", report)
         patch.setattr(evaluate, "compare", lambda runs, data, *only: f"compared: {runs} {data}")
         patch.setitem(LOADERS, "video_classifier", classifier)
         evaluate.main(evaluate.parse([str(word) for word in arguments], evaluate.__doc__))

@@ -94,12 +94,7 @@ class Stage:
 
 
 def one_cycle(
-    parameters: Iterable,
-    lr: float,
-    steps: int,
-    warm_up: float = 0.1,
-    weight_decay: float = 0.05,
-    beta: float = 0.999,
+    parameters: Iterable, lr: float, steps: int, warm_up=0.1, weight_decay=0.05, beta=0.999
 ) -> LRScheduler:
     """AdamW whose rate rises over the share `warm_up` of the steps to lr, then falls as a cosine."""
     optimiser = torch.optim.AdamW(parameters, lr, betas=(0.9, beta), weight_decay=weight_decay)
@@ -117,16 +112,11 @@ def flat_then_cosine(optimiser: Optimizer, steps: int, tail: int) -> LRScheduler
 
 
 def fit(
-    name: str,
-    losses: Callable[[], dict[str, Tensor]],
-    schedules: Sequence[LRScheduler],
-    steps: int,
-    max_norm: float = 1.0,
-    after: Callable[[int], None] | None = None,
+    name: str, losses: Callable, schedules: Sequence[LRScheduler], steps: int, max_norm=1.0, after=None
 ) -> None:
     """The training loop: each step's gradients, averaged over the processes and clipped, move the weights.
 
-    losses(): the "loss" of new clips, and what else stands in the log line, as means over 50 steps.
+    losses(): the "loss" of new clips, and what else stands in the log line, as means over 50 steps: Tensors.
     schedules: of the optimisers, each of which moves its part of the weights. after(step): follows a step.
     """
     start = time.time()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prepare.encoders import encode_actions, encode_images, encode_texts, load_clip
+from prepare.encoders import encode_actions, encode_images, load_clip
 from prepare.viclip import ViCLIP
 from support.readers import read_json
 from toy.fit import HELD_OUT, HERE, SEEN, clips_of, command, configured, fit, one_cycle, pixels, rendered
@@ -88,43 +88,35 @@ def pretrain_viclip(out: Path, steps: int = 700, batch: int = 96, lr: float = 1e
     model.save_pretrained(out / "viclip")
 
 
-def top_1(e: np.ndarray, e_text: np.ndarray, clips: list, texts: list) -> float:
-    """Share of the clips whose most similar text says what the clip shows."""
-    return float(np.mean([clips[i] == texts[j] for i, j in enumerate((e @ e_text.T).argmax(1))]))
-
-
-def clip_gate(out: Path) -> None:
-    """What CLIP recognises of the held-out combinations."""
+def gate(network: str, out: Path) -> None:
+    """What an encoder recognises of the held-out combinations: how often the nearest text is right."""
     clips = clips_of(HELD_OUT, 4, seed=3)
-    clip, _, tokenizer = load_clip(f"local-dir:{out / 'clip'}")
-    e_text = encode_texts(clip, tokenizer, [clip.caption for clip in clips[:160]])
-    looks = [(clip.shape, clip.colour, clip.background) for clip in clips]
-    right = top_1(encode_images(clip, rendered(clips, 8)).mean(1), e_text, looks, looks[:160])
-    print("CLIP, held-out clips: shape, colour, background of the nearest of 160 captions right ", end="")
-    print(f"(chance 1.2%: 80 looks) in {right:.1%}")
-
-
-@torch.inference_mode()
-def viclip_gate(out: Path) -> None:
-    """What ViCLIP recognises of the held-out combinations."""
-    clips = clips_of(HELD_OUT, 4, seed=3)
-    viclip = ViCLIP.from_pretrained(out / "viclip")
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{HERE / 'clip'}")
-    e = encode_actions(viclip, rendered(clips, 8))
-    captions, actions = [clip.caption for clip in clips], [clip.action for clip in clips]
-    for question, texts, answers in (
-        ("all four attributes of the nearest of 160 captions right (chance 0.6%)", captions[:160], captions),
-        ("the nearest of the eight actions right (chance 12.5%)", list(ACTIONS), actions),
-    ):
-        e_text = F.normalize(viclip.encode_text(tokenizer(texts)), dim=-1).numpy()
-        print(f"ViCLIP, held-out clips: {question} in {top_1(e, e_text, answers, texts):.1%}")
+    frames, captions = rendered(clips, 8), [clip.caption for clip in clips]
+    if network == "clip":
+        clip, _, tokenizer = load_clip(f"local-dir:{out / 'clip'}")
+        e, encode = encode_images(clip, frames).mean(1), clip.encode_text
+        looks = [(clip.shape, clip.colour, clip.background) for clip in clips]
+        question = "shape, colour, background of the nearest of 160 captions right (chance 1.2%: 80 looks)"
+        questions = [(question, captions[:160], looks, looks)]
+    else:
+        viclip = ViCLIP.from_pretrained(out / "viclip")
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{HERE / 'clip'}")
+        e, encode = encode_actions(viclip, frames), viclip.encode_text
+        question = "all four attributes of the nearest of 160 captions right (chance 0.6%)"
+        questions = [(question, captions[:160], captions, captions)]
+        question, actions = "the nearest of the eight actions right (chance 12.5%)", list(ACTIONS)
+        questions += [(question, actions, actions, [clip.action for clip in clips])]
+    for question, texts, answers, truth in questions:
+        with torch.inference_mode():
+            e_text = F.normalize(encode(tokenizer(texts)), dim=-1).numpy()
+        right = [truth[i] == answers[j] for i, j in enumerate((e @ e_text.T).argmax(1))]
+        print(f"{network}, held-out clips: {question} in {np.mean(right):.1%}")
 
 
 if __name__ == "__main__":
     network, out, recipe = command(__doc__, ("clip", "viclip", "gates"))
-    if network != "gates":
-        {"clip": pretrain_clip, "viclip": pretrain_viclip}[network](out, **recipe)
-    if network != "viclip":
-        clip_gate(out)
-    if network != "clip":
-        viclip_gate(out)
+    for name, pretrain in {"clip": pretrain_clip, "viclip": pretrain_viclip}.items():
+        if network == name:
+            pretrain(out, **recipe)
+        if network in (name, "gates"):
+            gate(name, out)

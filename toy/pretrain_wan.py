@@ -85,10 +85,6 @@ def decode(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
     return unpatchify(vae.decoder(vae.post_quant_conv(z), first_chunk=True), 4).float()
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    return 10 * torch.log10(4 / F.mse_loss(a, b))  # dB, of videos in [-1, 1]
-
-
 def pretrain_vae(rank: int, folder: Path, steps: int = 1600, batch: int = 4) -> None:
     """Reconstruction, weighing most where shapes end. batch: clips a process and step. Writes folder/vae."""
     torch.manual_seed(0)
@@ -110,7 +106,8 @@ def pretrain_vae(rank: int, folder: Path, steps: int = 1600, batch: int = 4) -> 
         loss = (weight * (error**2 + 0.3 * error.abs())).mean()
         loss = loss + (weight[..., 1:] * dx).mean() + (weight[..., 1:, :] * dy).mean()
         kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).mean()
-        return {"loss": loss + 5e-4 * kl, "kl": kl, "dB": psnr(y.detach(), x)}
+        psnr = 10 * torch.log10(4 / F.mse_loss(y.detach(), x))  # of videos in [-1, 1]
+        return {"loss": loss + 5e-4 * kl, "kl": kl, "dB": psnr}
 
     fit("vae", losses, [flat_then_cosine(optimiser, steps, steps)], steps)
     if rank == 0:

@@ -30,10 +30,8 @@ class ToyRelease(Release):
         with advising(ANEW):
             rows = read_json_lines(raw / "captions.jsonl", {"split": str, "segment": str})
         self.clips = Counter(row["segment"] for row in rows)
-        self.splits = {}
-        for split in ("train", "test"):
-            segments = [row["segment"] for row in rows if row["split"] == split]
-            self.splits[split] = list(dict.fromkeys(segments))
+        of_split = {split: [row for row in rows if row["split"] == split] for split in ("train", "test")}
+        self.splits = {split: [*Counter(row["segment"] for row in of_split[split])] for split in of_split}
 
     def repeats(self, segment: str) -> int:
         return world.TEST_REPEATS if segment in self.splits["test"] else world.TRAIN_REPEATS
@@ -113,14 +111,11 @@ def toy_recipe(subject: int) -> dict:
 
 
 def prepare_toy(
-    root: Path = Path("data"),
-    decoder: str | None = None,
-    size: tuple[int, int, int] | None = None,
-    subject: int = 1,
+    root: Path = Path("data"), decoder: str | None = None, size: tuple | None = None, subject: int = 1
 ) -> None:
-    """Make the toy world and prepare it as a real release, in about a minute; what is whole is kept. Each
-    subject has a film and a tuning of its own. With a decoder also its latents of videos of `size` = frames,
-    height, width, and its text tokens. Raises ValueError where another decoder or size made these."""
+    """Make the toy world and prepare it as a real release, in about a minute; what is whole is kept. With a
+    decoder also its latents of videos of `size` = frames, height, width, and its text tokens. Raises
+    ValueError where another decoder or size made these."""
     check_subject("toy", subject)
     raw, stimuli = raw_folder("toy", subject, root), stimuli_folder("toy", subject, root)
     folder, recipe = root / "toy" / f"sub{subject}", toy_recipe(subject)

