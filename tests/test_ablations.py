@@ -88,10 +88,8 @@ def test_the_one_under_way_is_told_once_and_saves(name, tmp_path, monkeypatch):
     """After Ctrl-C; then, and when one fails, no more begin."""
     monkeypatch.setattr(ablations, "REPO", tmp_path)
     (tmp_path / "train_stage1.py").write_text(PROGRAM)
-    jobs = []
-    for first in (name, "later"):
-        folder = tmp_path / f"{first}-s0" / "stage1"
-        jobs.append(ablations.Job("stage1", [str(tmp_path / first)], folder, None))
+    folders = [tmp_path / f"{first}-s0" / "stage1" for first in (name, "later")]
+    jobs = [ablations.Job("stage1", [str(folder.parent)[:-3]], folder, None) for folder in folders]
 
     def press_ctrl_c() -> None:
         while not (tmp_path / "ready").exists():
@@ -100,14 +98,12 @@ def test_the_one_under_way_is_told_once_and_saves(name, tmp_path, monkeypatch):
 
     if name == "good":
         threading.Thread(target=press_ctrl_c).start()
-    write_json(
-        tmp_path / "logs" / "minutes.json", {f"{name}-s0-stage1": 7, "other": 2}
-    )  # of an earlier start
+    job, logs = f"{name}-s0-stage1", tmp_path / "logs"
+    write_json(logs / "minutes.json", {job: 7, "other": 2})  # of an earlier start
     with pytest.raises((KeyboardInterrupt, ValueError)) as stopped:
-        ablations.run(jobs, tmp_path / "logs")
-    assert [file.name for file in (tmp_path / "logs").glob("*.log")] == [f"{name}-s0-stage1.log"]
-    spent = ablations.minutes_of(tmp_path / "logs")
-    assert 7 < spent.pop(f"{name}-s0-stage1") < 8 and spent == {"other": 2}
+        ablations.run(jobs, logs)
+    spent = ablations.minutes_of(logs)
+    assert [*logs.glob("*.log")] == [logs / f"{job}.log"] and 7 < spent.pop(job) < 8 and spent == {"other": 2}
     if name == "good":
         assert (tmp_path / "good").read_text() == "1 True"
     else:
@@ -161,9 +157,8 @@ def table_4(tmp_path_factory) -> tuple[str, str]:
         ablations.main(shlex.split(words))
         assert not begun, "a finished study begins anew"
         os.utime("runs/cc2017/sub1/full-no-mom-s1/stage2/lora/x.safetensors", (1e10, 1e10))  # trained anew
-        write_json(
-            Path("runs/cc2017/sub1/full-s0/stage2/config.json"), {"step": 7, "steps_in_all": 7, "K": 4}
-        )
+        other = Path("runs/cc2017/sub1/full-s0/stage2/config.json")
+        write_json(other, {"step": 7, "steps_in_all": 7, "K": 4})
         patch.setattr(ablations, "on_paper", lambda script, *options: 150.0 if script == "evaluate" else None)
         ablations.main(shlex.split(f"{words} --dry-run"))
         return Path("docs/results/table4-cc2017-sub1.json").read_text(), printed.getvalue()
@@ -187,10 +182,9 @@ def test_means_deviations_and_paired_intervals(table_4):
             np.testing.assert_allclose([value["ci95"] for value in values], np.c_[more, more], atol=1e-9)
         assert ("more" in values[0]) == (previous is not None)
         previous = gain
-    than = {"no stage 2": 0.1, "+ L_action": 0.2, "the best memory, played": 0.25}
-    x = approx
-    than = {label: {"more": x(v), "ci95": x([v, v]), "freedom": x(3, abs=2)} for label, v in than.items()}
-    assert values[0]["than"] == than
+    than = {label: (cell["more"], *cell["ci95"]) for label, cell in values[0]["than"].items()}
+    assert than["no stage 2"] == approx((0.1,) * 3) and than["+ L_action"] == approx((0.2,) * 3)
+    assert than["the best memory, played"] == approx((0.25,) * 3) and len(than) == 3
     assert played["metrics"]["video_50way"]["mean"] == approx(BASE.mean() + 0.02)
     shuffled = result["shuffled"]
     assert shuffled["metrics"]["video_50way"] == {"mean": approx(0.07), "std": approx(0.02 * 2**0.5)}
@@ -202,14 +196,7 @@ def test_means_deviations_and_paired_intervals(table_4):
         assert text in printed
 
 
-def page_of(folder: Path) -> Path:
-    page = folder / "page.md"
-    page.write_text("# Words\n\n{}\nold\n{}\n\nmore words\n".format(*ablation_tables.MARKS))
-    return page
-
-
 DAMAGE = [  # a path in a result, and what stands there
-    ("rows", [1, 2]),
     ("rows 0 metrics video_50way mean", float("nan")),
     ("rows 1 metrics video_50way ci95", [0.1]),
     ("rows 1 quoted", ["0.824"]),
@@ -217,17 +204,32 @@ DAMAGE = [  # a path in a result, and what stands there
 ]
 
 
-def test_the_page_keeps_the_words_around_its_tables_and_takes_no_damaged_result(table_4, tmp_path):
-    page, file, (begin, end) = page_of(tmp_path), tmp_path / "table4.json", ablation_tables.MARKS
+def test_the_page_of_two_films_keeps_the_words_around_it_and_takes_no_damaged_result(table_4, tmp_path):
+    page, (begin, end) = tmp_path / "page.md", ablation_tables.MARKS
+    page.write_text(f"# Words\n\n{begin}\nold\n{end}\n\nmore words\n")
     result = json.loads(table_4[0]) | {"minutes": {"a": 1.5, "b": None, "c": 2.0}}
+    row, file = result["rows"][3], tmp_path / "table4-b.json"
+    cell = row["metrics"]["video_50way"]
+    cell |= {"more": 0.2, "ci95": [0.1, 0.3], "freedom": 7.0}
+    (tmp_path / "table4-a.json").write_text(json.dumps(result))
+    cell |= {"mean": cell["mean"] + 0.1, "more": -0.1, "ci95": [-0.3, 0.1]}
+    result["subject"] = 2
     file.write_text(json.dumps(result))
     for _ in range(2):
         ablation_tables.write_page(page, tmp_path)
         text = page.read_text()
         assert text.startswith(f"# Words\n\n{begin}\n\n### What a part is worth on cc2017")
-        assert text.endswith(f"\n\n{end}\n\nmore words\n")
-    source = "2026-11-25, commit 23a6b32946, torch 2.14, 4 minutes."
-    assert "\nold\n" not in text and "| all four, never shown |" in text and source in text
+        assert text.endswith(f"\n\n{end}\n\nmore words\n") and "\nold\n" not in text
+    worth, first, second = text.split("### ")[1:]
+    # by hand: half lengths of 0.1 and 0.2 by t(7); of their sum by t(10.3): 7 * 0.05^2 / (0.01^2 + 0.04^2)
+    half = (0.1**2 + 0.2**2) ** 0.5 / 2 / 2.3646 * 2.2191
+    less = f"{row['label']} less {result['rows'][2]['label']}".replace("+ ", "")
+    assert f"| {less} | +0.200 / -0.100 | +0.050 [{0.05 - half:.3f}, {0.05 + half:.3f}] |" in worth
+    assert "subject 1 / 2" in worth and f"| {cell['mean']:.3f}±" in second
+    assert (
+        "| all four, never shown |" in first
+        and "2026-11-25, commit 23a6b32946, torch 2.14, 4 minutes." in first
+    )
     for path, value in DAMAGE:
         entry = broken = json.loads(json.dumps(result))
         *parents, last = [int(key) if key.isdecimal() else key for key in path.split()]
@@ -235,9 +237,7 @@ def test_the_page_keeps_the_words_around_its_tables_and_takes_no_damaged_result(
             entry = entry[key]
         entry[last] = value
         file.write_text(json.dumps(broken))
-        with pytest.raises(
-            ValueError, match="table4.json: found .*: python extras/ablations.py makes it anew"
-        ):
+        with pytest.raises(ValueError, match="table4-b.json: found .* extras/ablations.py makes it anew"):
             ablation_tables.write_page(page, tmp_path)
         assert page.read_text() == text
 
@@ -251,35 +251,16 @@ def test_the_page_is_what_the_results_make_and_sentences_have_their_intervals_fr
     start, end = (page.index(mark) for mark in ablation_tables.MARKS)
     interval = r"([+-]?\d\.\d{3}) \[([+-]?\d\.\d{3}), ([+-]?\d\.\d{3})\]"
     text = page[:start] + page[end:] + Path("README.md").read_text("utf-8")
-    tables, claims = (
-        [tuple(map(float, words)) for words in re.findall(interval, part)] for part in (page[start:end], text)
-    )
+    parts = [re.findall(interval, part) for part in (page[start:end], text)]
+    tables, claims = ([tuple(map(float, words)) for words in part] for part in parts)
     assert claims and {*claims} <= {*tables, *((-more, -high, -low) for more, low, high in tables)}
 
 
-def test_the_page_says_what_a_part_is_worth_on_each_film_and_together(table_4, tmp_path):
-    result, page = json.loads(table_4[0]), page_of(tmp_path)
-    row = result["rows"][3]
-    cell = row["metrics"]["video_50way"]
-    cell |= {"more": 0.2, "ci95": [0.1, 0.3], "freedom": 7.0}
-    (tmp_path / "table4-a.json").write_text(json.dumps(result))
-    cell |= {"mean": cell["mean"] + 0.1, "more": -0.1, "ci95": [-0.3, 0.1]}
-    (tmp_path / "table4-b.json").write_text(json.dumps(result | {"subject": 2}))
-    ablation_tables.write_page(page, tmp_path)
-    worth, _, second = page.read_text().split("### ")[1:]
-    # by hand: half lengths of 0.1 and 0.2 by t(7); of their sum by t(10.3): 7 * 0.05^2 / (0.01^2 + 0.04^2)
-    half = (0.1**2 + 0.2**2) ** 0.5 / 2 / 2.3646 * 2.2191
-    less = f"{row['label']} less {result['rows'][2]['label']}".replace("+ ", "")
-    assert f"| {less} | +0.200 / -0.100 | +0.050 [{0.05 - half:.3f}, {0.05 + half:.3f}] |" in worth
-    assert "subject 1 / 2" in worth and f"| {cell['mean']:.3f}±" in second
-
-
-STAGE1_WORDS = "--steps 4 --batch_size 8 --tokens 12 --width 24 --layers 1 --attention_heads 4"
-STAGE2_WORDS = (
-    "--decoder models/wan --frames 9 --height 32 --width 48 --epochs 1 --batch_size 16 --micro_batch 16 --K 3 "
-    "--attention_heads 4 --sample_every 0 --sampling_steps 2 --guidance 1 --no-checkpointing --lora_rank 2"
-)
-EVALUATE_WORDS = "--clips 6 --batch_size 6 --fps 4.5 --metrics ssim,psnr --size native"
+WORDS = """--table 6 --data cc2017 --seeds 0
+--stage1 '--steps 4 --batch_size 8 --tokens 12 --width 24 --layers 1 --attention_heads 4'
+--stage2 '--decoder models/wan --frames 9 --height 32 --width 48 --epochs 1 --batch_size 16 --K 3 --attention_heads 4
+--sample_every 0 --sampling_steps 2 --guidance 1 --lora_rank 2'
+--evaluate '--clips 6 --batch_size 6 --fps 4.5 --metrics ssim,psnr --size native'"""
 
 
 @pytest.mark.slow
@@ -287,16 +268,14 @@ def test_the_real_scripts_make_a_table(tiny_copy, capsys, monkeypatch):
     shutil.rmtree("runs")
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-    words = ["--table", "6", "--data", "cc2017", "--seeds", "0"]
-    words += ["--stage1", STAGE1_WORDS, "--stage2", STAGE2_WORDS, "--evaluate", EVALUATE_WORDS]
-    ablations.main(words)
+    ablations.main(shlex.split(WORDS))
     result = json.loads(Path("docs/results/table6-cc2017-sub1.json").read_text())
     runs = ["full-no-integration", "full-alpha0", "full", None]  # the last: the best memory, played
     assert [row.get("run") for row in result["rows"]] == runs
     assert len(result["minutes"]) == 8 and all(result["minutes"].values())
     assert not Path("runs/cc2017/sub1/full-no-integration-s0/stage1").exists()  # it has that of `full`
     assert "SSIM" in capsys.readouterr().out
-    ablations.main([*words, "--dry-run"])
+    ablations.main(shlex.split(f"{WORDS} --dry-run"))
     assert capsys.readouterr().out == "0 commands are left\n"
 
 
