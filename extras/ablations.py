@@ -17,7 +17,7 @@ What is finished is kept; after Ctrl-C, or a kill, the same command goes on wher
 In:  as the three scripts.
 Out: runs/ as of the three scripts, what they printed in runs/<data>/sub<S>/ablations/, and
      docs/results/table<N>-<data>-sub<S>.json: means ± over the seeds, paired intervals to the row before, the
-     clips whose like was seen in training and the others, shuffled fMRI, chance; what made them.
+     clips whose like was seen in training and the others, shuffled fMRI; what made them.
 """
 
 import json
@@ -31,15 +31,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))  # run as a script, this file sees the project
 import evaluate  # noqa: E402
 import train_stage1  # noqa: E402
 import train_stage2  # noqa: E402
 from extras import plan as count  # noqa: E402
-from extras.ablation_tables import PAGE, RESULTS, Files, as_text, provenance, result_of, write_page  # noqa: E402
+from extras.ablation_tables import MODEL, PAGE, RESULTS, as_text, provenance, result_of, write_page  # noqa: E402
 from metrics.held_out import evaluation_folder  # noqa: E402
 from metrics.parallel import end_with_parent  # noqa: E402
 from metrics.table import asked  # noqa: E402
@@ -168,7 +166,7 @@ MODES = {"shuffle", "stage2", "fmri", "pairs", "compare"}  # of evaluate.py: the
 class Job(NamedTuple):
     """One command, and the folder that shows how far it is."""
 
-    script: Script
+    script: str  # of SCRIPTS
     options: list[str]
     folder: Path  # a stage of a run, or its eval
     config: object  # the script's
@@ -180,61 +178,28 @@ class Job(NamedTuple):
 
     @property
     def command(self) -> str:
-        return shlex.join(["python", self.script.file, *self.options])
-
-    @property
-    def is_evaluation(self) -> bool:
-        return self.script is SCRIPTS["evaluate"]
+        return shlex.join(["python", SCRIPTS[self.script].file, *self.options])
 
     def finished(self) -> bool:
-        """Is all written: an evaluation of the weights as they are, with the memory's where one is played, a
-        stage by these settings? Where they seem to differ, the script is to run, and to say so."""
-        if self.is_evaluation:
+        """Is all written: an evaluation of the weights as they are, a stage by these settings? Where these
+        differ, the script is to run, and to say so."""
+        if self.script == "evaluate":
             file = self.folder / "metrics.json"
-            stage = "stage2" if self.config.stage2 else "stage1"
-            weights = self.folder.with_name(stage).glob("*/*.safetensors")
-            newest = max((part.stat().st_mtime for part in weights), default=np.inf)
-            keys = (
-                {"groups"}
-                if self.config.shuffle or "--no-integration" in self.stage2
-                else {"groups", "memory"}
-            )
-            return file.is_file() and file.stat().st_mtime >= newest and keys <= read_json(file).keys()
-        file = self.folder / "config.json"
-        if not file.is_file() or not (self.folder / self.script.last).is_file():
+            weights = self.folder.with_name("stage2" if self.config.stage2 else "stage1")
+            times = [part.stat().st_mtime for part in weights.glob("*/*.safetensors")]
+            return bool(times) and file.is_file() and file.stat().st_mtime >= max(times)
+        file, script = self.folder / "config.json", SCRIPTS[self.script]
+        if not file.is_file() or not (self.folder / script.last).is_file():
             return False
-        settings = json.loads(json.dumps(settings_of(self.config, *self.script.may_change)))
+        settings = json.loads(json.dumps(settings_of(self.config, *script.may_change)))
         stored = read_json(file)
         alike = all(stored.get(name) == value for name, value in settings.items() if value is not None)
-        return alike and "step" in stored and stored["step"] == stored.get("steps_in_all")
-
-    def minutes(self) -> float | None:
-        """How long it took, by the times of the files that it left: a stage from the beginning of its log for
-        TensorBoard to its last file, an evaluation from its first stimulus to its last value. None where a
-        stage was interrupted, or is not finished."""
-        if self.is_evaluation:
-            starts = [file.stat().st_mtime for file in self.folder.glob("gt/*.mp4")]
-        else:
-            logs = [file.name.split(".")[3] for file in self.folder.glob("events.out.tfevents.*")]
-            starts = [int(start) for start in logs if start.isdecimal()]
-            starts = starts if len(starts) == 1 else []
-        last = self.folder / self.script.last
-        if not starts or not last.is_file():
-            return None
-        return max(0.0, last.stat().st_mtime - min(starts)) / 60
+        return alike and stored.get("step", -1) == stored.get("steps_in_all")
 
 
 def flags_of(words: Sequence[str]) -> set[str]:
     """The names of the options: {"data", "action"} of --data toy --no-action."""
     return {word.split("=")[0][2:].removeprefix("no-") for word in words if word.startswith("--")}
-
-
-def split(script: str, more: str) -> list[str]:
-    """The words of the user's options of a script. Raises ValueError where a quotation is not closed."""
-    try:
-        return shlex.split(more)
-    except ValueError as error:
-        raise ValueError(f"--{script} {more}: {error}: close the quotation in it") from error
 
 
 def joined(argv: Sequence[str]) -> list[str]:
@@ -249,7 +214,7 @@ def joined(argv: Sequence[str]) -> list[str]:
 def job_of(script: str, options: list[str], more: str, stage2: Job | None = None) -> Job:
     """The job of a row's options and `more` of the user; stage2: what an evaluation is of. Raises ValueError
     where the user's options replace what the table sets."""
-    words = split(script, more)
+    words = shlex.split(more)
     if clash := sorted((flags_of(options) | MODES) & flags_of(words)):
         raise ValueError(f"--{script} '{more}': --{clash[0]} is the table's to set: leave it out")
     if script == "stage2":  # what a row does not use, it does not get
@@ -260,18 +225,14 @@ def job_of(script: str, options: list[str], more: str, stage2: Job | None = None
         every = asked(evaluate.Config(**evaluate.PRESETS[config.data]))
         settings, complete = settings_of(stage2.config), config.clips is None
         folder = evaluation_folder(folder.parent, config, settings, complete, asked(config), every)
-    return Job(SCRIPTS[script], [*options, *words], folder, config, stage2.options if stage2 else ())
+    return Job(script, [*options, *words], folder, config, stage2.options if stage2 else ())
 
 
-class Plan(NamedTuple):
-    waves: list[list[Job]]  # each wave needs the previous one
-    files: Files
-
-
-def plan(config: Config, rows: Sequence[Row]) -> Plan:
-    """All jobs of a table, each once: stage 1, stage 2, evaluations."""
+def plan(config: Config, rows: Sequence[Row]) -> tuple[list[list[Job]], dict[str, list[Path]]]:
+    """All jobs of a table, each once, in waves that need the previous one: stage 1, stage 2, evaluations; and
+    of each row's label, and of MODEL, the metrics.json of the seeds."""
     waves: list[dict[Path, Job]] = [{}, {}, {}]
-    files = Files({}, {}, [])
+    files: dict[str, list[Path]] = {}
     for seed in config.seeds:
         common = ["--data", config.data, "--subject", str(config.subject), "--seed", str(seed)]
         for row in (row for row in rows if not row.lacks):
@@ -281,52 +242,38 @@ def plan(config: Config, rows: Sequence[Row]) -> Plan:
             if row.has_stage2 and stage2.folder in waves[1]:
                 clash = f"two rows would be one run, {stage2.folder.parent}"
                 raise ValueError(f"--stage1 '{config.stage1}' --stage2 '{config.stage2}': {clash}")
+            waves[0].setdefault(stage1.folder, stage1)
+            if row.has_stage2:
+                waves[1][stage2.folder] = stage2
             options = [*common, "--run", stage2.config.run]
-            of_row = options if row.has_stage2 else [*options, "--no-stage2"]
-            scored = job_of("evaluate", of_row, config.evaluate, stage2)
-            for wave, job in zip(waves, (stage1, stage2 if row.has_stage2 else None, scored), strict=True):
-                if job:
-                    wave.setdefault(job.folder, job)
-            files.stage1.setdefault(row.label, []).append(stage1.folder / train_stage1.LAST)
-            files.evaluations.setdefault(row.label, []).append(scored.folder / "metrics.json")
+            scored = {row.label: options if row.has_stage2 else [*options, "--no-stage2"]}
             if row.quoted == FULL_ROWS[config.table]:
-                control = job_of("evaluate", [*options, "--shuffle"], config.evaluate, stage2)
-                waves[2][control.folder] = control
-                files.controls.append(control.folder / "metrics.json")
-    return Plan([[*wave.values()] for wave in waves], files)
+                scored[MODEL] = [*options, "--shuffle"]
+            for label, of_row in scored.items():
+                job = job_of("evaluate", of_row, config.evaluate, stage2)
+                waves[2][job.folder] = job
+                files.setdefault(label, []).append(job.folder / "metrics.json")
+    return [[*wave.values()] for wave in waves], files
 
 
 @cache
-def on_paper(script: str, *words: str) -> float | None:
+def on_paper(script: str, options: Sequence[str], stage2: Sequence[str]) -> float | None:
     """Minutes by extras/plan.py, on the GPU at hand or an H100; of an evaluation, with those of stage 2."""
-    options, stage2 = [*words], []
-    if script == "evaluate":
-        at = options.index("--")
-        options, stage2 = options[:at], [options[at + 1 :]]
-    planned = count.PLANS[script](options, 1, *stage2)
+    planned = count.PLANS[script](options, 1, *filter(None, [stage2]))
     seconds = count.seconds_of(planned, count.card_of(None)[0])
     return seconds and seconds * planned.number / 60
 
 
-def counted(job: Job) -> float | None:
-    """Of rows that cost the same to 1 %, one is counted; none of the toy, which is trained on CPUs."""
-    if job.config.data == "toy":
-        return None
-    options, stage2 = without(job.options, ROW_WORDS), without(job.stage2, ROW_WORDS)
-    script = next(name for name, script in SCRIPTS.items() if script is job.script)
-    return on_paper(script, *options, *(["--", *stage2] if job.is_evaluation else []))
-
-
 def listed(jobs: list[Job]) -> str:
-    """The commands that are left, with their minutes where these are counted."""
-    minutes = [counted(job) for job in jobs]
-    known = [value for value in minutes if value is not None]
-    lines = []
-    for job, value in zip(jobs, minutes, strict=True):
-        lines.append(job.command if value is None else f"{value:6.1f} min  {job.command}")
-    total = f"{len(jobs)} commands are left"
-    if known:
-        total += f"; extras/plan.py counts {sum(known) / 60:.0f} hours for {len(known)} of them"
+    """The commands that are left, with their minutes; of rows that cost the same to 1 %, one is counted, none
+    of the toy, which is trained on CPUs."""
+    lines, hours = [], 0.0
+    for job in jobs:
+        words = [tuple(without(options, ROW_WORDS)) for options in (job.options, job.stage2)]
+        minutes = None if job.config.data == "toy" else on_paper(job.script, *words)
+        lines.append(f"{minutes:6.1f} min  {job.command}" if minutes else job.command)
+        hours += (minutes or 0) / 60
+    total = f"{len(jobs)} commands are left" + f", {hours:.0f} hours by extras/plan.py" * (hours > 0)
     return "\n".join([*lines, total])
 
 
@@ -335,12 +282,13 @@ def listed(jobs: list[Job]) -> str:
 
 def run(jobs: list[Job], logs: Path) -> None:
     """Run jobs, one by one, each in a session of its own, which Ctrl-C does not reach. When a signal comes,
-    the one under way gets SIGTERM once, and saves what it has. Raises ValueError where one fails."""
+    the one under way gets SIGTERM once, and saves what it has. logs/minutes.json has what each took in all.
+    Raises ValueError where one fails."""
     for job in jobs:
         log, start = logs / f"{job.name}.log", time.monotonic()
         logs.mkdir(parents=True, exist_ok=True)
         print(f"begins: {job.command}", flush=True)
-        command = [sys.executable, str(REPO / job.script.file), *job.options]
+        command = [sys.executable, str(REPO / SCRIPTS[job.script].file), *job.options]
         first = end_with_parent if sys.platform == "linux" else None
         with open(log, "wb") as file:
             about = dict(stdout=file, stderr=file, start_new_session=True)
@@ -351,8 +299,11 @@ def run(jobs: list[Job], logs: Path) -> None:
             child.terminate()
             child.wait()
             raise
-        minutes, status = (time.monotonic() - start) / 60, child.returncode
-        in_part = status == 3 and job.is_evaluation
+        finally:
+            minutes, spent = (time.monotonic() - start) / 60, minutes_of(logs)
+            write_json(logs / "minutes.json", spent | {job.name: spent.get(job.name, 0) + minutes})
+        status = child.returncode
+        in_part = status == 3 and job.script == "evaluate"
         if in_part or status == 0 and job.finished():
             remark = f", in part: {log} says why" if in_part else ""
             print(f"{minutes:7.1f} min: {job.name}{remark}", flush=True)
@@ -361,6 +312,12 @@ def run(jobs: list[Job], logs: Path) -> None:
         message = lines[-1].split("\r")[-1][:300] if lines else "it printed nothing"
         advice = f"all is in {log}; what is finished is kept, the same command goes on"
         raise ValueError(f"{job.command} ended with status {status}: {message}; {advice}")
+
+
+def minutes_of(logs: Path) -> dict[str, float]:
+    """Of each job that was run."""
+    file = logs / "minutes.json"
+    return read_json(file) if file.is_file() else {}
 
 
 # ---------------------------------------------------------------- the command
@@ -377,23 +334,22 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--seeds {' '.join(map(str, config.seeds))}: wanted each once")
     plan(config, chosen_rows(config))  # refuses what cannot end, before the toy is prepared
     if data == "toy" and not config.dry_run:  # once, before several would at once
-        stage2 = train_stage2.parse(["--data", "toy", *split("stage2", config.stage2)])
+        stage2 = train_stage2.parse(["--data", "toy", *shlex.split(config.stage2)])
         size = (stage2.frames, stage2.height, stage2.width)
         prepare_toy(decoder=stage2.decoder, size=size, subject=subject)
     rows = chosen_rows(config)
-    planned = plan(config, rows)
+    waves, files = plan(config, rows)
     if config.dry_run:
-        print(listed([job for wave in planned.waves for job in wave if not job.finished()]))
+        print(listed([job for wave in waves for job in wave if not job.finished()]))
         return
-    scored = planned.waves[2][0].config
-    films = Path(scored.stimuli or raw_folder(data, subject) / "stimuli")
+    films = Path(waves[2][0].config.stimuli or raw_folder(data, subject) / "stimuli")
     if data != "toy" and not films.is_dir():  # said before days of training, not after
         advice = "--evaluate '--stimuli FOLDER'"
         raise FileNotFoundError(f"{films} is not there, whose films the evaluations need: {advice}")
-    for wave in planned.waves:
-        logs = run_folder(data, subject, "full", 0).with_name("ablations")
+    logs = run_folder(data, subject, "full", 0).with_name("ablations")
+    for wave in waves:
         run([job for job in wave if not job.finished()], logs)
-    minutes = {job.name: job.minutes() for wave in planned.waves for job in wave}
+    spent = minutes_of(logs)
     result = {
         "table": table,
         "data": data,
@@ -402,8 +358,8 @@ def main(argv: Sequence[str]) -> None:
         "quoted_of": QUOTED_OF[table],
         "command": shlex.join(["python", "extras/ablations.py", *argv]),
         **provenance(REPO),
-        "minutes": {name: value and round(value, 2) for name, value in minutes.items()},
-        **result_of(rows, planned.files, asked(scored)),
+        "minutes": {job.name: round(spent.get(job.name, 0), 2) for wave in waves for job in wave},
+        **result_of(rows, files),
     }
     file = RESULTS / f"table{table}-{data}-sub{subject}.json"
     write_json(file, result)

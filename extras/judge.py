@@ -8,7 +8,7 @@ round trip, which softens it; and what the decoder makes of the clip's own capti
 no fMRI and no LoRA. What the judges get wrong in the second is theirs (or the VAE's), in the third the DiT's,
 too: no reconstruction can be expected to do better.
 
-Out: a table, of each attribute and of shapes by action, and --out as JSON (docs/results/judges.json).
+Out: a table of each attribute, and --out as JSON, of shapes by action, too (docs/results/judges.json).
 """
 
 import sys
@@ -75,14 +75,9 @@ def write_videos(config: Config, clips: list[dict], folder: Path, batch: int = 1
 
 def table(result: dict) -> str:
     """The numbers as text."""
-    names = list(result["right"])
-    lines = {f"{result['clips']} clips, seen as shown": names}
+    lines = {f"{result['clips']} clips, seen as shown": list(result["right"])}
     for attribute in result["right"]["stimulus"]:
         lines[attribute] = [f"{share[attribute]:.3f}" for share in result["right"].values()]
-    lines["shape, by shape and action, where one is wrong in more than a tenth"] = []
-    for kind, share in result[BY_KIND].items():
-        if min(share[name] for name in names) < 0.9:
-            lines[f"{kind} ({share['clips']})"] = [f"{share[name]:.3f}" for name in names]
     return "\n".join(f"{row:<28}" + "".join(f"{cell:>28}" for cell in lines[row]) for row in lines)
 
 

@@ -29,7 +29,6 @@ from brain_model import BrainModel  # noqa: E402
 from data import Batch, Clips  # noqa: E402
 from extras.counter import WAN_1_3B, Count, Repeated, counting, fake_pipeline  # noqa: E402, F401
 from heads import Stage1Heads  # noqa: E402
-from metrics.options import MODES  # noqa: E402
 from mixture_of_memories import DirectProjection, MemoryPool, MixtureOfMemories, TopTextMemory  # noqa: E402
 from prepare import command  # noqa: E402
 from prepare.decoder import WHOLE  # noqa: E402
@@ -51,8 +50,6 @@ CARDS = {
     "H200": (989, 141), "H100": (989, 80), "A100": (312, 80),
     "L40S": (362, 48), "4090": (165, 24), "3090": (71, 24),
 }  # fmt: skip
-LARGEST = dict.fromkeys(("frames", "height", "width", "tokens", "rank", "lora_rank"), 1 << 16)
-LARGEST |= {"batch_size": 4096, "layers": 500}
 PUBLISHED = {  # what Clips.sizes will be, where no data is prepared
     # voxels: the NeuroClips release, subject 1; CineBrain's visual areas and hippocampi
     "cc2017": {"volumes": 1, "voxels": 13_447, "frames": 8, "embed_dim": 768, "classes": 12},
@@ -221,14 +218,6 @@ class Plan(NamedTuple):
     disk: dict[str, float]  # bytes
 
 
-def check_sizes(config, processes: int = 1) -> None:
-    """Raises ValueError for sizes that overflow or take hours to count, and a batch that cannot be shared."""
-    for name, most in LARGEST.items():
-        if (getattr(config, name, 0) or 0) > most:
-            raise ValueError(f"--{name} {getattr(config, name)}: wanted at most {most:,} in a plan")
-    check_processes(getattr(config, "batch_size", 1), SimpleNamespace(num_processes=processes))
-
-
 def sizes_of(config, rois: str | None) -> dict[str, int]:
     """The sizes of the data where it is prepared, else those published. Raises MissingData where none is."""
     try:
@@ -254,7 +243,6 @@ def plan_preparation(options: list[str], processes: int) -> Plan:
     config, decoder = command.read(options), None
     if config.data not in SHOWINGS or processes > 1:
         raise ValueError(f"{config.data} in {processes} processes: wanted {' or '.join(SHOWINGS)}, in one")
-    check_sizes(config)
     sizes, segments = sizes_of(config, None), (config.train_segments, config.test_segments)
     of_split = [n * clips for n, (_, clips) in zip(segments, SIZES[config.data].values(), strict=True)]
     showings = sum(n * shown for n, shown in zip(of_split, SHOWINGS[config.data], strict=True))
@@ -276,7 +264,7 @@ def plan_preparation(options: list[str], processes: int) -> Plan:
 
 def plan_stage1(options: list[str], processes: int) -> Plan:
     config = train_stage1.parse(options)
-    check_sizes(config, processes)
+    check_processes(config.batch_size, SimpleNamespace(num_processes=processes))
     sizes = sizes_of(config, config.rois)
     need, fmri = count_stage1(config, sizes, processes), f"{sizes['volumes']} x {sizes['voxels']:,} voxels"
     title = f"stage 1 of {config.data}, {fmri}, {config.batch_size} clips a step"
@@ -286,7 +274,7 @@ def plan_stage1(options: list[str], processes: int) -> Plan:
 
 def plan_stage2(options: list[str], processes: int) -> Plan:
     config = train_stage2.parse(options)
-    check_sizes(config, processes)
+    check_processes(config.batch_size, SimpleNamespace(num_processes=processes))
     brain, sizes = stage1_of(config)
     train, test = prod(SIZES[config.data]["train"]), prod(SIZES[config.data]["test"])
     model = fake_model(settings_of(config), brain, sizes, train)
@@ -307,9 +295,6 @@ def plan_stage2(options: list[str], processes: int) -> Plan:
 def plan_evaluation(options: list[str], processes: int, stage2: Sequence[str] = ()) -> Plan:
     """stage2: options of train_stage2.py, for a run that is not there."""
     config = evaluate.parse(options, evaluate.__doc__)
-    for mode in MODES:
-        if getattr(config, mode):
-            raise ValueError(f"--{mode}: wanted the evaluation of a run, which reconstructs its test clips")
     folder = run_folder(config.data, config.subject, config.run, config.seed) / "stage2"
     if (folder / "config.json").is_file():
         settings = read_settings(folder)
@@ -317,9 +302,8 @@ def plan_evaluation(options: list[str], processes: int, stage2: Sequence[str] = 
     else:
         untrained = train_stage2.parse([*stage2, "--data", config.data, "--subject", str(config.subject)])
         settings, (brain, sizes) = settings_of(untrained), stage1_of(untrained)
-    test = prod(SIZES[config.data]["test"])
-    check_sizes(config)
-    model = fake_model(settings, brain, sizes, prod(SIZES[config.data]["train"]))
+    train, test = (prod(SIZES[config.data][split]) for split in ("train", "test"))
+    model = fake_model(settings, brain, sizes, train)
     clips = min(config.clips or test, test)
     video = "{} x {} x {} by {}".format(*model.size, settings["decoder"])
     title = f"evaluation of {config.data}, {clips:,} clips of {video}"

@@ -90,30 +90,24 @@ def names_of(runs: list[Path]) -> list[str]:
     ]
 
 
-def groups_of(run: Path) -> dict[str, set[int]]:
-    """Clips by number: those whose like was seen in training and the others, as evaluate.py tells them apart;
-    none where it did not."""
-    file = evaluation_of(run) / "metrics.json"
-    groups = read_metrics(file).get("groups", {}) if file.is_file() else {}
-    return {name: set(map(int, filter(str.isdecimal, group["clips"]))) for name, group in groups.items()}
-
-
 def choose_clips(run: Path, clips: list[int] | None, n: int) -> dict[int, str]:
-    """Numbers of test clips, each with the name of its group: those asked for, or `n` of those reconstructed,
-    chosen by `spread`. Raises ValueError where one of them was not, FileNotFoundError where none was."""
+    """Numbers of test clips, each with the name of its group (shown in training, or not): those asked for, or
+    `n` of those reconstructed, chosen by `spread`. Raises ValueError where one of them was not,
+    FileNotFoundError where none was."""
     run = evaluation_of(run)
-    files = (run / "recon").glob("[0-9]*.mp4")
-    reconstructed = sorted(int(file.stem) for file in files if file.stem.isdecimal())
+    reconstructed = sorted(int(file.stem) for file in (run / "recon").glob("[0-9]*.mp4"))
     if not reconstructed:
         raise FileNotFoundError(f"{run}/recon holds no video: python evaluate.py comes first")
-    first, last, groups = reconstructed[0], reconstructed[-1], groups_of(run)
+    file, first, last = run / "metrics.json", reconstructed[0], reconstructed[-1]
+    names = [f"{clip:04d}" for clip in range(last + 1)]
+    groups = read_metrics(file)["groups"] if file.is_file() else {}
+    members = {name: np.isin(names, of["clips"]) for name, of in groups.items()}
     if clips is None:
-        members = {name: np.isin(np.arange(last + 1), [*group]) for name, group in groups.items()}
         clips = spread(reconstructed, n, members)
     if missing := sorted(set(clips) - set(reconstructed)):
         range_of_run = f"{len(reconstructed)} clips of {first} to {last} were reconstructed in {run}"
         raise ValueError(f"--clips {', '.join(map(str, missing))}: {range_of_run}: choose of these")
-    return {clip: next((name for name in groups if clip in groups[name]), "") for clip in clips}
+    return {clip: next((name for name in members if members[name][clip]), "") for clip in clips}
 
 
 def caption_of(line: dict, group: str) -> str:

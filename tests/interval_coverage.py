@@ -5,6 +5,8 @@ most near 0 or 1. The other row's model is a little better, and sees the same cl
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from metrics.intervals import BLOCK, estimate  # noqa: E402
 
 FILMS, DRAWS = 2000, 500
-STRUCTURES = {
-    "toy film, 8 blocks": 8,
-    "its never-shown half": 8,
-    "two films, 16": 16,
-    "cc2017, 60": 60,
-    "60, slow drift": 60,
-}
+STRUCTURES = {"toy film, 8 blocks": 8, "its never-shown half": 8, "two films, 16": 16, "cc2017, 60": 60}
+STRUCTURES["60, slow drift"] = 60
 RNG = np.random.default_rng(0)
 
 
@@ -45,26 +42,42 @@ def accuracies(z: np.ndarray, other: float, better: float) -> np.ndarray:
     return expit(4 * ((1 - other**2) ** 0.5 * z + other * RNG.normal(size=z.shape) + better) - 2)
 
 
-def percentile(sums: np.ndarray, counts: np.ndarray) -> list[float]:
-    """Bootstrap over blocks; sums, counts (blocks,)."""
-    drawn = RNG.integers(len(sums), size=(DRAWS, len(sums)))
-    return np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975]).tolist()
-
-
-def bootstrap_t(sums: np.ndarray, counts: np.ndarray) -> list[float]:
-    """The quantiles of (drawn mean - mean) / its standard error, in place of those of t."""
+def bootstraps(sums: np.ndarray, counts: np.ndarray) -> list[list[float]]:
+    """Over blocks; sums, counts (blocks,): the percentile interval, and bootstrap-t, with the quantiles of
+    (drawn mean - mean) / its standard error in place of those of t."""
 
     def mean_and_error(s, c):
-        mean = s.sum(-1) / c.sum(-1)
-        n = s.shape[-1]
+        mean, n = s.sum(-1) / c.sum(-1), s.shape[-1]
         residuals = (s - mean[..., None] * c) / c.sum(-1)[..., None]
         return mean, (n / (n - 1) * (residuals**2).sum(-1)) ** 0.5
 
-    mean, error = mean_and_error(sums, counts)
     drawn = RNG.integers(len(sums), size=(DRAWS, len(sums)))
-    means, errors = mean_and_error(sums[drawn], counts[drawn])
+    (mean, error), (means, errors) = mean_and_error(sums, counts), mean_and_error(sums[drawn], counts[drawn])
     low, high = np.quantile((means - mean) / np.maximum(errors, 1e-9), [0.025, 0.975])
-    return [mean - high * error, mean - low * error]
+    return [np.quantile(means, [0.025, 0.975]).tolist(), [mean - high * error, mean - low * error]]
+
+
+def show(structure: str, label: object, x: np.ndarray, truth: float, intervals: Callable) -> None:
+    """The share of the films x whose `intervals` hold the truth, such as the mean of all films."""
+    holds = [[low <= truth <= high for low, high in intervals(film)] for film in x]
+    shares = "".join(f"{share:>13.3f}" for share in np.mean(holds, 0))
+    print(f"{structure:<22}{label:<11}{shares}", flush=True)
+
+
+def of_clips(film: np.ndarray, half: bool) -> list[list[float]]:
+    blocks = np.arange(len(film)) // BLOCK
+    if half:
+        chosen = RNG.random(len(film)) < 0.5
+        film, blocks = film[chosen], blocks[chosen]
+    return [*bootstraps(np.bincount(blocks, film), np.bincount(blocks)), estimate("", film, blocks).ci95]
+
+
+def of_seeds(film: np.ndarray) -> list[list[float]]:
+    """film (seeds, clips)"""
+    seeds, blocks = film.mean(1), np.arange(film.shape[1]) // BLOCK
+    half = t.ppf(0.975, 2) * seeds.std(ddof=1) / 3**0.5
+    alone = [estimate("", film.mean(0), blocks).ci95, [seeds.mean() - half, seeds.mean() + half]]
+    return [*alone, estimate("", film, blocks).ci95]
 
 
 def over_clips() -> None:
@@ -73,42 +86,18 @@ def over_clips() -> None:
         z = latents(structure, n * BLOCK)
         values = accuracies(z, 0.6, 0.0)
         for value, x in {"accuracy": values, "difference": accuracies(z, 0.6, 0.1) - values}.items():
-            truth, hits = x.mean(), np.zeros(3)  # the mean of all films
-            for film in x:
-                blocks = np.arange(len(film)) // BLOCK
-                if "half" in structure:
-                    chosen = RNG.random(len(film)) < 0.5
-                    film, blocks = film[chosen], blocks[chosen]
-                sums, counts = np.bincount(blocks, film), np.bincount(blocks)
-                intervals = (
-                    percentile(sums, counts),
-                    bootstrap_t(sums, counts),
-                    estimate("", film, blocks).ci95,
-                )
-                hits += [low <= truth <= high for low, high in intervals]
-            shares = "".join(f"{hit / FILMS:>13.3f}" for hit in hits)
-            print(f"{structure:<22}{value:<11}{shares}", flush=True)
+            show(structure, value, x, x.mean(), partial(of_clips, half="half" in structure))
 
 
 def over_seeds() -> None:
     """Differences of two rows, three seeds each: a seed's training moves all its clips."""
     print(f"\n{'three seeds':<22}{'deviation':<14} clips alone  seeds alone  clips and seeds")
     for structure, n in STRUCTURES.items():
-        blocks = np.arange(n * BLOCK) // BLOCK
         for deviation in (0.0, 0.02, 0.05):  # of the seeds' differences
-            z, hits = latents(structure, n * BLOCK), np.zeros(3)
+            z = latents(structure, n * BLOCK)
             a, b = (np.stack([accuracies(z, 0.6, better) for _ in range(3)], 1) for better in (0.1, 0.0))
             x = a - b  # (films, seeds, clips)
-            truth = x.mean()
-            x += deviation * RNG.normal(size=(FILMS, 3, 1))
-            for film in x:
-                seeds = film.mean(1)
-                half = t.ppf(0.975, 2) * seeds.std(ddof=1) / 3**0.5
-                intervals = [estimate("", film.mean(0), blocks).ci95]
-                intervals += [[seeds.mean() - half, seeds.mean() + half], estimate("", film, blocks).ci95]
-                hits += [low <= truth <= high for low, high in intervals]
-            shares = "".join(f"{hit / FILMS:>13.3f}" for hit in hits)
-            print(f"{structure:<22}{deviation:<11}{shares}", flush=True)
+            show(structure, deviation, x + deviation * RNG.normal(size=(FILMS, 3, 1)), x.mean(), of_seeds)
 
 
 if __name__ == "__main__":
