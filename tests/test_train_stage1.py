@@ -277,8 +277,16 @@ def test_killed_or_stopped_the_same_command_goes_on_bit_equal(trained, linked, n
     assert (trained / "test.txt").read_text().strip() in again.stdout
 
 
-# torch's launcher would take --run for its own
-SEVERAL = "import sys, train_stage1 as s; s.main(s.parse([*sys.argv[2:], '--run', sys.argv[1]]))"
+SEVERAL = """
+import os, sys, torch, train_stage1
+step = torch.optim.AdamW.step
+def keep(self, *args, **kwargs):  # the gradients of the last step
+    gradients = [p.grad for group in self.param_groups for p in group["params"]]
+    torch.save(gradients, f"{sys.argv[1]}-{os.environ.get('RANK', 0)}.pt")
+    return step(self, *args, **kwargs)
+torch.optim.AdamW.step = keep
+train_stage1.main(train_stage1.parse([*sys.argv[2:], "--run", sys.argv[1]]))
+"""
 
 
 @pytest.mark.slow
@@ -296,3 +304,6 @@ def test_several_processes_train_as_one_does(linked, processes, batch, more):
     assert len(log(of("one"))) == 6
     for one, many in zip(log(of("one")), log(of("many")), strict=True):  # the gradient's norm, too
         assert many == pytest.approx(one, rel=1e-5, abs=1e-5)
+    for number in range(processes):
+        found, expected = torch.load(f"many-{number}.pt"), torch.load("one-0.pt")
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
