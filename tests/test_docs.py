@@ -10,14 +10,11 @@ A figure names its source in a comment, which no reader sees:
 
 import argparse
 import ast
-import functools
-import http.server
 import json
 import re
 import runpy
 import shlex
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,23 +167,6 @@ def test_the_site_leads_to_each_page():
     check_links(index, text)
     pages = {file.name for file in index.parent.glob("*.[hmi]*")} - {"index.html"}
     assert {*re.findall(r'href="([^"?]+)"', text)} >= pages
-
-
-@pytest.mark.slow
-def test_the_site_draws_each_page(browser):
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=REPO)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        for page, name in zip(PAGES, NAMES, strict=True):
-            browser.get(f"http://127.0.0.1:{server.server_port}/docs/index.html?page=../{name}")
-            browser.find_element("css selector", "h1[id]")
-            ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
-            prose = browser.execute_script("""document.querySelectorAll("pre, code").forEach(e => e.remove())
-                return document.body.textContent""")
-            text = page.read_text(encoding="utf-8")
-            assert {*ids} == anchors(re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)), name
-            assert not re.search(r"\]\(|\*\*|`|<!--|^\|", prose, re.M), name  # no mark is left over
-        server.shutdown()
 
 
 # ---------------------------------------------------------------- figures

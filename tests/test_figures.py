@@ -26,7 +26,6 @@ from support.videos import read_video, write_video
 CLIPS, MEMORIES = 5, 45
 FULL, SECOND = "full-s0", "no-mom-s0"
 GROUPS = {"shown in training": [0, 1, 3], "never shown": [2, 4]}
-GROUP_OF = {clip: name for name, clips in GROUPS.items() for clip in clips}
 
 
 def colour_of(kind: str, clip: int, run: str = FULL) -> np.ndarray:
@@ -130,8 +129,8 @@ def test_weights_are_on_one_scale_for_all_runs(run, tmp_path, monkeypatch):
     states = [load_file(folder / "stage1/brain_model/model.safetensors") for folder in runs]
     norms = np.array([state["regression.contract.weight"].norm(dim=0) for state in states])
     scaled = (norms - norms.min()) / np.ptp(norms)  # (runs, N)
-    ((_, areas, titles, drives),) = seen
-    assert (titles, drives) == ([FULL, SECOND], {})
+    ((_, areas, *labels),) = seen
+    assert labels == [[FULL, SECOND], {}]
     names = "early visual (V1-V4), V1; lateral occipital, MST; ventral, FFC; hippocampus, hippocampus_left; other areas, 4"
     assert [f"{area.group}, {area.name}" for area in areas] == names.split("; ")
     for area, k in zip(areas, (0, 2, 1, 3, 4), strict=True):  # the world's voxels, in turn
@@ -181,7 +180,8 @@ def test_the_page_of_memories_holds_all_that_it_shows(own_run, world, tmp_path):
     (own_run / "eval/recognised.json").write_text(json.dumps(recognised))
     text, page = page_of(f"memories {own_run} --html", tmp_path / "page.html", "--rows", "4")
     assert [clip["seen"] for clip in page["clips"] if clip["clip"] in (0, 3)] == ["", "seen as red ring"]
-    assert {clip["clip"]: clip["group"] for clip in page["clips"]} == {i: GROUP_OF[i] for i in (0, 3, 2, 4)}
+    new, seen = "never shown", "shown in training"
+    assert {clip["clip"]: clip["group"] for clip in page["clips"]} == {0: seen, 3: seen, 2: new, 4: new}
     videos = {}
     for clip in page["clips"]:
         number = clip["clip"]
@@ -225,9 +225,6 @@ def test_the_page_of_terms_shows_each_clip_by_each_run(own_run, world, tmp_path)
 
 
 def test_a_damaged_run_is_refused_in_a_line(own_run):
-    (own_run / "eval/gt/0001.mp4").unlink()
-    with pytest.raises(FileNotFoundError, match="0001.mp4 is not there: evaluate the same clips"):
-        figures.main(["compare", str(own_run), "--clips", "1"])
     shutil.rmtree(own_run / "stage1")
     with pytest.raises(FileNotFoundError, match="train_stage1.py"):
         figures.main(["weights", str(own_run)])
