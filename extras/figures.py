@@ -191,13 +191,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
             text = "folder of the stimuli's videos [default: raw/stimuli in data/<data>]"
             add("--stimuli", type=Path, help=text)
         if name == "memories":
-            text = "a page that opens by a double click and loads nothing [default of --rows: 12]"
-            add("--html", action="store_true", help=text)
+            add("--html", action="store_true", help="a page that opens by a double click and loads nothing")
         if name in ROWS:
-            text = "numbers of test clips, with commas between [default: spread over the test set]"
+            text = f"numbers of test clips, with commas between [default: {ROWS[name]}, of a page 12, spread]"
             add("--clips", type=clip_numbers, help=text)
-            text = f"so many clips, without --clips [default: {ROWS[name]}]"
-            add("--rows", type=within(int, least=1, most=100), help=text)
     args = parser.parse_args(argv)
     endings = (".html",) if args.html else (".png", ".pdf")
     if args.out and args.out.suffix.lower() not in endings:
@@ -213,7 +210,7 @@ def main(argv: list[str]) -> None:
     folder = terms.FOLDER if args.command == "terms" else folder
     out = args.out or folder / f"{args.command}.{'html' if args.html else 'png'}"
     if args.command in ROWS:
-        clips = choose_clips(first, args.clips, args.rows or (12 if args.html else ROWS[args.command]))
+        clips = choose_clips(first, args.clips, 12 if args.html else ROWS[args.command])
     if args.command == "compare":
         compare(runs, clips, out)
     elif args.command == "weights":
