@@ -31,7 +31,7 @@ from prepare.categories import COCO, clip_categories  # noqa: E402
 from prepare.cc2017 import PurdueFilms  # noqa: E402
 from support.files import write_json, written_whole  # noqa: E402
 from support.options import option, parse  # noqa: E402
-from support.readers import damaged, read_json_lines  # noqa: E402
+from support.readers import read_json_lines  # noqa: E402
 from support.runs import door, read_settings  # noqa: E402
 from support.videos import read_clips, uniform_frames, video_info  # noqa: E402
 from toy.release import ToyRelease  # noqa: E402
@@ -159,17 +159,13 @@ def films_of(config: Config) -> list[Film]:
 
 
 def films_of_videos(videos: str, seconds: float | None) -> list[Film]:
-    """The --videos, by name: of a folder all but JSON. Raises FileNotFoundError for none, ValueError where
-    one does not say how long it is."""
+    """The --videos, by name: of a folder all but JSON. Raises FileNotFoundError for none."""
     files, films = Path(videos).glob("*.*") if Path(videos).is_dir() else map(Path, glob.glob(videos)), []
     for file in sorted(files):
         if not file.is_file() or file.name.startswith(".") or file.suffix.startswith(".json"):
             continue
         duration = video_info(file).duration
-        if duration <= 0:
-            wanted, advice = "one that says how long it is", "convert it to mp4"
-            raise damaged(file, "a film without a duration", wanted, advice)
-        clips = int((duration + 0.05) // seconds) if seconds else 1
+        clips = int((duration + 0.05) // seconds) if seconds else int(duration > 0)
         if not clips:
             tqdm.write(f"warning: {file} of {duration:.2f} s is shorter than a clip: it gets no caption")
         films.append(Film(file.stem, None, file, clips, seconds or duration))

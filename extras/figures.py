@@ -85,14 +85,6 @@ def voxel_weights(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return norm, clips.index, without_side(clips.roi)
 
 
-def drives_of(data: str) -> dict[str, str]:
-    """What drives each area in the toy subject; nothing is known of others."""
-    from toy.subject import AREAS
-
-    drives = {area: drive for drive, (areas, _) in AREAS.items() for area in areas}
-    return drives if data == "toy" else {}
-
-
 class Area(NamedTuple):
     """An area of enough voxels, and its weights by each run."""
 
@@ -122,6 +114,8 @@ def weights(runs: dict[str, Path], out: Path) -> None:
     paper."""
     from matplotlib.figure import Figure
 
+    from toy.subject import AREAS
+
     norms, indices, roi = zip(*map(voxel_weights, runs.values()), strict=True)
     low, high = min(map(np.min, norms)), max(map(np.max, norms))
     values = [(norm - low) / (high - low) for norm in norms]
@@ -134,7 +128,8 @@ def weights(runs: dict[str, Path], out: Path) -> None:
         dots = draw_cortex(ax, indices[i], values[i], "inferno", (0.25, 0.75), OUTLINED)
         ax.set_title(f"{title} (left, right hemisphere)")
         figure.colorbar(dots, ax=ax, shrink=0.6, extend="both", label="weight")
-    drives = drives_of(Run(next(iter(runs.values())), "stage1").data)
+    is_toy = Run(next(iter(runs.values())), "stage1").data == "toy"  # nothing is known of others
+    drives = {area: drive for drive, (areas_of, _) in AREAS.items() for area in areas_of if is_toy}
     draw_areas(figure.add_subplot(grid[:, 1]), areas, [*runs], drives)
     save_figure(out, figure)
 
