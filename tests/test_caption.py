@@ -165,17 +165,15 @@ def test_each_clip_gets_its_own_caption_also_after_a_kill(release, tmp_path, mon
         run(*source, out)
 
 
-def test_videos_of_a_clip_each_become_a_list_by_name(tmp_path):
+def test_videos_become_a_list_by_name(release, tmp_path):
     """As CineBrain's captions are found: by the video's name, in one list."""
-    grey_film(tmp_path / "b.mp4", 0, 1)
-    grey_film(tmp_path / "a.mp4", 1, 1)
-    out = tmp_path / "captions.json"
-    run("--videos", tmp_path / "*.mp4", "--out", out)
-    rows = read_captions(out, [])
-    assert [(row["video"], row["caption"]) for row in rows] == [("a.mp4", "clip 1"), ("b.mp4", "clip 0")]
+    run("--videos", release / "stimuli" / "*.mp4", "--seconds", 2, "--out", tmp_path / "captions.json")
+    rows = read_captions(tmp_path / "captions.json", [])
+    assert [row["caption"] for row in rows] == COLUMNS["caption"]
+    assert [row["video"] for row in rows] == ["seg1.mp4"] * 3 + ["test1.mp4"] * 4
     assert "clip" not in rows[0] and not list(tmp_path.glob(".*"))
-    films = caption.films_of_videos(str(tmp_path), 0.5)
-    assert [(film.segment, film.clips, film.seconds) for film in films] == [("a", 4, 0.5), ("b", 4, 0.5)]
+    films = caption.films_of_videos(str(release / "stimuli"), None)
+    assert [(film.segment, film.clips, film.seconds) for film in films] == [("seg1", 1, 6), ("test1", 1, 8)]
 
 
 def test_answers():

@@ -1,15 +1,13 @@
-"""extras/page: the page is that of today's code, its shapes are those of a real run, its links lead somewhere."""
+"""extras/page: the page is that of today's code, its links lead somewhere."""
 
 import re
 from xml.etree import ElementTree
 
 import pytest
-import torch
 from conftest import REPO
 
-from brain_model import BrainModel
 from extras import reading
-from extras.page import draw, shapes
+from extras.page import draw
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +42,3 @@ def test_links_lead_to_lines_and_back(built):
     for formula in re.findall(r"<math>.*?</math>", page):
         ElementTree.fromstring(formula)
         assert "\\" not in formula, "LaTeX that latex2mathml cannot read"
-
-
-def test_meta_shapes_are_those_of_numbers():
-    """The Brain Model of the toy, with numbers, against what the page says."""
-    seen, rows = shapes.traced("toy", [REPO / f"{module}.py" for module in draw.FILES])
-    sizes = {symbol: size for symbol, _, size in rows}
-    B, N = int(sizes["B"].split(",")[0]), shapes.TOY_SIZES["voxels"]
-    L, width, D, r = (int(sizes[symbol]) for symbol in ("L", "D'", "D", "r"))
-    f_c, f_e = BrainModel(N, 1, L, width, 1, 4, D, r)(torch.zeros(B, 1, N))
-    lines = (REPO / "brain_model.py").read_text().splitlines()
-    (row,) = [row for row, line in enumerate(lines, 1) if line.strip() == "return f_c, f_e"]
-    assert seen["brain_model", row] == {"returns": f"{tuple(f_c.shape)} {tuple(f_e.shape)}"}
-    assert {module for module, _ in seen} == set(draw.FILES)
