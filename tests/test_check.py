@@ -11,7 +11,6 @@ import pytest
 from tiny import write_prepared
 
 from extras import check, show
-from prepare.cifti import mmp_areas
 from prepare.facts import SIZES
 from support.videos import uniform_frames, write_video
 from toy.subject import VOXELS
@@ -112,14 +111,12 @@ TRAIN, TEST, E_IMG = "sub1/train/fmri.npy", "sub1/test/fmri.npy", "stimuli/train
 SWING = np.repeat([1.1, (2 - 1.1**2) ** 0.5], 60)[:, None, None, None]
 FAULTS = [  # a change of the folder, the line that names it
     (edit(TRAIN, put((20, 0, 1, 5), np.nan)), r"FAIL files: .*fmri.npy: found nan at clip 20 \(seg2-005\), volume 1,"),
-    (lambda folder: (folder / "stimuli/train/.e_img.part.npy").touch(), "warning files: .*part.npy is what a"),
     (replaced("stimuli/test/manifest.json", '"viclip": "planted"', '"viclip": "b"'),
      "FAIL files: .*e_act.npy was made with viclip = 'b'"),
     (replaced("sub1/train/manifest.json", '"subject": 1', '"subject": 2'), "FAIL files: .*fmri.npy is of subject 2: were"),
     (replaced("stimuli/train/clips.jsonl", '"segment": "seg1"', '"segment": "seg3"'),
      "FAIL clip counts: .*train/clips.jsonl mixes segments or repeats an id"),
     (voxels(roi=np.full(40, "L_10d")), "FAIL voxels: .*: voxel 0, grayordinate .* is L_10d here and .+"),
-    (voxels(index=np.zeros(40, int), roi=np.full(40, mmp_areas()[0])), "FAIL voxels: .*ordinate twice"),
     (voxels(roi=np.full(40, "unknown")), "warning voxels: 40 in 1 areas, unknown or of another"),
     (edit("sub1/train/recorded.npy", put((7, 1), False)), "FAIL showings: .*recorded.npy masks what .* has, .* seg1-007"),
     (edit(TRAIN, lambda x: 100 * x + 10_000), "FAIL z-scores: .* by 1e.04 at most in a run, 3.8e.03"),
