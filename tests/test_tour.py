@@ -19,6 +19,8 @@ RUN = ["--run", "toy/trained"]
 
 
 def test_it_shows_clip_brain_memories_and_reconstruction(monkeypatch, capsys):
+    nbformat = pytest.importorskip("nbformat")
+    nbformat.validate(nbformat.read(REPO / "docs" / "tour.ipynb", as_version=4))
     assert len(CELLS) <= 12 and not any(cell.get("outputs") for cell in CELLS)
     monkeypatch.chdir(REPO / "docs")
     plt.switch_backend("Agg")
