@@ -31,8 +31,8 @@ from prepare.categories import COCO, clip_categories  # noqa: E402
 from prepare.cc2017 import PurdueFilms  # noqa: E402
 from support.files import write_json, written_whole  # noqa: E402
 from support.options import option, parse  # noqa: E402
-from support.readers import advising, damaged, read_json, read_json_lines  # noqa: E402
-from support.runs import door  # noqa: E402
+from support.readers import read_json_lines  # noqa: E402
+from support.runs import door, read_settings  # noqa: E402
 from support.videos import read_clips, uniform_frames, video_info  # noqa: E402
 from toy.release import ToyRelease  # noqa: E402
 
@@ -42,6 +42,7 @@ OBJECTS = (
     + ", ".join(chain(*COCO.values()))
     + ".\nAnswer with a JSON list of names from the list and nothing else; with [] if it names none."
 )
+SIZE = {"shortest_edge": 128 * 28 * 28, "longest_edge": 448 * 448}  # pixels of a frame
 PRESETS = {"cc2017": {}, "toy": {"raw": Path("data/toy/raw")}}
 
 
@@ -54,10 +55,7 @@ class Config:
     out: Path | None = option(None, "a .jsonl, or for --videos a .json list (default: RAW/captions.jsonl)")
     model: str = option("Qwen/Qwen2.5-VL-7B-Instruct", "name on the Hub or folder of a Qwen2.5-VL")
     frames: int = option(8, "frames of a clip that are shown", least=1)
-    pixels: int = option(448 * 448, "of a frame, at most", least=56 * 56)
     batch: int = option(16, "clips at once", least=1)
-    train_segments: int = option(18, "of cc2017", least=0)
-    test_segments: int = option(5, "of cc2017", least=0)
 
 
 class Film(NamedTuple):
@@ -114,13 +112,12 @@ def answered_row(film: Film, clip: int, caption: str, answer: str, model: str) -
 class Captioner:
     """Qwen2.5-VL of the Hub or a folder, on a GPU in bf16 or on the CPU in float32."""
 
-    def __init__(self, name: str, pixels: int):
+    def __init__(self, name: str):
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         self.processor = transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
         self.processor.tokenizer.padding_side = "left"  # so that the answers begin together
         kind = transformers.Qwen2_5_VLForConditionalGeneration
         self.model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False).eval().to(device)
-        self.size = {"shortest_edge": min(pixels, 128 * 28 * 28), "longest_edge": pixels}
 
     @torch.inference_mode()
     def ask(
@@ -135,7 +132,7 @@ class Captioner:
         for clip in clips:
             videos.append(torch.from_numpy(clip).permute(0, 3, 1, 2))  # (F, 3, H, W)
             times.append({"total_num_frames": len(clip), "fps": fps, "frames_indices": [*range(len(clip))]})
-        about = {"video_metadata": times or None, "do_sample_frames": False, "size": self.size}
+        about = {"video_metadata": times or None, "do_sample_frames": False, "size": SIZE}
         inputs = self.processor(
             text=prompts, videos=videos or None, videos_kwargs=about, padding=True, return_tensors="pt"
         ).to(self.model.device)
@@ -150,7 +147,7 @@ def films_of(config: Config) -> list[Film]:
     if config.data == "toy":
         release = ToyRelease(config.raw)
     else:
-        release = PurdueFilms(config.raw, 1, None, config.train_segments, config.test_segments)
+        release = PurdueFilms(config.raw, 1)
         release.find_films(config.raw)
     films = []
     for split, segments in release.splits.items():
@@ -162,31 +159,19 @@ def films_of(config: Config) -> list[Film]:
 
 
 def films_of_videos(videos: str, seconds: float | None) -> list[Film]:
-    """The --videos, by name: of a folder all but JSON. Raises FileNotFoundError for none, ValueError where
-    two have one name or one does not say how long it is."""
-    place, films = Path(videos), {}
-    if place.is_dir():  # its name may hold brackets, which are no pattern
-        files = [file for file in place.glob("*.*") if not file.suffix.startswith(".json")]
-    elif place.is_file():
-        files = [place]
-    else:
-        files = [*(place.parent.glob(place.name) if place.parent.is_dir() else map(Path, glob.glob(videos)))]
-    for file in sorted(file for file in files if file.is_file() and not file.name.startswith(".")):
-        if file.stem in films:
-            problem = f"--videos {videos}: two files are called {file.stem}"
-            raise ValueError(f"{problem}; their clips could not be told apart")
+    """The --videos, by name: of a folder all but JSON. Raises FileNotFoundError for none."""
+    files, films = Path(videos).glob("*.*") if Path(videos).is_dir() else map(Path, glob.glob(videos)), []
+    for file in sorted(files):
+        if not file.is_file() or file.name.startswith(".") or file.suffix.startswith(".json"):
+            continue
         duration = video_info(file).duration
-        if duration <= 0:
-            wanted, advice = "one that says how long it is", "convert it to mp4"
-            raise damaged(file, "a film without a duration", wanted, advice)
-        clips = int((duration + 0.05) // seconds) if seconds else 1
+        clips = int((duration + 0.05) // seconds) if seconds else int(duration > 0)
         if not clips:
             tqdm.write(f"warning: {file} of {duration:.2f} s is shorter than a clip: it gets no caption")
-        films[file.stem] = Film(file.stem, None, file, clips, seconds or duration)
-    if not sum(film.clips for film in films.values()):
-        problem = f"--videos {videos}: no video of {seconds or 0} s or more"
-        raise FileNotFoundError(f"{problem}; give a folder or a pattern in quotes")
-    return list(films.values())
+        films.append(Film(file.stem, None, file, clips, seconds or duration))
+    if not films:
+        raise FileNotFoundError(f"--videos {videos}: no video; give a folder or a pattern in quotes")
+    return films
 
 
 def clips_from(films: list[Film], done: int, frames: int) -> Iterator[tuple[Film, int, np.ndarray]]:
@@ -208,12 +193,8 @@ def begin(part: Path, note: Path, recipe: dict) -> int:
     lines = part.read_bytes().splitlines(keepends=True) if part.is_file() else []
     complete = [line for line in lines if line.endswith(b"\n")]  # a kill leaves half a line
     done = len(complete) // recipe["batch"] * recipe["batch"]
-    with advising(f"delete {part} to begin anew"):
-        begun = read_json(note) if done else recipe
-    for key, value in recipe.items():
-        if begun.get(key) != value:
-            values = f"{key} = {begun.get(key)!r}, but {key} = {value!r} is asked for"
-            raise ValueError(f"{part} was begun with {values}; delete it to begin anew")
+    if done:
+        read_settings(note, recipe, ["versions"], f"delete {part} to begin anew")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     write_json(note, {**recipe, "versions": versions})
     with written_whole(part) as file:
@@ -223,19 +204,18 @@ def begin(part: Path, note: Path, recipe: dict) -> int:
 
 def caption(config: Config) -> None:
     """Captions all clips into `config.out`; until all are there, lines go to a file of another name."""
-    out, model, batch_size = config.out, config.model, config.batch
+    out, model = config.out, config.model
     films = films_of_videos(config.videos, config.seconds) if config.videos else films_of(config)
     part, total = out.with_name(f".{out.stem}.part.jsonl"), sum(film.clips for film in films)
-    recipe = {"model": model, "frames": config.frames, "batch": batch_size, "pixels": config.pixels}
-    recipe["prompts"] = [CAPTION, OBJECTS]
+    recipe = {"model": model, "frames": config.frames, "batch": config.batch, "prompts": [CAPTION, OBJECTS]}
     recipe["videos"] = [f"{film.file.name} {film.clips} x {film.seconds:g} s" for film in films]
     done = begin(part, out.with_name(f"{out.stem}.recipe.json"), recipe)
     counted = f"{total:,} clips of {len(films)} videos, {done:,} of them done"
     tqdm.write(f"{model}: {counted}; {config.frames} frames a clip -> {out}")
-    captioner = Captioner(model, config.pixels)
+    captioner = Captioner(model)
     stream = clips_from(films, done, config.frames)
     with open(part, "a", encoding="utf-8") as file, tqdm(total=total, initial=done, unit="clip") as progress:
-        while batch := list(islice(stream, batch_size)):
+        while batch := list(islice(stream, config.batch)):
             frames = [clip for *_, clip in batch]
             first, *_ = batch
             captions = captioner.ask([CAPTION] * len(batch), frames, config.frames / first[0].seconds)

@@ -38,9 +38,8 @@ class Config:
     data: str = option("toy", ", ".join(SIZES))
     subject: int = option(1, "its number")
     root: Path = option(Path("data"), "folder of the prepared datasets")
-    show: str | None = option(None, "the id of a clip: make a picture of it in place of the page")
+    show: str | None = option(None, "the id of a clip: in place of the page data/<data>/sub<S>/<CLIP>.png")
     stimuli: Path | None = option(None, "folder of the videos, for --show (default: data/<data>/raw/stimuli)")
-    out: Path | None = option(None, "the picture (default: data/<data>/sub<S>/<CLIP>.png)")
 
 
 OK, WARNING, FAIL = "ok", "warning", "FAIL"
@@ -241,12 +240,10 @@ def check(name: str, subject: int, root: Path = Path("data")) -> list[tuple[str,
 
 def main(argv: list[str]) -> int:
     config = parse(Config, dict.fromkeys(SIZES, {}), __doc__, "extras/check.py", argv)
-    check_together(config, {}, {"stimuli": ("show",), "out": ("show",)})
+    check_together(config, {}, {"stimuli": ("show",)})
     name, subject, root = config.data, config.subject, config.root
     if config.show:
-        if config.stimuli and not config.stimuli.is_dir():
-            raise FileNotFoundError(f"--stimuli {config.stimuli}: no such folder, wanted that of the videos")
-        out = config.out or root / name / f"sub{subject}" / f"{config.show}.png"
+        out = root / name / f"sub{subject}" / f"{config.show}.png"
         films = config.stimuli or facts.raw_folder(name, subject, root) / "stimuli"
         splits = {split: Clips(name, subject, split, root=root) for split in SIZES[name]}
         show.picture(splits, config.show, films, out)

@@ -11,7 +11,6 @@ In:  runs/<data>/sub<S>/<NAME>-s<seed>, after evaluate.py (`weights`: after trai
      prepared data they were trained on; or an evaluation beside eval, such as <NAME>-s<seed>/eval-shuffled;
      or a shared folder, such as toy/trained.
 Out: a picture, --out; by default COMMAND.png in the folder of the first run, of `terms` docs/terms.html.
-     `weights` prints the mean of each area.
 Clips that --clips does not name are spread evenly over the test set, half of them such whose like was seen in
 training, half of them others, as evaluate.py tells them apart.
 """
@@ -86,14 +85,6 @@ def voxel_weights(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return norm, clips.index, without_side(clips.roi)
 
 
-def drives_of(data: str) -> dict[str, str]:
-    """What drives each area in the toy subject; nothing is known of others."""
-    from toy.subject import AREAS
-
-    drives = {area: drive for drive, (areas, _) in AREAS.items() for area in areas}
-    return drives if data == "toy" else {}
-
-
 class Area(NamedTuple):
     """An area of enough voxels, and its weights by each run."""
 
@@ -118,16 +109,17 @@ def by_area(values: list[np.ndarray], areas: list[np.ndarray]) -> list[Area]:
 
 
 def weights(runs: dict[str, Path], out: Path) -> None:
-    """A row a run, {title: folder}: the cortex; beside them a bar an area and run. Prints the areas' means.
-    Norms are scaled to [0, 1] over all the runs together, so that they can be compared; the colours span 0.25
-    to 0.75, as in the paper."""
+    """A row a run, {title: folder}: the cortex; beside them a bar an area and run. Norms are scaled to [0, 1]
+    over all the runs together, so that they can be compared; the colours span 0.25 to 0.75, as in the
+    paper."""
     from matplotlib.figure import Figure
+
+    from toy.subject import AREAS
 
     norms, indices, roi = zip(*map(voxel_weights, runs.values()), strict=True)
     low, high = min(map(np.min, norms)), max(map(np.max, norms))
     values = [(norm - low) / (high - low) for norm in norms]
     areas = by_area(values, roi)
-    drives = drives_of(Run(next(iter(runs.values())), "stage1").data)
     height = max(4.6 * len(runs), 0.21 * len(areas) + 1.6)
     figure = Figure(figsize=(13, height), layout="constrained")
     grid = figure.add_gridspec(len(runs), 2)
@@ -136,9 +128,10 @@ def weights(runs: dict[str, Path], out: Path) -> None:
         dots = draw_cortex(ax, indices[i], values[i], "inferno", (0.25, 0.75), OUTLINED)
         ax.set_title(f"{title} (left, right hemisphere)")
         figure.colorbar(dots, ax=ax, shrink=0.6, extend="both", label="weight")
+    is_toy = Run(next(iter(runs.values())), "stage1").data == "toy"  # nothing is known of others
+    drives = {area: drive for drive, (areas_of, _) in AREAS.items() for area in areas_of if is_toy}
     draw_areas(figure.add_subplot(grid[:, 1]), areas, [*runs], drives)
     save_figure(out, figure)
-    print(table(areas, [*runs], drives))
 
 
 def draw_areas(ax, areas: list[Area], titles: list[str], drives: dict[str, str]) -> None:
@@ -165,18 +158,6 @@ def draw_areas(ax, areas: list[Area], titles: list[str], drives: dict[str, str])
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def table(areas: list[Area], titles: list[str], drives: dict[str, str]) -> str:
-    """The areas' means as text, a line an area."""
-    widths = [max(len(title) + 2, 10) for title in titles]
-    head = "".join(map(str.rjust, titles, widths))
-    lines = [f"{'mean weight, scaled to [0, 1]':<42}{'voxels':>8}{head}"]
-    for area in areas:
-        means = "".join(f"{mean:>{width}.3f}" for (mean, _), width in zip(area.weights, widths, strict=True))
-        drive = f"  {drives[area.name]}" if area.name in drives else ""
-        lines.append(f"{area.group + ', ' + area.name:<42}{area.voxels:>8}{means}{drive}")
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -185,42 +166,34 @@ def clip_numbers(text: str) -> list[int]:
     return [within(int, least=0)(word) for word in text.split(",")]
 
 
-def file_name(text: str) -> Path:
-    """The name of a file that can be written, for argparse."""
-    if Path(text).suffix.lower() not in (".png", ".pdf", ".html") or Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text[:60]!r}, wanted the name of a file, .png or .pdf or .html")
-    return Path(text)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser("figures.py", description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.set_defaults(html=False)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("compare", "weights", "memories", "map", "terms"):
         command = commands.add_parser(name, allow_abbrev=False)
+        command.set_defaults(html=name == "terms")
         add = command.add_argument
-        folder = "runs/<data>/sub<S>/<NAME>-s<seed>"
         number = 1 if name in ("memories", "map") else "+"
-        add("runs", nargs=number, type=Path, metavar="RUN", help=folder)
-        text = "the file, png or pdf [default: COMMAND.png in the first run's folder]"
-        text = "the page [default: docs/terms.html]" if name == "terms" else text
-        add("--out", type=file_name, help=text)
+        add("runs", nargs=number, type=Path, metavar="RUN", help="runs/<data>/sub<S>/<NAME>-s<seed>")
+        folder = "docs" if name == "terms" else "the first run's folder"
+        add(
+            "--out",
+            type=Path,
+            help=f"png, pdf or, of a page, html [default: COMMAND.png or .html in {folder}]",
+        )
         if name in ("memories", "terms"):
             text = "folder of the stimuli's videos [default: raw/stimuli in data/<data>]"
             add("--stimuli", type=Path, help=text)
-            command.set_defaults(html=name == "terms")
         if name == "memories":
-            text = "a page that opens by a double click and loads nothing [default of --rows: 12]"
-            add("--html", action="store_true", help=text)
+            add("--html", action="store_true", help="a page that opens by a double click and loads nothing")
         if name in ROWS:
-            text = "numbers of test clips, with commas between [default: spread over the test set]"
+            text = f"numbers of test clips, with commas between [default: {ROWS[name]}, of a page 12, spread]"
             add("--clips", type=clip_numbers, help=text)
-            text = f"so many clips, without --clips [default: {ROWS[name]}]"
-            add("--rows", type=within(int, least=1, most=100), help=text)
     args = parser.parse_args(argv)
-    if args.out and (args.out.suffix.lower() == ".html") != args.html:
-        parser.error(f"--out {args.out}: wanted a name in {'.html' if args.html else '.png or .pdf'}")
+    endings = (".html",) if args.html else (".png", ".pdf")
+    if args.out and args.out.suffix.lower() not in endings:
+        parser.error(f"--out {args.out}: wanted a name in {' or '.join(endings)}")
     return args
 
 
@@ -231,19 +204,19 @@ def main(argv: list[str]) -> None:
     folder = first if evaluation_of(first) == first else evaluation_of(first).parent
     folder = terms.FOLDER if args.command == "terms" else folder
     out = args.out or folder / f"{args.command}.{'html' if args.html else 'png'}"
-    if args.command == "weights":
+    if args.command in ROWS:
+        clips = choose_clips(first, args.clips, 12 if args.html else ROWS[args.command])
+    if args.command == "compare":
+        compare(runs, clips, out)
+    elif args.command == "weights":
         weights(runs, out)
     elif args.command == "map":
         maps.draw(first, out)
+    elif args.command == "terms":
+        terms.page(runs, clips, args.stimuli, out)
     else:
-        clips = choose_clips(first, args.clips, args.rows or (12 if args.html else ROWS[args.command]))
-        if args.command == "compare":
-            compare(runs, clips, out)
-        elif args.command == "terms":
-            terms.page(runs, clips, args.stimuli, out)
-        else:
-            draw = memories.page if args.html else memories.picture
-            draw(memories.Remembered(first, clips, args.stimuli), out)
+        draw = memories.page if args.html else memories.picture
+        draw(memories.Remembered(first, clips, args.stimuli), out)
     print(f"written: {out}")
 
 

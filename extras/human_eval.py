@@ -16,10 +16,8 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, this f
 from extras.runs import names_of  # noqa: E402
 from metrics.pairs import Pair, find_pairs  # noqa: E402
 from support.files import save_folder, write_json  # noqa: E402
-from support.options import Parser, option, within  # noqa: E402
+from support.options import Parser, within  # noqa: E402
 from support.readers import damaged, read_json, reading  # noqa: E402
 from support.runs import door  # noqa: E402
 from support.videos import Video, read_video, write_for_browsers  # noqa: E402
@@ -39,44 +37,16 @@ QUESTIONS = ("semantic_alignment", "temporal_consistency", "visual_quality", "ov
 PAPER = {"MindVideo": "8.31 7.74 9.08 7.79", "NeuroClips": "16.30 18.13 13.79 15.80"}  # Table 3, % of votes
 PAPER |= {"Mind-Animator": "11.62 8.23 6.46 8.82", "CineNeuron": "63.77 65.90 70.67 67.59"}
 SAME = 5  # grey levels of 255: where two stimuli differ by more on average, they are not the same clip
-AGREEMENTS = ("pairs who agree", "pairs_alike", ".1%"), ("Krippendorff's alpha", "krippendorff_alpha", ".3f")
 LONG_AGO = 946_684_800  # 1 January 2000, s
-
-
-@dataclass
-class Study:
-    """What `make` is asked for."""
-
-    groups: int | None = option(None, "so many clips, spread over all (all where not given)", least=1)
-    each: int | None = option(None, "so many groups a participant (all where not given)", least=1)
-    height: int = option(512, "of the videos, pixels, even; the width follows", least=16, most=2160)
-    seconds: float = option(2.0, "length of a clip whose stimulus is an npy array", least=0.1, most=600)
-    seed: int = option(0, "of the order and the opaque names", least=0)
 
 
 # ---------------------------------------------------------------- make
 
 
-def read_pairs(folder: Path, advice: str) -> dict[str, list[Pair]]:
-    """The pairs of each method in a folder. An error, FileNotFoundError or ValueError, ends with `advice`."""
-    try:
-        return find_pairs(folder)
-    except (FileNotFoundError, ValueError) as error:
-        problem, *_ = re.split("; wanted|; --skip-bad", str(error))  # those are options of evaluate.py
-        raise type(error)(f"{problem}: {advice}") from error
-
-
 def pairs_of_runs(runs: list[Path]) -> dict[str, list[Pair]]:
     """RUN/eval/gt/NNNN.mp4 and RUN/eval/recon/NNNN.mp4 of several runs, by the runs' names."""
-    advice, pairs = "python evaluate.py makes the videos of a run", {}
-    for name, run in zip(names_of(runs), runs, strict=True):
-        if name in pairs:
-            raise ValueError(f"two runs are named {name}, wanted different names")
-        videos = read_pairs(run / "eval", advice)
-        if "recon" not in videos:
-            raise FileNotFoundError(f"{run}/eval/recon holds no video: {advice}")
-        pairs[name] = videos["recon"]
-    return pairs
+    names = zip(names_of(runs), runs, strict=True)
+    return {name: find_pairs(run / "eval", skip_bad=True).get("recon", []) for name, run in names}
 
 
 def clips_of(pairs: dict[str, list[Pair]]) -> list[dict[str, Pair]]:
@@ -85,15 +55,13 @@ def clips_of(pairs: dict[str, list[Pair]]) -> list[dict[str, Pair]]:
     if len(pairs) < 2:
         raise ValueError(f"one method, {', '.join(pairs)}: wanted two or more, of which one is best")
     clips: dict[str, dict[str, Pair]] = defaultdict(dict)
-    for method in pairs:
-        for pair in pairs[method]:
-            clips[pair.name][method] = pair
-    for name in sorted(clips):
-        if lacking := pairs.keys() - clips[name]:
-            problem = (
-                f"{name} of {next(iter(clips[name]))} has no counterpart in {', '.join(sorted(lacking))}"
-            )
-            raise ValueError(f"clips differ: {problem}: evaluate the same clips of each run")
+    for method, of_method in pairs.items():
+        for pair in of_method:
+            clips[pair.name] |= {method: pair} if pair.pred else {}
+    for name, of_clip in clips.items():
+        if lacking := pairs.keys() - of_clip:
+            text = f"{', '.join(sorted(lacking))} has no video of clip {name}"
+            raise ValueError(f"{text}: wanted the same clips of each run, or method")
     return [clips[name] for name in sorted(clips)]
 
 
@@ -110,16 +78,15 @@ def read_stimulus(clip: dict[str, Pair], seconds: float) -> Video:
     return stimulus
 
 
-def make(clips: list[dict[str, Pair]], out: Path, study: Study) -> str:
-    """Write the study, whole or not at all, and say what it has. Raises ValueError where there is one, an
-    option does not fit or a video cannot be read."""
-    n = study.groups or len(clips)
-    each = study.each or n
+def make(clips: list[dict[str, Pair]], args: argparse.Namespace) -> None:
+    """Write the study, whole or not at all. Raises ValueError where there is one, an option does not fit or a
+    video cannot be read."""
+    out, n = args.out, args.groups or len(clips)
     for is_wrong, problem in [
         (out.exists(), f"{out} is there already, and votes may refer to it: choose another --out"),
         (n > len(clips), f"--groups {n}: there are {len(clips)} clips, wanted at most as many"),
-        (each > n, f"--each {each}: the study has {n} groups, wanted at most as many"),
-        (study.height % 2, f"--height {study.height}: wanted an even number"),
+        ((args.each or n) > n, f"--each {args.each}: the study has {n} groups, wanted at most as many"),
+        (args.height % 2, f"--height {args.height}: wanted an even number"),
     ]:
         if is_wrong:
             raise ValueError(problem)
@@ -127,43 +94,41 @@ def make(clips: list[dict[str, Pair]], out: Path, study: Study) -> str:
 
     def write(folder: Path) -> None:
         (folder / "page" / "videos").mkdir(parents=True)
-        page, key = write_groups([clips[i] for i in spread], folder / "page" / "videos", study)
+        page, key = write_groups([clips[i] for i in spread], folder / "page" / "videos", args)
         template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
         text = template.replace(">STUDY<", f">{json.dumps(page)}<")
         (folder / "page" / "index.html").write_text(text, encoding="utf-8")
         write_json(folder / "key.json", key)
 
     save_folder(out, write)
-    return f"{n} groups, {each} a participant, of {', '.join(sorted(clips[0]))}"
 
 
-def write_groups(clips: list[dict[str, Pair]], folder: Path, study: Study) -> tuple[dict, dict]:
+def write_groups(clips: list[dict[str, Pair]], folder: Path, args: argparse.Namespace) -> tuple[dict, dict]:
     """Write the videos in a random order under opaque names; returns what page and key know."""
-    rng, content, methods = np.random.default_rng(study.seed), hashlib.sha256(), sorted(clips[0])
+    rng, content, methods = np.random.default_rng(args.seed), hashlib.sha256(), sorted(clips[0])
     groups, key, width = [], [], 0
     for i in tqdm(rng.permutation(len(clips)), desc="groups", unit="group"):
         names = rng.permutation(methods).tolist()
         group, stimulus_id, *ids = [rng.bytes(8).hex() for _ in range(len(names) + 2)]
-        stimulus = read_stimulus(clips[i], study.seconds)
+        stimulus = read_stimulus(clips[i], args.seconds)
         F, H, W, _ = stimulus.frames.shape
-        width = width or max(2, 2 * round(study.height * W / H / 2))  # even, and one for all
+        width = width or max(2, 2 * round(args.height * W / H / 2))  # even, and one for all
         videos = {stimulus_id: stimulus.frames}
         for video, name in zip(ids, names, strict=True):
             pred = clips[i][name].pred
-            videos[video] = read_video(pred.path, study.seconds, pred.clip).frames
+            videos[video] = read_video(pred.path, args.seconds, pred.clip).frames
         for video, frames in videos.items():
             file = folder / f"{video}.mp4"
-            write_for_browsers(file, frames, F / stimulus.fps, (width, study.height))
+            write_for_browsers(file, frames, F / stimulus.fps, (width, args.height))
             os.utime(file, (LONG_AGO, LONG_AGO))  # the date tells nothing either
             content.update(video.encode() + file.read_bytes())
         method_of = dict(zip(ids, names, strict=True))
         groups.append({"id": group, "stimulus": stimulus_id, "videos": ids})
         key.append({"id": group, "clip": clips[i][names[0]].name, "videos": method_of})
     content.update(json.dumps(key).encode())
-    study_id = content.hexdigest()[:12]
-    page = {"id": study_id, "width": width, "height": study.height, "groups": groups}
-    page["each"] = study.each or len(clips)
-    return page, {"study": study_id, "seed": study.seed, "methods": methods, "groups": key}
+    study_id, each = content.hexdigest()[:12], args.each or len(clips)
+    page = {"id": study_id, "width": width, "height": args.height, "each": each, "groups": groups}
+    return page, {"study": study_id, "seed": args.seed, "methods": methods, "groups": key}
 
 
 # ---------------------------------------------------------------- tally
@@ -171,28 +136,28 @@ def write_groups(clips: list[dict[str, Pair]], folder: Path, study: Study) -> tu
 
 def read_key(file: Path) -> tuple[dict, dict[tuple, tuple]]:
     """What key.json says, and what a vote (group, question, video) means: the number of the question, of the
-    group and of the method that was chosen, and where that stood on the page."""
+    group and of the method that was chosen."""
     key = read_json(file, keys={"study": str, "methods": list, "groups": list})
     meaning = {}
     for g, group in enumerate(key["groups"]):
         methods = [*group["videos"].values()]
         if sorted(methods) != sorted(key["methods"]):
             raise damaged(file, f"a group of {methods}", f"of {key['methods']}")
-        for place, (video, method) in enumerate(group["videos"].items()):
+        for video, method in group["videos"].items():
             for q, question in enumerate(QUESTIONS):
-                meaning[group["id"], question, video] = q, g, key["methods"].index(method), place
+                meaning[group["id"], question, video] = q, g, key["methods"].index(method)
     return key, meaning
 
 
-def read_votes(study: Path, files: list[Path]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """The methods; which was chosen, int (questions, participants, groups that were voted on), -1 where there
-    is no vote; and how many votes each place on the page has. Raises FileNotFoundError or ValueError, naming
-    the file, where one is damaged, of another study, or its participant has another."""
+def read_votes(study: Path, files: list[Path]) -> tuple[list[str], np.ndarray]:
+    """The methods, and which was chosen, int (questions, participants, groups that were voted on), -1 for no
+    vote. Raises FileNotFoundError or ValueError, naming the file, where one is damaged, of another study, or
+    its participant has another."""
     wrote = "wanted the one that `human_eval.py make` wrote"
     with reading(study / "key.json", "methods, and groups of an id and videos", wrote):
         key, meaning = read_key(study / "key.json")
     choice = np.full((len(QUESTIONS), len(files), len(key["groups"])), -1)
-    places, file_of = np.zeros(len(key["methods"])), {}
+    file_of: dict[str, Path] = {}
     wanted = f"votes {{group, question, video}} of study {key['study']}, one a question of a group"
     for p, file in enumerate(files):
         with reading(file, wanted, "ask the participant for it again, or leave it out"):
@@ -200,17 +165,14 @@ def read_votes(study: Path, files: list[Path]) -> tuple[list[str], np.ndarray, n
             if ballot["study"] != key["study"] or not ballot["votes"]:
                 raise ValueError(f"{len(ballot['votes'])} votes of study {ballot['study']}")
             for row in ballot["votes"]:
-                q, g, method, place = meaning[row["group"], row["question"], row["video"]]
+                q, g, method = meaning[row["group"], row["question"], row["video"]]
                 if choice[q, p, g] >= 0:
                     raise ValueError(f"two answers to {row['question']} of group {row['group']}")
                 choice[q, p, g] = method
-                places[place] += 1
-        participant = ballot["participant"]
-        if participant in file_of:
-            problem = f"{file} and {file_of[participant]} are both of participant {participant}"
+        if (first := file_of.setdefault(ballot["participant"], file)) != file:
+            problem = f"{file} and {first} are both of participant {ballot['participant']}"
             raise ValueError(f"{problem}: leave out the one with fewer votes")
-        file_of[participant] = file
-    return key["methods"], choice[..., (choice >= 0).any((0, 1))], places
+    return key["methods"], choice[..., (choice >= 0).any((0, 1))]
 
 
 def agreement(choice: np.ndarray) -> tuple[float, float]:
@@ -246,23 +208,19 @@ def shares(choice: np.ndarray, methods: int, resamples: int) -> tuple[np.ndarray
 
 
 def tally(study: Path, files: list[Path], resamples: int = 2000) -> dict:
-    """Count the votes; writes study/tally.json and returns it. Passes over files that begin with a dot."""
-    out, files = study / "tally.json", [file for file in files if not file.name.startswith(".")]
-    if out.resolve() in map(Path.resolve, files):
-        raise ValueError(f"{out} would be overwritten: it is the result, not a file of votes")
-    methods, choice, places = read_votes(study, files)
+    """Count the votes; writes study/tally.json and returns it."""
+    methods, choice = read_votes(study, files)
     if absent := [q for q, of_question in zip(QUESTIONS, choice, strict=True) if (of_question < 0).all()]:
         raise ValueError(f"no vote on {', '.join(absent)} in {len(files)} files: wanted all four answered")
     share, (low, high) = shares(choice, len(methods), resamples)
     alike, alpha = np.transpose([agreement(of_question) for of_question in choice])
-    result = {"participants": choice.shape[1], "groups": choice.shape[2], "votes": int(places.sum())}
+    result = {"participants": choice.shape[1], "groups": choice.shape[2], "votes": int((choice >= 0).sum())}
     result["chance"] = 1 / len(methods)
     for name, values in (("share", share), ("ci95_low", low), ("ci95_high", high)):
         result[name] = {method: by_question(values[:, m]) for m, method in enumerate(methods)}
     result["pairs_alike"] = by_question(alike)
     result["krippendorff_alpha"] = by_question(alpha)
-    result["share_by_place"] = (places / places.sum()).tolist()
-    write_json(out, result)
+    write_json(study / "tally.json", result)
     return result
 
 
@@ -278,14 +236,12 @@ def table(result: dict) -> str:
         rows[method] = [f"{share[q]:.1%} [{low[q]:.1%}, {high[q]:.1%}]" for q in QUESTIONS]
     rows["chance"] = [f"{result['chance']:.1%}"] * len(QUESTIONS)
     rows |= {f"{name}, quoted": [f"{x}%" for x in percent.split()] for name, percent in PAPER.items()}
-    for name, key, form in AGREEMENTS:
-        rows[name] = ["n/a" if value is None else format(value, form) for value in result[key].values()]
+    for name, key in (("pairs who agree", "pairs_alike"), ("Krippendorff's alpha", "krippendorff_alpha")):
+        rows[name] = ["n/a" if value is None else f"{value:.3f}" for value in result[key].values()]
     counted = f"{result['participants']} participants, {result['groups']} groups, {result['votes']} votes"
     lines = [f"{counted}; share of votes and 95 % interval"]
     for name, cells in rows.items():
         lines.append(f"{name:<22}" + "".join(f"{cell:>24}" for cell in cells))
-    places = [f"{chr(65 + k)} {share:.1%}" for k, share in enumerate(result["share_by_place"])]
-    lines.append(f"by place on the page: {', '.join(places)}")
     if 1 in (result["participants"], result["groups"]):
         lines.append("the interval says nothing of other participants, or clips, where there is one alone")
     return "\n".join(lines)
@@ -299,9 +255,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     new.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="runs/<data>/sub<S>/<NAME>-s<seed>")
     new.add_argument("--pairs", type=Path, metavar="DIR", help="in place of runs: DIR/gt and DIR/METHOD")
     new.add_argument("--out", type=Path, required=True, help="the folder to write")
-    for f in fields(Study):
-        number = within(float if f.type is float else int, **f.metadata["ranges"])
-        new.add_argument(f"--{f.name}", type=number, default=f.default, help=f.metadata["help"])
+    for name, default, number, text in [
+        ("groups", None, within(int, least=1), "so many clips, spread over all (all where not given)"),
+        ("each", None, within(int, least=1), "so many groups a participant (all where not given)"),
+        ("height", 512, within(int, least=16, most=2160), "of the videos, pixels, even; the width follows"),
+        ("seconds", 2.0, within(float, least=0.1, most=600), "length of a clip whose stimulus is an array"),
+        ("seed", 0, within(int, least=0), "of the order and the opaque names"),
+    ]:
+        new.add_argument(f"--{name}", type=number, default=default, help=text)
     count = commands.add_parser("tally", help="count the votes", allow_abbrev=False)
     count.add_argument("study", type=Path, help="the folder that make wrote")
     count.add_argument("votes", nargs="+", type=Path, help="participants' files")
@@ -316,10 +277,7 @@ def main(argv: list[str]) -> None:
     if args.command == "tally":
         print(table(tally(args.study, args.votes)))
         return
-    advice = "--pairs DIR wants DIR/gt/NAME.* and DIR/METHOD/NAME.*"
-    pairs = read_pairs(args.pairs, advice) if args.pairs else pairs_of_runs(args.runs)
-    study = Study(args.groups, args.each, args.height, args.seconds, args.seed)
-    print(make(clips_of(pairs), args.out, study))
+    make(clips_of(find_pairs(args.pairs, skip_bad=True) if args.pairs else pairs_of_runs(args.runs)), args)
     print(f"written: {args.out}/page/ (give participants this folder: index.html)")
     print(f"         {args.out}/key.json (keep it back)")
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from data import Clips
 from extras.cortex import draw_cortex, flat_positions, on_cortex
+from extras.runs import save_figure
 from prepare.facts import CORTEX, ROIS, SECONDS, without_side
-from support.files import written_whole
 from support.videos import read_clip, uniform_frames
 
 AREAS = 32  # at most in the plot
@@ -38,8 +38,7 @@ def response_to(splits: dict[str, Clips], clip_id: str) -> Response:
             if line["id"] == clip_id:
                 showings = np.flatnonzero(clips.recorded[i])
                 return Response(clips, line, showings.tolist(), clips.fmri[i, showings].mean(1))
-    ranges = [f"{c.lines[0]['id']} ... {c.lines[-1]['id']} ({split})" for split, c in splits.items()]
-    raise ValueError(f"--show {clip_id}: no clip has this id; there are {', '.join(ranges)}")
+    raise ValueError(f"--show {clip_id}: no clip has this id; there are {clips.lines[0]['id']} and others")
 
 
 def showing_correlation(train: Clips) -> tuple[np.ndarray, int]:
@@ -81,17 +80,15 @@ def picture(splits: dict[str, Clips], clip_id: str, stimuli: Path, out: Path) ->
     fig = Figure(figsize=(7.5 + wide, 12), layout="constrained")
     grid = fig.add_gridspec(4, 2, height_ratios=[1.5, 4.4, 4.4, 0.3], width_ratios=[6, wide + 0.8])
     fig.suptitle(title(response), fontsize=12)
-    draw_frames(fig, grid[0, :], response, stimuli)
+    draw_frames(fig.add_subplot(grid[0, :]), response, stimuli)
     plot_areas(fig.add_subplot(grid[1:, 0]), response)
     maps = [fig.add_subplot(grid[k, 1]) for k in (1, 2, 3)]
     if on_map:
         draw_maps(maps, response, *showing_correlation(splits["train"]))
     else:
-        texts = ("no areas of the HCP MMP atlas: no map of the cortex", "", "")
-        for ax, text in zip(maps, texts, strict=True):
-            write(ax, text)
-    with written_whole(out) as part:
-        fig.savefig(part, dpi=110)
+        for ax in maps:
+            write(ax, "no areas of the HCP MMP atlas: no map of the cortex")
+    save_figure(out, fig)
 
 
 def title(response: Response) -> str:
@@ -109,18 +106,18 @@ def write(ax, text: str, colour: str = "0.4", size: int = 10) -> None:
     ax.text(0.5, 0.5, text, ha="center", va="center", color=colour, fontsize=size)
 
 
-def draw_frames(fig, cell, response: Response, stimuli: Path) -> None:
+def draw_frames(ax, response: Response, stimuli: Path) -> None:
+    """Side by side; below each the second at which it is shown."""
     seconds, file = SECONDS[response.clips.name], stimuli / response.line["video"]
     frames = clip_frames(file, response.line["start_s"], seconds)
     if frames is None:
-        write(fig.add_subplot(cell), f"no frames: {file} is not there (--stimuli DIR)")
+        write(ax, f"no frames: {file} is not there (--stimuli DIR)")
         return
-    row = cell.subgridspec(1, FRAMES, wspace=0.02)
-    for k, frame in enumerate(frames):
-        ax = fig.add_subplot(row[k])
-        ax.axis("off")
-        ax.imshow(frame)
-        ax.set_title(f"{seconds * (k + 0.5) / FRAMES:.2f} s", fontsize=8, color="0.35")
+    ax.imshow(np.concatenate(frames, 1))
+    middles = (np.arange(FRAMES) + 0.5) / FRAMES
+    ax.set_xticks(middles * FRAMES * frames.shape[2], [f"{seconds * part:.2f} s" for part in middles])
+    ax.set(yticks=[])
+    ax.spines[:].set_visible(False)
 
 
 def areas_in_order(area: np.ndarray) -> list[str]:

@@ -28,19 +28,14 @@ def page(runs: dict[str, Path], clips: dict[int, str], films: Path | None, out: 
     for title, folder in runs.items():
         run = Run(folder, "stage1" if "-no-stage2" in folder.name else "stage2")
         if (run.data, run.subject) != (first.data, first.subject):
-            subjects = (
-                f"{run.data}, subject {run.subject}, but {first.folder} of {first.data}, {first.subject}"
+            raise ValueError(
+                f"{folder} is not of {first.data}, subject {first.subject}, as {first.folder} is"
             )
-            raise ValueError(f"{folder} is of {subjects}: name runs of one subject")
         columns.append(re.sub(r"-s\d+(?=/|$)", "", title))
         evaluations[run.evaluation] = judged(run.evaluation)
     for clip, line in remembered.lines.items():
         name, best = f"{clip:04d}.mp4", remembered.scores[clip].retrieved[0]
-        memory, played = remembered.memories[best], first.evaluation / "memory" / name
-        if played.is_file():
-            uri = file_as_uri(played, ROWS)
-        else:
-            uri = as_uri(remembered.film(best), SECONDS[first.data], ROWS)
+        memory, uri = remembered.memories[best], as_uri(remembered.film(best), SECONDS[first.data], ROWS)
         of_memory = {attribute: value for attribute, (value,) in attribute_values([memory]).items()}
         cells = [
             {"film": file_as_uri(video_file(first.evaluation, "gt", clip), ROWS), "words": []},

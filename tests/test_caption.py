@@ -40,18 +40,17 @@ def qwen(tmp_path_factory) -> Path:
     words.add_special_tokens([f"<|{name}|>" for name in SPECIAL])
     ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None}
     tokenizer = hf.Qwen2TokenizerFast(tokenizer_object=words, **ends)
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in SPECIAL}
+    pad, _, end, *others, video = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in SPECIAL])
     sizes = dict(hidden_size=32, intermediate_size=64)
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     text = dict(
         vocab_size=len(tokenizer), num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        rope_parameters=rope, eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"], bos_token_id=ids["endoftext"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        eos_token_id=end, pad_token_id=pad, bos_token_id=pad,
     )  # fmt: skip
     vision = dict(depth=2, num_heads=2, out_hidden_size=32, fullatt_block_indexes=[1])
-    config = hf.Qwen2_5_VLConfig(
-        text_config=text | sizes, vision_config=vision | sizes, image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
-    )  # fmt: skip
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id")
+    special = dict(zip(names, others, strict=True), video_token_id=video)
+    config = hf.Qwen2_5_VLConfig(text_config=text | sizes, vision_config=vision | sizes, **special)
     torch.manual_seed(0)
     model = hf.Qwen2_5_VLForConditionalGeneration(config)
     for parameter in model.parameters():
@@ -62,9 +61,10 @@ def qwen(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_batch_answers_as_each_clip_alone(qwen):
+def test_a_batch_answers_as_each_clip_alone(qwen, monkeypatch):
     """Sizes differ, so prompts do in length: what is padded, and whose frames are whose, must not matter."""
-    captioner, rng = caption.Captioner(str(qwen), 112 * 112), np.random.default_rng(0)
+    monkeypatch.setattr(caption, "SIZE", dict.fromkeys(("shortest_edge", "longest_edge"), 112 * 112))
+    captioner, rng = caption.Captioner(str(qwen)), np.random.default_rng(0)
     shapes = ((4, 64, 64, 3), (8, 64, 128, 3), (4, 128, 64, 3))
     clips = [rng.integers(0, 255, shape, np.uint8) for shape in shapes]
     questions = [caption.CAPTION, "What?", caption.CAPTION]
@@ -99,13 +99,12 @@ class Model:
     batches: list[int] = []
     dies_after = 99  # batches
 
-    def __init__(self, name: str, pixels: int):
-        assert (name, pixels) == ("grey", 3136)
+    def __init__(self, name: str):
+        assert name == "grey"
 
     def ask(self, questions, clips=None, fps=None):
         if clips is None:
-            clip_of = [int(re.search(r"clip (\d)", question)[1]) for question in questions]
-            return [ANSWERS[k] for k in clip_of]
+            return [ANSWERS[int(re.search(r"clip (\d)", question)[1])] for question in questions]
         Model.batches.append(len(questions))
         if len(Model.batches) > Model.dies_after:
             raise KeyboardInterrupt
@@ -124,8 +123,7 @@ def model(request, monkeypatch):
 
 
 def run(*words: object) -> None:
-    sizes = ["--frames", 5, "--pixels", 3136, "--batch", 2, "--model", "grey"]
-    caption.main([str(word) for word in [*sizes, *words]])
+    caption.main([str(word) for word in ["--frames", 5, "--batch", 2, "--model", "grey", *words]])
 
 
 COLUMNS = {  # of each clip of `release`
@@ -138,23 +136,15 @@ COLUMNS = {  # of each clip of `release`
 }
 
 
-def test_each_clip_gets_its_caption_and_the_objects_it_names(release, tmp_path):
-    run("--data", "toy", "--raw", release, "--out", tmp_path / "captions.jsonl")
-    rows = [json.loads(line) for line in open(tmp_path / "captions.jsonl")]
+def test_each_clip_gets_its_own_caption_also_after_a_kill(release, tmp_path, monkeypatch):
+    source = ("--data", "toy", "--raw", release, "--out")
+    full, out, part = ((tmp_path / name) for name in ("full.jsonl", "killed.jsonl", ".killed.part.jsonl"))
+    run(*source, full)
+    rows = [json.loads(line) for line in open(full)]
     for name, column in COLUMNS.items():
         values = [row.get(name) for row in rows]
         assert column == [" ".join(x) if isinstance(x, list) else x for x in values], name
-    test = read_captions(tmp_path / "captions.jsonl", ["test1"])
-    assert [row["caption"] for row in test] == ["clip 3", "clip 4", "clip 5", "clip 6"]
-    with pytest.raises(FileNotFoundError, match="stimuli/seg1.mp4 is not there: download it again"):
-        run("--data", "cc2017", "--raw", tmp_path, "--out", tmp_path / "none.jsonl")
-    assert not list(tmp_path.glob("*none*"))
-
-
-def test_a_run_that_was_killed_ends_as_one_that_was_not(release, tmp_path, monkeypatch):
-    source = ("--data", "toy", "--raw", release, "--out")
-    run(*source, tmp_path / "full.jsonl")
-    full, out, part = ((tmp_path / name) for name in ("full.jsonl", "killed.jsonl", ".killed.part.jsonl"))
+    assert [row["caption"] for row in read_captions(full, ["test1"])] == [f"clip {k}" for k in range(3, 7)]
     lines = full.read_bytes().splitlines(keepends=True)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Model, "batches", [])
@@ -163,63 +153,47 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(release, tmp_path, monke
     assert not out.exists() and part.read_bytes() == b"".join(lines[:4])
     with open(part, "ab") as file:  # as if killed in the third batch: one line of two, and half the second
         file.write(lines[4] + lines[5][:20])
-    before = part.read_bytes()
-    with pytest.raises(ValueError, match="part.jsonl was begun with frames = 5, but frames = 6 is asked"):
+    stopped = part.read_bytes()
+    with pytest.raises(ValueError, match=r"made with frames 5 \(now 6\): delete .*killed.part.jsonl"):
         run(*source, out, "--frames", 6)
-    assert part.read_bytes() == before
+    assert part.read_bytes() == stopped
     Model.batches.clear()
     run(*source, out)
     assert Model.batches == [2, 1]  # the third batch again, and the last clip
+    assert out.read_bytes() == full.read_bytes() and not part.exists()
     with pytest.raises(ValueError, match="is there already"):
         run(*source, out)
-    assert out.read_bytes() == full.read_bytes() and not part.exists()
 
 
-def test_videos_of_a_clip_each_become_a_list_by_name(tmp_path):
+def test_videos_become_a_list_by_name(release, tmp_path):
     """As CineBrain's captions are found: by the video's name, in one list."""
-    grey_film(tmp_path / "b.mp4", 0, 1)
-    grey_film(tmp_path / "a.mp4", 1, 1)
-    out = tmp_path / "captions.json"
-    run("--videos", tmp_path / "*.mp4", "--out", out)
-    rows = read_captions(out, [])
-    assert [(row["video"], row["caption"]) for row in rows] == [("a.mp4", "clip 1"), ("b.mp4", "clip 0")]
+    run("--videos", release / "stimuli" / "*.mp4", "--seconds", 2, "--out", tmp_path / "captions.json")
+    rows = read_captions(tmp_path / "captions.json", [])
+    assert [row["caption"] for row in rows] == COLUMNS["caption"]
+    assert [row["video"] for row in rows] == ["seg1.mp4"] * 3 + ["test1.mp4"] * 4
     assert "clip" not in rows[0] and not list(tmp_path.glob(".*"))
-    films = caption.films_of_videos(str(tmp_path), 0.5)
-    assert [(film.segment, film.clips, film.seconds) for film in films] == [("a", 4, 0.5), ("b", 4, 0.5)]
-
-
-NO_LISTS = [
-    '["person", "car"', '["person", 2]', '{"objects": ["cat"]}', '["<|im_end|>"]', "", "cat\ndog",
-    "The caption names a cat and a dog.", "Objects:\n- cat", ", ".join(["cat"] * 21),
-]  # fmt: skip
-LISTS = {
-    '["person", "Traffic Light", "person"]': "person|traffic light",
-    '```json\n["cat"]\n```': "cat",
-    "- a person\n- the dog\n": "person|dog",
-    "1. person\n2) tennis racket": "person|tennis racket",
-    "person, car, fire hydrant.": "person|car|fire hydrant",
-}
+    films = caption.films_of_videos(str(release / "stimuli"), None)
+    assert [(film.segment, film.clips, film.seconds) for film in films] == [("seg1", 1, 6), ("test1", 1, 8)]
 
 
 def test_answers():
-    for answer in NO_LISTS:
+    for answer in ('["person", 2]', '{"objects": ["cat"]}', "", "cat\ndog", ", ".join(["cat"] * 21)):
         assert caption.parse_objects(answer) is None, answer
-    assert caption.parse_objects("[]") == caption.parse_objects(" None. ") == []
-    for answer, names in LISTS.items():
-        assert caption.parse_objects(answer) == names.split("|"), answer
+    for answer, names in {
+        " None. ": [],
+        '```json\n["person", "Traffic Light", "person"]\n```': ["person", "traffic light"],
+        "- a person\n2. the dog\n": ["person", "dog"],
+        "person, car, fire hydrant.": ["person", "car", "fire hydrant"],
+    }.items():
+        assert caption.parse_objects(answer) == names, answer
 
 
-WRONG = {
-    "": "give one of --data and --videos",
-    "--data cc2017": "--data cc2017 wants --raw",
-    "--videos x": "--out says where",
-    "--videos x --out y.json --seconds 1e-9": "--seconds 1e-09: wanted at least 0.1",
-    "--videos x --out y.txt": "--out y.txt: wanted a name that ends in .jsonl, or .json for --videos",
-}
-
-
-@pytest.mark.parametrize("options", WRONG)
-def test_wrong_options(options, capsys):
-    with pytest.raises((SystemExit, ValueError)) as stopped:
-        caption.main(options.split())
-    assert WRONG[options] in f"{stopped.value} {capsys.readouterr().err}"
+def test_a_release_without_films_and_options_that_do_not_fit_are_refused(tmp_path):
+    for words, message in {
+        f"--data cc2017 --raw {tmp_path}": "stimuli/seg1.mp4 is not there: download it again",
+        "": "give one of --data and --videos",
+        "--videos x --out y.txt": "--out y.txt: wanted a name that ends in .jsonl, or .json for --videos",
+    }.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            caption.main(words.split())
+    assert not list(tmp_path.iterdir())

@@ -1,17 +1,13 @@
-"""extras/page: the page is that of today's code, its shapes are those of a real run, its links lead somewhere."""
+"""extras/page: the page is that of today's code, its links lead somewhere."""
 
 import re
 from xml.etree import ElementTree
 
 import pytest
-import torch
 from conftest import REPO
 
-from brain_model import BrainModel
 from extras import reading
-from extras.page import draw, prose, shapes
-
-PATHS = [REPO / f"{module}.py" for module in draw.FILES]
+from extras.page import draw
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +22,7 @@ def test_the_page_and_the_figure_are_those_of_this_code(built):
 
 def test_the_command_writes_both(built, tmp_path, monkeypatch):
     files = tmp_path / "reading.html", tmp_path / "method.svg"
-    values = dict(ROOT=tmp_path, PAGE=files[0], FIGURE=files[1], build=lambda: built)
-    for name, value in values.items():
+    for name, value in dict(ROOT=tmp_path, PAGE=files[0], FIGURE=files[1], build=lambda: built).items():
         monkeypatch.setattr(reading, name, value)
     reading.main([])
     assert tuple(file.read_text(encoding="utf-8") for file in files) == built
@@ -36,42 +31,14 @@ def test_the_command_writes_both(built, tmp_path, monkeypatch):
 def test_links_lead_to_lines_and_back(built):
     page = built[0]
     ids = re.findall(r' id="([^"]+)"', page)
-    assert len(ids) == len(set(ids))
-    links = re.findall(r'href="#([^"]+)"', page)
-    assert set(links) <= set(ids)
+    assert len(ids) == len(set(ids)) and {*re.findall(r'href="#([^"]+)"', page)} <= {*ids}
     assert not re.findall(r'(?:src|href)="(?!#)', page) and "<script" not in page  # one file, no JavaScript
     for number in range(1, 11):
-        assert f'id="eq-{number}"' in page
         (place,) = set(re.findall(rf'<td><a href="#eq-{number}">.*<td><a href="#([\w-]+)">', page))
         module, row = place.rsplit("-", 1)
         line = (REPO / f"{module}.py").read_text().splitlines()[int(row) - 1]
         assert re.search(rf"# .*Eq\. {number}\b", line)
         assert f'href="#eq-{number}"' in re.search(rf'id="{place}".*', page)[0]
-
-
-def test_a_docstring_becomes_html(built):
-    text = r"""Eq. 5: $S_i = \sum_{m}
-w_m$ of *all* clips, like Eq. 2 -> `S`, $\hat{f}^e$.
-
-    f_e --> S   Eq. 4"""
-    out = prose.prose(text, {5: "lines"})
-    assert '<div class="eq" id="eq-5"><h3>Eq. 5 <span class="at">lines</span></h3>' in out
-    assert '<p>of <em>all</em> clips, like <a href="#eq-2">Eq. 2</a> → <code>S</code>, <math>' in out
-    assert '<pre>    f_e --&gt; S   <a href="#eq-4">Eq. 4</a></pre>' in out
-    assert len(re.findall("<math>", prose.breakable(r"f = g(a + b) + c, \quad z_t = 1"))) == 5
-    for formula in re.findall(r"<math>.*?</math>", built[0]):
+    for formula in re.findall(r"<math>.*?</math>", page):
         ElementTree.fromstring(formula)
         assert "\\" not in formula, "LaTeX that latex2mathml cannot read"
-
-
-def test_meta_shapes_are_those_of_numbers():
-    """The Brain Model of the toy, with numbers, against what the page says."""
-    seen, rows = shapes.traced("toy", PATHS)
-    sizes = {symbol: size for symbol, _, size in rows}
-    B, N = int(sizes["B"].split(",")[0]), shapes.TOY_SIZES["voxels"]
-    L, width, D, r = (int(sizes[symbol]) for symbol in ("L", "D'", "D", "r"))
-    f_c, f_e = BrainModel(N, 1, L, width, 1, 4, D, r)(torch.zeros(B, 1, N))
-    lines = (REPO / "brain_model.py").read_text().splitlines()
-    (row,) = [row for row, line in enumerate(lines, 1) if line.strip() == "return f_c, f_e"]
-    assert seen["brain_model", row] == {"returns": f"{tuple(f_c.shape)} {tuple(f_e.shape)}"}
-    assert {module for module, _ in seen} == set(draw.FILES)
