@@ -352,7 +352,7 @@ def test_a_run_is_on_cuda_or_the_cpu_unless_another_is_asked_for(monkeypatch):
         for device, wanted in ((None, best), (best, best), (other, other)):
             training.start(device)
             assert present[-1] == wanted
-    with pytest.raises(ValueError, match="--device mps: this process has cuda: leave the option out"):
+    with pytest.raises(ValueError, match="--device mps: this process has cuda: leave it out"):
         training.start("mps")
     kind = DistributedType.FSDP
     with pytest.raises(ValueError, match="FSDP: wanted plain data parallelism"):
