@@ -69,14 +69,10 @@ def exploded(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def copied(tiny, tmp_path):
+def folder(name, tiny, tmp_path) -> Path:
     """A copy of what an option takes."""
-
-    def copy(name: str) -> Path:
-        source = tiny / "models" / "wan" if name == "wan" else REPO / "toy" / JUDGES.get(name, name)
-        return shutil.copytree(source, tmp_path / name)
-
-    return copy
+    source = tiny / "models" / "wan" if name == "wan" else REPO / "toy" / JUDGES.get(name, name)
+    return shutil.copytree(source, tmp_path / name)
 
 
 def load(name: str, folder: Path) -> None:
@@ -93,8 +89,7 @@ def load(name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "part", "config", "kind", "loaders"), CODE_OF)
-def test_no_code_of_a_folder_runs(name, part, config, kind, loaders, exploded, copied):
-    folder = copied(name)
+def test_no_code_of_a_folder_runs(name, part, config, kind, loaders, exploded, folder):
     file = folder / part / config
     values = json.loads(file.read_text())
     values |= {
@@ -113,8 +108,7 @@ def test_no_code_of_a_folder_runs(name, part, config, kind, loaders, exploded, c
 
 
 @pytest.mark.parametrize(("name", "weights", "pickled"), WEIGHTS_OF)
-def test_no_weights_of_a_folder_are_unpickled(name, weights, pickled, exploded, copied):
-    folder = copied(name)
+def test_no_weights_of_a_folder_are_unpickled(name, weights, pickled, exploded, folder):
     (folder / weights).unlink()
     torch.save({"weight": Pickled(exploded)}, folder / pickled)
     load(name, folder)

