@@ -104,9 +104,6 @@ def error_of(action: Callable[[], object], root: Path, capfd) -> str:
     return error
 
 
-# ---------------------------------------------------------------- damage to files: Path -> None
-
-
 def raw(content: bytes | str) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
@@ -197,9 +194,6 @@ def damaged(path: Path, damage: Callable[[Path], object]) -> Iterator[None]:
         path.unlink(missing_ok=True)
         if content is not None:
             path.write_bytes(content)
-
-
-# ---------------------------------------------------------------- the readers: Path -> object
 
 
 def command(name: str, more: str = "") -> Callable[[Path], object]:
@@ -355,8 +349,6 @@ def test_damage_is_one_error_that_names_its_file(read, file, damage, message, wo
         error = error_of(lambda: read(path), world, capfd)
     assert re.search(message, error), error
 
-
-# ---------------------------------------------------------------- options
 
 OPTIONS = {  # most are refused by their range, some beside the data or the run
     "s1": {

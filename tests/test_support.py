@@ -40,9 +40,6 @@ def throw(error: BaseException):
     raise error
 
 
-# ---------------------------------------------------------------- readers
-
-
 def test_no_file_is_deleted_for_a_fault_of_the_machine(tmp_path, monkeypatch):
     (tmp_path / "a").write_bytes(b"whole")
     error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -52,9 +49,6 @@ def test_no_file_is_deleted_for_a_fault_of_the_machine(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="Too many open files") as caught:
             read(tmp_path / "a")
         assert caught.value is error
-
-
-# ---------------------------------------------------------------- writers
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -182,9 +176,6 @@ def test_the_manifest_says_what_made_an_array(tmp_path):
     assert read_manifest(path) is None  # the array decides
 
 
-# ---------------------------------------------------------------- options
-
-
 @dataclass
 class Options:
     data: str = option("toy", "a dataset")
@@ -224,9 +215,6 @@ def test_a_name_is_one_folder():
     for name in ("", "../x", ".hidden", "x" * 101, "a\n"):
         with pytest.raises(ValueError, match="--run"):
             check_name(name)
-
-
-# ---------------------------------------------------------------- steps
 
 
 def test_a_step_of_adamw_by_hand():
@@ -338,8 +326,6 @@ def test_the_networks_beside_the_code_are_found_from_any_folder(tmp_path, monkey
     monkeypatch.chdir("/")  # a decoder of the folder where the run was trained
     assert shared.decoder_at("models", tmp_path / "runs/toy/sub1/full-s0/stage2") == str(tmp_path / "models")
 
-
-# ---------------------------------------------------------------- runs
 
 TOTAL = 7
 
@@ -466,9 +452,6 @@ def test_all_processes_stop_once_one_got_a_signal():
     assert not stopping.asked(SimpleNamespace(num_processes=1))
     assert stopping.asked(SimpleNamespace(num_processes=2, device="cpu", gather=gather))
     assert stopping.number == 15
-
-
-# ---------------------------------------------------------------- the door
 
 
 @pytest.fixture
