@@ -327,6 +327,7 @@ TABLE = [
     (load_run, LINES, edit(lambda rows: [1, *rows[1:]]), "line 0: found int 1, wanted an object"),
     (load_run, LINES, edit(lambda rows: [rows[0] | {"id": 7}, *rows[1:]]), "line 0: found id = '7'"),
     (load_run, VOXELS, npz(roi=np.array(["V1"] * 39), index=np.arange(39)), "found 39 voxels, wanted the 40"),
+    (load_run, VOXELS, npz(index=np.arange(39)), "found .*39.*40.*, wanted arrays of one length"),
     (load_run, VOXELS, npz(roi=np.arange(N)), r"voxels.npz\[roi\]: found int64.*wanted text"),
     (load_run, VOXELS, npz(index=np.ones((N, 2), int)), r"npz\[index\]: found int64 of shape \(40, 2\)"),
     # what evaluate.py is given
