@@ -11,26 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from support.readers import FileFault, MissingFile, check_keys, damaged, read_array, read_json, reading
+from support.readers import FileFault, MissingFile, advising, check_keys, damaged, read_array, read_json
 
 
 class MissingData(MissingFile):
     """A dataset that is not prepared: its message is a guide of one screen."""
-
-
-class DiskFull(OSError):
-    """Its message names the file that was written, its size and the room on the disk."""
-
-
-class NoRoom(OSError):
-    """For so many bytes; inside `written_whole`, which makes it DiskFull."""
-
-    def __init__(self, size: int):
-        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.size = size
 
 
 @contextmanager
@@ -61,24 +50,26 @@ def written_whole(path: Path, keep: bool = False) -> Iterator[Path]:
 
 
 def _raise_if_full(path: Path, part: Path, error: Exception) -> None:
-    """torch.save says it in words of its own; other libraries hand on the system's text, or numpy's."""
+    """OSError that names the file, its size and the room on the disk, in place of a library's words."""
     texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
     texts += ["Not enough free space", "requested and", "fail at inline_container"]
-    if not isinstance(error, DiskFull) and any(text in str(error) for text in texts):
+    if any(text in str(error) for text in texts):
         sizes = [sum(f.stat().st_size for f in [p, *p.rglob("*")] if f.is_file()) for p in (part, path)]
         sizes.append(getattr(error, "size", 0))
         takes, free = max(sizes) / 1e6, shutil.disk_usage(path.parent).free / 1e6
         advice = "make room, or take another disk, and run the command again; it keeps what is whole"
         fault = f"{path}: no room on the disk: it takes {takes:,.1f} MB or more, {free:,.1f} MB are free"
-        raise DiskFull(f"{fault}: {advice}") from error
+        raise OSError(f"{fault}: {advice}") from error
 
 
 def check_room(folder: Path, content: object) -> None:
-    """Raises NoRoom where tensors, in dicts and lists of any depth, are larger than what the disk has free:
-    libraries say of a full disk neither what they write nor how much."""
+    """Raises OSError where tensors, in dicts and lists of any depth, are larger than what the disk has free:
+    libraries say of a full disk neither what they write nor how much. `written_whole` names the file."""
     size = sum(leaf.nbytes for leaf in tree_leaves(content) if isinstance(leaf, Tensor))
     if size > shutil.disk_usage(folder).free:
-        raise NoRoom(size)
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        error.size = size
+        raise error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,6 +90,13 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def save_state(path: Path, state: dict) -> None:
+    """A checkpoint, .pt."""
+    with written_whole(path) as part:
+        check_room(part.parent, state)
+        torch.save(state, part)
+
+
 def save_model(model, folder: Path) -> None:
     """config.json and model.safetensors of a PyTorchModelHubMixin, without its card, which says nothing."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,10 +109,9 @@ def follow_umask(part: Path) -> None:
     """A file, or those of a folder, for whom the umask says: safetensors writes for the user alone."""
     mask = os.umask(0o077)
     os.umask(mask)
-    for file in part.iterdir() if part.is_dir() else [part]:
+    for file in filter(Path.is_file, part.iterdir() if part.is_dir() else [part]):
         with suppress(OSError):  # some disks have no modes
-            if file.is_file():
-                file.chmod(0o666 & ~mask)
+            file.chmod(0o666 & ~mask)
 
 
 def save_folder(folder: Path, write: Callable[[Path], object]) -> None:
@@ -203,8 +200,7 @@ def hashes(groups: Iterable[Sequence[Path]]) -> dict[str, str]:
     digests: dict[str, str] = {}
     for files in groups:
         name = files[0].name + (f" ... {files[-1].name}" if len(files) > 1 else "")
-        if name not in digests:
-            digests[name] = sha256(*files)
+        digests[name] = digests.get(name) or sha256(*files)
     return digests
 
 
@@ -213,12 +209,10 @@ def read_manifest(path: Path) -> dict | None:
     manifest = path.with_name("manifest.json")
     if not (path.exists() and manifest.exists()):
         return None
-    with reading(manifest, "JSON", f"delete {path.parent} and prepare it again"):
-        entries = read_json(manifest)
-        if path.name not in entries:
-            return None
-        check_keys(entries, manifest, {path.name: dict})
-        return check_keys(entries[path.name], f"{manifest}, {path.name}", {"recipe": dict, "inputs": dict})
+    with advising(f"delete {path.parent} and prepare it again"):
+        entry = read_json(manifest).get(path.name)
+        keys = {"recipe": dict, "inputs": dict}
+        return None if entry is None else check_keys(entry, f"{manifest}, {path.name}", keys)
 
 
 def read_prepared(path: Path, kind: str, shape: Sequence[int | None], finite: bool = False) -> np.ndarray:

@@ -51,7 +51,7 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or any(text in str(error) for text in _MEMORY_TEXTS)
 
 
-def is_of_machine(error: BaseException) -> bool:
+def of_machine(error: BaseException) -> bool:
     """Permission, open files, memory, disk."""
     return lacks_memory(error) or any(text in str(error) for text in _MACHINE_TEXTS)
 
@@ -80,7 +80,7 @@ def reading(path: Path | str, wanted: str = "a whole file", advice: str | None =
         except (FileFault, MissingFile, *_NO_DAMAGE):
             raise
         except Exception as error:
-            if is_of_machine(error):
+            if of_machine(error):
                 raise
             missing = getattr(error, "filename", None) or path
             if isinstance(error, FileNotFoundError) and not os.path.exists(missing):
@@ -113,12 +113,12 @@ def read_array(path: Path, kind: str = "f", shape: Shape = None, finite: bool = 
 
 
 def read_npz(path: Path, kinds: dict[str, str]) -> dict[str, np.ndarray]:
-    """The named arrays of an .npz file, of the given kinds and of one length."""
+    """The named arrays (n,) of an .npz file, of the given kinds and of one length."""
     with reading(path, f"an .npz file of {', '.join(kinds)}"), np.load(path, allow_pickle=False) as file:
-        arrays = {name: check_array(file[name], f"{path}[{name}]", kinds[name]) for name in kinds}
-    shapes = {name: array.shape for name, array in arrays.items()}
-    if len({shape[:1] for shape in shapes.values()}) > 1:
-        raise damaged(path, shapes, "arrays of one length")
+        arrays = {name: check_array(file[name], f"{path}[{name}]", kinds[name], (None,)) for name in kinds}
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len({*lengths.values()}) > 1:
+        raise damaged(path, lengths, "arrays of one length")
     return arrays
 
 
@@ -131,6 +131,8 @@ def read_text(path: Path) -> str:
 def check_keys(row: dict, path: Path | str, keys: dict[str, Type]) -> dict:
     """The row itself, where each key is there and of its type. A float is finite, and may be a whole number;
     True and False are no numbers."""
+    if not isinstance(row, dict):
+        raise damaged(path, f"{type(row).__name__} {str(row)[:40]}", TYPES[dict])
     for key, kind in keys.items():
         value, kinds = row.get(key), kind if isinstance(kind, tuple) else (kind,)
         fits = isinstance(value, kinds) or float in kinds and isinstance(value, int)

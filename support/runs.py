@@ -14,7 +14,7 @@ import typing
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -25,26 +25,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from support.files import (
-    MissingData,
-    append_text,
-    check_room,
-    save_folder,
-    write_json,
-    write_text,
-    written_whole,
-)
+from support.files import MissingData, append_text, save_folder, save_state, write_json, write_text
 from support.options import check_name
-from support.readers import (
-    advising,
-    check_tensors,
-    damaged,
-    is_of_machine,
-    lacks_memory,
-    read_json,
-    read_state,
-    reading,
-)
+from support.readers import check_tensors, damaged, lacks_memory, of_machine, read_json, read_state, reading
 
 Write = Callable[[Path], object]  # to this file or folder
 
@@ -59,7 +42,7 @@ def read_settings(file: Path, settings: dict, may_change: Sequence[str], advice:
     that may not change."""
     if not file.exists():
         return {}
-    with advising(advice):
+    with reading(file, advice=advice):
         stored = read_json(file)
     names = settings.keys() | stored.keys() - {"step", "steps_in_all"}
     differ = [name for name in sorted(names - {*may_change}) if stored.get(name) != settings.get(name)]
@@ -70,41 +53,33 @@ def read_settings(file: Path, settings: dict, may_change: Sequence[str], advice:
     return stored
 
 
-class FolderLock:
+class FolderLock(ExitStack):
     """One process group at a time works in a folder: one process of it is to `take` the lock. That leaves no
-    file, ends with the process, and is none where the system or the disk has none."""
+    file and no empty folder of its own, ends with the process, and is none where the system has none."""
 
     def __init__(self, folder: Path, advice: str = "wait for it", take: bool = True):
-        self.folder, self.handle = folder, None
-        self.absent = [parent for parent in folder.parents[:4] if not parent.exists()]
+        super().__init__()
+        absent = [parent for parent in folder.parents[:4] if not parent.exists()]
         with suppress(ImportError):  # Windows has no fcntl
             import fcntl
 
             if take:
                 folder.mkdir(parents=True, exist_ok=True)
-                self.handle = os.open(folder, os.O_RDONLY)
+                handle = os.open(folder, os.O_RDONLY)
                 try:
-                    fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
-                    os.close(self.handle)
+                    os.close(handle)
                     raise ValueError(f"{folder}: another process works in it: {advice}") from error
                 except OSError:  # network disks have no locks of folders
                     pass
+                self.callback(self._release, handle, [folder, *absent])
 
-    def __enter__(self) -> "FolderLock":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give it back, and leave no empty folder of its own: parents that were there stay."""
-        if self.handle is not None:
-            os.close(self.handle)
-            self.handle = None
-            for folder in (self.folder, *self.absent):
-                with suppress(OSError):  # it is not empty
-                    folder.rmdir()
+    def _release(self, handle: int, folders: Sequence[Path]) -> None:
+        os.close(handle)
+        for folder in folders:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 class RunFolder:
@@ -128,12 +103,11 @@ class RunFolder:
         self.settings = json.loads(json.dumps(settings))  # tuples are lists there
         self.state_file, self.log_file = folder / "state" / "state.pt", folder / "log.jsonl"
         self.board, self.stopping = None, Stopping()
-        advice = f"choose another --run NAME, or delete {folder}"
-        stored = read_settings(folder / "config.json", self.settings, may_change, advice)
+        file, advice = folder / "config.json", f"choose another --run NAME, or delete {folder}"
+        stored = read_settings(file, self.settings, may_change, advice)
         self.first_step = stored.get("step", 0)
-        if not isinstance(self.first_step, int) or self.first_step > total:
-            step = f"step = {self.first_step!r}"
-            raise damaged(folder / "config.json", step, f"a step of 0 to {total}", advice)
+        if self.first_step not in range(total + 1):
+            raise damaged(file, f"step = {self.first_step!r}", f"a step of 0 to {total}", advice)
         self.lock = FolderLock(folder, "wait for it, or choose another --run NAME", self.chief)
         self.finished = self.first_step == total and (folder / last).is_file()
 
@@ -145,8 +119,9 @@ class RunFolder:
 
     def __exit__(self, *error) -> None:
         self.stopping.end()
-        for held in filter(None, (self.lock, self.board)):
-            held.close()
+        self.lock.close()
+        if self.board:
+            self.board.close()
 
     def restore(
         self,
@@ -163,13 +138,12 @@ class RunFolder:
         file, keys = self.state_file, {"step": int} | dict.fromkeys(state, dict)
         with reading(file, "what this run saved", f"delete {self.folder} and train again"):
             stored = read_state(file, keys)
-            for name, part in state.items():
-                if all(isinstance(value, Tensor) for value in stored[name].values()):
-                    check_tensors(stored[name], file)
-                values = copy.deepcopy(stored[name])  # an optimiser keeps what it gets: no piece of the file
-                part.load_state_dict(values)
             if not 0 < stored["step"] <= self.total:
                 raise damaged(file, f"step {stored['step']}", f"a step of 1 to {self.total}")
+            for name, part in state.items():
+                check_tensors({key: x for key, x in stored[name].items() if isinstance(x, Tensor)}, file)
+                values = copy.deepcopy(stored[name])  # an optimiser keeps what it gets: no piece of the file
+                part.load_state_dict(values)
         self.first_step = stored["step"]
 
     def steps(self) -> Iterator[int]:
@@ -215,10 +189,8 @@ class RunFolder:
             self.write_once(self.folder)
         for name, write in self.models.items():
             save_folder(self.folder / name, write)
-        with written_whole(self.state_file) as part:
-            state = {name: member.state_dict() for name, member in self.state.items()}
-            check_room(part.parent, state)
-            torch.save(state | {"step": step}, part)
+        state = {name: member.state_dict() for name, member in self.state.items()}
+        save_state(self.state_file, state | {"step": step})
         write_json(self.folder / "config.json", self.settings | {"step": step, "steps_in_all": self.total})
 
     def finish(self, curves: dict[str, str], title: str, files: dict[str, str | dict] | None = None) -> None:
@@ -248,10 +220,8 @@ def read_log(file: Path) -> list[dict]:
     rows = []
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else ():
         with suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-    return rows
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 class Stopped(BaseException):
@@ -315,7 +285,7 @@ def door(main: Callable[[], int | None]) -> typing.NoReturn:
         sys.stdout.flush()
         status = end
     except (*BAD_INPUT, MemoryError, RuntimeError) as error:
-        if not (isinstance(error, BAD_INPUT) or is_of_machine(error)):
+        if not (isinstance(error, BAD_INPUT) or of_machine(error)):
             raise
         if not isinstance(error, BrokenPipeError) or heard("\n"):
             message = f"error: {brief(error)}"
@@ -359,9 +329,8 @@ def brief(error: Exception) -> str:
     if isinstance(error, MissingData):
         return text
     if lacks_memory(error):
-        fault = str(error).strip().split("\n")[0] or "no more memory"
         advice = "python extras/plan.py counts what options need; try --micro_batch 1, --checkpointing"
-        text = f"out of memory ({fault}): {advice} or --optimizer adamw8bit"
+        text = f"out of memory ({text.splitlines()[0]}): {advice} or --optimizer adamw8bit"
     elif isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

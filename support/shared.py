@@ -218,7 +218,6 @@ def read_memories(
     with reading(file, "the memories of a model"):
         # memory of their own, which is aligned as the run's is: products round otherwise where it is not
         tensors = {name: x.clone() for name, x in read_tensors(file).items()}
-        tensors.setdefault("caption", torch.arange(len(tensors.get("e", ()))))  # of an older run
         if tensors.keys() != {*TENSORS}:
             raise damaged(file, f"tensors {', '.join(tensors)}", ", ".join(TENSORS))
         e, tokens, offsets, caption, empty = (tensors[name] for name in TENSORS)
@@ -245,8 +244,6 @@ def read_memories(
     if len(lines) != N:
         raise damaged(file, f"{len(lines)} lines", f"one for each of the {N} memories")
     for number, line in enumerate(lines):
-        if not isinstance(line, dict):
-            raise damaged(file, f"{line!r:.40} as line {number}", "objects {...}")
         check_keys(line, f"{file}, line {number}", LINE)
     captions = tokens.split(lengths.tolist())
     return e, [captions[i] for i in caption.tolist()], empty, lines
@@ -254,12 +251,10 @@ def read_memories(
 
 def read_voxels(folder: Path, N: int) -> dict[str, np.ndarray]:
     """voxels.npz of a model of N voxels."""
-    file, kinds = folder / "voxels.npz", {"index": "iu", "roi": "U"}
-    voxels = read_npz(file, kinds)
+    file = folder / "voxels.npz"
+    voxels = read_npz(file, {"index": "iu", "roi": "U"})
     if len(voxels["roi"]) != N:
         raise damaged(file, f"{len(voxels['roi'])} voxels", f"the {N} of the Brain Model")
-    for name, kind in kinds.items():
-        check_array(voxels[name], f"{file}[{name}]", kind, (N,))
     return voxels
 
 

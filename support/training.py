@@ -41,9 +41,7 @@ def start(device: str | None = None) -> Accelerator:
     plain = "wanted plain data parallelism: accelerate launch --multi_gpu --mixed_precision no"
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # accelerate launch sets it
     if precision not in ("no", "bf16"):
-        raise ValueError(
-            f"accelerate is set to {precision}: {plain}, and --precision bf16 or fp32 in training"
-        )
+        raise ValueError(f"accelerate is set to {precision}: {plain}, and --precision bf16 or fp32")
     try:
         accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[patient])
     except ImportError as error:  # of DeepSpeed, Megatron
@@ -52,9 +50,7 @@ def start(device: str | None = None) -> Accelerator:
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(f"{kind}: {plain}")
     if device and device != present:
-        raise ValueError(
-            f"--device {device}: this process has {present}: leave the option out, or choose that"
-        )
+        raise ValueError(f"--device {device}: this process has {present}: leave it out, or choose that")
     return accelerator
 
 

@@ -6,7 +6,6 @@
 A file's own times decide, not its frame numbers: a GIF whose equal frames were merged, a recording of
 irregular rate and a trimmed mp4 give what is seen at each moment. Readers raise MissingFile or FileFault."""
 
-import io
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -73,10 +72,7 @@ def read_video(path: Path, seconds: float = 2.0, clip: int | None = None) -> Vid
         raise damaged(path, f"{n} frames of {frames[0].nbytes:,} bytes", f"at most {LIMIT:,} bytes", "cut it")
     middles = times[0] + (np.arange(n) + 0.5) * interval
     latest = np.searchsorted(times, middles, side="right") - 1  # (n,) what a player shows then
-    try:
-        return Video(np.stack([frames[i] for i in latest]), 1 / interval)
-    except MemoryError as error:
-        raise damaged(path, f"{n} frames, {error}", "what fits into memory", "cut it") from error
+    return Video(np.stack([frames[i] for i in latest]), 1 / interval)
 
 
 def _read_frames(path: Path, clip: int | None) -> np.ndarray:
@@ -124,12 +120,8 @@ def read_all_clips(path: Path) -> np.ndarray | torch.Tensor:
         else:
             array = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         shape, dtype = getattr(array, "shape", ()), str(getattr(array, "dtype", type(array).__name__))
-        if (
-            len(shape) != 5
-            or 0 in shape
-            or 3 not in (shape[2], shape[4])
-            or not re.search("uint8|float", dtype)
-        ):
+        fits = len(shape) == 5 and 0 not in shape and 3 in (shape[2], shape[4])
+        if not fits or not re.search("uint8|float", dtype):
             raise damaged(path, f"{dtype} {tuple(shape)}", wanted)
         return array
 
@@ -188,11 +180,15 @@ def _decode(path: Path, start: float = 0.0) -> Iterator:
     import av
     from av.video.reformatter import VideoReformatter
 
-    with reading(path, "a whole video", DOWNLOAD):
-        open(path, "rb").close()  # of what is damaged, av says "no memory" and "no permission", too
+    # av says "no memory" of what is damaged, and takes a GIF into memory, with all that may follow its end
+    with reading(path, "a whole video", DOWNLOAD), open(path, "rb") as file:
+        if path.suffix.lower() == ".gif":
+            file.seek(max(0, path.stat().st_size - 64))
+            if not file.read().rstrip(b"\0").endswith(b";"):
+                raise ValueError("a GIF that ends in the middle")
     reformatter = VideoReformatter()  # one for all frames: one each is 10x slower
     try:
-        with av.open(_gif(path) if path.suffix.lower() == ".gif" else str(path)) as container:
+        with av.open(str(path)) as container:
             stream = container.streams.best("video")  # no cover picture
             if stream is None:
                 raise broken(path, "sound alone")
@@ -202,26 +198,24 @@ def _decode(path: Path, start: float = 0.0) -> Iterator:
             if 3 * stream.width * stream.height * wider * higher * 2 > LIMIT:
                 size = f"frames of {stream.width} x {stream.height}, shown {wider:g} x {higher:g}"
                 raise damaged(path, size, f"at most {LIMIT:,} bytes", "make it smaller")
-            frames = _timed(container, stream)
-            opened, opening = next(frames, (0, None))
+            frames = container.decode(stream)
+            opening = next(frames, None)
             if opening is None:
                 raise broken(path, "no frame")
             size = {"width": round(opening.width * wider), "height": round(opening.height * higher)}
-            tick = float(stream.time_base)
-            is_avi = container.format.name == "avi"
-            first = opened if stream.start_time is None or is_avi else stream.start_time
-            turns = round((opening.rotation or 0) / 90) % 4  # anticlockwise
+            tick, turns = float(stream.time_base), round((opening.rotation or 0) / 90) % 4  # anticlockwise
             film = (container.duration or 0) / av.time_base  # s; of its sound, too
             alone = float(stream.duration * tick) if stream.duration else _tagged(stream.metadata)
             length = min(alone or film, film or alone) or _last_end(path)
             yield VideoInfo(float(stream.average_rate or 0), length)
-            if start and not is_avi:  # of which the frames are counted from the beginning
-                container.seek(first + int(start / tick), stream=stream)  # the last key frame not after it
-                frames = _timed(container, stream)
+            if start and container.format.name != "avi":  # where seeking loses a frame
+                earliest = opening.pts + int(start / tick)
+                container.seek(earliest, stream=stream)  # to the last key frame not after it
+                frames = container.decode(stream)
             else:
-                frames = chain([(opened, opening)], frames)
-            for shown, frame in frames:
-                time = (shown - first) * tick + 1e-4  # 1.99999 s, rounded, belongs to the clip from 2 s
+                frames = chain([opening], frames)
+            for frame in frames:
+                time = (frame.pts - opening.pts) * tick + 1e-4  # a rounded 1.99999 s is of the clip from 2 s
                 if time < start:
                     continue
                 array = reformatter.reformat(frame, format="rgb24", **size).to_ndarray()
@@ -231,25 +225,10 @@ def _decode(path: Path, start: float = 0.0) -> Iterator:
         raise broken(path, error) from error
 
 
-def _timed(container, stream) -> Iterator[tuple]:
-    """(time in ticks, frame) of each. AVI knows only packets' times, in the order in which frames come."""
-    times: list[int] = []
-    for packet in container.demux(stream):
-        if packet.size == 0 and packet.dts is not None:  # AVI: the frame before is shown on
-            continue
-        times.append(packet.dts)
-        for frame in packet.decode():
-            time = times.pop(0)
-            yield (time if container.format.name == "avi" else frame.pts), frame
-
-
 def _last_end(path: Path) -> float:
-    """Seconds to the end of the last picture, of a film whose header does not say it (recorded live); of a
-    GIF 0."""
+    """Seconds to the end of the last picture, of a film whose header does not say it (recorded live)."""
     import av
 
-    if path.suffix.lower() == ".gif":
-        return 0.0
     with av.open(str(path)) as container:
         stream = container.streams.best("video")
         ends = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.size]
@@ -273,32 +252,8 @@ def _complete(film: Path, info: VideoInfo, frames: list, start: float, seconds: 
     return np.stack(frames)
 
 
-def _gif(path: Path) -> io.BytesIO:
-    """A GIF (GIF89a) without what follows its trailer: av would take that, however long, into memory. Raises
-    FileFault where the chain of its blocks does not reach the trailer."""
-
-    def skip_table(flags: int) -> None:  # of colours
-        file.seek(3 << (flags & 7) + 1 if flags & 0x80 else 0, 1)
-
-    with reading(path, "a whole video", DOWNLOAD), open(path, "rb") as file, suppress(IndexError):
-        skip_table(file.read(13)[10])
-        while (kind := file.read(1)) in (b"!", b","):  # an extension, a picture
-            if kind == b",":
-                skip_table(file.read(9)[8])
-            file.read(1)  # the extension's label, or the picture's code size
-            while size := file.read(1)[0]:  # of a sub-block
-                file.seek(size, 1)
-        size = file.tell()
-        if kind == b";" and size <= LIMIT:
-            file.seek(0)
-            return io.BytesIO(file.read(size))
-    raise broken(path, "a GIF that ends in the middle")
-
-
 def uniform_frames(n_available: int, F: int) -> np.ndarray:
     """Indices (F,) of the middle frames of F equal parts of a clip; they repeat where it has fewer frames."""
-    if n_available < 1:
-        raise ValueError(f"a clip of {n_available} frames has none to pick, wanted at least 1")
     return (2 * np.arange(F) + 1) * n_available // (2 * F)
 
 
@@ -344,38 +299,36 @@ def write_video(path: Path, frames: np.ndarray, fps: float, keyframe_every: int 
         from PIL import Image
 
         return write_gif(path, [Image.fromarray(frame) for frame in frames], 1 / fps)
-    import av
-
-    _, H, W, _ = frames.shape
-    with written_whole(path) as part, av.open(str(part), "w", format="mp4") as out:
-        stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = H, W
-        # with mbtree the bytes differ now and then; 250 is x264's own interval of key frames
-        stream.options = {"crf": "8", "preset": "veryfast", "mbtree": "0", "g": str(keyframe_every)}
-        # 4:2:0 would halve the resolution of the colours of small videos
-        stream.pix_fmt = "yuv444p" if min(H, W) < 256 or H % 2 or W % 2 else "yuv420p"
-        for frame in frames:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        out.mux(stream.encode())
+    H, W = frames.shape[1:3]
+    # 4:2:0 would halve the resolution of the colours of small videos
+    pix_fmt = "yuv444p" if min(H, W) < 256 or H % 2 or W % 2 else "yuv420p"
+    with written_whole(path) as part:  # 250 is x264's own interval of key frames
+        _encode(part, frames, fps, pix_fmt, {"crf": "8", "g": str(keyframe_every)})
 
 
 def write_for_browsers(file: Path, frames: np.ndarray, seconds: float, size: tuple[int, int]) -> None:
     """uint8 (F, H, W, 3) -> H.264 4:2:0, which browsers play, of `seconds` and of size (width, height), with
     bars where its shape is another. Enlarged by a whole factor first, so that thin colours survive."""
-    import av
     from PIL import Image, ImageOps
 
     F, H, W, _ = frames.shape
     k = max(1, min(size[1] // H, size[0] // W))
-    with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as out:
-        stream = out.add_stream("libx264", rate=Fraction(F / seconds).limit_denominator(1001))
-        (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
+    images = (Image.fromarray(frame.repeat(k, 0).repeat(k, 1)) for frame in frames)
+    padded = [np.array(ImageOps.pad(image, size, Image.Resampling.BICUBIC)) for image in images]
+    _encode(file, padded, F / seconds, "yuv420p", {"crf": "18"}, movflags="+faststart")
+
+
+def _encode(file: Path, frames: Sequence, fps: float, pix_fmt: str, codec: dict, **container: str) -> None:
+    """Frames uint8 (H, W, 3) -> an mp4 of H.264."""
+    import av
+
+    with av.open(str(file), "w", format="mp4", options=container) as out:
+        stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        (stream.height, stream.width), stream.pix_fmt = frames[0].shape[:2], pix_fmt
         # with mbtree the same frames give other bytes now and then
-        stream.options = {"crf": "18", "preset": "veryfast", "mbtree": "0"}
+        stream.options = {"preset": "veryfast", "mbtree": "0"} | codec
         for frame in frames:
-            enlarged = Image.fromarray(frame.repeat(k, 0).repeat(k, 1))
-            image = ImageOps.pad(enlarged, size, Image.Resampling.BICUBIC)
-            out.mux(stream.encode(av.VideoFrame.from_image(image)))
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         out.mux(stream.encode())
 
 

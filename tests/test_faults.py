@@ -2,10 +2,8 @@
 that names the file or option; the exit status is not 0, and no file of data/ or runs/ changes."""
 
 import json
-import os
 import re
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -42,7 +40,6 @@ COMMANDS = {
     "ev": (evaluate, EVALUATE),
     "fmri": (evaluate, "--data cc2017 --fmri x.npy --steps 1"),
     "pairs": (evaluate, "--pairs pairs --metrics ssim --size native"),
-    "compare": (evaluate, "--compare full --data cc2017"),
 }
 STIMULI, SUBJECT, RUN = "data/cc2017/stimuli", "data/cc2017/sub1", "runs/cc2017/sub1/full-s0"
 
@@ -82,8 +79,7 @@ def module_world(tiny, tmp_path_factory) -> Path:
 def world(module_world, monkeypatch) -> Path:
     """The working directory. Whoever damages it repairs it."""
     monkeypatch.chdir(module_world)
-    yield module_world
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the door's
+    return module_world
 
 
 def state_of(root: Path) -> dict[Path, tuple[int, int]]:
@@ -105,9 +101,6 @@ def error_of(action: Callable[[], object], root: Path, capfd) -> str:
     return error
 
 
-# ---------------------------------------------------------------- damage to files: Path -> None
-
-
 def raw(content: bytes | str) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
@@ -116,8 +109,12 @@ def half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def npy(array: np.ndarray) -> Callable[[Path], None]:
-    return lambda path: np.save(path, array, allow_pickle=True)
+def nothing(path: Path) -> None:
+    pass
+
+
+def npy(content: np.ndarray) -> Callable[[Path], None]:
+    return lambda path: np.save(path, content, allow_pickle=True)
 
 
 def array(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
@@ -125,18 +122,17 @@ def array(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
 
 
 def value(number, place=(5, 0)) -> Callable[[Path], None]:
-    def damage(path: Path) -> None:
-        x = np.load(path)
+    def change(x: np.ndarray) -> np.ndarray:
         x[place] = number
-        np.save(path, x)
+        return x
 
-    return damage
+    return array(change)
 
 
 def huge(path: Path) -> None:
     """A header of 1e12 numbers, and 64 bytes of them."""
-    header = {"descr": "<f4", "fortran_order": False, "shape": (10**12,)}
     with open(path, "wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (10**12,)}
         np.lib.format.write_array_header_1_0(file, header)
         file.write(b"\0" * 64)
 
@@ -177,8 +173,8 @@ def tensors(**changes) -> Callable[[Path], None]:
     return damage
 
 
-def pt(value: object) -> Callable[[Path], None]:
-    return lambda path: torch.save(value, path)
+def pt(content: object) -> Callable[[Path], None]:
+    return lambda path: torch.save(content, path)
 
 
 def state(**changes) -> Callable[[Path], None]:
@@ -197,28 +193,8 @@ def damaged(path: Path, damage: Callable[[Path], object]) -> Iterator[None]:
             path.write_bytes(content)
 
 
-# ---------------------------------------------------------------- the readers: Path -> object
-
-FLOATS, ONES, LINEAR = np.ones((3, 4), np.float32), torch.ones(2), torch.nn.Linear(2, 2).state_dict()
-TENSORS = tensors(w=torch.ones_like)
-
-
-def pipe(path: Path) -> None:
-    os.mkfifo(path.with_name("pipe"))
-    path.with_name("pipe").replace(path)
-
-
-def too_long(offsets: torch.Tensor) -> torch.Tensor:
-    """The offsets of captions, the first of 13 tokens."""
-    return torch.cat([offsets[:1], 13 + torch.arange(len(offsets) - 2), offsets[-1:]])
-
-
 def command(name: str, more: str = "") -> Callable[[Path], object]:
     return lambda path: run(name, more)
-
-
-def read_floats(path: Path) -> np.ndarray:
-    return read_array(path, "f", (None, 4), finite=True)
 
 
 def read_clips(path: Path) -> None:
@@ -239,29 +215,30 @@ def go_on(path: Path) -> None:
 
 
 s1, s1_again, s2, ev = (command(name) for name in ("s1", "s1again", "s2", "ev"))
-read_index = partial(read_npz, kinds={"index": "iu"})
-read_bool, read_missing = partial(read_array, kind="b"), partial(read_json, keys={"x": (dict, type(None))})
-read_step, read_number = partial(read_json, keys={"step": int}), partial(read_json, keys={"x": float})
-read_rows, read_checkpoint = (
-    partial(read_json_lines, keys={"a": int}),
+read_floats = partial(read_array, shape=(None, 4), finite=True)
+read_index, read_rows = partial(read_npz, kinds={"index": "iu"}), partial(read_json_lines, keys={"a": int})
+read_step, read_number = (partial(read_json, keys=keys) for keys in ({"step": int}, {"x": float}))
+read_pair, read_point = (
+    partial(read_tensors, shapes={"w": (2,), "b": (1,)}),
     partial(read_state, keys={"step": int}),
 )
-read_pair, read_column = (
-    partial(read_tensors, shapes=sizes) for sizes in ({"w": (2,), "b": (1,)}, {"w": (2, 1)})
-)
-TRAIN = f"{STIMULI}/train"
-LATENTS, TOKENS, OFFSETS = (
-    f"{TRAIN}/wan/{name}.npy" for name in ("latents-9x32x48", "text_tokens", "text_offsets")
-)
-EMPTY = f"{STIMULI}/wan/empty_prompt.npy"
+FLOATS, ONES, LINEAR = np.ones((3, 4), np.float32), torch.ones(2), torch.nn.Linear(2, 2).state_dict()
+TENSORS = tensors(w=torch.ones_like)
+TRAIN, STAGE1_CONFIG, STATE = f"{STIMULI}/train", f"{RUN}/stage1/config.json", f"{RUN}/stage1/state/state.pt"
+WAN, MODEL = f"{TRAIN}/wan", f"{RUN}/stage2"
+LATENTS, TOKENS, OFFSETS = f"{WAN}/latents-9x32x48.npy", f"{WAN}/text_tokens.npy", f"{WAN}/text_offsets.npy"
+EMPTY, WEIGHTS = f"{STIMULI}/wan/empty_prompt.npy", f"{MODEL}/brain_model/model.safetensors"
+CONFIG, LINES, VOXELS = f"{MODEL}/config.json", f"{MODEL}/memories.json", f"{MODEL}/voxels.npz"
+BRAIN, HEADS, MOM = (f"{MODEL}/{part}/config.json" for part in PARTS)
+MEMORIES, SCALE = f"{MODEL}/memories.safetensors", {"rois": 1, "tau": 1, "lambda_1": 1, "lambda_2": 1}
 WHOLE, CODE = "wanted a whole .npy file: delete it and make it anew", "Python objects, which could run code"
-STAGE1_CONFIG, STATE = f"{RUN}/stage1/config.json", f"{RUN}/stage1/state/state.pt"
-CONFIG, MEMORIES, VOXELS = (
-    f"{RUN}/stage2/{name}" for name in ("config.json", "memories.safetensors", "voxels.npz")
-)
-BRAIN, HEADS, MOM = (f"{RUN}/stage2/{part}/config.json" for part in PARTS)
-WEIGHTS, LINES = f"{RUN}/stage2/brain_model/model.safetensors", f"{RUN}/stage2/memories.json"
-SCALE = {"rois": 1, "tau": 1, "lambda_1": 1, "lambda_2": 1}
+
+
+def too_long(offsets: torch.Tensor) -> torch.Tensor:
+    """The offsets of captions, the first of 13 tokens."""
+    return torch.cat([offsets[:1], 13 + torch.arange(len(offsets) - 2), offsets[-1:]])
+
+
 TABLE = [
     # reader, file, damage, what the error says: a regular expression
     (read_floats, "a.npy", lambda path: (npy(FLOATS)(path), half(path)), WHOLE),
@@ -269,34 +246,25 @@ TABLE = [
     (read_floats, "a.npy", npy(np.array([{}, None], object)), "found .*Python objects in dtype"),
     (read_floats, "a.npy", npy(np.array([["a"] * 4])), r"found <U1 of shape .*wanted floating.*\(any, 4\)"),
     (read_floats, "a.npy", npy(FLOATS * [1, 1, np.nan, 1]), r"found nan at \(0, 2\), wanted finite"),
-    (read_bool, "a.npy", npy(np.ones(3, int)), "wanted boolean numbers"),
+    (read_floats, "absent.npy", nothing, "absent.npy is not there: delete it and make it anew"),
     (read_index, "a.npz", npz(roi=np.arange(3)), "index"),
     (read_index, "a.npz", npz(index=np.ones(3)), r"a.npz\[index\]: found float64"),
     (read_index, "a.npz", npz(index=np.array([{}], object)), CODE),
     (read_json, "a.json", raw('{"a": '), "wanted JSON"),
     (read_json, "a.json", raw('{"a": "é"}'.encode("latin-1")), "wanted a file of UTF-8 text"),
-    (read_json, "a.json", raw("[" * 100_000), "wanted JSON"),
     (read_json, "a.json", raw("[1]"), r"found list \[1\], wanted an object"),
     (read_step, "a.json", raw("{}"), "found no step, wanted step as int"),
-    (read_step, "a.json", raw('{"step": "4"}'), "found step = '4', wanted step as int"),
     (read_step, "a.json", raw('{"step": true}'), "found step = 'True', wanted step as int"),
     (read_number, "a.json", raw('{"x": NaN}'), "found x = nan, wanted x as a finite number"),
-    (read_missing, "a.json", raw('{"x": 1}'), r"wanted x as an object \{...\} or NoneType"),
     (read_rows, "a.jsonl", raw('{"a": 1}\nno'), "a.jsonl, line 2: found .*, wanted JSON"),
-    (read_rows, "a.jsonl", raw('{"a": 1}\n\n{"a": 2}'), "line 2: "),
     (read_tensors, "a.safetensors", lambda path: (TENSORS(path), half(path)), "wanted a whole .safetensors"),
     (read_tensors, "a.safetensors", tensors(w=lambda w: w / torch.arange(2)), "found NaN or infinity in w"),
     (read_pair, "a.safetensors", TENSORS, r"found b missing, wanted \(1,\)"),
-    (read_column, "a.safetensors", TENSORS, r"found w \(2,\), wanted \(2, 1\)"),
-    (read_checkpoint, "a.pt", lambda path: (pt({"step": 1})(path), half(path)), "wanted a checkpoint"),
-    (read_checkpoint, "a.pt", pt([1]), "found a list"),
-    (read_checkpoint, "a.pt", pt({"step": "3"}), "found step = '3'"),
-    (read_checkpoint, "a.pt", pt({"a": Pickled(Path("exploded"))}), CODE),
-    (read_floats, "absent.npy", lambda path: None, "absent.npy is not there: delete it and make it anew"),
+    (read_point, "a.pt", lambda path: (pt({"step": 1})(path), half(path)), "wanted a checkpoint"),
+    (read_point, "a.pt", pt([1]), "found a list"),
+    (read_point, "a.pt", pt({"a": Pickled(Path("exploded"))}), CODE),
     # what is prepared
     (s1, f"{SUBJECT}/train/recorded.npy", Path.unlink, "recorded.npy is not there: python data.py cc2017"),
-    (s1, f"{SUBJECT}/voxels.npz", half, "voxels.npz"),
-    (s1, f"{TRAIN}/e_txt.npy", array(lambda x: x.astype(np.float64)), "found float64.*manifest.json"),
     (s1, f"{TRAIN}/clips.jsonl", text('"start_s": 2.0', '"start_s": NaN'), "line 2: found start_s = nan"),
     (s1, f"{TRAIN}/manifest.json", raw("[1]"), "manifest.json: found list .*prepare it again"),
     (s2, "models/wan/transformer/config.json", raw("null"), "wan"),
@@ -304,28 +272,23 @@ TABLE = [
     (read_clips, f"{TRAIN}/e_img.npy", value(np.nan, (5, 1, 2)), r"e_img.npy: found nan at \(5, 1, 2\)"),
     (read_clips, f"{TRAIN}/e_txt.npy", value(np.inf), r"e_txt.npy: found inf at \(5, 0\)"),
     (read_clips, f"{TRAIN}/e_act.npy", value(np.nan), r"e_act.npy: found nan at \(5, 0\)"),
-    (read_clips, f"{TRAIN}/categories.npy", array(lambda x: x[:, :3]), "categories.npy: .*45, 4"),
     (read_clips, f"{TRAIN}/categories.npy", value(2), "categories.npy: .*wanted 0 and 1"),
     (read_clips, f"{TRAIN}/manifest.json", text('"person"', "1"), "manifest.json: .*a list of names"),
     (read_clips, LATENTS, array(lambda y: y[:-1]), "9x32x48.npy: found float16 of shape .44, 4"),
-    (read_clips, TOKENS, array(lambda x: x[:-1]), r"text_tokens.npy: found .*\d+, 16., wanted .*\d+, 16"),
     (read_clips, TOKENS, value(np.nan), r"text_tokens.npy: found nan at \(\d, 0\)"),
     (read_clips, OFFSETS, value(0, slice(0, 2)), "text_offsets.npy: .*numbers that rise by 1 to 12, from 0"),
     (read_clips, OFFSETS, value([0, 13, 14, 15], slice(0, 4)), "text_offsets.npy: .*that rise by 1 to 12"),
-    (read_clips, OFFSETS, array(lambda x: x[1:]), "text_offsets.npy: .*shape .45,., wanted .*46"),
     (read_clips, EMPTY, value(np.inf), "empty_prompt.npy: found inf at"),
     (read_clips, f"{TRAIN}/captions.npy", Path.unlink, "captions.npy is not there: python data.py"),
     (read_clips, LATENTS, Path.unlink, "9x32x48.npy, .*is not there: run python data.py cc2017 .* --decoder"),
-    (read_clips, TOKENS, Path.unlink, "text_tokens.npy, .*is not there: run python data.py"),
-    (read_clips, EMPTY, Path.unlink, "empty_prompt.npy, .*is not there: run python data.py"),
-    # a run
+    # a run; one of other settings is never continued: what is a difference, and both values
+    (command("s1again", "--dropout 0.1 --lr 1 --rank 2 --tau 1 --layers 2"), STATE, nothing, r"\(now 1.0\), rank 4 "
+     r"\(now 2\) and 1 more"),
     (s1_again, STAGE1_CONFIG, setting(kernel="auto"), r"kernel 'auto' \(now None\): choose another --run"),
     (s1_again, STAGE1_CONFIG, setting(step=9), "config.json: found step = 9, wanted a step of 0 to 4"),
     (go_on, STATE, half, "state.pt: found .*delete .*stage1 and train again"),
-    (go_on, STATE, pt({"step": 2, "heads": Pickled(Path("exploded"))}), CODE),
     (go_on, STATE, state(step=0, heads=LINEAR), "state.pt: found step 0, wanted a step of 1 to 4"),
     (go_on, STATE, state(heads={"weight": ONES * torch.nan}), "state.pt: found NaN or infinity in weight"),
-    (go_on, STATE, Path.unlink, "state.pt is not there: delete .*train again"),
     (s2, STAGE1_CONFIG, without("rois"), "stage1/config.json: found no rois.*train_stage1.py"),
     (s2, STAGE1_CONFIG, setting(subject=2), "stage1: found .*'subject': 2"),
     (s2, f"{RUN}/stage1/brain_model/config.json", setting(width=36), "brain_model"),
@@ -335,89 +298,65 @@ TABLE = [
     (load_run, CONFIG, setting(stage1_config=SCALE), "found rois = '1', wanted rois as str or NoneType"),
     (load_run, CONFIG, setting(stage1_config=SCALE | {"rois": None, "tau": 0}), "found tau = 0"),
     (load_run, CONFIG, setting(lora_rank=8), r"found lora_rank, lora_alpha = \(8, .*wanted \(4, .*as lora/"),
-    (load_run, CONFIG, setting(lora_alpha=1e9), "/config.json: found .*1000000000"),
     (load_run, CONFIG, setting(mom=False), "mixture_of_memories: found"),
     (load_run, CONFIG, setting(height=0), "found height = 0, wanted height at least"),
     (load_run, CONFIG, setting(height=33), "config.json: found .*does not fit"),
     (load_run, CONFIG, setting(width=48 * 10**18), "/config.json: found .*does not fit: wanted at most"),
-    (load_run, CONFIG, setting(noise_shift=0.0), "found noise_shift = 0.0, wanted noise_shift above"),
-    (load_run, CONFIG, setting(frames="9"), "found frames = '9', wanted frames as int"),
     (load_run, CONFIG, setting(sampling_steps=10**6), "/config.json: found .*1000000"),
     (ev, CONFIG, setting(subject=2), "found a run of cc2017 sub2, wanted one of cc2017 sub1"),
     (load_run, MOM, setting(K=46), "K = 46, wanted"),
-    (load_run, MOM, setting(alpha=float("nan")), "alpha = nan, wanted"),
-    (load_run, MOM, setting(attention_heads=5), "attention_heads = 5, wanted"),
+    (load_run, MOM, setting(attention_heads=5), "attention_heads = 5, wanted a divisor of 24"),
     (load_run, MOM, setting(tokens=11), "tokens = 11, wanted"),
     (load_run, MOM, without("K"), f"{MOM}: found no K"),
-    (load_run, BRAIN, setting(attention_heads=5), "found attention_heads = 5, wanted a divisor of 24"),
     (load_run, BRAIN, without("attention_heads"), f"{BRAIN}: found no attention_heads"),
     (load_run, BRAIN, setting(layers=10**6), "brain_model: found 1000000 layers and .* weights"),
     (load_run, BRAIN, setting(voxels=10**9), "brain_model/model.safetensors: found .*wanted"),
-    (load_run, BRAIN, pipe, "brain_model/config.json: found a pipe or a device"),
     (load_run, WEIGHTS, tensors(_=lambda w: w * torch.nan), "brain_model/model.safetensors: found NaN"),
     (load_run, WEIGHTS, tensors(more=torch.ones_like), r"found more \(2,\), wanted no such tensor"),
     (load_run, HEADS, Path.unlink, "heads/config.json is not there: train stage 2 anew"),
-    (load_run, MEMORIES, Path.unlink, "memories.safetensors is not there"),
     (load_run, MEMORIES, tensors(empty=None), "wanted e, text_tokens, text_offsets, caption, empty"),
     (load_run, MEMORIES, tensors(e=lambda e: e[1:]), "caption: found int64 of shape"),
     (load_run, MEMORIES, tensors(e=lambda e: 2 * e[..., :4]), r"e: found .*wanted .*\(any, 3, 20\)"),
     (load_run, MEMORIES, tensors(e=lambda e: torch.cat([e[:-1], 1.01 * e[-1:]])), "rows of e .*unit vectors"),
     (load_run, MEMORIES, tensors(e=torch.Tensor.double), "found torch.float64 of e.*wanted float32 or"),
     (load_run, MEMORIES, tensors(empty=lambda x: x[:, 1:]), r"empty: found .*\(12, 16\)"),
-    (load_run, MEMORIES, tensors(text_tokens=torch.Tensor.long), "text_tokens: found int64"),
-    (load_run, MEMORIES, tensors(text_tokens=lambda t: t[1:]), "found text_offsets .*rise from 0 to"),
     (load_run, MEMORIES, tensors(text_offsets=lambda o: o + (o == 0)), r"found text_offsets \[1, "),
     (load_run, MEMORIES, tensors(text_offsets=too_long), "by 12 at most"),
     (load_run, MEMORIES, tensors(caption=lambda i: i + 1), "found caption [0-9]+, wanted 0 to [0-9]+"),
-    (load_run, MEMORIES, tensors(caption=lambda i: i - 1), "found caption"),
     (load_run, LINES, edit(lambda rows: rows[1:]), "found 44 lines, wanted one for each of the 45 memories"),
-    (load_run, LINES, edit(lambda rows: [1, *rows[1:]]), "found 1 as line 0"),
+    (load_run, LINES, edit(lambda rows: [1, *rows[1:]]), "line 0: found int 1, wanted an object"),
     (load_run, LINES, edit(lambda rows: [rows[0] | {"id": 7}, *rows[1:]]), "line 0: found id = '7'"),
     (load_run, VOXELS, npz(roi=np.array(["V1"] * 39), index=np.arange(39)), "found 39 voxels, wanted the 40"),
+    (load_run, VOXELS, npz(index=np.arange(39)), "found .*39.*40.*, wanted arrays of one length"),
     (load_run, VOXELS, npz(roi=np.arange(N)), r"voxels.npz\[roi\]: found int64.*wanted text"),
     (load_run, VOXELS, npz(index=np.ones((N, 2), int)), r"npz\[index\]: found int64 of shape \(40, 2\)"),
     # what evaluate.py is given
-    (command("fmri"), "x.npy", array(lambda x: x[:, :-1]), r"x.npy: found .*\(2, 39\), wanted .*\(2, 40\)"),
+    (command("ev", "--out x.gif"), "a.npy", nothing, "--out without --fmri or --pairs"),
     (command("fmri"), "x.npy", value(np.nan, (0, 0)), r"x.npy: found nan at \(0, 0\)"),
     (command("pairs"), "pairs/ours/0000.mp4", half, "0000"),
-    (command("compare"), f"{RUN}/EVAL/metrics.json", setting(metrics=[1]), "metrics.json"),
 ]  # fmt: skip
-
-
 NAMES = [f"{row[1][-40:]} {row[3][:40]}" for row in TABLE]
 
 
 @pytest.mark.parametrize(("read", "file", "damage", "message"), TABLE, ids=NAMES)
 def test_damage_is_one_error_that_names_its_file(read, file, damage, message, world, capfd):
-    path = Path(file.replace("EVAL", next(Path(RUN).glob("eval*")).name))
-    with damaged(path, damage):
-        error = error_of(lambda: read(path), world, capfd)
+    with damaged(Path(file), damage):
+        error = error_of(lambda: read(Path(file)), world, capfd)
     assert re.search(message, error), error
 
 
-# ---------------------------------------------------------------- options
-
-BAD = "nan inf -1 x"
-OPTIONS = {  # where none is refused by its range alone, it is refused beside the data or the run
+OPTIONS = {  # most are refused by their range, some beside the data or the run
     "s1": {
-        "steps": "0 1.5 many", "batch_size": "0 1000", "lr": f"0 {BAD}", "tau": "0 1e-30", "lambda_1": "-1",
-        "lambda_2": "-1", "tokens": "0", "width": "0 25", "layers": "0", "attention_heads": "0",
-        "rank": "0", "dropout": "1 -0.1", "micro_batch": "0", "save_every": "0", "log_every": "0",
-        "seed": "-1 1180591620717411303424", "max_norm": "0", "weight_decay": "-1", "run": "../x a/b",
-        "val_segments": "seg9", "rois": "nose", "subject": "0 7", "data": "mars", "optimizer": "sgd",
-        "precision": "fp16", "device": "gpu", "stepz": "3",
+        "steps": "0 1.5 many", "batch_size": "0 1000", "lr": "0 nan inf -1 x", "tau": "0 1e-30", "lambda_1": "-1",
+        "width": "0 25", "dropout": "1 -0.1", "seed": "-1 1180591620717411303424", "run": "../x a/b", "val_segments": "seg9",
+        "rois": "nose", "subject": "0 7", "data": "mars", "optimizer": "sgd", "precision": "fp16", "stepz": "3",
     },
     "s2": {
-        "epochs": "0", "batch_size": "0 1000", "lr": "0", "lr_fusion": "-1", "lr_lora": "-1", "K": "0 1000",
-        "alpha": "inf", "micro_batch": "0", "lora_rank": "0", "lora_alpha": "0", "save_every": "0",
-        "log_every": "0", "sampling_steps": "0", "samples": "0", "sample_every": "-1", "guidance": "-1",
-        "run": "../x", "stage1": "absent", "condition_dropout": "1.5", "attention_heads": "0 5",
-        "frames": "0 10", "height": "0", "width": "0", "own_captions": "2", "noise_shift": "0",
-        "decoder": "absent/folder",
+        "batch_size": "1000", "lr_lora": "-1", "K": "0 1000", "alpha": "inf", "stage1": "absent", "noise_shift": "0",
+        "condition_dropout": "1.5", "attention_heads": "0 5", "frames": "0 10", "own_captions": "2", "decoder": "absent/folder",
     },
     "ev": {
-        "steps": "0", "guidance": "-1", "clips": "0", "fps": "0 1001", "seconds": "0", "trials": "-1",
-        "batch_size": "0", "metrics": "ssim,beauty", "size": "128", "subject": "0", "seed": "-1",
+        "guidance": "-1", "clips": "0", "fps": "0 1001", "metrics": "ssim,beauty", "size": "128", "subject": "0",
         "classifier_frames": "8", "flow": "tv-l1", "processes": "0", "run": "absent",
     },
     "fmri": {"out": "x.avi"},
@@ -433,24 +372,7 @@ def test_an_option_out_of_range_is_one_error(command: str, name: str, values: st
         assert (value if name in PLACES and len(value) < 100 else name).split("/")[0] in error
 
 
-TOGETHER = [
-    ("ev", "--out x.gif", "--out without --fmri or --pairs"),
-    ("pairs", "--shuffle", "--shuffle with --pairs"),
-    ("pairs", "--guidance 0", "--guidance with --pairs"),
-    ("fmri", "--clips 3", "--clips with --fmri"),
-    # a run of other settings is never continued: what is a difference, and both values
-    ("s1again", "--dropout 0.1 --lr 1 --rank 2 --tau 1 --layers 2", "(now 1.0), rank 4 (now 2) and 1 more"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("command", "more", "message"), TOGETHER)
-def test_options_that_do_not_fit_each_other_or_the_run_are_one_error(command, more, message, world, capfd):
-    assert message in error_of(lambda: run(command, more), world, capfd)
-
-
 MAY_CHANGE = "--no-checkpointing --micro_batch 2 --precision bf16 --save_every 9 --log_every 9"
-
-
 FINISHED = [("s1again", MAY_CHANGE), ("s2again", f"{MAY_CHANGE} --samples 3 --sample_every 5"), ("ev", "")]
 
 
@@ -463,10 +385,9 @@ def test_a_finished_run_says_so_and_changes_nothing(command: str, more: str, wor
     assert ("is finished" in capsys.readouterr().out) == (command != "ev")
 
 
-@pytest.mark.parametrize(
-    ("command", "place"), [("ev", None), ("pairs", "pairs/metrics"), ("fmri", ".out.mp4.lock")]
-)
-def test_two_at_once_do_not_evaluate_into_one_folder_or_video(command: str, place: str | None, world, capfd):
-    folder = Path(place) if place else next(Path(RUN).glob("eval*"))
-    with FolderLock(folder):
-        assert f"{folder}: another process works in it" in error_of(lambda: run(command), world, capfd)
+def test_two_at_once_do_not_evaluate_into_one_folder_or_video(world, capfd):
+    for command, place in (("ev", f"{RUN}/eval*"), ("pairs", "pairs/metrics"), ("fmri", ".out.mp4.lock")):
+        folder = next(Path().glob(place), Path(place))
+        with FolderLock(folder):
+            error = error_of(lambda command=command: run(command), world, capfd)
+        assert f"{folder}: another process works in it" in error

@@ -1,7 +1,6 @@
 """support/: files written whole, options with ranges, runs that go on as if nothing had happened, the door. Damage to
 files: test_faults.py."""
 
-import ast
 import errno
 import hashlib
 import io
@@ -12,10 +11,11 @@ import re
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -27,14 +27,12 @@ from conftest import REPO
 from safetensors import SafetensorError
 from torch import nn
 
-from metrics.score import weights_of
-from metrics.table import METRICS, TOY
 from prepare.cc2017 import load_pt
 from prepare.facts import decoder_recipes
 from support import files, runs, shared, training
 from support.files import MissingData, read_manifest, resumable_arrays, save_folder, write_json, written_whole
 from support.options import check_name, option, parse
-from support.readers import FileFault, read_array, read_json, read_npz, read_state, read_tensors
+from support.readers import FileFault, read_array, read_json, read_npz, read_tensors
 from support.runs import RunFolder, Stopped, brief, door, read_log, run_folder
 
 
@@ -42,41 +40,30 @@ def throw(error: BaseException):
     raise error
 
 
-# ---------------------------------------------------------------- readers
-
-
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE])
-def test_no_file_is_deleted_for_a_fault_of_the_machine(number: int, tmp_path, monkeypatch):
-    readers = [read_array, read_json, read_tensors, partial(read_npz, kinds={}), partial(read_state, keys={})]
-    path = tmp_path / "a"
-    path.write_bytes(b"whole")
-
-    def refuse(name, *_, **__):
-        raise OSError(number, os.strerror(number), str(name))
-
+def test_no_file_is_deleted_for_a_fault_of_the_machine(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"whole")
+    error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     for module in ("builtins", "io"):
-        monkeypatch.setattr(f"{module}.open", refuse)
-    for read in [*readers, load_pt]:
-        with pytest.raises(OSError, match=os.strerror(number)) as caught:
-            read(path)
-        assert caught.value.errno == number
-
-
-# ---------------------------------------------------------------- writers
+        monkeypatch.setattr(f"{module}.open", lambda *_, **__: throw(error))
+    for read in (read_array, read_json, read_tensors, load_pt, partial(read_npz, kinds={})):
+        with pytest.raises(OSError, match="Too many open files") as caught:
+            read(tmp_path / "a")
+        assert caught.value is error
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     path, folder = tmp_path / "a.json", tmp_path / "m"
     write_json(path, ["é"])
-    (folder / "x").parent.mkdir()
+    folder.mkdir()
     (folder / "x").write_text("old")
     with pytest.raises(RuntimeError), written_whole(path) as part:
         part.write_text("half")
-        assert json.loads(path.read_text()) == ["é"] and part.parent == path.parent  # of one file system
+        assert (
+            json.loads(path.read_text("utf-8")) == ["é"] and part.parent == path.parent
+        )  # of one file system
         raise RuntimeError
-    with pytest.raises(ValueError, match="b: another process"), written_whole(tmp_path / "b") as part:
-        part.touch()
-        part.unlink()  # it was done first, and has renamed it
+    with pytest.raises(ValueError, match="b: another process"), written_whole(tmp_path / "b"):
+        pass  # it was done first, and has renamed it
 
     def write(part: Path) -> None:
         (part / "x").write_text("new")
@@ -87,10 +74,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     for fails in (True, False):
         (tmp_path / ".m.part").mkdir()
         (tmp_path / ".m.part" / "y").touch()  # what a kill left is not saved
-        try:
+        with pytest.raises(RuntimeError) if fails else nullcontext():
             save_folder(folder, write)
-        except RuntimeError:
-            assert fails
         assert (folder / "x").read_text() == ("old" if fails else "new")
         assert sorted(tmp_path.rglob("*")) == [path, folder, folder / "x"]
 
@@ -105,13 +90,12 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 def test_a_full_disk_is_one_error_whatever_a_library_says(error, tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=500_000))
-    for old in (0, 3_000_000):  # the last one says how much the next will take
-        path.write_bytes(bytes(old))
-        message = f"a.pt: no room on the disk: it takes {max(old, 2e6) / 1e6} MB or more, 0.5 MB are free: m"
-        with pytest.raises(OSError, match=message), written_whole(tmp_path / "b"):
-            with written_whole(path) as part:
-                part.write_bytes(bytes(2_000_000))
-                raise error
+    path.write_bytes(bytes(3_000_000))  # says how much the next will take
+    message = "a.pt: no room on the disk: it takes 3.0 MB or more, 0.5 MB are free: m"
+    with pytest.raises(OSError, match=message), written_whole(tmp_path / "b"):
+        with written_whole(path) as part:
+            part.write_bytes(bytes(2_000_000))
+            raise error
     with pytest.raises(OSError, match="m: no room on the disk: it takes 4.8 MB or more, 0.5 MB"):
         save_folder(tmp_path / "m", lambda folder: files.check_room(folder, {"a": [torch.ones(1_200_000)]}))
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -192,25 +176,6 @@ def test_the_manifest_says_what_made_an_array(tmp_path):
     assert read_manifest(path) is None  # the array decides
 
 
-def test_every_text_file_is_opened_as_utf8():
-    """Windows takes its code page for what does not say."""
-    rooms = "prepare metrics support toy extras extras/page".split()
-    for file in [path for room in (".", *rooms) for path in (REPO / room).glob("*.py")]:
-        nodes = ast.walk(ast.parse(file.read_text("utf-8")))
-        for call in [node for node in nodes if isinstance(node, ast.Call)]:
-            *owner, name = ast.unparse(call.func).split(".")
-            if name not in ("open", "read_text", "write_text") or owner[:1] in (["os"], ["av"], ["Image"]):
-                continue
-            arguments = [ast.unparse(value) for value in (*call.args, *(k.value for k in call.keywords))]
-            own_function = not owner and name != "open"
-            binary = any(re.fullmatch("'[rwax+]*b[+]?'", argument) for argument in arguments)
-            text = any("'utf-8" in argument for argument in arguments)
-            assert own_function or binary or text, f"{file}:{call.lineno}"
-
-
-# ---------------------------------------------------------------- options
-
-
 @dataclass
 class Options:
     data: str = option("toy", "a dataset")
@@ -222,42 +187,34 @@ class Options:
     size: int | None = option(None, "or nothing", least=3)
 
 
-def ask(words: str, *more: str) -> Options:
-    presets = {"toy": {"batch_steps": 5}, "real": {}}
-    return parse(Options, presets, "What it does.", "it.py", [*words.split(), *more])
+def ask(words: str) -> Options:
+    return parse(Options, {"toy": {"batch_steps": 5}, "real": {}}, "What it does.", "it.py", words.split())
 
 
-@pytest.mark.parametrize(("words", "changes"), [
-    ("", {"batch_steps": 5}),
-    ("--data real --drop 0", {"data": "real"}),
-    ("--batch-steps 100 --cls", {"batch_steps": 100}),
-    ("--names a b --size 3 --no-cls", {"batch_steps": 5, "names": ["a", "b"], "size": 3, "cls": False}),
-])  # fmt: skip
-def test_the_command_line_stands_over_the_preset_over_the_defaults(words: str, changes: dict):
-    assert ask(words) == Options(**changes)
-
-
-def test_errors_and_help_name_the_range_and_the_default(capsys):
-    for words in (["--drop 1"], ["--tau inf"], ["--help"]):
+def test_the_command_line_stands_over_the_preset_over_the_defaults(capsys):
+    """Errors and help name the range and the default."""
+    for words, changes in {
+        "": {"batch_steps": 5},
+        "--data real --drop 0": {"data": "real"},
+        "--batch-steps 100 --cls": {"batch_steps": 100},
+        "--names a b --size 3 --no-cls": {"batch_steps": 5, "names": ["a", "b"], "size": 3, "cls": False},
+    }.items():
+        assert ask(words) == Options(**changes)
+    for words in ("--drop 1", "--tau inf", "--help"):
         with pytest.raises(SystemExit):
-            ask(*words)
+            ask(words)
     text, error = capsys.readouterr()
-    text = " ".join(text.split())
-    for message in ("--drop 1.0: wanted at least 0 and below 1", "--tau inf"):
-        assert message in error
+    assert "--drop 1.0: wanted at least 0 and below 1" in error and "--tau inf" in error
     for message in ("in % of nothing [default: 0.07]", "steps [default: 10; toy: 5]", "--no-cls"):
-        assert message in text
+        assert message in " ".join(text.split())
 
 
 def test_a_name_is_one_folder():
     assert str(run_folder("toy", 1, "full-no_mom+2.x", 0)) == "runs/toy/sub1/full-no_mom+2.x-s0"
     assert check_name("x" * 100)
-    for name in ("", "../x", "a\\b", ".hidden", "-x", "x" * 101, "a\n"):
+    for name in ("", "../x", ".hidden", "x" * 101, "a\n"):
         with pytest.raises(ValueError, match="--run"):
             check_name(name)
-
-
-# ---------------------------------------------------------------- steps
 
 
 def test_a_step_of_adamw_by_hand():
@@ -285,17 +242,12 @@ def test_gradients_are_clipped_together_and_averaged(monkeypatch):
     a.grad, b.grad = torch.tensor([6.0]), torch.tensor([8.0])
     assert training.update(optimiser, schedule, 10.0)["norm"] == 5
     assert (a.item(), b.item()) == pytest.approx((-3, -4))  # at half the rate
-    for bad in (torch.nan, torch.inf):
-        a.grad = torch.tensor([bad])
-        with pytest.raises(ValueError, match="step 2: .* norm is (nan|inf), training diverged: the"):
-            training.update(optimiser, schedule, 1.0)
-        assert a.item() == pytest.approx(-3)
-
-
-def test_gradients_travel_in_few_messages_of_one_type(monkeypatch):
-    sent = []
-    monkeypatch.setattr(training.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(training.dist, "all_reduce", lambda x: sent.append(x.numel()) or x.mul_(3))
+    a.grad = torch.tensor([torch.nan])
+    with pytest.raises(ValueError, match="step 2: .* norm is nan, training diverged: the"):
+        training.update(optimiser, schedule, 1.0)
+    assert a.item() == pytest.approx(-3)
+    sent = []  # few messages, each of one type
+    monkeypatch.setattr(training.dist, "all_reduce", lambda x: sent.append(x.numel()) or x.mul_(6))
     monkeypatch.setattr(training, "MESSAGE", 100)
     gradients = [torch.randn(n, 3) for n in (5, 1, 7, 200)] + [torch.randn(4, dtype=torch.float64)]
     expected = [1.5 * g for g in gradients]
@@ -310,10 +262,9 @@ def test_bitsandbytes_keeps_all_but_the_first_group_in_32_bits(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ValueError, match="--optimizer adamw8bit: no bitsandbytes .*pip install"):
         training.adamw_onecycle(groups, "adamw8bit", 0.1, 9)
-    module, manager = ModuleType("bitsandbytes.optim"), Mock()
-    module.AdamW8bit = Mock(side_effect=lambda params, **_: torch.optim.AdamW(params))
-    module.GlobalOptimManager = Mock(get_instance=lambda: manager)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    module = Mock(AdamW8bit=Mock(side_effect=lambda params, **_: torch.optim.AdamW(params)))
+    manager = module.GlobalOptimManager.get_instance()
+    monkeypatch.setitem(sys.modules, "bitsandbytes", Mock())
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
     training.adamw_onecycle(groups, "adamw8bit", 0.3, 9)
     manager.override_config.assert_called_once_with(parameters[1:], "optim_bits", 32)
@@ -322,19 +273,15 @@ def test_bitsandbytes_keeps_all_but_the_first_group_in_32_bits(monkeypatch):
 
 
 def test_precision_and_compilation(monkeypatch):
-    for device, precision in (("cpu", "fp32"), ("cuda", "bf16")):
-        assert training.precision_of(SimpleNamespace(precision=None), torch.device(device)) == precision
-        assert training.precision_of(SimpleNamespace(precision="x"), torch.device(device)) == "x"
-    calls = []
-    block = SimpleNamespace(compile=lambda: calls.append("block"))
-    dit = SimpleNamespace(compile_repeated_blocks=lambda: calls.append("dit"))
+    for asked, device, precision in ((None, "cpu", "fp32"), (None, "cuda", "bf16"), ("x", "cuda", "x")):
+        assert training.precision_of(SimpleNamespace(precision=asked), torch.device(device)) == precision
+    block, dit = Mock(), Mock()
     monkeypatch.setattr(torch, "compile", lambda _: lambda x: throw(RuntimeError("No compiler\nmore")))
     with pytest.raises(ValueError, match="--compile: No compiler: install .*, or leave the option out$"):
         training.compile_blocks([block])
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    training.compile_blocks([block, block])
-    training.compile_blocks([], dit)
-    assert calls == ["block", "block", "dit"]
+    training.compile_blocks([block, block], dit)
+    assert len(block.compile.mock_calls) == 2 and len(dit.compile_repeated_blocks.mock_calls) == 1
 
 
 def test_a_run_is_on_cuda_or_the_cpu_unless_another_is_asked_for(monkeypatch):
@@ -352,20 +299,15 @@ def test_a_run_is_on_cuda_or_the_cpu_unless_another_is_asked_for(monkeypatch):
         for device, wanted in ((None, best), (best, best), (other, other)):
             training.start(device)
             assert present[-1] == wanted
-    with pytest.raises(ValueError, match="--device mps: this process has cuda: leave the option out"):
+    with pytest.raises(ValueError, match="--device mps: this process has cuda: leave it out"):
         training.start("mps")
     kind = DistributedType.FSDP
     with pytest.raises(ValueError, match="FSDP: wanted plain data parallelism"):
         training.start()
-
-
-def test_what_accelerate_is_set_to_and_is_not_done_is_one_line(monkeypatch):
-    for variable, value, message in (
-        ("ACCELERATE_USE_DEEPSPEED", "true", "not installed .DeepSpeed.*wanted plain"),
-        ("ACCELERATE_MIXED_PRECISION", "fp16", "is set to fp16: wanted plain .* --precision bf16 or fp32"),
-    ):
-        monkeypatch.setenv(variable, value)
-        with pytest.raises(ValueError, match=message):
+    monkeypatch.undo()
+    for variable, setting in (("ACCELERATE_USE_DEEPSPEED", "true"), ("ACCELERATE_MIXED_PRECISION", "fp16")):
+        monkeypatch.setenv(variable, setting)
+        with pytest.raises(ValueError, match="accelerate is set to .*: wanted plain data parallelism"):
             training.start()
 
 
@@ -377,17 +319,13 @@ def test_the_networks_beside_the_code_are_found_from_any_folder(tmp_path, monkey
         assert files.find_weights(name) == (f"{schema}{folder}" if beside else name)
     recipes = decoder_recipes("toy/wan", (17, 64, 64))
     assert recipes == decoder_recipes(str(REPO / "toy" / "wan"), (17, 64, 64)) and recipes[0]["vae"]
-    assert "sha256" in weights_of(METRICS["clip_pcc"], SimpleNamespace(**TOY))
-    (tmp_path / "toy" / "wan").mkdir(parents=True)
-    assert files.find_weights("toy/wan") == "toy/wan"
-    stage2 = tmp_path / "runs" / "toy" / "sub1" / "full-s0" / "stage2"
-    monkeypatch.chdir("/")  # a decoder of the folder where the run was trained
     assert shared.decoder_at("toy/wan", tmp_path / "shared") == str(REPO / "toy" / "wan")
-    (tmp_path / "models").mkdir()
-    assert shared.decoder_at("models", stage2) == str(tmp_path / "models")
+    for name in ("toy/wan", "models"):
+        (tmp_path / name).mkdir(parents=True)
+    assert files.find_weights("toy/wan") == "toy/wan"
+    monkeypatch.chdir("/")  # a decoder of the folder where the run was trained
+    assert shared.decoder_at("models", tmp_path / "runs/toy/sub1/full-s0/stage2") == str(tmp_path / "models")
 
-
-# ---------------------------------------------------------------- runs
 
 TOTAL = 7
 
@@ -462,9 +400,8 @@ def test_a_run_is_new_or_goes_on_or_is_finished(tmp_path, windows):
     with begin(tmp_path) as run:
         run.restore({}, {})
         assert run.first_step == 0 and not run.finished
-        for _ in range(2):
-            with pytest.raises(ValueError, match="another process works in it: wait for it, or"):
-                begin(tmp_path)
+        with pytest.raises(ValueError, match="another process works in it: wait for it, or"):
+            begin(tmp_path)
         begin(tmp_path, accelerator=SimpleNamespace(is_main_process=False))  # one lock for all of a launch
     assert not (tmp_path / "runs").exists()  # nothing changes before a step has worked
     fit(tmp_path, 3)
@@ -474,14 +411,16 @@ def test_a_run_is_new_or_goes_on_or_is_finished(tmp_path, windows):
     for change in ({"lr": 2.0}, {"shape": (1, 3)}, {"more": 1}):
         with pytest.raises(ValueError, match=rf"made with {[*change][0]} .* \(now .*: .*, or delete"):
             begin(tmp_path, **change)
-    assert {file: file.read_bytes() for file in stage(tmp_path).rglob("*") if file.is_file()} == files_of
+    assert all(file.read_bytes() == content for file, content in files_of.items())
     fit(tmp_path)
     (stage(tmp_path) / "log.jsonl").open("a").write("no\n[1]\n{}\n")  # such lines are passed over
     with begin(tmp_path) as run:
         assert run.first_step == TOTAL and not run.finished  # what is written last is missing
         run.finish({"loss": "a loss"}, "A run", {"table.txt": "é", "table.json": {"a": 1}})
-        assert read_json(run.folder / "table.json") == {"a": 1}
-        assert (run.folder / "table.txt").read_text("utf-8") == "é"
+        assert (
+            read_json(run.folder / "table.json") == {"a": 1}
+            and (run.folder / "table.txt").stat().st_size == 2
+        )
     with begin(tmp_path) as run:
         assert run.finished and (run.folder / "losses.png").stat().st_size > 1000
 
@@ -499,10 +438,8 @@ def test_a_signal_ends_training_after_its_step_and_the_run_goes_on(number, statu
         fit(tmp_path, at_step=at_step, sample_every=3, sample=samples.append)
     assert stopped.value.status == status and samples == []
     assert {n: signal.getsignal(n) for n in handlers} == handlers
-    assert (
-        read_json(stage(tmp_path) / "config.json")["step"] == 3
-        and "held out" in read_log(stage(tmp_path) / "log.jsonl")[2]
-    )
+    assert read_json(stage(tmp_path) / "config.json")["step"] == 3
+    assert "held out" in read_log(stage(tmp_path) / "log.jsonl")[2]
     weights = fit(tmp_path)
     assert all(torch.equal(x, weights[name]) for name, x in fit(tmp_path / "undisturbed").items())
     with pytest.raises(KeyboardInterrupt):  # a second signal does not wait
@@ -515,9 +452,6 @@ def test_all_processes_stop_once_one_got_a_signal():
     assert not stopping.asked(SimpleNamespace(num_processes=1))
     assert stopping.asked(SimpleNamespace(num_processes=2, device="cpu", gather=gather))
     assert stopping.number == 15
-
-
-# ---------------------------------------------------------------- the door
 
 
 @pytest.fixture
@@ -535,13 +469,12 @@ def at_the_door(monkeypatch, capfd):
 
 @pytest.mark.parametrize(("error", "status", "message"), [
     (FileNotFoundError(2, "No such file", "x.npy"), 1, "error: x.npy: No such file\n"),
-    (SafetensorError("bad"), 1, "error: bad\n"),
     (EOFError(), 1, "error: EOFError\n"),
     (ValueError("1\n\n 2\n3\n4\n5"), 1, "error: 1\n2\n3\n"),
     (MissingData("1\n\n2\n3\n4"), 1, "error: 1\n\n2\n3\n4\n"),
+    (torch.OutOfMemoryError("x"), 1, "error: out of memory (x): "),
     (MemoryError("8 GB\nmore"), 1, "error: out of memory (8 GB): python extras/plan.py counts what options need; "
         "try --micro_batch 1, --checkpointing or --optimizer adamw8bit\n"),
-    (torch.OutOfMemoryError("x"), 1, "error: out of memory (x): "),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory ("),
     (RuntimeError("<a>: Too many open files (24)"), 1, "error: <a>: Too many"),
     (KeyboardInterrupt(), 130, "interrupted; the same command goes on where it was\n"),
@@ -566,17 +499,14 @@ def test_the_door(at_the_door, monkeypatch):
     assert at_the_door(lambda: print("100 ↑ 視")) == (0, "") and page.getvalue() == b"100 ? ?\n"
 
 
-@pytest.mark.parametrize(("opened", "status", "error"), [
-    (lambda: None, 0, ""),  # closed by >&-
-    (lambda: open("/dev/full", "w"), 1, "error: [Errno 28] No space left on device\n"),
-    (lambda: os.fdopen(pipe_without_reader(), "w"), 1, ""),
-])  # fmt: skip
-def test_a_stdout_that_nobody_reads_is_no_traceback(opened, status, error, at_the_door, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", opened())
-    assert at_the_door(lambda: print("a table")) == (status, error)
-
-
-def pipe_without_reader() -> int:
+def test_a_stdout_that_nobody_reads_is_no_traceback(at_the_door, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
-    return writer
+    full, closed = "error: [Errno 28] No space left on device\n", None  # closed by >&-
+    for stream, status, error in (
+        (closed, 0, ""),
+        (open("/dev/full", "w"), 1, full),
+        (os.fdopen(writer, "w"), 1, ""),
+    ):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert at_the_door(lambda: print("a table")) == (status, error)
