@@ -23,9 +23,7 @@ class Recognised(NamedTuple):
     """What classifiers see in the reconstructions; empty where the clips have no attributes."""
 
     values: dict[str, list[str]] = {}  # attribute: of each clip the value
-    right: dict[
-        str, np.ndarray
-    ] = {}  # of recon, gt and memory (clips,) bool: are all of them the clip's own?
+    right: dict[str, np.ndarray] = {}  # of recon, gt and memory (clips,) bool: are all the clip's own?
     table: str = ""
 
 

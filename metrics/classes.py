@@ -49,7 +49,6 @@ class Classifier:
     public code: the positions of VideoMAE are sines of the patch's number, not weights."""
 
     def __init__(self, weights: str | Path, device: torch.device | str = "cpu"):
-        self.weights = weights
         config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
         self.of_video = type(config) in MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING
         self.least = int(np.ravel(getattr(config, "tubelet_size", 1))[0])  # frames that become one
@@ -66,17 +65,12 @@ class Classifier:
         return model(**inputs).logits.softmax(-1).cpu().numpy()
 
     def _model_for(self, frames: int) -> nn.Module:
-        """The same weights in a model for so many frames. Raises ValueError where weights depend on it."""
+        """The same weights in a model for so many frames. Raises RuntimeError where they depend on it."""
         if frames not in self.models:
             config = deepcopy(self.model.config)
             config.num_frames = frames
             model = type(self.model)(config).eval()
-            try:
-                model.load_state_dict(self.model.state_dict(), assign=True)
-            except RuntimeError as error:  # positions that were learnt
-                takes = f"{self.weights} takes {self.trained} frames, not {frames}"
-                advice = "--classifier-frames 16, or another --video-classifier"
-                raise ValueError(f"{takes}: {advice}") from error
+            model.load_state_dict(self.model.state_dict(), assign=True)
             self.models[frames] = model
         return self.models[frames]
 

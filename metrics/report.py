@@ -106,7 +106,8 @@ def _entry(name: str, scored: list[dict], blocks: np.ndarray, run: Evaluation) -
     elif len(finite) and not metric.signed:
         std = float(finite.std())
     if np.isfinite(controls).any():
-        shuffled = float(metric.of_set(np.nanmean(controls)))
+        shuffled = float(np.nanmean(controls))
+        shuffled = abs(shuffled) if metric.signed else shuffled
     entry = {"mean": mean, "std": std, "ci95": ci95, "chance": metric.chance, "shuffled": shuffled}
     entry |= {"n": len(finite), "weights": weights_of(metric, run.config)}
     if name not in asked(run.config):
