@@ -93,15 +93,12 @@ def agreement(
     if not (values and classifiers):
         return Recognised()
     lines, files = list(clips.values()), [f"{number:04d}.mp4" for number in clips]
-    seen = {}
-    for kind in ("recon", "gt", "memory"):
-        if (out / kind).is_dir():
-            seen[kind] = recognise([out / kind / file for file in files], classifiers, values)
     shuffled = out.name.startswith("eval-shuffled")
     column = "shuffled fMRI" if shuffled else "reconstruction"
-    columns = {}
+    seen, columns = {}, {}
     for title, kind in ((column, "recon"), ("stimulus", "gt"), ("top-1 memory", "memory")):
-        if kind in seen:
+        if (out / kind).is_dir():
+            seen[kind] = recognise([out / kind / file for file in files], classifiers, values)
             columns[title] = shares(seen[kind], lines, groups)
     chance = {name: 1 / len(values[name]) for name in seen["recon"]}
     of_all = float(np.prod([*chance.values()]))

@@ -87,13 +87,11 @@ def load_published(
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True if folder.is_dir() else None,
-            ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
             **options,
         )
-        mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
-        if missing := sorted([*info["missing_keys"], *mismatched]):
-            lacking = f"no fitting {', '.join(missing[:3])} ({len(missing)} in all)"
+        if missing := sorted(info["missing_keys"]):
+            lacking = f"no {', '.join(missing[:3])} ({len(missing)} in all)"
             raise damaged(folder, lacking, f"all weights of {type(model).__name__}")
         check_tensors(model.state_dict(), folder)
     return model.eval().requires_grad_(False)
