@@ -1,5 +1,5 @@
 """Metrics against independent formulas and the public code they follow; scoring of anyone's videos, its cache,
-bad input, comparisons; the model card's numbers."""
+bad input, comparisons."""
 
 import json
 import math
@@ -35,7 +35,6 @@ from transformers import (
 )
 
 import metrics.options
-import metrics.pairs
 import metrics.report
 import metrics.score
 from evaluate import Config, main
