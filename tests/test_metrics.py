@@ -267,7 +267,7 @@ def test_epe_and_warping_by_hand():
 
 def test_n_way_by_hand():
     probs = torch.tensor([[0.4, 0.1, 0.3, 0.15, 0.05]] * 2)
-    gt = torch.tensor([[2, 1], [0, 4]])  # 0.3 and 0.1; 0.4 and 0.05
+    gt = torch.tensor([[1, 2], [4, 0]])  # 0.1 and 0.3; 0.05 and 0.4
     for n, k, expected in (
         (2, 1, [2 / 3, 1]),
         (3, 1, [math.comb(2, 2) / math.comb(3, 2), 1]),
