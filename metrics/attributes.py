@@ -23,9 +23,7 @@ class Recognised(NamedTuple):
     """What classifiers see in the reconstructions; empty where the clips have no attributes."""
 
     values: dict[str, list[str]] = {}  # attribute: of each clip the value
-    right: dict[
-        str, np.ndarray
-    ] = {}  # of recon, gt and memory (clips,) bool: are all of them the clip's own?
+    right: dict[str, np.ndarray] = {}  # of recon, gt and memory (clips,) bool: are all the clip's own?
     table: str = ""
 
 
@@ -95,15 +93,12 @@ def agreement(
     if not (values and classifiers):
         return Recognised()
     lines, files = list(clips.values()), [f"{number:04d}.mp4" for number in clips]
-    seen = {}
-    for kind in ("recon", "gt", "memory"):
-        if (out / kind).is_dir():
-            seen[kind] = recognise([out / kind / file for file in files], classifiers, values)
     shuffled = out.name.startswith("eval-shuffled")
     column = "shuffled fMRI" if shuffled else "reconstruction"
-    columns = {}
+    seen, columns = {}, {}
     for title, kind in ((column, "recon"), ("stimulus", "gt"), ("top-1 memory", "memory")):
-        if kind in seen:
+        if (out / kind).is_dir():
+            seen[kind] = recognise([out / kind / file for file in files], classifiers, values)
             columns[title] = shares(seen[kind], lines, groups)
     chance = {name: 1 / len(values[name]) for name in seen["recon"]}
     of_all = float(np.prod([*chance.values()]))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from metrics.report import interval, number
 from support.files import save_folder, write_json, written_whole
 from support.readers import damaged, read_json
 from support.shared import HUB_ID, MEMORIES, PROJECT, write_memories, writers
@@ -91,12 +92,8 @@ def metrics_table(metrics: dict | None) -> str:
     rows = ["| metric | mean | 95 % interval | chance | shuffled | clips |", "|---|---|---|---|---|---|"]
     for name, entry in metrics["metrics"].items():
         if entry.get("mean") is not None:
-            interval = " to ".join(map(number, entry.get("ci95") or []))
             mean, chance, shuffled = (number(entry[key]) for key in ("mean", "chance", "shuffled"))
-            rows.append(f"| `{name}` | {mean} | {interval} | {chance} | {shuffled} | {entry['n']} |")
+            ends = interval(entry.get("ci95"))
+            rows.append(f"| `{name}` | {mean} | {ends} | {chance} | {shuffled} | {entry['n']} |")
     text = "Reconstructions of held-out clips against their stimuli. *Shuffled* compares each reconstruction "
     return text + "with the stimulus of another scene.\n\n" + "\n".join(rows)
-
-
-def number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"

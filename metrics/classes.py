@@ -49,7 +49,6 @@ class Classifier:
     public code: the positions of VideoMAE are sines of the patch's number, not weights."""
 
     def __init__(self, weights: str | Path, device: torch.device | str = "cpu"):
-        self.weights = weights
         config = AutoConfig.from_pretrained(weights, trust_remote_code=False)
         self.of_video = type(config) in MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING
         self.least = int(np.ravel(getattr(config, "tubelet_size", 1))[0])  # frames that become one
@@ -66,17 +65,12 @@ class Classifier:
         return model(**inputs).logits.softmax(-1).cpu().numpy()
 
     def _model_for(self, frames: int) -> nn.Module:
-        """The same weights in a model for so many frames. Raises ValueError where weights depend on it."""
+        """The same weights in a model for so many frames. Raises RuntimeError where they depend on it."""
         if frames not in self.models:
             config = deepcopy(self.model.config)
             config.num_frames = frames
             model = type(self.model)(config).eval()
-            try:
-                model.load_state_dict(self.model.state_dict(), assign=True)
-            except RuntimeError as error:  # positions that were learnt
-                takes = f"{self.weights} takes {self.trained} frames, not {frames}"
-                advice = "--classifier-frames 16, or another --video-classifier"
-                raise ValueError(f"{takes}: {advice}") from error
+            model.load_state_dict(self.model.state_dict(), assign=True)
             self.models[frames] = model
         return self.models[frames]
 
@@ -93,13 +87,11 @@ def load_published(
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True if folder.is_dir() else None,
-            ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
             **options,
         )
-        mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
-        if missing := sorted([*info["missing_keys"], *mismatched]):
-            lacking = f"no fitting {', '.join(missing[:3])} ({len(missing)} in all)"
+        if missing := sorted(info["missing_keys"]):
+            lacking = f"no {', '.join(missing[:3])} ({len(missing)} in all)"
             raise damaged(folder, lacking, f"all weights of {type(model).__name__}")
         check_tensors(model.state_dict(), folder)
     return model.eval().requires_grad_(False)

@@ -179,11 +179,8 @@ def read_metrics(file: Path) -> dict:
         runs = joined(str(file), [result])
         check_alike([runs])
         for part in filter(None, (runs, runs.memory())):
-            keys = part.shared()
-            part.blocks(keys)
+            part.blocks(part.shared())
             for metric in NAMES:
                 part.summary(metric)
-                part.values(metric, keys)
-            if not set().union(*part.groups.values()) <= part.rows.keys():
-                raise ValueError("groups of other clips")
+                part.values(metric, part.shared())
     return result

@@ -20,7 +20,7 @@ from metrics.report import MEMORY, Evaluation
 from prepare.copies import far_apart
 from prepare.facts import raw_folder
 from support import shared
-from support.files import sha256, write_json, written_whole
+from support.files import sha256, write_json, write_text
 from support.options import settings_of
 from support.runs import read_settings, run_folder
 from support.videos import read_clip, video_frames, write_video
@@ -67,13 +67,12 @@ def write_retrieved(model, x: Tensor, lines: dict[int, dict], file: Path | None)
         return None
     indices = torch.cat([recalled.indices for recalled in batches]).cpu().numpy()  # (clips, K)
     W_r = torch.cat([recalled.W_r for recalled in batches]).cpu().numpy().astype(float).round(4)  # (clips, 3)
-    rows = zip(lines.items(), indices.tolist(), W_r.tolist(), strict=True)
-    if file is None:
-        return indices[:, 0]
-    with written_whole(file) as part, open(part, "w", encoding="utf-8") as opened:
-        for (clip, line), memories, weights in rows:
-            row = {"clip": clip, "id": line["id"], "retrieved": memories, "W_r": weights}
-            opened.write(json.dumps(row) + "\n")
+    rows = []
+    for (clip, line), memories, weights in zip(lines.items(), indices.tolist(), W_r.tolist(), strict=True):
+        row = {"clip": clip, "id": line["id"], "retrieved": memories, "W_r": weights}
+        rows.append(json.dumps(row) + "\n")
+    if file:
+        write_text(file, "".join(rows))
     return indices[:, 0]
 
 

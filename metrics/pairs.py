@@ -3,12 +3,10 @@
 import math
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from support.readers import damaged
 from support.videos import SUFFIXES, frames_of, read_all_clips, read_video, resized, uniform_frames
@@ -37,22 +35,15 @@ def find_pairs(
     """{METHOD: pairs of folder/gt/NAME.* and folder/METHOD/NAME.*}, in the same order; clip k of an array
     METHOD.npy or METHOD.pt is that of the k-th name. Results in folder/metrics or `out` are passed over.
     Raises FileNotFoundError, ValueError."""
-    sets, arrays, strange = _videos_in(folder, {folder / "metrics", out})
-    no_video = f"; no video: {_first(strange)}" if strange else ""
+    sets, arrays = _videos_in(folder, {folder / "metrics", out})
     for method, file in arrays.items():
         if method == "gt" or split:
             sets[method] = {f"{k:04d}": Source(file, "", k) for k in range(len(read_all_clips(file)))}
-    readable = [method for method in {**sets, **arrays} if sets.get(method, arrays)]
-    if not {*readable} - {"gt"} or not split and "gt" not in readable:
+    methods = [method for method in {**sets, **arrays} if sets.get(method, arrays)]  # with videos
+    if not {*methods} - {"gt"} or not split and "gt" not in methods:
         names = "METHOD/NAME.*, side by side" if split else "gt/NAME.* and METHOD/NAME.* (or --split)"
-        contents = f"{folder} has videos in {', '.join(readable) or 'no folder'}{no_video}"
+        contents = f"{folder} has videos in {', '.join(methods) or 'no folder'}"
         raise FileNotFoundError(f"{contents}; wanted {names}, of {' '.join(SUFFIXES)}")
-    if unreadable := sets.keys() - {*readable}:
-        wanted = f"NAME.* of {' '.join(SUFFIXES)}, or NAME/*.png"
-        advice = f"mend it, or move it out of {folder}"
-        raise damaged(folder / min(unreadable), f"no video in it{no_video}", wanted, advice)
-    if loose := [name for name in strange if "/" not in name]:
-        _write_once(f"{folder}: neither a folder of videos nor an array of clips: {_first(loose)}")
     gt = {} if split else sets.pop("gt")
     names = gt or set().union(*sets.values())
     names = sorted(names, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))
@@ -67,12 +58,12 @@ def find_pairs(
     for method, files in sets.items():
         unpaired = files.keys() ^ {*names}
         if not files.keys() & {*names}:
-            contents = f"{folder / 'gt'} has {_first(names)}; {folder / method} has {_first(files)}{no_video}"
+            contents = f"{folder / 'gt'} has {_first(names)}; {folder / method} has {_first(files) or 'none'}"
             raise ValueError(f"no pair matches by name: {contents}")
         if unpaired and not skip_bad:
             counted = f"{folder}: {len(names)} stimuli, {len(files)} videos in {method}"
             advice = "--skip-bad leaves them out, as missing values"
-            raise ValueError(f"{counted}; without a partner: {_first(unpaired)}{no_video}; {advice}")
+            raise ValueError(f"{counted}; without a partner: {_first(unpaired)}; {advice}")
         stimuli = _sources(names, files if split else gt, left)
         controls = stimuli[half:] + stimuli[:half] if half else [None]  # of another name, each once
         pairs[method] = list(map(Pair, names, _sources(names, files, right), stimuli, controls))
@@ -85,32 +76,29 @@ def _sources(names: list[str], files: dict[str, Source], half: str) -> list[Sour
 
 def _videos_in(
     folder: Path, results: set[Path | None]
-) -> tuple[dict[str, dict[str, Source]], dict[str, Path], list[str]]:
-    """{subfolder: {name: video}}, {name: array of all clips}, and what is no video; é composed (NFC) or not
-    is é. No hidden files."""
+) -> tuple[dict[str, dict[str, Source]], dict[str, Path]]:
+    """{subfolder: {name: video}}, {name: array of all clips}; é composed (NFC) or not is é. No hidden files,
+    and nothing that is no video."""
     sets: dict[str, dict[str, Source]] = {}
     arrays: dict[str, Path] = {}
-    strange = []
     for method in sorted(folder.glob("[!.]*")):
         if method in results:
             continue
         if not method.is_dir():
-            if method.suffix.lower() not in (".npy", ".pt"):
-                strange.append(method.name)
-            elif arrays.setdefault(method.stem, method) != method or method.stem in sets:
-                raise ValueError(f"{method}: another METHOD has its name, wanted one")
+            if method.suffix.lower() in (".npy", ".pt"):
+                if arrays.setdefault(method.stem, method) != method or method.stem in sets:
+                    raise ValueError(f"{method}: another METHOD has its name, wanted one")
             continue
         videos = sets[method.name] = {}
-        for path in sorted(path for path in method.iterdir() if not path.name.startswith(".")):
+        for path in sorted(method.glob("[!.]*")):
             sequence = path.is_dir() and frames_of(path)
             if not sequence and (path.suffix.lower() not in SUFFIXES or not path.is_file()):
-                strange.append(f"{method.name}/{path.name}")
                 continue
             name = unicodedata.normalize("NFC", path.name if sequence else path.stem)
             first = videos.setdefault(name, Source(path)).path
             if first != path:
                 raise ValueError(f"{first} and {path.name}: two videos of one name, wanted one")
-    return sets, arrays, strange
+    return sets, arrays
 
 
 def _first(names: Collection[str]) -> str:
@@ -177,19 +165,11 @@ def _half(frames: np.ndarray, source: Source) -> np.ndarray:
     """The left or right half of frames (F, H, W, 3), without the black border around and between them that
     make_grid of torchvision puts there, as in the field's GIFs (518 x 260 for 2 x 256 x 256)."""
     _, H, W, _ = frames.shape
-    if W < 2:
-        raise damaged(source.path, f"frames of {H} x {W}", "two videos side by side", "leave --split out")
     left, right, p = slice(W // 2), slice(W - W // 2, W), PADDING
     w, odd = divmod(W - 3 * p, 2)
     if not odd and w > 0 and H > 2 * p:
         border = np.ones((H, W), bool)
         border[p:-p, p : p + w] = border[p:-p, -p - w : -p] = False
         if frames[:, border].max() <= BLACK:
-            _write_once(f"--split: a black border of {p} pixels, as of make_grid, is cut off")
             frames, left, right = frames[:, p:-p], slice(p, p + w), slice(-p - w, -p)
     return frames[:, :, left if source.half == "left" else right]
-
-
-@cache
-def _write_once(text: str) -> None:
-    tqdm.write(text)

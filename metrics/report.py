@@ -85,10 +85,11 @@ def less(result: dict, memory: dict) -> dict:
     blocks = blocks_of(clips, result["provenance"].get("data", ""))
 
     def of(members: np.ndarray) -> dict[str, dict]:
-        pairs = {
-            name: [values_of(name, rows["clips"])[members] for rows in (result, memory)] for name in names
-        }
-        return {name: estimate(name, a, blocks[members], b)._asdict() for name, (a, b) in pairs.items()}
+        entries = {}
+        for name in names:
+            a, b = (values_of(name, rows["clips"])[members] for rows in (result, memory))
+            entries[name] = estimate(name, a, blocks[members], b)._asdict()
+        return entries
 
     groups = {name: of(np.isin(clips, group["clips"])) for name, group in result["groups"].items()}
     return {"metrics": of(np.ones(len(clips), bool)), "groups": groups}
@@ -106,7 +107,8 @@ def _entry(name: str, scored: list[dict], blocks: np.ndarray, run: Evaluation) -
     elif len(finite) and not metric.signed:
         std = float(finite.std())
     if np.isfinite(controls).any():
-        shuffled = float(metric.of_set(np.nanmean(controls)))
+        shuffled = float(np.nanmean(controls))
+        shuffled = abs(shuffled) if metric.signed else shuffled
     entry = {"mean": mean, "std": std, "ci95": ci95, "chance": metric.chance, "shuffled": shuffled}
     entry |= {"n": len(finite), "weights": weights_of(metric, run.config)}
     if name not in asked(run.config):
@@ -122,8 +124,7 @@ def _entry(name: str, scored: list[dict], blocks: np.ndarray, run: Evaluation) -
 
 
 def report(run: Evaluation) -> str:
-    """Writes the pictures and, last, metrics.json of each method: with it an evaluation is
-    whole. Returns the text to print."""
+    """Writes the pictures and, last, metrics.json of each method. Returns the text to print."""
     known, names, config = known_values(run.out), asked(run.config), run.config
     common = _common_clips(run, known)
     some = config.pairs and common.any() and not common.all()
@@ -157,10 +158,7 @@ def report(run: Evaluation) -> str:
     for method, result in results.items():
         if result is not memory:
             write_json((run.out / method if config.pairs else run.out) / "metrics.json", result)
-    files = "gt, recon, memory, retrieved.jsonl, metrics.json, ..."
-    if config.pairs:
-        files = "METHOD/metrics.json, sheet.png, grid.gif, ranked.png"
-    return f"{text}\n\nwritten: {run.out}/ ({files})"
+    return f"{text}\n\nwritten: {run.out}/"
 
 
 def report_pairs(config) -> int:
@@ -169,7 +167,7 @@ def report_pairs(config) -> int:
     out = Path(config.out or folder / "metrics")
     sets = find_pairs(folder, config.split, config.skip_bad, out)
     with FolderLock(out, take=accelerator.is_main_process):
-        sets = at_common_times(sets, config, out, accelerator)
+        sets = at_common_times(sets, config)
         unavailable = score_all(sets, config, out, accelerator)
         if accelerator.is_main_process:
             source = {"pairs": folder.resolve().name, "data": config.data}
@@ -241,12 +239,12 @@ def beside_quoted(data: str, origin: dict, clips: int) -> str:
 
 def _common_clips(run: Evaluation, known: dict[str, object]) -> np.ndarray:
     """(clips,) bool: has each method any value of it?"""
-    common = np.ones(len(next(iter(run.sets.values()))), bool)
-    for pairs in run.sets.values():
-        for i, pair in enumerate(pairs):
-            keys = keys_of(pair, run.config).items()
-            common[i] &= any((known_value(known, *key) or [None])[0] is not None for key in keys)
-    return common
+
+    def has_any(pair: Pair) -> bool:
+        keys = keys_of(pair, run.config).items()
+        return any((known_value(known, *key) or [None])[0] is not None for key in keys)
+
+    return np.array([all(map(has_any, clip)) for clip in zip(*run.sets.values(), strict=True)])
 
 
 def _pictures(run: Evaluation, results: dict[str, dict], complete: np.ndarray) -> None:

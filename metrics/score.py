@@ -22,7 +22,6 @@ from metrics.pairs import Pair, Source, Watched, watch
 from metrics.parallel import in_processes
 from metrics.table import LOADERS, METRICS, Metric, asked
 from support.files import find_weights, sha256
-from support.readers import damaged
 
 LIBRARIES = "numpy scipy scikit-image av torch torchvision transformers open_clip_torch"
 VERSIONS: dict[str, str] = {}
@@ -73,8 +72,6 @@ def known_values(out: Path) -> dict[str, object]:
     """key -> value, from out/values/*.jsonl, but lines that a kill cut short; `known_value` checks them."""
     known = {}
     for file in sorted(out.glob("values/*.jsonl")):
-        if not file.is_file():
-            raise damaged(file, "a folder", "a file of values", "delete it")
         for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
             with suppress(ValueError, RecursionError):
                 row = json.loads(line)
@@ -92,27 +89,16 @@ def known_value(known: dict[str, object], name: str, key: str) -> list[float | N
     return value if fits else None
 
 
-def at_common_times(sets: dict[str, list[Pair]], config, out: Path, accelerator: Accelerator) -> dict:
-    """--frames common: the sets, each pair with the fewest frames that a video of its clip has. The numbers
-    of frames are kept in out/values/. Raises as `score`."""
+def at_common_times(sets: dict[str, list[Pair]], config) -> dict[str, list[Pair]]:
+    """--frames common: the sets, each pair with the fewest frames that a video of its clip has. Raises as
+    `score`."""
     if config.frames == "own" or not any(METRICS[name].of_neighbours for name in asked(config)):
         return sets
-    file, counts = out / "values" / "frames.jsonl", []
-    with accelerator.main_process_first():  # it counts; the others find the numbers
-        known = known_values(out)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        clips = list(zip(*sets.values(), strict=True))
-        for clip in tqdm(clips, desc="counting frames", unit="clip", disable=not accelerator.is_main_process):
-            sources = dict.fromkeys(source for pair in clip for source in (pair.pred, pair.gt) if source)
-            numbers = []
-            for source in sources:
-                key = f"frames of {digest(source.path)} {source.clip} {config.seconds} {CODE[:9]}"
-                if type(known.get(key)) is not int and (video := _read(config, source)):
-                    known[key] = len(video)
-                    support.files.append_text(file, f"\n{json.dumps({key: known[key]})}")
-                numbers.append(known.get(key))
-            counts.append(min(filter(None, numbers), default=None))
-    common = {}
+    counts, common = [], {}
+    for clip in tqdm(list(zip(*sets.values(), strict=True)), desc="counting frames", unit="clip"):
+        sources = dict.fromkeys(source for pair in clip for source in (pair.pred, pair.gt) if source)
+        videos = filter(None, (_read(config, source) for source in sources))
+        counts.append(min(map(len, videos), default=None))
     for method, pairs in sets.items():
         common[method] = [pair._replace(frames=n) for pair, n in zip(pairs, counts, strict=True)]
     return common

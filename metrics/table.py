@@ -84,10 +84,6 @@ class Metric(NamedTuple):
             return None
         return float(np.mean(self.formula(*self.picks(judge, config, *videos))))
 
-    def of_set(self, mean: np.ndarray) -> np.ndarray:
-        """The metric of a set of clips from the mean of their values."""
-        return np.abs(mean) if self.signed else mean
-
 
 GATE = "; mean-pooled in the gate, in ViFi-CLIP's place"
 VIDEO, IMAGE, LARGE = "video_classifier", "image_classifier", "clip_large"
