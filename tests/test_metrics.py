@@ -1,6 +1,7 @@
 """Metrics against independent formulas and the public code they follow; scoring of anyone's videos, its cache,
 bad input, comparisons."""
 
+import importlib
 import json
 import math
 import re
@@ -199,6 +200,24 @@ def test_motion_smoothness_is_of_the_middle_frames():
     still = lambda even: np.zeros((len(even) - 1, 2, 8, 8), np.float32)  # noqa: E731
     for name, judge in (("ms", middle), ("ms_flow", still)):
         assert measured(name, judge, "native", video_of(frames)) == pytest.approx(1 - (0 + 5) / 2 / 255)
+
+
+def test_motion_smoothness_as_vbench(tmp_path):
+    """Where the published metrics are not installed (docs/metrics.md), it is skipped."""
+    pytest.importorskip("vbench", reason="pip install --no-deps vbench omegaconf easydict decord imageio")
+    published = importlib.import_module("vbench.motion_smoothness")
+    torch.manual_seed(0)
+    amt = importlib.import_module("vbench.third_party.amt.networks.AMT-S").Model()
+    torch.save({"state_dict": amt.state_dict()}, tmp_path / "amt.pth")
+    config = Path(published.__file__).parent / "third_party" / "amt" / "cfgs" / "AMT-S.yaml"
+    frames = moving(6, 72, 100, 3)  # padded to 80 x 112
+    theirs = published.MotionSmoothness(str(config), str(tmp_path / "amt.pth"), "cpu")
+    theirs.fp.get_frames_from_img_folder = lambda folder: list(frames)
+    expected = theirs.motion_score(str(tmp_path))
+    judge = motion.load_amt(str(tmp_path / "amt.pth"), "cpu")
+    with torch.inference_mode():
+        assert measured("ms", judge, "native", video_of(frames)) == pytest.approx(expected, abs=1e-4)
+    assert 0 < expected < 0.999
 
 
 class Network(nn.Module):
