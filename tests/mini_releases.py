@@ -6,9 +6,7 @@ planted voxels, 4 s later. CIFTI files are sparse: voxels of which nothing is wr
 
 import json
 import os
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 
 from prepare import facts
+from support.videos import write_video
 
 GRAYORDINATES, CORTEX, CLIPS = 91_282, 59_412, 240
 VISUAL = "V1 V2 V3 V4 LO1 LO2 FFC VVC MT MST PHA1".split()  # where the planted voxels are
@@ -59,33 +58,6 @@ def contents(size: int) -> list[tuple[np.ndarray, str, list[str]]]:
 def shown(segment: int, clips: int = CLIPS) -> np.ndarray:
     """Which of the 12 contents each clip of a segment shows."""
     return (np.arange(clips) + 5 * segment) % 12
-
-
-def write_video(path: Path, clips: Sequence, order: Iterable[int], fps: int = 30, frames: int = 60) -> None:
-    """An H.264 mp4 that shows clips[k] (n, H, W, 3) for `frames` frames, for each k of `order`.
-
-    Each clip is encoded once, as a closed group of pictures, and its packets repeated: seconds instead of minutes.
-    """
-    import av
-
-    options = dict(g=str(frames), bf="0", sc_threshold="0", preset="ultrafast", flags="+global_header")
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width, stream.pix_fmt = *clips[0].shape[1:3], "yuv420p"
-        stream.time_base = Fraction(1, fps)
-        packets = []
-        for clip in clips:
-            for i in range(frames):
-                frame = av.VideoFrame.from_ndarray(clip[i * len(clip) // frames], format="rgb24")
-                packets += stream.encode(frame)
-        packets += stream.encode()
-        payload = [(bytes(packet), packet.is_keyframe) for packet in packets]
-        for time, i in enumerate(k * frames + j for k in order for j in range(frames)):
-            packet = av.Packet(payload[i][0])
-            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, fps), payload[i][1]
-            packet.pts = packet.dts = time
-            packet.duration = 1
-            container.mux(packet)
 
 
 @cache
@@ -163,14 +135,14 @@ def write_purdue(
     level, scale = rng.uniform(8_000, 12_000, len(columns)), np.where(np.isin(columns, planted), 0.04, 40)
     films = folder / ("10_4231_R71Z42KK/video_fmri_dataset" if as_unpacked else "") / "stimuli"
     subjects = folder / ("10_4231_R7X63K3M/video_fmri_dataset" if as_unpacked else "")
-    films.mkdir(parents=True, exist_ok=True)
     rows = []
     names = [f"seg{i + 1}" for i in range(train_segments)] + [f"test{i + 1}" for i in range(test_segments)]
     for number, name in enumerate(names):
         order = shown(number)
         for clip, k in enumerate(order):
             rows.append(dict(segment=name, clip=clip, caption=clips[k][1], tags=clips[k][2]))
-        write_video(films / f"{name}.mp4", [frames for frames, _, _ in clips], order)
+        frames = np.concatenate([clips[k][0].repeat(10, 0) for k in order])  # 30 a second
+        write_video(films / f"{name}.mp4", frames, 30, keyframe_every=60)
         trimmed, volumes = (2, 246) if name in ("test2", "test3", "test4", "test5") else (1, 245)
         time = np.linspace(-1, 1, volumes)[:, None]
         for repeat in range(test_repeats if name.startswith("test") else 2):
@@ -187,9 +159,8 @@ def write_purdue(
 
 
 def write_neuroclips(
-    folder: Path, train_segments: int = 2, test_segments: int = 1, voxels: int = 96,
-    size: int = 32,
-) -> Mini:  # fmt: skip
+    folder: Path, train_segments: int = 2, test_segments: int = 1, voxels: int = 96, size: int = 32
+) -> Mini:
     """The NeuroClips release, its captions in a NumPy array as published."""
     import torch
 
@@ -210,15 +181,9 @@ def write_neuroclips(
 CLIP_SHAPE = np.array([0.6, 1.0, 1.2, 1.0, 0.8])  # of the response, at the five volumes of CineBrain's clips
 
 
-def episodes_of(subject: int) -> list[int]:
-    """The episode of each run, from the first on: of two seasons, of ten episodes each."""
-    return [*range(1, 11), *(range(11, 21) if subject in (1, 2, 6) else range(21, 31))]
-
-
 def write_cinebrain(
-    folder: Path, subject: int = 3, train: int = 1, test: int = 1, kind: str = "cifti", size: int = 48,
-    step: int = 16,
-) -> Mini:  # fmt: skip
+    folder: Path, subject: int = 3, train: int = 1, test: int = 1, kind: str = "cifti", size=48, step=16
+) -> Mini:
     """The first episodes of both splits: `kind` "cifti" (runs and CSV), or "volumes" of 8,405 numbers (1,000 times the
     run, plus the number in the run). Episodes have facts.EPISODE_CLIPS clips, of five volumes each."""
     rng, clips, length = np.random.default_rng(subject), contents(size), facts.EPISODE_CLIPS
@@ -229,10 +194,10 @@ def write_cinebrain(
     pattern = rng.standard_normal((12, len(planted)))
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     for k, (frames, _, _) in enumerate(clips):
-        write_video(folder / f"content{k}.mp4", [frames], [0], fps=8, frames=33)
+        write_video(folder / f"content{k}.mp4", frames[np.arange(33) * 6 // 33], 8)
     captions = []
     for run in (*range(1, train + 1), *range(19, 19 + test)):
-        episode = episodes_of(subject)[run - 1]
+        episode = run + (10 if run > 10 and subject not in (1, 2, 6) else 0)  # of the second season
         order = shown(episode, length)
         for number, k in enumerate(order, (episode - 1) * length):
             (folder / "videos" / f"{number:06d}.mp4").hardlink_to(folder / f"content{k}.mp4")

@@ -81,16 +81,12 @@ def test_nothing_rare_gives_no_other():
     assert [line.split()[0] for line in table] == ["class", "blue", "red"]
 
 
+@pytest.mark.skipif("CINENEURON_CAPTIONS" not in os.environ, reason="the folder of the published captions")
 def test_agreement_with_hand_labels():
-    """At least 95 % of the clips labelled by hand get exactly the same set. The published captions and tags are not
-    ours to publish: CINENEURON_CAPTIONS names the folder of captions_train.json and captions_test.json."""
-    if "CINENEURON_CAPTIONS" not in os.environ:
-        pytest.skip("CINENEURON_CAPTIONS does not name the folder of the published captions")
-    hand, wrong = json.loads(HAND_LABELS.read_text(encoding="utf-8")), []
+    """190 of 200 clips get exactly the set of the labels by hand. The captions are not ours to publish."""
+    hand, same = json.loads(HAND_LABELS.read_text(encoding="utf-8")), []
     for split in ("train", "test"):
         rows = json.loads(Path(os.environ["CINENEURON_CAPTIONS"], f"captions_{split}.json").read_text())
-        for clip, labels in hand[split].items():
-            row = rows[int(clip)]
-            if clip_categories(row["caption"], row["tags"]) != labels:
-                wrong.append((split, clip, row, labels))
-    assert len(hand["train"]) + len(hand["test"]) == 200 and len(wrong) == 10, wrong
+        for row, labels in ((rows[int(clip)], labels) for clip, labels in hand[split].items()):
+            same.append(clip_categories(row["caption"], row["tags"]) == labels)
+    assert (len(same), sum(same)) == (200, 190)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import sha256
-from mini_releases import contents, shown, write_neuroclips, write_purdue, write_video
+from mini_releases import contents, shown, write_neuroclips, write_purdue
 from test_preprocessing import polyfit
 
 from prepare import cc2017
@@ -17,6 +17,7 @@ from prepare.cc2017 import NeuroClipsRelease, NeuroClipsWithFilms, PurdueRelease
 from prepare.cifti import mmp_areas
 from prepare.command import main
 from prepare.fmri import load_response
+from support.videos import write_video
 
 FEW = {"train_segments": 3, "test_segments": 2}
 
@@ -116,8 +117,8 @@ def test_windows_keep_240_volumes_after_trimming_and_delay_and_what_is_missing_i
     with pytest.warns(UserWarning, match="test1_9_Atlas.dtseries.nii is not there; this showing of"):
         assert source.load_run("test1", 8) is None
     few = PurdueRelease(empty_release, 1, train_segments=1, test_segments=1)
-    write_video(few.films / "seg1.mp4", [contents(32)[0][0]], [0] * 241)  # 2 s longer: that much it may
-    write_video(few.films / "test1.mp4", [contents(32)[0][0]], [0] * 250)
+    for name, seconds in (("seg1", 482), ("test1", 500)):  # 2 s longer: that much it may
+        write_video(few.films / f"{name}.mp4", np.zeros((30 * seconds, 16, 16, 3), np.uint8), 30)
     with pytest.raises(ValueError, match=r"test1.mp4: found 500.0 s at 30.00 .*, wanted 480.0 s"):
         few.check()
     shutil.rmtree(folder)

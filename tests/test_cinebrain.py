@@ -115,11 +115,11 @@ def test_preprocessed_volumes_are_taken_as_they_are(short, stimuli, tmp_path):
         CineBrainRelease(tmp_path / "raw", 3, None, 2, 1)
 
 
-def tree(folder, *subjects: int, films: str = "videos"):
+def tree(folder, *subjects: int):
     """The complete release of empty films, and of runs whose film lasts from 12 s on."""
-    (folder / films).mkdir(parents=True)
+    (folder / "videos").mkdir()
     for number in range(30 * facts.EPISODE_CLIPS):
-        (folder / films / f"{number:06d}.mp4").touch()
+        (folder / "videos" / f"{number:06d}.mp4").touch()
     times = f"videoStartTime,videoStopTime\n12.0,{12.05 + facts.EPISODE_VOLUMES * 0.8}\n"
     for name, text in ((RUN, "a run"), (CSV, times)):
         for file in [folder / name.format(subject, run) for subject in subjects for run in range(1, 21)]:
@@ -169,13 +169,13 @@ def test_a_film_begins_with_the_first_volume_after_its_delay_and_lasts_18_minute
 
 
 def test_what_is_missing_or_there_twice_is_named(short, tmp_path):
-    tree(tmp_path, 1, 5, films="video_annos/clips")
+    tree(tmp_path, 1, 5)
     (tmp_path / CSV.format(5, 7)).unlink()
     message = r"episode07 is not there whole: wanted .*sub_0005/dtseries/\*_run-7_.* and beh_data/\*_7.csv; download"
     with pytest.raises(FileNotFoundError, match=message):
         CineBrainRelease(tmp_path, 5)
     CineBrainRelease(tmp_path, 5, None, 6, 2)  # not asked for, not missed
-    (tmp_path / "video_annos" / "clips" / "000011.mp4").unlink()
+    (tmp_path / "videos" / "000011.mp4").unlink()
     with pytest.raises(FileNotFoundError, match="000011.mp4 is not there .1 clips of episode02.: unpack"):
         CineBrainRelease(tmp_path, 1)
     run = tmp_path / RUN.format(5, 1)

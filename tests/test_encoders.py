@@ -13,7 +13,6 @@ from conftest import REPO
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from prepare import encoders
 from prepare.encoders import encode_actions, encode_images, encode_texts, load_clip, prepare_frames
 from prepare.stimuli import _digests
 from prepare.viclip import ViCLIP
@@ -46,23 +45,18 @@ def test_load_clip(clip, tmp_path):
     assert tokens.tolist() == [row + [0] * (16 - len(row)) for row in ids]
     with pytest.raises(FileNotFoundError, match="nowhere/open_clip_config.json not found, wanted with"):
         load_clip(f"local-dir:{tmp_path}/nowhere")
-    for name in ("nothing/of-this", "ViT-B-32/nothing"):
+    for name in ("nothing/of-this", "ViT-B-32/nothing", "hf-hub:someone/clip"):
         with pytest.raises(ValueError, match=f"--clip {name}: "):
             load_clip(name)
 
 
-@pytest.mark.parametrize(("name", "config", "options"), [
-    ("ViT-B-16-SigLIP/webli", {"hf_tokenizer_name": "timm/x"}, {"trust_remote_code": False}),
-    ("hf-hub:someone/clip", None, {"trust_remote_code": False}),
-])  # fmt: skip
-def test_a_published_clip_is_loaded_by_open_clip_and_runs_no_code(clip, monkeypatch, name, config, options):
+def test_a_published_clip_is_loaded_by_open_clip_and_runs_no_code(clip, monkeypatch):
     create = Mock(return_value=clip[0])
-    model_name, pretrained = (name, None) if config is None else name.split("/")
-    monkeypatch.setattr(open_clip, "get_model_config", lambda name: {"text_cfg": config})
     monkeypatch.setattr(open_clip, "create_model_from_pretrained", create)
     monkeypatch.setattr(open_clip, "get_tokenizer", lambda name, **options: (name, options))
-    assert load_clip(name) == (clip[0], clip[1], (model_name, options))
-    assert create.call_args.args == (model_name, pretrained)
+    for name, options in (("ViT-L-14-quickgelu", {}), ("ViT-B-16-SigLIP", {"trust_remote_code": False})):
+        assert load_clip(f"{name}/published") == (clip[0], clip[1], (name, options))
+        assert create.call_args.args == (name, "published")
 
 
 @pytest.fixture
@@ -70,11 +64,8 @@ def folder(tmp_path):
     return shutil.copytree(CLIP, tmp_path / "clip")
 
 
-def test_a_clip_is_loaded_at_a_revision_and_from_a_checkpoint_of_torch(clip, folder, monkeypatch):
-    download, weights = Mock(return_value=str(folder)), folder / "open_clip_model.safetensors"
-    monkeypatch.setattr(encoders, "snapshot_download", download)
-    assert load_clip("hf-hub:someone/clip@v1")[1] == clip[1]
-    assert download.call_args.args == ("someone/clip",) and download.call_args.kwargs["revision"] == "v1"
+def test_a_clip_is_loaded_from_a_checkpoint_of_torch(clip, folder):
+    weights = folder / "open_clip_model.safetensors"
     state = load_file(weights)
     torch.save(state, folder / "open_clip_pytorch_model.bin")
     weights.unlink()
