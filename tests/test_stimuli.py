@@ -5,12 +5,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from tiny import LATENT, SEGMENTS, SIZE, Films as Bars, unit
+from tiny import LATENT, LENGTH, SEGMENTS, SIZE, Films as Bars, unit
 from tqdm import tqdm
 
 import prepare.decoder
@@ -54,43 +55,37 @@ def embedded(colour) -> np.ndarray:
     return unit(np.random.default_rng(0).normal(size=(256, 16)))[np.asarray(colour, int)]
 
 
-class Preparation:
-    """prepare(order of the captions) into folder/stimuli, with encoders that read colours."""
+@pytest.fixture
+def films(tmp_path, monkeypatch) -> SimpleNamespace:
+    """prepare(order of the captions) into tmp_path/stimuli, with encoders that read colours; `error` comes after two
+    batches."""
+    films = SimpleNamespace(source=Films(tmp_path, 1), captions=[], batches=[], error=None)
 
-    def __init__(self, folder: Path):
-        self.folder, self.source, self.captions = folder, Films(folder, 1), []
-        self.batches, self.error = [], None  # how many clips were encoded at once; after two batches
-
-    def prepare(self, order=lambda captions: captions, sentences: int | None = None, **names) -> Path:
-        places = [(segment, k) for segment in self.source.segments for k in range(24)]
-        captions = order([f"{colour_of(*place)} dogs. They run. A cat sees Dr. Dog!" for place in places])
+    def prepare(order: int = 1, clip="clip", viclip="viclip", sentences: int | None = None) -> Path:
+        places = [(segment, k) for segment in films.source.segments for k in range(24)]
+        captions = [f"{colour_of(*place)} dogs. They run. A cat sees Dr. Dog!" for place in places[::order]]
         rows = [{"segment": s, "caption": text} for (s, _), text in zip(places, captions, strict=True)]
-        file = self.folder / "captions.jsonl"
+        file = tmp_path / "captions.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        names, lists = {"clip_name": "clip", "viclip_name": "viclip"} | names, {"train": file, "test": file}
-        prepare_stimuli(self.source, self.folder / "stimuli", lists, sentences=sentences, **names)
-        return self.folder / "stimuli"
+        lists = {"train": file, "test": file}
+        prepare_stimuli(films.source, tmp_path / "stimuli", lists, clip, viclip, sentences)
+        return tmp_path / "stimuli"
 
-    def encode_images(self, model, frames):
-        if self.error and len(self.batches) == 2:
-            raise self.error
-        self.batches.append(len(frames))
+    def encode_images(model, frames):
+        if films.error and len(films.batches) == 2:
+            raise films.error
+        films.batches.append(len(frames))
         assert frames[0, :, 0, 0, 0].tolist() == [*range(1, 16, 2)]  # the middle ones of eight equal parts
         return embedded(frames[:, :, 0, 0, 1])
 
-    def encode_actions(self, model, frames):
-        return embedded(255 - frames[:, 0, 0, 0, 1])
-
-    def encode_texts(self, model, tokenizer, captions):
-        self.captions.append(captions)
+    def encode_texts(model, tokenizer, captions):
+        films.captions.append(captions)
         return embedded([caption.split()[0] for caption in captions])
 
-
-@pytest.fixture
-def films(tmp_path, monkeypatch) -> Preparation:
-    films = Preparation(tmp_path)
-    for name in ("encode_images", "encode_actions", "encode_texts"):
-        monkeypatch.setattr(stimuli, name, getattr(films, name))
+    films.prepare = prepare
+    monkeypatch.setattr(stimuli, "encode_images", encode_images)
+    monkeypatch.setattr(stimuli, "encode_actions", lambda model, clips: embedded(255 - clips[:, 0, 0, 0, 1]))
+    monkeypatch.setattr(stimuli, "encode_texts", encode_texts)
     monkeypatch.setattr(stimuli, "load_clip", lambda name: (torch.nn.Identity(), {}, None))
     monkeypatch.setattr(stimuli.ViCLIP, "from_pretrained", lambda name: torch.nn.Identity())
     return films
@@ -140,18 +135,18 @@ def test_what_was_begun_with_other_captions_is_begun_anew(films):
     with pytest.raises(OSError, match="e_(img|act).npy: no room"):
         films.prepare()
     films.error = None
-    train = films.folder / "stimuli" / "train"
+    train = films.source.raw / "stimuli" / "train"
     lines = (train / "clips.jsonl").read_text()
     with pytest.raises(ValueError, match="e_txt.npy was made with captions = .* is asked for; delete it"):
-        films.prepare(lambda captions: captions[::-1])
+        films.prepare(-1)
     assert (train / "clips.jsonl").read_text() == lines
     (train / "e_txt.npy").unlink()
     with pytest.warns(UserWarning, match="may be in another order"):
-        films.prepare(lambda captions: captions[::-1])
+        films.prepare(-1)
     assert films.batches == [16, 16, 16, 16, 16, 16, 8]
     for key in ("clip", "viclip"):
         with pytest.raises(ValueError, match=f"made with {key} = .*, but {key} = 'other' is asked for"):
-            films.prepare(lambda captions: captions[::-1], **{f"{key}_name": "other"})
+            films.prepare(-1, **{key: "other"})
 
 
 def test_the_first_sentences_of_a_caption_go_to_clip(films):
@@ -184,7 +179,7 @@ def test_encode_all_counts_without_its_bar_and_wants_as_many_clips(monkeypatch):
 def test_latents_and_text_are_those_of_each_clip(tiny, name):
     folder = str(tiny / "models" / name)
     decoder = VideoDecoder(*load_pipeline(folder, vae=True, text_encoder=True), lora_rank=0)
-    for split, length in (("train", 15), ("test", 13)):
+    for split, length in LENGTH.items():
         clips = Clips("cc2017", 1, split, decoder=folder, size=SIZE, root=tiny / "data")
         films = [clip for segment in SEGMENTS[split] for clip in Bars(tiny).read_clips(segment)]
         for k in (0, length + 3, len(clips) - 1):
@@ -222,14 +217,15 @@ def test_the_first_sentences_of_a_caption_go_to_the_text_encoder(described, tmp_
     with pytest.raises(ValueError, match="caption_sentences = 1, but caption_sentences = None"):
         described()
     (folder / "wan" / "empty_prompt.npy").unlink()
-    large = lambda self, texts: [torch.full((2, 16), 7e4)] * len(texts)  # noqa: E731
-    monkeypatch.setattr(prepare.decoder.VideoDecoder, "encode_text", large)
+    monkeypatch.setattr(
+        VideoDecoder, "encode_text", lambda self, texts: [torch.full((2, 16), 7e4)] * len(texts)
+    )
     with pytest.raises(ValueError, match="wan/text_encoder gives NaN or values beyond float16"):
         described(sentences=1)
 
 
 def test_latents_that_stopped_go_on_and_what_is_finished_is_left(described, tiny, tmp_path, monkeypatch):
-    encode, calls = prepare.decoder.VideoDecoder.encode_latents, []
+    encode, calls = VideoDecoder.encode_latents, []
 
     def stop(self, video):
         calls.append(len(video))
@@ -237,7 +233,7 @@ def test_latents_that_stopped_go_on_and_what_is_finished_is_left(described, tiny
             raise KeyboardInterrupt
         return encode(self, video)
 
-    monkeypatch.setattr(prepare.decoder.VideoDecoder, "encode_latents", stop)
+    monkeypatch.setattr(VideoDecoder, "encode_latents", stop)
     with pytest.raises(KeyboardInterrupt):
         described()
     folder = described()
