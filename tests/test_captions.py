@@ -108,26 +108,19 @@ def test_captions_of_videos_go_to_the_clips_of_that_name(tmp_path):
         describe_clips(Films(), "train", tmp_path / "a.json")
 
 
-def test_rows_keep_their_tags_and_categories(tmp_path):
-    rows = [{"caption": f"a cat {k}", "tags": ["car"], "mood": "calm", "idx": 3 - k} for k in range(4)]
-    rows[3] |= {"categories": ["food"], "tags": None}
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    described = describe_clips(Films(one_film=True), "train", tmp_path / "a.json")
-    assert [line["caption"] for line in described] == [f"a cat {k}" for k in (3, 2, 1, 0)]
+def test_rows_keep_their_tags_and_of_a_list_for_the_complete_release_the_first_are_taken(tmp_path):
+    films, file = Films(one_film=True), tmp_path / "a.json"
+    films.complete = {"train": (3, 2)}
+    rows = [{"caption": f"a cat {k}", "tags": ["car"], "mood": "calm", "idx": 5 - k} for k in range(6)]
+    rows[5] |= {"categories": ["food"], "tags": None}
+    file.write_text(json.dumps(rows))
+    with pytest.warns(UserWarning, match="a.json: the first 4 of 6 captions are taken, for 2 segments"):
+        described = describe_clips(films, "train", file)
+    assert [line["caption"] for line in described] == [f"a cat {k}" for k in (5, 4, 3, 2)]
     assert [line["categories"] for line in described] == [["food"]] + [["animal", "vehicle"]] * 3
     assert [line["tags"] for line in described] == [[]] + [["car"]] * 3
     assert described[0]["mood"] == "calm" and "idx" not in described[0]
-
-
-def test_of_a_list_for_the_complete_release_the_first_captions_are_taken(tmp_path):
-    films = Films(one_film=True)
-    films.complete = {"train": (3, 2)}
-    file, captions = tmp_path / "a.json", [f"a dog {k}" for k in range(6)]
-    file.write_text(json.dumps(captions))
-    with pytest.warns(UserWarning, match="a.json: the first 4 of 6 captions are taken, for 2 segments"):
-        described = describe_clips(films, "train", file)
-    assert [line["caption"] for line in described] == captions[:4]
-    file.write_text(json.dumps(captions[:5]))
+    file.write_text(json.dumps(rows[1:]))
     with pytest.raises(ValueError, match="a.json has 5 captions for the 4 train clips of 2 segments"):
         describe_clips(films, "train", file)
 

@@ -67,14 +67,9 @@ def test_rare_classes_are_merged_into_other():
     assert table[0] == ["class", "clips", "share"] and table[1] == ["person", "201", "99.505%"]
     assert ["sports", "2", "0.990%", "merged"] in table and ["food", "1", "0.495%", "merged"] in table
     assert ["vehicle", "0", "0.000%", "absent"] in table and table[-1] == ["other", "3", "1.485%"]
-
-
-def test_nothing_rare_gives_no_other():
-    labels = [["person"], ["animal"], []]
-    classes = merge_rare(labels)
-    assert classes == ["person", "animal"]
-    assert category_matrix(labels, classes).tolist() == [[1, 0], [0, 1], [0, 0]]
-    assert category_matrix([["food"]], classes).tolist() == [[0, 0]]
+    labels = [["person"], ["animal"], []]  # nothing is rare
+    assert (classes := merge_rare(labels)) == ["person", "animal"]
+    assert category_matrix([*labels, ["food"]], classes).tolist() == [[1, 0], [0, 1], [0, 0], [0, 0]]
     assert merge_rare([["person"]] * 99 + [["food"]]) == ["person", "food"]  # exactly 1 % is frequent
     assert merge_rare([["red"], ["blue", "animal"]]) == ["animal", "blue", "red"]  # names that COCO lacks
     table = category_table([["red"], ["blue"]], ["blue", "red"]).splitlines()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import sha256
-from mini_releases import contents, shown, write_neuroclips, write_purdue
+from mini_releases import contents, raw_run, shown, write_neuroclips, write_purdue
 from test_preprocessing import polyfit
 
 from prepare import cc2017
@@ -25,7 +25,7 @@ FEW = {"train_segments": 3, "test_segments": 2}
 @pytest.fixture(scope="module")
 def purdue(tmp_path_factory):
     """3 + 2 segments in the folders that the publisher's archives unpack to, all shown twice."""
-    return write_purdue(tmp_path_factory.mktemp("purdue") / "raw", **FEW, as_unpacked=True, size=32)
+    return write_purdue(tmp_path_factory.mktemp("purdue") / "raw", **FEW, as_unpacked=True, size=16)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +47,6 @@ def empty_release(tmp_path):
     return tmp_path
 
 
-def raw_run(path, volumes: int) -> np.ndarray:
-    """The data of a CIFTI file, (volumes, 91282), read without its axes."""
-    offset = path.stat().st_size - 4 * volumes * 91_282
-    return np.memmap(path, "<f4", "r", offset, (volumes, 91_282), "F")
-
-
 @pytest.mark.filterwarnings("ignore:Precision loss", "ignore:.*showing of test. is masked")
 def test_the_command_prepares_each_volume_of_the_release(purdue, stimuli, tmp_path, monkeypatch, capsys):
     """Trimmed by 1 volume (2 of test2), delayed by 2; eight of the ten showings are not in the miniature."""
@@ -64,22 +58,20 @@ def test_the_command_prepares_each_volume_of_the_release(purdue, stimuli, tmp_pa
     data = tmp_path / "data" / "cc2017"
     voxels, kept = np.load(data / "sub1" / "voxels.npz"), purdue.planted[purdue.planted < 2_000]
     assert np.array_equal(voxels["index"], kept) and np.array_equal(voxels["roi"], mmp_areas()[kept])
-    tests = ("test", ["test1", "test2"], 10)
-    for split, segments, repeats in (("train", ["seg1", "seg2", "seg3"], 2), tests):
+    recipe = {"release": "PurdueRelease", "subject": 1, "delay": 2, "window": 1}
+    for split, segments, repeats in (("train", 3, 2), ("test", 2, 10)):
         fmri = np.load(data / "sub1" / split / "fmri.npy")
-        assert fmri.shape == (240 * len(segments), repeats, 1, len(kept)) and np.isnan(fmri[:, 2:]).all()
+        assert fmri.shape == (240 * segments, repeats, 1, len(kept)) and np.isnan(fmri[:, 2:]).all()
         assert (np.load(data / "sub1" / split / "recorded.npy") == (np.arange(repeats) < 2)).all()
         entry = json.loads((data / "sub1" / split / "manifest.json").read_text())["fmri.npy"]
-        recipe = {"release": "PurdueRelease", "subject": 1, "delay": 2, "window": 1}
-        assert entry["recipe"] == recipe and len(entry["inputs"]) == 2 * len(segments)
-        for number, segment in enumerate(segments):
-            volumes, start = (246, 4) if segment == "test2" else (245, 3)
-            for repeat in (0, 1):
-                (file,) = purdue.folder.rglob(f"subject1/**/{segment}_{repeat + 1}_Atlas.dtseries.nii")
-                expected = polyfit(raw_run(file, volumes)[:, kept], start, 240, 4)
-                part = fmri[240 * number : 240 * (number + 1), repeat, 0]
-                np.testing.assert_allclose(part, expected, atol=2e-3)
-                assert entry["inputs"][file.name] == sha256(file)
+        assert entry["recipe"] == recipe and len(entry["inputs"]) == 2 * segments
+        for number, segment in enumerate([*range(segments)] * 2):
+            name, repeat = f"{split.replace('train', 'seg')}{segment + 1}", number // segments
+            volumes, start = (246, 4) if name == "test2" else (245, 3)
+            (file,) = purdue.folder.rglob(f"subject1/**/{name}_{repeat + 1}_Atlas.dtseries.nii")
+            expected = polyfit(raw_run(file, volumes)[:, kept], start, 240, 4)
+            np.testing.assert_allclose(fmri[240 * segment :][:240, repeat, 0], expected, atol=2e-3)
+            assert entry["inputs"][file.name] == sha256(file)
     (encoded, more), copies, decoder = stimuli
     captions = dict.fromkeys(("train", "test"), purdue.folder / "captions.jsonl")
     assert encoded[1:3] == (data.relative_to(tmp_path) / "stimuli", captions) and more == {"sentences": 2}
@@ -111,9 +103,11 @@ def test_windows_keep_240_volumes_after_trimming_and_delay_and_what_is_missing_i
     with pytest.warns(UserWarning, match="test1_9_Atlas.dtseries.nii is not there; this showing of"):
         assert source.load_run("test1", 8) is None
     few = PurdueRelease(empty_release, 1, train_segments=1, test_segments=1)
-    for name, seconds in (("seg1", 482), ("test1", 500)):  # 2 s longer: that much it may
+    assert few.film == (30, 480, 5)  # frames a second, seconds, and how many more it may last
+    few.film = 30, 2, 1
+    for name, seconds in (("seg1", 3), ("test1", 4)):
         write_video(few.films / f"{name}.mp4", np.zeros((30 * seconds, 16, 16, 3), np.uint8), 30)
-    with pytest.raises(ValueError, match=r"test1.mp4: found 500.0 s at 30.00 .*, wanted 480.0 s"):
+    with pytest.raises(ValueError, match=r"test1.mp4: found 4.0 s at 30.00 .*, wanted 2.0 s"):
         few.check()
     few.run_file("test1", 0).unlink()
     with pytest.raises(FileNotFoundError, match="test1_1_Atlas.*: no recording of test1: download it"):

@@ -187,8 +187,8 @@ def test_training_clips_find_their_caption_as_seldom_as_held_out_clips(recall_of
 
 
 def test_no_near_copy_of_a_held_out_clip_is_trained_on(recall_of):
-    recall = recall_of(pairs=[(3, 70), (7, 8), (9, 99)], val_segments="1", in_test=[3, 5, 70, 6])
-    assert recall.held_out.tolist() == [*range(50, 100)]
+    recall = recall_of([(3, 70), (7, 8), (9, 99)], val_segments="1,2", in_test=[3, 5, 70, 6], n=150)
+    assert recall.held_out.tolist() == [*range(50, 150)]
     assert recall.trained.tolist() == [i for i in range(50) if i not in (3, 9)]
     assert recall.test_share == 0.5  # of the captions trained on
     # a memory is no longer at the place of its clip

@@ -13,12 +13,12 @@ from prepare.release import Release
 from support.files import writing_array
 
 
-def bold(volumes=245, voxels=300, seed=0):
-    """Raw BOLD as a scanner gives it: a level near 1e4, a drift and a signal of a percent of it."""
-    rng, time = np.random.default_rng(seed), np.linspace(0, 1, volumes)[:, None]
+def bold(voxels: int):
+    """245 volumes as a scanner gives them: a level near 1e4, a drift and a signal of a percent of it."""
+    rng, time = np.random.default_rng(0), np.linspace(0, 1, 245)[:, None]
     drift = sum(rng.normal(0, 300, (1, voxels)) * time**k for k in range(1, 5))
-    signal = rng.normal(0, 40, (volumes, voxels))
-    return (rng.uniform(5e3, 2e4, (1, voxels)) + drift + signal).astype(np.float32)
+    level, signal = rng.uniform(5e3, 2e4, (1, voxels)), rng.normal(0, 40, (245, voxels))
+    return (level + drift + signal).astype(np.float32)
 
 
 def polyfit(run, start, length, order):
@@ -72,6 +72,9 @@ def test_selection_equals_scipy_voxel_by_voxel():
         reproducible_voxels(opposite[:1])
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Precision loss")
+
+
 class Film(Release):
     """Segments of other lengths and beginnings, in a run of 70 volumes of 9 voxels: 6 that respond to the film, 2 of
     noise, one that is constant."""
@@ -117,11 +120,9 @@ def film(tmp_path):
 KEPT = [0, 1, 3, 5, 7, 8]  # those that respond
 
 
-@pytest.mark.filterwarnings("ignore:Precision loss")
 def test_each_volume_comes_to_its_clip(film, tmp_path):
     """Segments in order, showings apart, each run freed of its own trend; what was not recorded is NaN."""
-    out = tmp_path / "out"
-    prepare_fmri(film, out, {"delay": 2}, window=3)
+    prepare_fmri(film, out := tmp_path / "out", {"delay": 2}, window=3)
     voxels = np.load(out / "voxels.npz")
     assert voxels["index"].tolist() == [7, 17, 37, 57, 77, 87]
     assert voxels["roi"].tolist() == [f"L_{n}" for n in KEPT]
@@ -147,17 +148,15 @@ def test_each_volume_comes_to_its_clip(film, tmp_path):
         assert entry["inputs"][names[-1]] == sha256(film.raw / names[-1])
 
 
-@pytest.mark.filterwarnings("ignore:Precision loss")
 def test_what_is_prepared_is_not_prepared_again_and_nothing_stale_is_taken(film, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    prepare_fmri(film, out, {"delay": 2})
+    prepare_fmri(film, out := tmp_path / "out", {"delay": 2})
     content = np.load(out / "train" / "fmri.npy")
     with monkeypatch.context() as patch:
         patch.setattr(Film, "load_run", None)  # nothing is read
         prepare_fmri(film, out, {"delay": 2})
     with pytest.raises(ValueError, match="train/fmri.npy was made with delay = 2, but delay = 3 is"):
         prepare_fmri(film, out, {"delay": 3})
-    film.splits = {"train": ["seg1", "seg2", "seg3"], "test": ["test1"]}
+    film.splits = Film.splits | {"test": ["test1"]}
     with pytest.raises(ValueError, match="test/fmri.npy has 94 clips, but 46 are asked for; delete it"):
         prepare_fmri(film, out, {"delay": 2})
     film.splits = Film.splits
@@ -168,7 +167,6 @@ def test_what_is_prepared_is_not_prepared_again_and_nothing_stale_is_taken(film,
         assert (out / lost).is_file() and np.array_equal(again, content, equal_nan=True)
 
 
-@pytest.mark.filterwarnings("ignore:Precision loss")
 def test_runs_without_signal_are_no_data(film, tmp_path):
     film.silent = ("test2", 1, 3)
     message = r"raw/test2_2.nii: 1 of the 6 voxels kept .*showing 2 of test2, the first at index 37: download"

@@ -1,12 +1,9 @@
-"""ViCLIP equals open_clip's tower and the published one (as shipped in vbench) on random weights, and loads strictly."""
+"""ViCLIP's tower equals open_clip's, given its weights, and loads strictly."""
 
 import json
-import sys
 from dataclasses import asdict
-from types import SimpleNamespace
 from unittest.mock import Mock
 
-import packaging.version
 import pytest
 import torch
 from open_clip.transformer import QuickGELU, VisionTransformer
@@ -28,30 +25,6 @@ def randomise(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
-
-
-def test_both_towers_equal_the_published_ones(tmp_path, monkeypatch):
-    # not needed, so replaced: a tokenizer that downloads a vocabulary, and what setuptools no longer ships
-    monkeypatch.setitem(sys.modules, "pkg_resources", SimpleNamespace(packaging=packaging))
-    tokenizer = SimpleNamespace(SimpleTokenizer=lambda: None)
-    monkeypatch.setitem(sys.modules, "vbench.third_party.ViCLIP.simple_tokenizer", tokenizer)
-    vision = pytest.importorskip("vbench.third_party.ViCLIP.viclip_vision", exc_type=ImportError)
-    text = pytest.importorskip("vbench.third_party.ViCLIP.viclip_text", exc_type=ImportError)
-    model, c = nn.Module(), TINY
-    sizes = c.image_size, c.patch_size, c.vision_width, c.vision_layers, c.vision_heads
-    words = c.embed_dim, c.context_length, c.vocab_size, c.text_width, c.text_heads, c.text_layers
-    model.vision_encoder = vision.VisionTransformer(*sizes, c.embed_dim, num_frames=3, drop_path=0.1)
-    model.text_encoder = text.CLIP_TEXT(*words, 0)
-    for empty in ("vision_encoder.proj", "text_encoder.positional_embedding", "text_encoder.text_projection"):
-        nn.init.zeros_(model.get_parameter(empty))
-    model.temp = nn.Parameter(torch.tensor(0.01))
-    torch.save({"model": randomise(model).state_dict(), "epoch": 3}, tmp_path / "viclip.pth")
-    ours, frames = ViCLIP.from_pretrained(tmp_path / "viclip.pth", TINY), torch.randn(2, 3, 3, 28, 28)
-    tokens = torch.tensor([[48, 5, 9, 49, 0, 0, 0], [48, 7, 7, 7, 2, 3, 49]])
-    with torch.no_grad():
-        e_act, e_txt = model.vision_encoder(frames.transpose(1, 2)), model.text_encoder(tokens)
-    assert (ours.encode_video(frames) - e_act).abs().max() < 1e-5
-    assert (ours.encode_text(tokens) - e_txt).abs().max() < 1e-5
 
 
 @torch.no_grad()
