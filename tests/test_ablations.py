@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ from time import sleep
 
 import numpy as np
 import pytest
-from conftest import REPO
+from conftest import REPO, environment
 
 from extras import ablation_tables, ablations
 from metrics.intervals import Difference, pooled
@@ -190,3 +191,26 @@ def test_the_page_is_what_the_results_make_and_sentences_have_their_intervals_fr
     parts = [re.findall(interval, part) for part in (page[start:end], text)]
     tables, claims = ([tuple(map(float, words)) for words in part] for part in parts)
     assert claims and {*claims} <= {*tables, *((-more, -high, -low) for more, low, high in tables)}
+
+
+WORDS = """--table 6 --data cc2017 --seeds 0
+--stage1 '--steps 4 --batch_size 8 --tokens 12 --width 24 --layers 1 --attention_heads 4'
+--stage2 '--decoder models/wan --frames 9 --height 32 --width 48 --epochs 1 --batch_size 16 --K 3 --attention_heads 4
+--sample_every 0 --sampling_steps 2 --guidance 1 --lora_rank 2'
+--evaluate '--clips 6 --batch_size 6 --fps 4.5 --metrics ssim,psnr --size native'"""
+
+
+@pytest.mark.slow
+def test_the_real_scripts_make_a_table(tiny_copy, capsys, monkeypatch):
+    shutil.rmtree("runs")
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    ablations.main(shlex.split(WORDS))
+    result = json.loads(Path("docs/results/table6-cc2017-sub1.json").read_text())
+    runs = ["full-no-integration", "full-alpha0", "full", None]  # the last: the best memory, played
+    assert [row.get("run") for row in result["rows"]] == runs
+    assert len(result["minutes"]) == 8 and all(result["minutes"].values())
+    assert not Path("runs/cc2017/sub1/full-no-integration-s0/stage1").exists()  # it has that of `full`
+    assert "SSIM" in capsys.readouterr().out
+    ablations.main(shlex.split(f"{WORDS} --dry-run"))
+    assert capsys.readouterr().out == "0 commands are left\n"
