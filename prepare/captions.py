@@ -1,17 +1,13 @@
 """Lists of captions, in the formats that the field publishes them -> the lines of clips.jsonl.
 
-    .jsonl        a line a clip, of both splits: {"segment": "seg1", "caption": "a dog runs", "tags": [...]}
-    .json         a list for each split, of captions or of {"caption", "tags"} (NEURONS); or a list of
-                  {"video", "text"}, in any order and of more clips than the split has (CineBrain)
-    .h5 .hdf5     a list for each split: the file's only dataset, whatever its name (Mind-Animator)
-    .pt           a list for each split: strings in a list or array (NeuroClips)
+    .jsonl    a line a clip, of both splits: {"segment": "seg1", "caption": "a dog runs", "tags": [...]}
+    .json     a list for each split, of captions or of {"caption", "tags"} (NEURONS); or a list of
+              {"video", "text"}, in any order and of more clips than the split has (CineBrain)
+    .pt       a list for each split: strings in a list or array (NeuroClips)
 
 A row's `clip` (or `idx`) orders a segment or a list; its numbers count from 0 or 1, each once.
 """
 
-import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from math import prod
@@ -26,7 +22,7 @@ from prepare.facts import words_of
 from prepare.release import Release
 from support.readers import advising, check_keys, damaged, read_json, read_json_lines, reading
 
-WANTED = "captions.jsonl, or the training and the test list of captions (.json, .h5 or .pt)"
+WANTED = "captions.jsonl, or the training and the test list of captions (.json or .pt)"
 ADVICE = "mend the list, or give --captions another one"
 NOT_COPIED = {"id", "segment", "clip", "split", "idx", "text"}  # of a row to clips.jsonl
 OPTIONAL = {"tags": list, "categories": list, "clip": int, "idx": int}
@@ -60,40 +56,10 @@ def _read_list(path: Path) -> list:
             return read_json_lines(path, {"segment": str, "caption": str})
         case ".json":
             return read_json(path, list)
-        case ".h5" | ".hdf5":
-            return _read_hdf5(path)
         case ".pt":
-            values = load_pt(path)
-            if not isinstance(values, list):
-                raise damaged(path, type(values).__name__, "a list of captions")
-            return values
+            return load_pt(path, list)
         case suffix:
             raise damaged(path, f"the suffix {suffix or '(none)'}", WANTED)
-
-
-READ_HDF5 = """
-import json, sys, h5py, numpy
-datasets = {}
-with h5py.File(sys.argv[1]) as file:
-    file.visititems(lambda name, item: datasets.update({name: item} if hasattr(item, "shape") else {}))
-    if len(datasets) != 1:
-        sys.exit(f"datasets {', '.join(sorted(datasets)) or '(none)'}")
-    values = numpy.ravel(*[item[()] for item in datasets.values()]).tolist()
-print(json.dumps([value.decode() if isinstance(value, bytes) else value for value in values]))
-"""
-
-
-def _read_hdf5(path: Path) -> list[str]:
-    """The only dataset of the file; read in another process: by a damaged one the library loops or dies."""
-    command = [sys.executable, "-c", READ_HDF5, str(path)]
-    content = "one dataset of captions in UTF-8, in a whole .h5 file"
-    try:
-        process = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
-    except subprocess.TimeoutExpired as error:
-        raise damaged(path, "no answer in a minute", content) from error
-    if process.returncode:
-        raise damaged(path, process.stderr.strip().split("\n")[-1] or "no answer", content)
-    return json.loads(process.stdout)
 
 
 def _check(path: Path, rows: list[dict]) -> None:
@@ -116,14 +82,12 @@ def _in_order(place: Path | str, rows: list[dict]) -> list[dict]:
     key = next((key for key in ("clip", "idx") if any(row.get(key) is not None for row in rows)), None)
     if key is None:
         return rows
-    numbers = [row.get(key) for row in rows]
-    if None in numbers:
-        raise damaged(place, f"no {key} in entry {numbers.index(None) + 1}", f"a {key} in each")
-    first = 0 if min(numbers) == 0 else 1
-    for expected, number in enumerate(sorted(numbers), first):
-        if number != expected:
-            fault = f"{key} {number} twice" if number == expected - 1 else f"no {key} {expected}"
-            raise damaged(place, fault, f"numbers {first} to {first + len(rows) - 1}, each once")
+    numbers = {row.get(key) for row in rows}
+    first = 0 if 0 in numbers else 1
+    missing = {*range(first, first + len(rows))} - numbers
+    if missing:
+        numbers_wanted = f"numbers {first} to {first + len(rows) - 1}, each once"
+        raise damaged(place, f"no {key} {min(missing)}", numbers_wanted)
     return sorted(rows, key=lambda row: row[key])
 
 

@@ -106,8 +106,7 @@ def merge_rare(labels: Sequence[Sequence[str]], minimum: float = 0.01) -> list[s
 def category_matrix(labels: Sequence[Sequence[str]], classes: Sequence[str]) -> np.ndarray:
     """Targets of the category head, (clips, K) uint8; a label that is no class counts as 'other'."""
     rows = [{k if k in classes else "other" for k in clip} for clip in labels]
-    matrix = np.array([[k in row for k in classes] for row in rows], np.uint8)
-    return matrix.reshape(len(rows), len(classes))
+    return np.array([[k in row for k in classes] for row in rows], np.uint8)
 
 
 def category_table(labels: Sequence[Sequence[str]], classes: Sequence[str]) -> str:

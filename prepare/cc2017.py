@@ -13,16 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from prepare import facts
 from prepare.cifti import mmp_areas, read_cifti
-from prepare.facts import (
-    CC2017_DELAY,
-    CC2017_FPS,
-    CC2017_TR,
-    CORTEX,
-    SEGMENT_VOLUMES,
-    SIZES,
-    cc2017_splits,
-)
+from prepare.facts import CORTEX
 from prepare.release import Release, only, visible
 from support.readers import advising, check_array, damaged, reading
 
@@ -33,21 +26,21 @@ DOWNLOAD = "download it again"
 class CC2017(Release):
     """Segments of 8 minutes. Raises ValueError for a delay that leaves the runs."""
 
-    complete = SIZES["cc2017"]
+    complete = facts.SIZES["cc2017"]
 
     def __post_init__(self):
         if not 0 <= (self.delay or 0) <= AFTER:
             raise ValueError(f"--delay {self.delay}: wanted 0 to {AFTER} volumes of 2 s, which follow a film")
-        self.splits = cc2017_splits(self.train_segments, self.test_segments)
+        self.splits = facts.cc2017_splits(self.train_segments, self.test_segments)
 
     def window(self, segment: str) -> tuple[int, int]:
-        return 0, SEGMENT_VOLUMES
+        return 0, facts.SEGMENT_VOLUMES
 
 
 class PurdueFilms(CC2017):
     """The films of the Purdue release: stimuli/seg1.mp4 ..., 30 frames a second, below a folder."""
 
-    film = CC2017_FPS, 2 * SEGMENT_VOLUMES, 5
+    film = facts.CC2017_FPS, 2 * facts.SEGMENT_VOLUMES, 5
 
     def find_films(self, folder: Path) -> None:
         self.films = below(folder, "stimuli") or folder / "stimuli"
@@ -77,7 +70,7 @@ class PurdueRelease(PurdueFilms):
 
     def __post_init__(self):
         super().__post_init__()
-        self.delay = CC2017_DELAY if self.delay is None else self.delay
+        self.delay = facts.CC2017_DELAY if self.delay is None else self.delay
         self.runs = below(self.raw, f"subject{self.subject}/fmri")
         if not self.runs:
             text = f"{self.raw} has no subject{self.subject}/fmri below it, the recordings of the subject"
@@ -99,7 +92,7 @@ class PurdueRelease(PurdueFilms):
 
     def window(self, segment: str) -> tuple[int, int]:
         trimmed = 2 if segment in ("test2", "test3", "test4", "test5") else 1  # as published, before the film
-        return trimmed + self.delay, SEGMENT_VOLUMES
+        return trimmed + self.delay, facts.SEGMENT_VOLUMES
 
     @property
     def voxels(self) -> tuple[np.ndarray, np.ndarray]:
@@ -113,7 +106,7 @@ class PurdueRelease(PurdueFilms):
             return None
         start, length = self.window(segment)
         volumes = start - self.delay + length + AFTER  # 245 or 246
-        return read_cifti(path, slice(CORTEX), CC2017_TR, volumes)
+        return read_cifti(path, slice(CORTEX), facts.CC2017_TR, volumes)
 
 
 class NeuroClipsRelease(CC2017):
@@ -133,34 +126,28 @@ class NeuroClipsRelease(CC2017):
 
     def __post_init__(self):
         super().__post_init__()
-        self._fmri = {split: self._load(split, self._recordings(split)) for split in self.splits}
-        N = self._fmri["train"].shape[-1]
-        for split, fmri in self._fmri.items():
-            if fmri.ndim != 3 or fmri.shape[2] != N or not fmri.is_floating_point():
-                wanted = f"floating-point numbers (clips, showings, {N}), as {self._recordings('train').name}"
-                found = f"{fmri.dtype} of shape {tuple(fmri.shape)}"
-                raise damaged(self._recordings(split), found, wanted, DOWNLOAD)
+        form = None, None, None  # clips, showings, voxels
+        self._fmri = {split: self._load(split, self._recordings(split), "f", form) for split in self.splits}
 
     def _recordings(self, split: str, subject: int | None = None) -> Path:
         return self.raw / f"subj{subject or self.subject:02d}_{split}_fmri.pt"
 
-    def _load(self, split: str, file: Path) -> torch.Tensor:
-        """A tensor of the segments: the whole file, or the first clips of the complete release."""
-        value, segments = load_pt(file), len(self.splits[split])
-        if not isinstance(value, torch.Tensor) or value.ndim == 0:
-            raise damaged(file, type(value).__name__, "a tensor", DOWNLOAD)
-        n = SEGMENT_VOLUMES * segments
+    def _load(self, split: str, file: Path, kind: str, shape: tuple) -> np.ndarray:
+        """The array of the segments: the whole file, or the first clips of the complete release."""
+        with reading(file, "a tensor of numbers", DOWNLOAD):
+            value = check_array(load_pt(file, torch.Tensor).numpy(), file, kind, shape)
+        segments = len(self.splits[split])
+        n = facts.SEGMENT_VOLUMES * segments
         if len(value) not in (n, prod(self.complete[split])):
-            clips = f"{n} ({segments} segments)"
             advice = "download it again, or give --train-segments, --test-segments"
-            raise ValueError(f"{file} has {len(value)} clips, wanted {clips}: {advice}")
+            raise damaged(file, f"{len(value)} clips", f"{n} ({segments} segments)", advice)
         return value[:n]
 
     def _place(self, segment: str) -> tuple[str, slice]:
         """Split of a segment, and where its clips are in the split's files."""
         split = "test" if segment.startswith("test") else "train"
-        first = self.splits[split].index(segment) * SEGMENT_VOLUMES
-        return split, slice(first, first + SEGMENT_VOLUMES)
+        first = self.splits[split].index(segment) * facts.SEGMENT_VOLUMES
+        return split, slice(first, first + facts.SEGMENT_VOLUMES)
 
     def repeats(self, segment: str) -> int:
         return self._fmri[self._place(segment)[0]].shape[1]
@@ -172,7 +159,7 @@ class NeuroClipsRelease(CC2017):
 
     def load_run(self, segment: str, repeat: int) -> np.ndarray:
         split, clips = self._place(segment)
-        run = self._fmri[split][clips, repeat].float().numpy()  # (240, N)
+        run = self._fmri[split][clips, repeat]  # (240, N)
         with advising(DOWNLOAD):
             place = f"{self._recordings(split)}[{clips.start}:{clips.stop}, {repeat}]"
             check_array(run, place, finite=True)
@@ -191,25 +178,23 @@ class NeuroClipsRelease(CC2017):
     def stimulus(self, segment: str) -> list[Path]:
         return [self.raw / f"GT_{self._place(segment)[0]}_3fps.pt"]
 
+    def _frames(self, split: str) -> np.ndarray:
+        return self._load(split, self.raw / f"GT_{split}_3fps.pt", "fiu", (None, 6, 3, None, None))
+
     def check(self) -> None:
-        for split, segments in self.splits.items():
-            (file,) = self.stimulus(segments[0])
-            shape = tuple(self._load(split, file).shape)
-            if len(shape) != 5 or shape[1:3] != (6, 3):
-                form = "(clips, 6, 3, H, W): 2 s at 3 frames a second"
-                raise ValueError(f"{file} has the shape {shape}, wanted {form}")
+        for split in self.splits:
+            self._frames(split)
 
     def read_clips(self, segment: str) -> Iterator[np.ndarray]:
-        (file,), (split, clips) = self.stimulus(segment), self._place(segment)
-        for frames in self._load(split, file)[clips]:
-            if frames.is_floating_point():
-                low, high = float(frames.min()), float(frames.max())
-                if not (low >= 0 and high <= 1):
-                    raise ValueError(f"{file} has pixels in [{low:g}, {high:g}], wanted [0, 1]")
-                frames = (frames.float() * 255).round().to(torch.uint8)
-            elif frames.dtype != torch.uint8:
-                raise damaged(file, frames.dtype, "uint8, or floating-point in [0, 1]", DOWNLOAD)
-            yield frames.permute(0, 2, 3, 1).numpy()
+        split, clips = self._place(segment)
+        for frames in self._frames(split)[clips]:
+            scale = 255 if frames.dtype.kind == "f" else 1
+            low, high = float(frames.min()), float(frames.max())
+            if not (low >= 0 and high * scale <= 255):
+                form = "[0, 1], or whole numbers up to 255"
+                raise damaged(self.stimulus(segment)[0], f"pixels in [{low:g}, {high:g}]", form, DOWNLOAD)
+            pixels = (frames.astype(np.float32) * scale).round().astype(np.uint8)
+            yield pixels.transpose(0, 2, 3, 1)
 
 
 class NeuroClipsWithFilms(PurdueFilms, NeuroClipsRelease):
@@ -220,12 +205,16 @@ class NeuroClipsWithFilms(PurdueFilms, NeuroClipsRelease):
         self.find_films(films)
 
 
-def load_pt(path: Path) -> torch.Tensor | list:
-    """A tensor (memory-mapped), or a list of strings; nothing in it is ever executed."""
+def load_pt(path: Path, kind: type = object) -> torch.Tensor | list:
+    """A tensor (memory-mapped), or a list of strings; nothing in it is ever executed. ValueError where it is
+    not of this kind."""
     # The published captions are a NumPy array of fixed-width strings; these names rebuild one, nothing else.
     rebuild = np.empty(0).__reduce__()[0]
     names = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     names += [np.ndarray, np.dtype, np.dtypes.StrDType, codecs.encode]
     with reading(path, "a tensor, or a list of strings", DOWNLOAD), torch.serialization.safe_globals(names):
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    return value.tolist() if isinstance(value, np.ndarray) else value
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(value, kind):
+        raise damaged(path, type(value).__name__, f"a {kind.__name__}", DOWNLOAD)
+    return value

@@ -29,8 +29,7 @@ class CineBrainRelease(Release):
     Runs, CSV files, the window and the z-score over all of a subject's volumes are those of the authors'
     cifit2npy.py; test clips 7560-8099, stated for subject 5, those of their get_metric.py. Assumed: runs are
     in the order of the episodes; every subject's test clips are the last two episodes. A subject's folder may
-    also be sub-0001, sub-001 or sub_001, its volumes in there, the clips in clips/, videos/clips/ or
-    video_annos/clips/. The volumes have neither hippocampus nor mPFC.
+    also be sub-0001, sub-001 or sub_001, its volumes in there. They have neither hippocampus nor mPFC.
 
     delay: in volumes of 0.8 s (5: 4 s). Raises FileNotFoundError for what is missing, ValueError for a delay
     of preprocessed volumes and for two files where one is wanted.
@@ -55,8 +54,6 @@ class CineBrainRelease(Release):
         else:
             missing = f"{self.raw} has no CIFTI runs of subject {self.subject}"
             warnings.warn(f"{missing}: visual areas only, and no hippocampus", stacklevel=2)
-        places = [self.raw / place for place in ("videos", "clips", "videos/clips", "video_annos/clips")]
-        self.films = next((place for place in places if (place / "000000.mp4").is_file()), places[0])
         for episode in self.segments:
             missing = [file for file in self.stimulus(episode) if not file.is_file()]
             if missing:
@@ -105,7 +102,7 @@ class CineBrainRelease(Release):
 
     def video(self, segment: str, clip: int) -> tuple[Path, float]:
         number = (int(segment[-2:]) - 1) * facts.EPISODE_CLIPS + clip
-        return self.films / f"{number:06d}.mp4", 0.0
+        return self.raw / "videos" / f"{number:06d}.mp4", 0.0
 
     def stimulus(self, segment: str) -> list[Path]:
         return [self.video(segment, clip)[0] for clip in range(facts.EPISODE_CLIPS)]

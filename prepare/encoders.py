@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from prepare.viclip import ViCLIP, read_weights
@@ -20,32 +19,30 @@ Tokenizer = Callable[[list[str]], Tensor]
 def load_clip(name: str) -> tuple[nn.Module, dict, Tokenizer]:
     """A frozen open_clip model, its image statistics {"size", "mean", "std"} and its tokenizer.
 
-    name: "MODEL/PRETRAINED" ("ViT-L-14-quickgelu/openai"), "hf-hub:NAME[@REVISION]", or "local-dir:FOLDER" of
-    open_clip_config.json, open_clip_model.safetensors and the tokenizer's files, of which no code is ever
-    run. Raises FileNotFoundError for what is missing, ValueError for an unknown name and a damaged file.
+    name: "MODEL/PRETRAINED" ("ViT-L-14-quickgelu/openai"), or "local-dir:FOLDER" of open_clip_config.json,
+    open_clip_model.safetensors and the tokenizer's files, of which no code is ever run. Raises
+    FileNotFoundError for what is missing, ValueError for an unknown name and a damaged file.
     """
-    schema, colon, place = name.partition(":")
-    if schema == "hf-hub" and "@" in place:
-        repo, _, revision = place.partition("@")
-        files = ["*.json", "*.txt", *WEIGHTS]
-        schema, place = "local-dir", snapshot_download(repo, revision=revision, allow_patterns=files)
+    schema, _, place = name.partition(":")
+    model_name, _, pretrained = name.partition("/")
     if schema == "local-dir":
         with reading(place, advice="download the folder again"):
             model, tokenizer = _load_folder(Path(place))
+    elif model_name not in open_clip.list_models():
+        raise ValueError(f"--clip {name}: open_clip has no model {model_name}")
     else:
-        model_name, pretrained = (name, None) if colon else name.partition("/")[::2]
         try:
             model = open_clip.create_model_from_pretrained(model_name, pretrained, return_transform=False)
-            config = {} if colon else open_clip.get_model_config(model_name)["text_cfg"]
-            tokenizer = _load_tokenizer(model_name, bool(colon) or "hf_tokenizer_name" in config)
-        except (RuntimeError, TypeError) as error:
+        except RuntimeError as error:
             raise ValueError(f"--clip {name}: {error}") from error
+        tokenizer = _load_tokenizer(model_name, open_clip.get_model_config(model_name)["text_cfg"])
     return model.eval().requires_grad_(False), image_stats(model), tokenizer
 
 
-def _load_tokenizer(name: str, by_transformers: bool) -> Tokenizer:
+def _load_tokenizer(name: str, text_cfg: dict) -> Tokenizer:
     """By open_clip; one of transformers runs no code of the folder that it is read from."""
-    return open_clip.get_tokenizer(name, **({"trust_remote_code": False} if by_transformers else {}))
+    safely = {"trust_remote_code": False} if text_cfg.get("hf_tokenizer_name") else {}
+    return open_clip.get_tokenizer(name, **safely)
 
 
 def _load_folder(folder: Path) -> tuple[nn.Module, Tokenizer]:
@@ -60,7 +57,7 @@ def _load_folder(folder: Path) -> tuple[nn.Module, Tokenizer]:
     try:
         with reading(config, "the sizes and the tokenizer of a CLIP"):
             model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
-            tokenizer = _load_tokenizer(name, bool(model_cfg["text_cfg"].get("hf_tokenizer_name")))
+            tokenizer = _load_tokenizer(name, model_cfg["text_cfg"])
     finally:
         logging.disable(level)
     files = [folder / name for name in WEIGHTS if (folder / name).is_file()] or [folder / WEIGHTS[0]]

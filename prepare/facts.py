@@ -141,8 +141,7 @@ MISSING = {
 2. Unpack each archive in RAW, and the bundle.zip in it where it lies. Leave the folders as they are: RAW is
    searched for subject{subject}/fmri and stimuli. Subject {subject}'s first run is then, for instance,
    RAW/10_4231_.../video_fmri_dataset/subject{subject}/fmri/seg1/cifti/seg1_1_Atlas.dtseries.nii
-3. Captions are not in the archives: take the training and the test list of NEURONS (.json) or of
-   Mind-Animator (.h5).
+3. Captions are not in the archives: take the training and the test list of NEURONS (.json).
 4. python data.py cc2017 --raw RAW --subject {subject} --captions TRAIN TEST
    and, for stage 2, --decoder Wan-AI/Wan2.1-T2V-1.3B-Diffusers. docs/cc2017.md has all of it.
 5. python train_stage1.py --data cc2017 --subject {subject}""",

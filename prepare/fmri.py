@@ -33,13 +33,10 @@ def preprocess_run(run: np.ndarray, start: int, length: int, order: int = 4) -> 
     run: (V, N). start, length: the window, in volumes. Returns (length, N) float32; NaN throughout a voxel
     that is constant, a polynomial (only rounding is left) or not finite somewhere.
     """
-    V, N = run.shape  # volumes, voxels
-    if start < 0 or start + length > V:
-        raise ValueError(f"the volumes [{start}, {start + length}) are not within a run of {V} volumes")
     legendre = np.polynomial.legendre.legvander(np.linspace(-1, 1, length), order)
     Q = np.linalg.qr(legendre)[0].astype(np.float32)  # (length, order+1)
-    response = np.empty((length, N), np.float32)
-    for first in range(0, N, 1024):
+    response = np.empty((length, run.shape[1]), np.float32)
+    for first in range(0, run.shape[1], 1024):
         voxels = slice(first, first + 1024)
         raw = run[start : start + length, voxels]  # (length, n)
         with np.errstate(invalid="ignore", over="ignore"):

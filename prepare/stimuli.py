@@ -31,6 +31,7 @@ from support.readers import damaged
 from support.training import device_type
 from support.videos import uniform_frames
 
+FRAMES = 8  # F, of a clip, for both encoders
 BETWEEN = re.compile(  # of two sentences; "Dr." ends none
     r"(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)"
     r"(?:(?<=[.!?])|(?<=[.!?][\"')\u201d\u2019]))\s+(?=[\"'(\u201c\u2018]?[A-Z0-9])"
@@ -86,13 +87,12 @@ def prepare_stimuli(
     captions: dict[str, Path],
     clip_name: str,
     viclip_name: str,
-    frames: int = 8,
     sentences: int | None = None,
 ) -> None:
     """The files named above, in folder/{train,test}/; what is whole is kept.
 
-    captions: the file of each split. frames: F, of a clip. sentences: of a caption that CLIP sees, from its
-    first on; None for all. Raises ValueError where an array was made by another recipe.
+    captions: the file of each split. sentences: of a caption that CLIP sees, from its first on; None for all.
+    Raises ValueError where an array was made by another recipe.
     """
     rows = {split: describe_clips(source, split, captions[split]) for split in source.splits}
     labels = {split: [row["categories"] for row in rows[split]] for split in rows}
@@ -102,7 +102,7 @@ def prepare_stimuli(
     tqdm.write(table)
     encoders, weights = None, {}
     for split in source.splits:
-        recipe = {"clip": clip_name, "viclip": viclip_name, "frames": frames, "caption_sentences": sentences}
+        recipe = {"clip": clip_name, "viclip": viclip_name, "frames": FRAMES, "caption_sentences": sentences}
         recipe["captions"] = hashes([[captions[split]]])
         files = [folder / split / f"{name}.npy" for name in ("e_txt", "e_img", "e_act")]
         encoded = all([is_made_by(file, recipe) for file in files])
@@ -159,7 +159,7 @@ def _encode_split(
 ) -> tuple[str, list[str]]:
     """folder/e_txt.npy, e_img.npy and e_act.npy of a split; weights: the digests of both encoders, for the
     manifest. Returns `captions_that_fit`."""
-    split, n, F = folder.name, len(rows), recipe["frames"]
+    split, n = folder.name, len(rows)
     clip, tokenizer, viclip = encoders
     inputs = hashes(map(source.stimulus, source.splits[split])) | weights
     captions = [first_sentences(row["caption"], recipe["caption_sentences"]) for row in rows]
@@ -170,8 +170,8 @@ def _encode_split(
     def encode(clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (b, F, H, W, 3) uint8
         return encode_images(clip, clips), encode_actions(viclip, clips)  # (b, F, D), (b, D)
 
-    shapes = {folder / "e_img.npy": (n, F, e_txt.shape[1]), folder / "e_act.npy": e_txt.shape}
+    shapes = {folder / "e_img.npy": (n, FRAMES, e_txt.shape[1]), folder / "e_act.npy": e_txt.shape}
     with resumable_arrays(shapes, "float32", recipe, inputs) as (arrays, done, filled):
-        clips = (frames[uniform_frames(len(frames), F)] for frames in clips_from(source, rows, done))
+        clips = (frames[uniform_frames(len(frames), FRAMES)] for frames in clips_from(source, rows, done))
         encode_all(clips, encode, arrays, done, filled, f"CLIP and ViCLIP, {split}", at_once=16)
         return captions_that_fit(arrays[0], e_txt, [row["segment"] for row in rows])

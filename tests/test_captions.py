@@ -1,68 +1,45 @@
 """Lists of captions in the formats of the field, what is refused, and how many captions recur."""
 
 import json
-import subprocess
 from pathlib import Path
-from unittest.mock import Mock
 
-import h5py
 import numpy as np
 import pytest
 import torch
 from tiny import unit
 
-from prepare import captions
 from prepare.captions import caption_copies, captions_that_fit, describe_clips, read_captions
 from prepare.release import Release
 
-CAPTIONS = ["a dog runs", "zwei Männer", "a red car"]
-RECORDS = [{"caption": caption, "tags": ["dog"]} for caption in CAPTIONS]
+CAPTIONS = ["a dog runs", "zwei\u2028Männer", "a red car"]
 
 
 def lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def of_segments(*names: str) -> list[dict]:
-    return [{"segment": name, "clip": i, "caption": c} for name in names for i, c in enumerate(CAPTIONS)]
-
-
 def read(path: Path, segment: str = "seg1") -> list[str]:
     return [row["caption"] for row in read_captions(path, [segment])]
 
 
-def test_each_format(tmp_path, monkeypatch):
-    (tmp_path / "list.json").write_text(json.dumps(CAPTIONS))
-    (tmp_path / "RECORDS.JSON").write_text(json.dumps(RECORDS))
-    rows = of_segments("test1", "seg1")
+def test_each_format(tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps(CAPTIONS), encoding="utf-8-sig")
+    records = [{"caption": caption, "tags": ["dog"]} for caption in CAPTIONS]
+    (tmp_path / "RECORDS.JSON").write_text(json.dumps(records))
+    rows = [{"segment": name, "caption": caption} for name in ("test1", "seg1") for caption in CAPTIONS]
     rows[0]["caption"] = "only in the test set"
-    (tmp_path / "captions.jsonl").write_text(lines(rows))
-    with h5py.File(tmp_path / "strings.h5", "w") as file:
-        file["Train_captions"] = [caption.encode() for caption in CAPTIONS]  # as Mind-Animator names it
-    with h5py.File(tmp_path / "column.hdf5", "w") as file:
-        column = np.array([[caption] for caption in CAPTIONS], object)
-        file.create_dataset("group/Test_captions", data=column, dtype=h5py.string_dtype())
+    (tmp_path / "captions.jsonl").write_text(lines(rows) + "\n \n", encoding="utf-8-sig")
     torch.save(CAPTIONS, tmp_path / "list.pt")
     torch.save(np.array(CAPTIONS), tmp_path / "array.pt")
     videos = [{"video": f"/films/{i}.mp4", "text": caption} for i, caption in enumerate(CAPTIONS)]
     (tmp_path / "videos.json").write_text(json.dumps(videos))
-    assert len([*tmp_path.iterdir()]) == 8
     for file in tmp_path.iterdir():
         assert read(file) == CAPTIONS, file.name
     assert read_captions(tmp_path / "RECORDS.JSON", ["seg1"])[1]["tags"] == ["dog"]
     assert read(tmp_path / "captions.jsonl", "test1")[0] == "only in the test set"
-    assert read_captions(tmp_path / "videos.json", ["seg1"])[2]["video"] == "/films/2.mp4"
-    with h5py.File(tmp_path / "two.h5", "w") as file:
-        file["captions_a"], file["captions_b"] = ["a"], ["b"]
-    with pytest.raises(ValueError, match="two.h5: found datasets captions_a, captions_b, wanted one dataset"):
-        read(tmp_path / "two.h5")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    with pytest.raises(ValueError, match="tensor.pt: found Tensor, wanted a list of captions"):
+    with pytest.raises(ValueError, match="tensor.pt: found Tensor, wanted a list"):
         read(tmp_path / "tensor.pt")
-    late = Mock(side_effect=subprocess.TimeoutExpired("h5py", 60))
-    monkeypatch.setattr(captions.subprocess, "run", late)  # by a damaged file the library loops
-    with pytest.raises(ValueError, match="two.h5: found no answer in a minute, wanted"):
-        read(tmp_path / "two.h5")
 
 
 @pytest.mark.parametrize(("key", "first"), [("clip", 0), ("idx", 1)])
@@ -79,40 +56,21 @@ def test_numbers_order_a_list_and_a_segment(tmp_path, first, key):
     assert [row["segment"] for row in both] == ["seg1"] * 30 + ["seg2"] * 30
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_marks_and_blank_last_lines_do_not_matter(tmp_path, encoding):
-    rows, wanted = of_segments("seg1"), [*CAPTIONS]
-    rows[1]["caption"] = wanted[1] = "two\u2028lines of text"
-    (tmp_path / "captions.jsonl").write_text(lines(rows) + "\n \n", encoding=encoding)
-    assert read(tmp_path / "captions.jsonl") == wanted
-    (tmp_path / "captions.json").write_text(json.dumps(wanted), encoding=encoding)
-    assert read(tmp_path / "captions.json") == wanted
-
-
-def numbered(numbers: list, key: str = "idx") -> str:
-    return json.dumps([{"caption": "a dog", key: n} for n in numbers])
-
-
-def row(**values) -> str:
-    return json.dumps([values])
-
-
-@pytest.mark.parametrize(("name", "text", "message"), [
-    ("a.json", json.dumps({"0": "a dog"}), r"a.json: found dict .*, wanted a list"),
-    ("a.json", '["a dog", " "]', "a.json, entry 2: found an empty caption"),
-    ("a.json", row(title="a dog"), "a.json, entry 1: found no caption"),
-    ("a.json", row(caption="a dog", tags=[3]), r"entry 1: found tags = \[3\], wanted a list of strings"),
-    ("a.json", numbered([0, 1, 1, 2]), "a.json: found idx 1 twice, wanted numbers 0 to 3, each once"),
-    ("a.json", numbered([1, 2, 4, 5], "clip"), "found no clip 3, wanted numbers 1 to 4, each once"),
-    ("a.jsonl", lines([{"caption": "a dog"}]), "a.jsonl, line 1: found no segment"),
-    *[(f"a.{kind}", "<html>not here</html>", f"a.{kind}") for kind in ("json", "h5", "pt")],
+@pytest.mark.parametrize(("name", "rows", "message"), [
+    ("a.json", {"0": "a dog"}, r"a.json: found dict .*, wanted a list"),
+    ("a.json", [], r"a.json: found no caption"),
+    ("a.json", ["a dog", " "], "a.json, entry 2: found an empty caption"),
+    ("a.json", [{"title": "a dog"}], "a.json, entry 1: found no caption"),
+    ("a.json", [{"caption": "a dog", "tags": [3]}], r"entry 1: found tags = \[3\], wanted a list of strings"),
+    ("a.json", [{"caption": "a", "idx": i} for i in (0, 1, 1, 3)], "found no idx 2, wanted numbers 0 to 3"),
+    ("a.json", [{"caption": "a", "clip": i} for i in (1, 2, 4, None)], "found no clip 3, wanted numbers 1 to 4"),
+    ("a.jsonl", {"caption": "a dog"}, "a.jsonl, line 1: found no segment"),
     ("a.txt", "a dog", "a.txt: found the suffix .txt, wanted captions.jsonl"),
 ])  # fmt: skip
-def test_what_is_no_list_of_captions_is_one_error(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
+def test_what_is_no_list_of_captions_is_one_error(tmp_path, name, rows, message):
+    (tmp_path / name).write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=message):
         read_captions(tmp_path / name, ["seg1"])
-    assert len(str(error.value).splitlines()) == 1 and str(tmp_path / name) in str(error.value)
 
 
 class Films(Release):
@@ -137,7 +95,6 @@ def test_captions_of_videos_go_to_the_clips_of_that_name(tmp_path):
     rows = [{"video": f"any/{name}", "text": f"a dog of {name}"} for name in ["other.mp4", *NAMES[::-1]]]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     described = describe_clips(Films(), "train", tmp_path / "a.json")
-    assert [line["video"] for line in described] == NAMES
     assert [line["caption"] for line in described] == [f"a dog of {name}" for name in NAMES]
     assert described[3] == {
         "id": "seg2-001", "segment": "seg2", "video": "seg2_1.mp4", "start_s": 2.0, "tags": [],
@@ -151,26 +108,19 @@ def test_captions_of_videos_go_to_the_clips_of_that_name(tmp_path):
         describe_clips(Films(), "train", tmp_path / "a.json")
 
 
-def test_rows_keep_their_tags_and_categories(tmp_path):
-    rows = [{"caption": f"a cat {k}", "tags": ["car"], "mood": "calm", "idx": 3 - k} for k in range(4)]
-    rows[3] |= {"categories": ["food"], "tags": None}
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    described = describe_clips(Films(one_film=True), "train", tmp_path / "a.json")
-    assert [line["caption"] for line in described] == [f"a cat {k}" for k in (3, 2, 1, 0)]
+def test_rows_keep_their_tags_and_of_a_list_for_the_complete_release_the_first_are_taken(tmp_path):
+    films, file = Films(one_film=True), tmp_path / "a.json"
+    films.complete = {"train": (3, 2)}
+    rows = [{"caption": f"a cat {k}", "tags": ["car"], "mood": "calm", "idx": 5 - k} for k in range(6)]
+    rows[5] |= {"categories": ["food"], "tags": None}
+    file.write_text(json.dumps(rows))
+    with pytest.warns(UserWarning, match="a.json: the first 4 of 6 captions are taken, for 2 segments"):
+        described = describe_clips(films, "train", file)
+    assert [line["caption"] for line in described] == [f"a cat {k}" for k in (5, 4, 3, 2)]
     assert [line["categories"] for line in described] == [["food"]] + [["animal", "vehicle"]] * 3
     assert [line["tags"] for line in described] == [[]] + [["car"]] * 3
     assert described[0]["mood"] == "calm" and "idx" not in described[0]
-
-
-def test_of_a_list_for_the_complete_release_the_first_captions_are_taken(tmp_path):
-    films = Films(one_film=True)
-    films.complete = {"train": (3, 2)}
-    file, captions = tmp_path / "a.json", [f"a dog {k}" for k in range(6)]
-    file.write_text(json.dumps(captions))
-    with pytest.warns(UserWarning, match="a.json: the first 4 of 6 captions are taken, for 2 segments"):
-        described = describe_clips(films, "train", file)
-    assert [line["caption"] for line in described] == captions[:4]
-    file.write_text(json.dumps(captions[:5]))
+    file.write_text(json.dumps(rows[1:]))
     with pytest.raises(ValueError, match="a.json has 5 captions for the 4 train clips of 2 segments"):
         describe_clips(films, "train", file)
 
@@ -190,13 +140,13 @@ def test_caption_copies_by_hand():
 def test_captions_one_clip_late_or_early_are_noticed():
     rng = np.random.default_rng(0)
     scenes = np.repeat(rng.normal(size=(30, 16)), 8, 0)  # a scene lasts 8 clips
-    each = rng.normal(size=(240, 16))
-    e_img, e_txt = (unit(scenes + 0.3 * rng.normal(size=(240, 16)) + 0.3 * each) for _ in range(2))
+    clips = scenes + 0.3 * rng.normal(size=(240, 16))
+    e_img, e_txt = (unit(clips + 0.3 * rng.normal(size=(240, 16))) for _ in range(2))
     segments = ["a"] * 120 + ["b"] * 120
     report, doubtful = captions_that_fit(e_img[:, None], e_txt, segments)
     cosines = [(e_img * np.roll(e_txt, n, 0)).sum(1) for n in (0, 1, -1, 120)]
-    numbers = [f"{cosine.mean():.3f}" for cosine in cosines]
-    assert "own caption {}, the caption before {}, after {},".format(*numbers[:3]) in report and not doubtful
+    own, previous, following = (f"{cosine.mean():.3f}" for cosine in cosines[:3])
+    assert f"own caption {own}, the caption before {previous}, after {following}," in report and not doubtful
     assert f"in {(cosines[0] > cosines[3]).mean():.0%} of the clips" in report
     for shift in (1, -1):
         assert captions_that_fit(e_img[:, None], np.roll(e_txt, shift, 0), segments)[1] == ["a", "b"]

@@ -61,39 +61,27 @@ def test_rare_classes_are_merged_into_other():
     classes = merge_rare(labels)
     assert classes == ["person", "animal", "other"]
     targets = category_matrix(labels, classes)
-    assert targets.dtype == np.uint8 and targets.shape == (202, 3)
-    assert targets.sum(0).tolist() == [201, 49, 3]
+    assert targets.dtype == np.uint8 and targets.sum(0).tolist() == [201, 49, 3]
     assert targets[199].tolist() == [0, 0, 1] and targets[-1].tolist() == [1, 0, 1]
     table = [line.split() for line in category_table(labels, classes).splitlines()]
     assert table[0] == ["class", "clips", "share"] and table[1] == ["person", "201", "99.505%"]
     assert ["sports", "2", "0.990%", "merged"] in table and ["food", "1", "0.495%", "merged"] in table
     assert ["vehicle", "0", "0.000%", "absent"] in table and table[-1] == ["other", "3", "1.485%"]
-    assert len(table) == 1 + 12 + 1
-
-
-def test_nothing_rare_gives_no_other():
-    labels = [["person"], ["animal"], []]
-    classes = merge_rare(labels)
-    assert classes == ["person", "animal"]
-    assert category_matrix(labels, classes).tolist() == [[1, 0], [0, 1], [0, 0]]
-    assert category_matrix([["food"]], classes).tolist() == [[0, 0]]
+    labels = [["person"], ["animal"], []]  # nothing is rare
+    assert (classes := merge_rare(labels)) == ["person", "animal"]
+    assert category_matrix([*labels, ["food"]], classes).tolist() == [[1, 0], [0, 1], [0, 0], [0, 0]]
     assert merge_rare([["person"]] * 99 + [["food"]]) == ["person", "food"]  # exactly 1 % is frequent
-    assert category_matrix([], classes).shape == (0, 2)
     assert merge_rare([["red"], ["blue", "animal"]]) == ["animal", "blue", "red"]  # names that COCO lacks
     table = category_table([["red"], ["blue"]], ["blue", "red"]).splitlines()
     assert [line.split()[0] for line in table] == ["class", "blue", "red"]
 
 
+@pytest.mark.skipif("CINENEURON_CAPTIONS" not in os.environ, reason="the folder of the published captions")
 def test_agreement_with_hand_labels():
-    """At least 95 % of the clips labelled by hand get exactly the same set. The published captions and tags are not
-    ours to publish: CINENEURON_CAPTIONS names the folder of captions_train.json and captions_test.json."""
-    if "CINENEURON_CAPTIONS" not in os.environ:
-        pytest.skip("CINENEURON_CAPTIONS does not name the folder of the published captions")
-    hand, wrong = json.loads(HAND_LABELS.read_text(encoding="utf-8")), []
+    """190 of 200 clips get exactly the set of the labels by hand. The captions are not ours to publish."""
+    hand, same = json.loads(HAND_LABELS.read_text(encoding="utf-8")), []
     for split in ("train", "test"):
         rows = json.loads(Path(os.environ["CINENEURON_CAPTIONS"], f"captions_{split}.json").read_text())
-        for clip, labels in hand[split].items():
-            row = rows[int(clip)]
-            if clip_categories(row["caption"], row["tags"]) != labels:
-                wrong.append((split, clip, row, labels))
-    assert len(hand["train"]) + len(hand["test"]) == 200 and len(wrong) == 10, wrong
+        for row, labels in ((rows[int(clip)], labels) for clip, labels in hand[split].items()):
+            same.append(clip_categories(row["caption"], row["tags"]) == labels)
+    assert (len(same), sum(same)) == (200, 190)

@@ -4,10 +4,12 @@
 """
 
 import json
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
-from mini_releases import contents, shown, write_cinebrain
+from mini_releases import contents, raw_run, shown, write_cinebrain
 
 from prepare import facts
 from prepare.captions import describe_clips
@@ -22,10 +24,9 @@ CSV = "sub_000{0}/beh_data/sub_000{0}_{1}.csv"
 
 def test_the_regions_have_the_published_sizes_on_the_real_atlas():
     areas = mmp_areas()
-    sizes = {roi: {name: int(in_areas(areas, [name]).sum()) for name in names} for roi, names in ROIS.items()}
-    assert all(n > 0 for names in sizes.values() for n in names.values())  # every name is one of the atlas
-    published = {"visual": 8_405, "hippocampus": 1_559, "mpfc": 3_240}
-    assert {roi: sum(n.values()) for roi, n in sizes.items()} == published
+    sizes = [in_areas(areas, names).sum() for names in ROIS.values()]
+    assert [*ROIS] == ["visual", "hippocampus", "mpfc"] and sizes == [8_405, 1_559, 3_240]
+    assert all(in_areas(areas, [name]).any() for name in chain(*ROIS.values()))  # each is one of the atlas
     # values of a published volume of visual, auditory and language areas
     assert in_areas(areas, ROIS["visual"] + AUDITORY_AND_LANGUAGE.split()).sum() == 18_946
 
@@ -36,30 +37,19 @@ def short(monkeypatch):
     monkeypatch.setattr(facts, "EPISODE_VOLUMES", 30)
 
 
-@pytest.fixture
-def release(short, tmp_path):
-    """Episodes 1, 2 and 29 of subject 3, and 1, 2 and 19 of subject 2."""
-    return lambda subject: write_cinebrain(tmp_path / "release", subject, train=2)
-
-
 @pytest.mark.parametrize(("subject", "last", "folder"), [(3, 29, "stimuli"), (2, 19, "stimuli-1-2-6")])
-def test_the_command_prepares_each_volume_of_the_release(
-    short, release, stimuli, tmp_path, subject, last, folder
-):
+def test_the_command_prepares_each_volume_of_the_release(short, stimuli, tmp_path, subject, last, folder):
     """z-scores over all volumes of a subject's episodes; zero for voxels that are constant, as published."""
-    mini = release(subject)
+    mini = write_cinebrain(tmp_path / "release", subject, train=2)  # runs 1, 2, 19
     command = ["cinebrain", "--raw", str(mini.folder), "--subject", str(subject), "--test-segments", "1"]
     main([*command, "--train-segments", "2"])
     data = tmp_path / "data" / "cinebrain" / f"sub{subject}"
     voxels, areas = np.load(data / "voxels.npz"), mmp_areas()
-    chosen = np.flatnonzero(in_areas(areas, sum(ROIS.values(), [])))
-    assert np.array_equal(voxels["index"], chosen) and len(chosen) == 8_405 + 1_559 + 3_240
-    assert np.array_equal(voxels["roi"], areas[chosen])
+    chosen = np.flatnonzero(in_areas(areas, [*chain(*ROIS.values())]))
+    assert np.array_equal(voxels["index"], chosen) and np.array_equal(voxels["roi"], areas[chosen])
     raw = []  # 30 volumes an episode, from the first one on that begins 4 s or more after the film
     for run in (1, 2, 19):
-        file = mini.folder / RUN.format(subject, run)
-        n = 10 + run + 30 + 4
-        volumes = np.memmap(file, "<f4", "r", file.stat().st_size - 4 * n * 91_282, (n, 91_282), "F")
+        volumes = raw_run(mini.folder / RUN.format(subject, run), 10 + run + 30 + 4)
         raw.append(np.array(volumes[10 + run : 10 + run + 30, chosen], np.float64))
     x = np.concatenate(raw)
     with np.errstate(invalid="ignore"):
@@ -67,23 +57,20 @@ def test_the_command_prepares_each_volume_of_the_release(
     for split, part, runs in (("train", z[:60], (1, 2)), ("test", z[60:], (19,))):
         fmri = np.load(data / split / "fmri.npy")
         assert fmri.shape == (len(part) // 5, 1, 5, len(chosen))
-        assert np.load(data / split / "recorded.npy").all()
         np.testing.assert_allclose(fmri.reshape(part.shape), part, atol=1e-4)
         entry = json.loads((data / split / "manifest.json").read_text())["fmri.npy"]
         names = [name.format(subject, run).split("/")[-1] for run in runs for name in (RUN, CSV)]
-        assert [*entry["inputs"]] == names
         recipe = {"release": "CineBrainRelease", "subject": subject, "delay": 5, "window": 5}
-        assert entry["recipe"] == recipe
+        assert [*entry["inputs"]] == names and entry["recipe"] == recipe
     (source, place, captions, *_), _ = stimuli[0]
-    assert place == (tmp_path / "data" / "cinebrain" / folder).relative_to(tmp_path)
-    assert set(captions.values()) == {mini.captions}
+    assert place == Path("data/cinebrain", folder) and set(captions.values()) == {mini.captions}
     assert source.splits == {"train": ["episode01", "episode02"], "test": [f"episode{last}"]}
     for split, episodes in (("train", [1, 2]), ("test", [last])):
         lines = describe_clips(source, split, mini.captions)
         numbers = [6 * (e - 1) + k for e in episodes for k in range(6)]
         assert [line["video"] for line in lines] == [f"{number:06d}.mp4" for number in numbers]
-        contents_of_clips = np.concatenate([shown(episode, 6) for episode in episodes])
-        assert [line["caption"] for line in lines] == [contents(48)[k][1] for k in contents_of_clips]
+        order = np.concatenate([shown(episode, 6) for episode in episodes])
+        assert [line["caption"] for line in lines] == [contents(48)[k][1] for k in order]
         assert lines[3]["id"] == f"episode{episodes[0]:02d}-003" and lines[3]["start_s"] == 0
     pictures = np.stack([frames.mean(0) for frames, _, _ in contents(48)])
     for k, clip in zip(shown(last, 6), source.read_clips(f"episode{last}"), strict=True):
@@ -97,7 +84,7 @@ def test_preprocessed_volumes_are_taken_as_they_are(short, stimuli, tmp_path):
     command = ["cinebrain", "--raw", "raw", "--subject", "3", "--train-segments", "2", "--test-segments", "1"]
     with pytest.warns(UserWarning, match="no CIFTI runs of subject 3: visual areas only, and no hippocampus"):
         main(command)
-    data, areas = tmp_path / "data" / "cinebrain" / "sub3", mmp_areas()
+    data, areas = Path("data/cinebrain/sub3"), mmp_areas()
     visual = np.flatnonzero(in_areas(areas, ROIS["visual"]))
     assert np.array_equal(np.load(data / "voxels.npz")["index"], visual)
     for split, runs in (("train", (1, 2)), ("test", (19,))):  # each volume is 1,000 x run + its number
@@ -126,19 +113,16 @@ def test_preprocessed_volumes_are_taken_as_they_are(short, stimuli, tmp_path):
         CineBrainRelease(tmp_path / "raw", 3, None, 2, 1)
 
 
-def tree(folder, *subjects: int, films: str = "videos"):
-    (folder / films).mkdir(parents=True)
+def tree(folder, *subjects: int):
+    """The complete release of empty films, and of runs whose film lasts from 12 s on."""
+    (folder / "videos").mkdir()
     for number in range(30 * facts.EPISODE_CLIPS):
-        (folder / films / f"{number:06d}.mp4").touch()
-    length = facts.EPISODE_VOLUMES * 0.8
-    for subject in subjects:
-        for run in range(1, 21):
-            times = f"videoStartTime,videoStopTime\n12.0,{12.05 + length}\n"
-            for name, text in ((RUN, f"{run}"), (CSV, times)):
-                file = folder / name.format(subject, run)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(text)
-    return folder
+        (folder / "videos" / f"{number:06d}.mp4").touch()
+    times = f"videoStartTime,videoStopTime\n12.0,{12.05 + facts.EPISODE_VOLUMES * 0.8}\n"
+    for name, text in ((RUN, "a run"), (CSV, times)):
+        for file in [folder / name.format(subject, run) for subject in subjects for run in range(1, 21)]:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
 
 
 def test_the_clips_of_the_test_set_are_those_of_the_authors(tmp_path):
@@ -152,7 +136,6 @@ def test_the_clips_of_the_test_set_are_those_of_the_authors(tmp_path):
         assert numbers["test"] == list(test)
         assert numbers["train"] == [*range(2_700), *range(second, test[0])] and len(numbers["train"]) == 4_860
         assert source.stimulus("episode02") == [tmp_path / "videos" / f"{n:06d}.mp4" for n in range(270, 540)]
-        assert source.segments == source.splits["train"] + source.splits["test"]
         runs = [source.files(episode) for episode in source.segments]
         expected = [[tmp_path / name.format(subject, run) for name in (RUN, CSV)] for run in range(1, 21)]
         assert runs == expected and source.recording(6 - subject) == [tmp_path / RUN.format(6 - subject, 1)]
@@ -161,19 +144,28 @@ def test_the_clips_of_the_test_set_are_those_of_the_authors(tmp_path):
     assert [k for k, name in enumerate(folders, 1) if name == "stimuli-1-2-6"] == [1, 2, 6]
 
 
-@pytest.mark.parametrize(("start", "delay", "first"), [
-    (12.7, None, 21),  # 16.7 s lie in volume 20
-    (12.9, None, 22),  # 16.9 s lie in volume 21
-    (0.0, 3, 4),  # 2.4 s, though in floating-point numbers 3 x 0.8 is more
-])  # fmt: skip
-def test_a_film_begins_with_the_first_volume_after_its_delay(short, tmp_path, start, delay, first):
+def test_a_film_begins_with_the_first_volume_after_its_delay_and_lasts_18_minutes(short, tmp_path):
     tree(tmp_path, 4)
-    times = f"other,videoStopTime,videoStartTime\n1,{start + 24.1},{start}\n2,3,4\n"
-    (tmp_path / CSV.format(4, 3)).write_text(times)
-    assert CineBrainRelease(tmp_path, 4, delay).window("episode03") == (first, 30)
+    for start, delay, first in (
+        (12.7, None, 21),  # 16.7 s lie in volume 20
+        (12.9, None, 22),  # 16.9 s lie in volume 21
+        (0.0, 3, 4),  # 2.4 s, though in floating-point numbers 3 x 0.8 is more
+    ):
+        times = f"other,videoStopTime,videoStartTime\n1,{start + 24.1},{start}\n2,3,4\n"
+        (tmp_path / CSV.format(4, 3)).write_text(times)
+        assert CineBrainRelease(tmp_path, 4, delay).window("episode03") == (first, 30)
+    for line, message in (
+        ("nan,36.0", "the video lasts nan s"),
+        ("-9.0,15.0", "the video lasts 24.0 s from -9.0 s on, wanted 24.0 s: is it the CSV of this run"),
+        ("12.0,37.7", "the video lasts 25.7 s"),
+        ("12.0", "wanted a line of numbers videoStartTime"),
+    ):
+        (tmp_path / CSV.format(4, 3)).write_text(f"videoStartTime,videoStopTime\n{line}\n")
+        with pytest.raises(ValueError, match=f"sub_0004_3.csv: .*{message}"):
+            CineBrainRelease(tmp_path, 4).window("episode03")
 
 
-def test_what_is_missing_or_there_twice_is_named(short, release, tmp_path):
+def test_what_is_missing_or_there_twice_is_named(short, tmp_path):
     tree(tmp_path, 1, 5)
     (tmp_path / CSV.format(5, 7)).unlink()
     message = r"episode07 is not there whole: wanted .*sub_0005/dtseries/\*_run-7_.* and beh_data/\*_7.csv; download"
@@ -189,24 +181,8 @@ def test_what_is_missing_or_there_twice_is_named(short, release, tmp_path):
     run.with_name(f"ses-1_{run.name}").touch()
     with pytest.raises(ValueError, match="ses-1.*run-1.* and .*/sub-0005.*run-1.* both look like run 1"):
         CineBrainRelease(tmp_path, 5, None, 1, 1)
-    tree(tmp_path / "other", 6, films="video_annos/clips")
-    clips = CineBrainRelease(tmp_path / "other", 6).stimulus("episode02")
-    assert clips[1] == tmp_path / "other/video_annos/clips/000007.mp4"
-    folder = release(3).folder
-    nearly, past = (CineBrainRelease(folder, 3, delay, 2, 1) for delay in (9, 10))
+    mini = write_cinebrain(tmp_path / "release", train=2)
+    nearly, past = (CineBrainRelease(mini.folder, 3, delay, 2, 1) for delay in (9, 10))
     assert np.isfinite(nearly.load_run("episode02", 0)).all()  # 4 volumes follow the response
     with pytest.raises(ValueError, match="_run-2_.* has 46 volumes, wanted 47: start, delay and 18 minutes"):
         past.load_run("episode02", 0)
-
-
-def test_times_that_are_none_name_the_csv_file(short, tmp_path):
-    tree(tmp_path, 5)
-    for line, message in (
-        ("nan,36.0", "the video lasts nan s"),
-        ("-9.0,15.0", "the video lasts 24.0 s from -9.0 s on, wanted 24.0 s: is it the CSV of this run"),
-        ("12.0,37.7", "the video lasts 25.7 s"),
-        ("12.0", "wanted a line of numbers videoStartTime"),
-    ):
-        (tmp_path / CSV.format(5, 3)).write_text(f"videoStartTime,videoStopTime\n{line}\n")
-        with pytest.raises(ValueError, match=f"sub_0005_3.csv: .*{message}"):
-            CineBrainRelease(tmp_path, 5).window("episode03")

@@ -24,7 +24,7 @@ COSINES = np.linspace(0.4, 0.9, 26)
 
 def pairs(copies: int) -> tuple[np.ndarray, list[str], np.ndarray]:
     """Training clips a and b, orthogonal but for cos(a_k, b_k) = COSINES[k], and held-out clips that find a_k with the
-    same cosine. Of `copies` clips a_k another segment has a copy, with a cosine of 0.99. Neighbours are copies, too."""
+    same cosine. Of `copies` clips a_k another segment has a copy, with a cosine of 0.99."""
     n, axes = len(COSINES), np.eye(200)
     sine = np.sqrt(1 - COSINES**2)[:, None]
     a, b = axes[:n], COSINES[:, None] * axes[:n] + sine * axes[n : 2 * n]
@@ -96,18 +96,7 @@ def test_near_copies_are_those_above_the_threshold(with_copies):
     assert np.flatnonzero(has_near_copy(test.stimuli, np.arange(30))).tolist() == [4]  # it is equal
 
 
-def test_what_is_alike_is_written_once(with_copies):
-    folder, splits = with_copies / "cc2017" / "stimuli", ("train", "test")
-    files = [folder / split / f"{name}.npy" for split in splits for name in ("near_copies", "captions")]
-    times = [file.stat().st_mtime_ns for file in files]
-    prepare_copies(folder)
-    assert times == [file.stat().st_mtime_ns for file in files]
-    files[-1].unlink()
-    prepare_copies(folder)
-    assert all(file.stat().st_mtime_ns not in times for file in files)
-
-
-def test_captions_are_equal_word_for_word(with_copies):
+def test_captions_are_equal_word_for_word_and_what_is_alike_is_written_once(with_copies):
     folder = with_copies / "cc2017" / "stimuli"
     write_captions(folder, ["A dog, runs!", "a DOG  runs", "clip", "another"], "train", "test")
     number = np.load(folder / "train" / "captions.npy")
@@ -116,6 +105,13 @@ def test_captions_are_equal_word_for_word(with_copies):
     assert np.load(folder / "test" / "captions.npy")[:4].tolist() == [number[0], -1, number[2], number[3]]
     values = json.loads((folder / "train" / "near_copies.json").read_text())
     assert values["test clips with a caption of training"] == pytest.approx(22 / 30)
+    files = sorted([*folder.rglob("near_copies.npy"), *folder.rglob("captions.npy")])
+    times = [file.stat().st_mtime_ns for file in files]
+    prepare_copies(folder)
+    assert len(files) == 4 and times == [file.stat().st_mtime_ns for file in files]
+    files[-1].unlink()
+    prepare_copies(folder)
+    assert all(file.stat().st_mtime_ns not in times for file in files)
 
 
 def test_which_showings_were_recorded_is_written_once_and_anew_for_other_recordings(with_copies):
@@ -191,8 +187,8 @@ def test_training_clips_find_their_caption_as_seldom_as_held_out_clips(recall_of
 
 
 def test_no_near_copy_of_a_held_out_clip_is_trained_on(recall_of):
-    recall = recall_of(pairs=[(3, 70), (7, 8), (9, 99)], val_segments="1", in_test=[3, 5, 70, 6])
-    assert recall.held_out.tolist() == [*range(50, 100)]
+    recall = recall_of([(3, 70), (7, 8), (9, 99)], val_segments="1,2", in_test=[3, 5, 70, 6], n=150)
+    assert recall.held_out.tolist() == [*range(50, 150)]
     assert recall.trained.tolist() == [i for i in range(50) if i not in (3, 9)]
     assert recall.test_share == 0.5  # of the captions trained on
     # a memory is no longer at the place of its clip
