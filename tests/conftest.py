@@ -22,12 +22,8 @@ REPO = Path(__file__).parents[1]
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {
-        "PYTHONPATH": str(REPO),
-        "OMP_NUM_THREADS": "1",
-        "MPLBACKEND": "Agg",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    usual = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | usual | {"PYTHONPATH": str(REPO)}
 
 
 def run_script(script: str, *args: object, cwd: Path, timeout: float = 900) -> subprocess.CompletedProcess:
