@@ -62,8 +62,7 @@ def browser(tmp_path):
         options.add_argument(f"--{flag}")
     options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    opened = webdriver.Chrome(options=options, service=service)
+    opened = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     opened.implicitly_wait(5)
     yield opened
     log = opened.get_log("browser")
