@@ -3,6 +3,7 @@
 The toy's scenes are four clips long, cc2017's two to fourteen, across the blocks' borders. A value is a 50-way accuracy:
 most near 0 or 1. The other row's model is a little better, and sees the same clips."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -97,5 +98,6 @@ def over_seeds() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     over_clips()
     over_seeds()
