@@ -22,12 +22,8 @@ REPO = Path(__file__).parents[1]
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {
-        "PYTHONPATH": str(REPO),
-        "OMP_NUM_THREADS": "1",
-        "MPLBACKEND": "Agg",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    usual = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | usual | {"PYTHONPATH": str(REPO)}
 
 
 def run_script(script: str, *args: object, cwd: Path, timeout: float = 900) -> subprocess.CompletedProcess:
@@ -66,8 +62,7 @@ def browser(tmp_path):
         options.add_argument(f"--{flag}")
     options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    opened = webdriver.Chrome(options=options, service=service)
+    opened = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     opened.implicitly_wait(5)
     yield opened
     log = opened.get_log("browser")

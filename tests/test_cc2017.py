@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import sha256
-from mini_releases import contents, raw_run, shown, write_neuroclips, write_purdue
+from mini_releases import contents, planted_voxels, raw_run, shown, write_neuroclips, write_purdue
 from test_preprocessing import polyfit
 
 from prepare import cc2017
@@ -25,7 +25,7 @@ FEW = {"train_segments": 3, "test_segments": 2}
 @pytest.fixture(scope="module")
 def purdue(tmp_path_factory):
     """3 + 2 segments in the folders that the publisher's archives unpack to, all shown twice."""
-    return write_purdue(tmp_path_factory.mktemp("purdue") / "raw", **FEW, as_unpacked=True, size=16)
+    return write_purdue(tmp_path_factory.mktemp("purdue") / "raw", **FEW, size=16)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,13 @@ def empty_release(tmp_path):
 def test_the_command_prepares_each_volume_of_the_release(purdue, stimuli, tmp_path, monkeypatch, capsys):
     """Trimmed by 1 volume (2 of test2), delayed by 2; eight of the ten showings are not in the miniature."""
     monkeypatch.setattr(cc2017, "CORTEX", 2_000)
-    command = ["cc2017", "--raw", str(purdue.folder), "--train-segments", "3", "--test-segments", "2"]
+    command = ["cc2017", "--raw", str(purdue), "--train-segments", "3", "--test-segments", "2"]
     with pytest.raises(FileNotFoundError, match="--viclip gone.pth is not there"):  # beforehand
         main([*command, "--viclip", "gone.pth"])
     main([*command, "--decoder", "wan", "--caption-sentences", "2"])
     data = tmp_path / "data" / "cc2017"
-    voxels, kept = np.load(data / "sub1" / "voxels.npz"), purdue.planted[purdue.planted < 2_000]
+    voxels, (planted, _) = np.load(data / "sub1" / "voxels.npz"), planted_voxels(step=16)
+    kept = planted[planted < 2_000]
     assert np.array_equal(voxels["index"], kept) and np.array_equal(voxels["roi"], mmp_areas()[kept])
     recipe = {"release": "PurdueRelease", "subject": 1, "delay": 2, "window": 1}
     for split, segments, repeats in (("train", 3, 2), ("test", 2, 10)):
@@ -68,18 +69,18 @@ def test_the_command_prepares_each_volume_of_the_release(purdue, stimuli, tmp_pa
         for number, segment in enumerate([*range(segments)] * 2):
             name, repeat = f"{split.replace('train', 'seg')}{segment + 1}", number // segments
             volumes, start = (246, 4) if name == "test2" else (245, 3)
-            (file,) = purdue.folder.rglob(f"subject1/**/{name}_{repeat + 1}_Atlas.dtseries.nii")
+            (file,) = purdue.rglob(f"subject1/**/{name}_{repeat + 1}_Atlas.dtseries.nii")
             expected = polyfit(raw_run(file, volumes)[:, kept], start, 240, 4)
             np.testing.assert_allclose(fmri[240 * segment :][:240, repeat, 0], expected, atol=2e-3)
             assert entry["inputs"][file.name] == sha256(file)
     (encoded, more), copies, decoder = stimuli
-    captions = dict.fromkeys(("train", "test"), purdue.folder / "captions.jsonl")
+    captions = dict.fromkeys(("train", "test"), purdue / "captions.jsonl")
     assert encoded[1:3] == (data.relative_to(tmp_path) / "stimuli", captions) and more == {"sentences": 2}
     assert encoded[3:] == ("ViT-L-14-quickgelu/openai", "OpenGVLab/ViCLIP")
     assert copies == encoded[1] and decoder[1:] == (encoded[1], "wan", (57, 624, 624), 2)
     assert f"sub1/train/fmri.npy  float32 (720, 2, 1, {len(kept)})" in capsys.readouterr().out
-    twin = purdue.folder / "subject2"
-    twin.symlink_to(purdue.folder / "10_4231_R7X63K3M" / "video_fmri_dataset" / "subject1")
+    twin = purdue / "subject2"
+    twin.symlink_to(purdue / "10_4231_R7X63K3M" / "video_fmri_dataset" / "subject1")
     with pytest.raises(ValueError, match="subjects 2 and 1 have identical .*subject2.* and .*subject1"):
         main([*command, "--subject", "2"])
     assert not (data / "sub2").exists()
@@ -120,16 +121,16 @@ def test_windows_keep_240_volumes_after_trimming_and_delay_and_what_is_missing_i
 
 
 def test_the_archives_are_read_where_they_were_unpacked(purdue, empty_release):
-    source = PurdueRelease(purdue.folder, 1, **FEW)
+    source = PurdueRelease(purdue, 1, **FEW)
     assert source.load_run("seg2", 1).dtype == np.float32
     source.run_file("seg2", 1).rename(file := source.run_file("test2", 5))  # 245 volumes, where test2 has 246
     with pytest.raises(ValueError, match=r"test2_6_Atlas.*\(245, 91282\).*\(246, 91282\)"):
         source.load_run("test2", 5)
     file.rename(source.run_file("seg2", 1))
     assert source.recording(1) == [source.run_file("seg1", 0)] and source.recording(2) == []
-    upper = PurdueRelease(purdue.folder / "..", 1, **FEW)  # a folder further up
+    upper = PurdueRelease(purdue / "..", 1, **FEW)  # a folder further up
     place = "10_4231_R7X63K3M/video_fmri_dataset/subject1/fmri"
-    assert upper.runs.resolve() == (purdue.folder / place).resolve()
+    assert upper.runs.resolve() == (purdue / place).resolve()
     for hidden in ("__MACOSX", ".Trash"):  # what a system hides is no release
         (empty_release / hidden / "stimuli").mkdir(parents=True)
     double = empty_release / "subject1" / "fmri" / "seg1" / "cifti" / "._seg1_1_Atlas.dtseries.nii"
@@ -141,9 +142,9 @@ def test_the_archives_are_read_where_they_were_unpacked(purdue, empty_release):
 
 
 def test_the_neuroclips_release_is_read_segment_by_segment(neuroclips, monkeypatch):
-    source, late = (NeuroClipsRelease(neuroclips.folder, 1, delay, **FEW) for delay in (None, 2))
+    source, late = (NeuroClipsRelease(neuroclips, 1, delay, **FEW) for delay in (None, 2))
     source.check()
-    files, lists = ({s: neuroclips.folder / name.format(s) for s in ("train", "test")} for name in PT_FILES)
+    files, lists = ({s: neuroclips / name.format(s) for s in ("train", "test")} for name in PT_FILES)
     assert (source.repeats("seg1"), source.repeats("test1"), source.preprocessed) == (2, 10, True)
     assert source.window("seg2") == (0, 240) and source.clips_of("seg2") == 240
     for segment, split, first in (("seg1", "train", 0), ("seg3", "train", 480), ("test2", "test", 240)):
@@ -163,21 +164,21 @@ def test_the_neuroclips_release_is_read_segment_by_segment(neuroclips, monkeypat
     assert source.captions == lists
     assert captions == [contents(16)[k][1] for k in np.concatenate([shown(3), shown(4)])]
     monkeypatch.setattr(NeuroClipsRelease, "complete", {"train": (3, 240), "test": (2, 240)})
-    few = NeuroClipsRelease(neuroclips.folder, 1, train_segments=2, test_segments=1)  # the first of them
+    few = NeuroClipsRelease(neuroclips, 1, train_segments=2, test_segments=1)  # the first of them
     few.check()
     assert few.segments == ["seg1", "seg2", "test1"]
     assert all(np.array_equal(few.load_run(name, 1), source.load_run(name, 1)) for name in few.segments)
 
 
 def test_recordings_of_neuroclips_go_with_the_films_of_purdue(purdue, neuroclips, stimuli, tmp_path):
-    both = NeuroClipsWithFilms(neuroclips.folder, purdue.folder, 1, **FEW)
-    pt, films = NeuroClipsRelease(neuroclips.folder, 1, **FEW), PurdueRelease(purdue.folder, 1, **FEW)
+    both = NeuroClipsWithFilms(neuroclips, purdue, 1, **FEW)
+    pt, films = NeuroClipsRelease(neuroclips, 1, **FEW), PurdueRelease(purdue, 1, **FEW)
     both.check()
     assert both.name == "NeuroClipsRelease"
     assert np.array_equal(next(both.read_clips("seg2")), next(films.read_clips("seg2")))
     with pytest.raises(FileNotFoundError, match="seg1.mp4"):
-        NeuroClipsWithFilms(neuroclips.folder, tmp_path, 1, **FEW).check()
-    command = ["cc2017", "--fmri-release", str(neuroclips.folder), "--raw", str(purdue.folder)]
+        NeuroClipsWithFilms(neuroclips, tmp_path, 1, **FEW).check()
+    command = ["cc2017", "--fmri-release", str(neuroclips), "--raw", str(purdue)]
     command += ["--train-segments", "3", "--test-segments", "2"]
     (tmp_path / "train.json").write_text(json.dumps(["a dog"] * 720))
     (tmp_path / "test.json").write_text(json.dumps(["a dog"] * 479))
@@ -185,7 +186,7 @@ def test_recordings_of_neuroclips_go_with_the_films_of_purdue(purdue, neuroclips
         main([*command, "--captions", "train.json", "test.json"])
     assert not stimuli and not [*tmp_path.rglob("*.npy")]
     main(command)
-    values = torch.load(neuroclips.folder / "subj01_test_fmri.pt", weights_only=True).numpy()
+    values = torch.load(neuroclips / "subj01_test_fmri.pt", weights_only=True).numpy()
     assert np.array_equal(np.load("data/cc2017/sub1/test/fmri.npy")[:, :, 0], values)
     ((source, _, captions, *_), _), _ = stimuli
     assert source.stimulus("seg1") == films.stimulus("seg1") and captions == pt.captions
@@ -203,7 +204,7 @@ PT_FAULTS = [  # file of the test set, its value, what the error says
 
 
 def test_bad_input_of_the_neuroclips_release_is_named(neuroclips, tmp_path):
-    folder = shutil.copytree(neuroclips.folder, tmp_path / "release", copy_function=os.link)
+    folder = shutil.copytree(neuroclips, tmp_path / "release", copy_function=os.link)
     for segments, clips in ((18, 4320), (2, 480)):
         message = f"subj01_train_fmri.pt: found 720 clips, wanted {clips} .{segments} seg"
         with pytest.raises(ValueError, match=message):

@@ -40,8 +40,9 @@ def short(monkeypatch):
 @pytest.mark.parametrize(("subject", "last", "folder"), [(3, 29, "stimuli"), (2, 19, "stimuli-1-2-6")])
 def test_the_command_prepares_each_volume_of_the_release(short, stimuli, tmp_path, subject, last, folder):
     """z-scores over all volumes of a subject's episodes; zero for voxels that are constant, as published."""
-    mini = write_cinebrain(tmp_path / "release", subject, train=2)  # runs 1, 2, 19
-    command = ["cinebrain", "--raw", str(mini.folder), "--subject", str(subject), "--test-segments", "1"]
+    mini = write_cinebrain(tmp_path / "release", subject)  # runs 1, 2, 19
+    texts = mini / "captions-qwen-2.5-vl-7b.json"
+    command = ["cinebrain", "--raw", str(mini), "--subject", str(subject), "--test-segments", "1"]
     main([*command, "--train-segments", "2"])
     data = tmp_path / "data" / "cinebrain" / f"sub{subject}"
     voxels, areas = np.load(data / "voxels.npz"), mmp_areas()
@@ -49,7 +50,7 @@ def test_the_command_prepares_each_volume_of_the_release(short, stimuli, tmp_pat
     assert np.array_equal(voxels["index"], chosen) and np.array_equal(voxels["roi"], areas[chosen])
     raw = []  # 30 volumes an episode, from the first one on that begins 4 s or more after the film
     for run in (1, 2, 19):
-        volumes = raw_run(mini.folder / RUN.format(subject, run), 10 + run + 30 + 4)
+        volumes = raw_run(mini / RUN.format(subject, run), 10 + run + 30 + 4)
         raw.append(np.array(volumes[10 + run : 10 + run + 30, chosen], np.float64))
     x = np.concatenate(raw)
     with np.errstate(invalid="ignore"):
@@ -63,10 +64,10 @@ def test_the_command_prepares_each_volume_of_the_release(short, stimuli, tmp_pat
         recipe = {"release": "CineBrainRelease", "subject": subject, "delay": 5, "window": 5}
         assert [*entry["inputs"]] == names and entry["recipe"] == recipe
     (source, place, captions, *_), _ = stimuli[0]
-    assert place == Path("data/cinebrain", folder) and set(captions.values()) == {mini.captions}
+    assert place == Path("data/cinebrain", folder) and set(captions.values()) == {texts}
     assert source.splits == {"train": ["episode01", "episode02"], "test": [f"episode{last}"]}
     for split, episodes in (("train", [1, 2]), ("test", [last])):
-        lines = describe_clips(source, split, mini.captions)
+        lines = describe_clips(source, split, texts)
         numbers = [6 * (e - 1) + k for e in episodes for k in range(6)]
         assert [line["video"] for line in lines] == [f"{number:06d}.mp4" for number in numbers]
         order = np.concatenate([shown(episode, 6) for episode in episodes])
@@ -80,7 +81,7 @@ def test_the_command_prepares_each_volume_of_the_release(short, stimuli, tmp_pat
 
 @pytest.mark.filterwarnings("ignore:.*no CIFTI")
 def test_preprocessed_volumes_are_taken_as_they_are(short, stimuli, tmp_path):
-    mini = write_cinebrain(tmp_path / "raw", train=2, kind="volumes")
+    mini = write_cinebrain(tmp_path / "raw", kind="volumes")
     command = ["cinebrain", "--raw", "raw", "--subject", "3", "--train-segments", "2", "--test-segments", "1"]
     with pytest.warns(UserWarning, match="no CIFTI runs of subject 3: visual areas only, and no hippocampus"):
         main(command)
@@ -96,7 +97,7 @@ def test_preprocessed_volumes_are_taken_as_they_are(short, stimuli, tmp_path):
     with pytest.raises(ValueError, match="--delay 5: the preprocessed volumes of raw are delayed already"):
         main([*command, "--delay", "5"])
     source = CineBrainRelease(tmp_path / "raw", 3, None, 2, 1)
-    folder = mini.folder / "sub-0003" / "visual_audio"
+    folder = mini / "sub-0003" / "visual_audio"
     assert source.recording(3) == [folder / f"{k}.npy" for k in range(30)] and not source.recording(4)
     wide = np.flatnonzero(in_areas(areas, ROIS["visual"] + AUDITORY_AND_LANGUAGE.split()))  # (18946,)
     np.save(folder / "37.npy", wide / 4.0)  # the grayordinates' numbers: the visual ones are picked
@@ -181,8 +182,8 @@ def test_what_is_missing_or_there_twice_is_named(short, tmp_path):
     run.with_name(f"ses-1_{run.name}").touch()
     with pytest.raises(ValueError, match="ses-1.*run-1.* and .*/sub-0005.*run-1.* both look like run 1"):
         CineBrainRelease(tmp_path, 5, None, 1, 1)
-    mini = write_cinebrain(tmp_path / "release", train=2)
-    nearly, past = (CineBrainRelease(mini.folder, 3, delay, 2, 1) for delay in (9, 10))
+    mini = write_cinebrain(tmp_path / "release")
+    nearly, past = (CineBrainRelease(mini, 3, delay, 2, 1) for delay in (9, 10))
     assert np.isfinite(nearly.load_run("episode02", 0)).all()  # 4 volumes follow the response
     with pytest.raises(ValueError, match="_run-2_.* has 46 volumes, wanted 47: start, delay and 18 minutes"):
         past.load_run("episode02", 0)

@@ -25,27 +25,25 @@ from support import shared
 from support.files import write_json, writing_array
 from support.videos import write_video
 
-T, N, F, D, CLASSES_COUNT = 2, 40, 5, 20, 4  # volumes, voxels, frames of CLIP, its width, categories
+T, N, F, D = 2, 40, 5, 20  # volumes, voxels, frames of CLIP, its width
 L, WIDTH, D_TXT = 12, 24, 16  # text tokens, D', the text's width
 SIZE, LATENT = (9, 32, 48), (4, 3, 4, 6)  # F, H, W -> C, f, h, w
 SEGMENTS = {"train": ["seg1", "seg2", "seg3"], "test": ["test1", "test2"]}
 LENGTH = {"train": 15, "test": 13}  # clips a segment
 WORDS = "red blue a circle square grows moves".split()
+AREAS = ["L_V1", "R_FFC", "L_MST", "hippocampus_left", "R_4"]  # of the voxels in turn; R_4 is motor cortex
+CLASSES = ["person", "animal", "vehicle", "other"]
 COLOURS, SHAPES = ("red", "blue"), ("circle", "square")
 STAGE1_CONFIG = dict(
     data="cc2017", subject=1, rois=None, val_segments=None, dropout=0.1, precision="fp32", tau=0.2, lambda_1=0.7,
     lambda_2=0.4, step=9, steps_in_all=9,
-    sizes={"volumes": T, "voxels": N, "frames": F, "embed_dim": D, "classes": CLASSES_COUNT},
+    sizes={"volumes": T, "voxels": N, "frames": F, "embed_dim": D, "classes": 4},
 )  # fmt: skip
 SETTINGS = dict(
     data="cc2017", subject=1, seed=0, mom=True, integration=True, K=3, alpha=1.0, attention_heads=4, frames=SIZE[0],
     height=SIZE[1], width=SIZE[2], lora_rank=4, lora_alpha=8, noise_shift=1.0, checkpointing=False, precision="fp32",
     sampling_steps=2, guidance=2.0, sample_every=0, step=6, steps_in_all=6, stage1_config=STAGE1_CONFIG,
 )  # fmt: skip
-
-
-AREAS = ["L_V1", "R_FFC", "L_MST", "hippocampus_left", "R_4"]  # of the voxels in turn; R_4 is motor cortex
-CLASSES = ["person", "animal", "vehicle", "other"]
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -103,7 +101,7 @@ def write_prepared(
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "</s>", "<unk>", *"a red blue circle square grows moves".split()]
+    words = "<pad> </s> <unk> a red blue circle square grows moves".split()
     model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.Whitespace()
     model.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -184,58 +182,50 @@ def away_from_zero(model: nn.Module, std: float = 0.3) -> None:
             nn.init.normal_(p, std=std)
 
 
-def write_stage1(
-    root: Path, run: str = "full-s0", voxels: int = N, tokens: int = L, seed: int = 1, **changes
-) -> Path:
+def write_stage1(root: Path, run: str = "full-s0", voxels=N, tokens=L, seed=1, **changes) -> None:
     """A finished stage 1: random weights, a φ_v that is no plain mean, a φ_a that is not zero."""
     folder = root / "runs" / "cc2017" / "sub1" / run / "stage1"
     torch.manual_seed(seed)
-    heads = Stage1Heads(D, F, CLASSES_COUNT)
+    heads = Stage1Heads(D, F, len(CLASSES))
     nn.init.normal_(heads.phi_v.mix.weight)
     nn.init.normal_(heads.phi_a.mlp[3].weight, std=0.3)
     BrainModel(voxels, T, tokens, WIDTH, 2, 4, D, 4).save_pretrained(folder / "brain_model")
     heads.save_pretrained(folder / "heads")
     config = STAGE1_CONFIG | {"sizes": STAGE1_CONFIG["sizes"] | {"voxels": voxels}} | changes
     write_json(folder / "config.json", config)
-    return folder
 
 
-def new_stage2(root: Path, stage1: str = "full-s0", decoder: str = "wan", **changes) -> CineNeuron:
+def new_stage2(root: Path, decoder: str = "wan", **changes) -> CineNeuron:
     """A stage 2 on top of a finished stage 1, its LoRA and zero-convolutions away from zero."""
     settings = SETTINGS | {"decoder": str(root / "models" / decoder)} | changes
     train = Clips("cc2017", 1, "train", None, settings["decoder"], SIZE, root / "data")
     torch.manual_seed(0)
-    model = CineNeuron.from_stage1(root / "runs/cc2017/sub1" / stage1 / "stage1", settings, train)
+    model = CineNeuron.from_stage1(root / "runs/cc2017/sub1/full-s0/stage1", settings, train)
     away_from_zero(model)
     return model
 
 
-def write_stage2(root: Path, run: str = "full-s0", stage1: str = "full-s0", **changes) -> Path:
+def write_stage2(root: Path, run: str = "full-s0", **changes) -> None:
     """A finished one."""
-    model, folder = new_stage2(root, stage1, **changes), root / "runs/cc2017/sub1" / run / "stage2"
+    model, folder = new_stage2(root, **changes), root / "runs/cc2017/sub1" / run / "stage2"
     for name, write in shared.writers(model).items():
         write(folder / name)
     shared.write_memories(folder, model)
     write_json(folder / "config.json", model.settings)
-    return folder
 
 
-def describe_clip(line: dict, i: int, rng: np.random.Generator) -> dict:
-    """A caption of one to eight words, a colour and a shape. A third of the test clips and all training clips share
-    thirty captions: some recur."""
-    shared_caption = not line["segment"].startswith("test") or i % 3 == 0
-    words = np.random.default_rng(rng.integers(30) if shared_caption else 1000 + i)
-    caption = " ".join(words.choice(WORDS, words.integers(1, 9)))
-    return line | {"caption": caption, "colour": COLOURS[i % 2], "shape": SHAPES[i // 2 % 2]}
-
-
-def write_films(root: Path, decoders: tuple[str, ...] = ("wan",)) -> Path:
-    """data/cc2017 with its films, described, and prepared for the tiny decoders in models/. Returns data/cc2017."""
+def write_films(root: Path) -> None:
+    """data/cc2017 with its films, described, and prepared for the tiny decoders in models/."""
     folder = write_prepared(root / "data", clips=(45, 26), T=T, D=D, F=F, copies=10)
     rng = np.random.default_rng(0)
     for split in SEGMENTS:
         file = folder / "stimuli" / split / "clips.jsonl"
-        lines = [describe_clip(json.loads(line), i, rng) for i, line in enumerate(open(file))]
+        lines = [json.loads(line) for line in open(file)]
+        for i, line in enumerate(lines):  # of a third of the test clips and of all training clips some recur
+            seed = rng.integers(30) if split == "train" or i % 3 == 0 else 1000 + i
+            words = np.random.default_rng(seed)
+            line["caption"] = " ".join(words.choice(WORDS, words.integers(1, 9)))
+            line |= {"colour": COLOURS[i % 2], "shape": SHAPES[i // 2 % 2]}
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepare_copies(folder / "stimuli")  # the captions are others now
     films = Films(root)
@@ -243,13 +233,12 @@ def write_films(root: Path, decoders: tuple[str, ...] = ("wan",)) -> Path:
         clips = np.concatenate([*films.read_clips(segment)])
         write_video(folder / "raw" / "stimuli" / f"{segment}.mp4", clips, 10)
     torch.manual_seed(0)
-    for name in decoders:
-        pipe = {"wan": wan_pipeline, "cogvideox": cogvideox_pipeline}[name]()
+    for name, build in {"wan": wan_pipeline, "cogvideox": cogvideox_pipeline}.items():
+        pipe = build()
         for p in pipe.transformer.parameters():  # the output layer starts at zero, where nothing can be seen
             p.data += 0.05 * torch.randn_like(p)
         pipe.save_pretrained(root / "models" / name)
         prepare_decoder(films, folder / "stimuli", str(root / "models" / name), SIZE)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -257,7 +246,7 @@ def tiny(tmp_path_factory) -> Path:
     """The world, to be read only: data/cc2017, models/{wan,cogvideox}, runs full, no-mom and no-integration of
     subject 1, both stages finished. A test that writes below it takes `tiny_copy`, or a run of its own name."""
     root = tmp_path_factory.mktemp("tiny")
-    write_films(root, decoders=("wan", "cogvideox"))
+    write_films(root)
     write_stage1(root)
     write_stage2(root)
     write_stage2(root, "no-mom-s0", mom=False)

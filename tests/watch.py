@@ -2,6 +2,7 @@
 evaluation reconstructs and scores."""
 
 import io
+from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,15 +64,29 @@ class Watched:
         return getattr(self.models[0], "brain_model", self.models[0])
 
     def weights(self) -> dict[str, Tensor]:
-        return {
-            f"{k}.{name}": p.clone() for k, m in enumerate(self.models) for name, p in m.state_dict().items()
-        }
+        states = enumerate(model.state_dict() for model in self.models)
+        return {f"{k}.{name}": p.clone() for k, state in states for name, p in state.items()}
+
+
+def listen(patch: pytest.MonkeyPatch, owner: type, name: str, note: Callable) -> None:
+    """Call note(*arguments) before each call of owner.name."""
+    method = getattr(owner, name)
+
+    def noted(*args, **options):
+        note(*args, **options)
+        return method(*args, **options)
+
+    patch.setattr(owner, name, noted)
+
+
+def row_of_sampling(decoder, f_fuse, empty, size, generators, steps, guidance) -> dict:
+    noise = [generator.initial_seed() for generator in generators]
+    return {"clips": len(f_fuse), "f_fuse": f_fuse, "steps": steps, "guidance": guidance, "noise": noise}
 
 
 def watch(script: ModuleType, arguments: list, stop: int = 3) -> Watched:
     """Run the script's main on these arguments in the working directory; stop it before step `stop`."""
     watched, train_step = Watched(), script.train_step
-    save, enter, generate = RunFolder.save, RunFolder.__enter__, VideoDecoder.generate
 
     def step(*given):
         *models, batch, _ = given
@@ -98,29 +113,15 @@ def watch(script: ModuleType, arguments: list, stop: int = 3) -> Watched:
         watched.norms.append(float(torch.cat([p.grad.flatten() for p in moving]).norm()))
         watched.rates.append([group["lr"] for group in optimiser.param_groups])
 
-    def saving(run: RunFolder, number: int) -> None:
-        watched.saved.append(number)
-        save(run, number)
-
-    def entered(run: RunFolder) -> RunFolder:
-        watched.folder = run.folder
-        return enter(run)
-
-    def sampled(decoder, f_fuse, empty, size, generators, steps, guidance) -> Tensor:
-        noise = [generator.initial_seed() for generator in generators]
-        row = {"clips": len(f_fuse), "f_fuse": f_fuse, "steps": steps, "guidance": guidance, "noise": noise}
-        watched.samples.append(row)
-        return generate(decoder, f_fuse, empty, size, generators, steps, guidance)
-
     def compile_blocks(blocks, dit=None) -> None:
         watched.compiled += [*blocks, dit]
 
     hook = register_optimizer_step_pre_hook(moved)
     with pytest.MonkeyPatch.context() as patch, suppress(Enough):
         patch.setattr(script, "train_step", step)
-        patch.setattr(RunFolder, "save", saving)
-        patch.setattr(RunFolder, "__enter__", entered)
-        patch.setattr(VideoDecoder, "generate", sampled)
+        listen(patch, RunFolder, "save", lambda run, number: watched.saved.append(number))
+        listen(patch, RunFolder, "__enter__", lambda run: setattr(watched, "folder", run.folder))
+        listen(patch, VideoDecoder, "generate", lambda *args: watched.samples.append(row_of_sampling(*args)))
         patch.setattr(training, "compile_blocks", compile_blocks)
         try:
             script.main(script.parse([str(word) for word in arguments]))
@@ -144,8 +145,8 @@ EVALUATE = "--data cc2017 --metrics ssim --size native --batch_size 2 --fps 4.5"
 class Evaluated:
     evaluation: Evaluation | None = None  # as it goes to the report
     values: dict = field(default_factory=dict)  # key: [value, of the control], as they were computed
-    reconstructed: list[dict] = field(default_factory=list)  # x, keys, steps, guidance of each batch
-    made: list[dict] = field(default_factory=list)  # clips, steps, guidance of each call of the decoder
+    reconstructed: list[tuple] = field(default_factory=list)  # x, keys, steps, guidance of each batch
+    made: list[dict] = field(default_factory=list)  # number of clips, steps, guidance of each sampling
     processes: list[int] = field(default_factory=list)
     judged: list[int] = field(default_factory=list)  # frames that the classifier of videos was given
     videos: dict[str, np.ndarray] = field(default_factory=dict)  # frames of gt/0000.mp4 and recon/0000.mp4
@@ -157,24 +158,16 @@ class Evaluated:
         return self.evaluation.out
 
     def x(self) -> Tensor:
-        return torch.cat([batch["x"] for batch in self.reconstructed])
+        return torch.cat([x for x, *_ in self.reconstructed])
 
     def keys(self) -> list[tuple[int, int]]:
-        return [key for batch in self.reconstructed for key in batch["keys"]]
+        return [key for _, keys, *_ in self.reconstructed for key in keys]
 
 
 def watch_evaluation(arguments: list) -> Evaluated:
     """evaluate.py's main on these arguments in the working directory, without its report and its pictures. A
     classifier of videos stands in for VideoMAE: its probabilities are those of the frames' mean colours."""
-    seen, reconstruct, generate = Evaluated(), CineNeuron.reconstruct, VideoDecoder.generate
-
-    def reconstructed(model, x, keys=None, steps=None, guidance=None):
-        seen.reconstructed.append({"x": x, "keys": keys, "steps": steps, "guidance": guidance})
-        return reconstruct(model, x, keys, steps, guidance)
-
-    def made(decoder, f_fuse, empty, size, generators, steps, guidance):
-        seen.made.append({"clips": len(f_fuse), "steps": steps, "guidance": guidance})
-        return generate(decoder, f_fuse, empty, size, generators, steps, guidance)
+    seen = Evaluated()
 
     def in_processes(work, accelerator, processes: int) -> list:
         seen.processes.append(processes)
@@ -202,8 +195,8 @@ def watch_evaluation(arguments: list) -> Evaluated:
         return judge
 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
-        patch.setattr(CineNeuron, "reconstruct", reconstructed)
-        patch.setattr(VideoDecoder, "generate", made)
+        listen(patch, CineNeuron, "reconstruct", lambda _, *args: seen.reconstructed.append(args))
+        listen(patch, VideoDecoder, "generate", lambda *args: seen.made.append(row_of_sampling(*args)))
         patch.setattr(evaluate, "in_processes", in_processes)
         patch.setattr(score, "in_processes", in_processes)
         patch.setattr(evaluate, "report", report)
