@@ -1,8 +1,7 @@
-"""What several tests use: the tiny world (tiny.py), the scripts run as a reader runs them, a browser."""
+"""What several tests use: the tiny world (tiny.py), the scripts run as a reader runs them."""
 
 import hashlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -47,35 +46,8 @@ def signals():
         signal.signal(number, handler)
 
 
-FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking
-disable-component-update disable-sync window-size=1280,720""".split()
-
-
-@pytest.fixture
-def browser(tmp_path):
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("no chromium and chromedriver here")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (*FLAGS, f"user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(f"--{flag}")
-    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    opened = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    opened.implicitly_wait(5)
-    yield opened
-    log = opened.get_log("browser")
-    opened.quit()
-    assert log == []
-
-
 def wait(true, seconds: float = 5) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-def press(browser, key: str) -> None:
-    browser.find_element("tag name", "body").send_keys(key)

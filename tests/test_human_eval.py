@@ -1,4 +1,4 @@
-"""extras/human_eval.py: the page and its blindness, the counting of votes, the page in a browser."""
+"""extras/human_eval.py: the page and its blindness, the counting of votes."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import press, wait
 
 from extras import human_eval
 from support.videos import read_video, write_video
@@ -124,23 +123,3 @@ def test_agreement_against_a_published_example():
     rows = ["123321412___", "1233224125_3", "_3332342251_", "12332441251_"]
     ratings = np.array([[-1 if rating == "_" else int(rating) for rating in row] for row in rows])
     assert human_eval.agreement(ratings)[1] == pytest.approx(0.743, abs=5e-4)
-
-
-@pytest.mark.slow
-def test_vote_in_a_browser(browser, study, tmp_path):
-    browser.get((study / "page" / "index.html").as_uri())
-    browser.find_element("id", "code").clear()
-    browser.find_element("id", "code").send_keys("P 1")
-    browser.find_element("id", "begin").click()
-    for _ in range(3):
-        for _ in QUESTIONS:
-            press(browser, "b")
-        browser.find_element("id", "next").click()
-    browser.find_element("id", "download").click()
-    key = key_of(study)
-    file = tmp_path / f"votes-{key['study']}-P_1.json"
-    wait(file.exists)
-    ballot = json.loads(file.read_text())
-    votes = {(vote["group"], vote["question"]): vote["video"] for vote in ballot["votes"]}
-    assert votes == {(g["id"], q): [*g["videos"]][1] for g in key["groups"] for q in QUESTIONS}
-    assert ballot["participant"] == "P 1"

@@ -20,14 +20,6 @@ def test_the_page_and_the_figure_are_those_of_this_code(built):
         assert file.read_text(encoding="utf-8") == text, "python extras/reading.py writes it anew"
 
 
-def test_the_command_writes_both(built, tmp_path, monkeypatch):
-    files = tmp_path / "reading.html", tmp_path / "method.svg"
-    for name, value in dict(ROOT=tmp_path, PAGE=files[0], FIGURE=files[1], build=lambda: built).items():
-        monkeypatch.setattr(reading, name, value)
-    reading.main([])
-    assert tuple(file.read_text(encoding="utf-8") for file in files) == built
-
-
 def test_links_lead_to_lines_and_back(built):
     page = built[0]
     ids = re.findall(r' id="([^"]+)"', page)
