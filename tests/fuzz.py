@@ -45,7 +45,6 @@ def damage(data: bytes, rng: random.Random) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     counts: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +56,7 @@ def main() -> None:
         for i in range(args.files):
             path, read = every[i % len(every)]
             content, result, message = path.read_bytes(), "read", ""
-            path.write_bytes(damage(content, random.Random(args.seed * 10**6 + i)))
+            path.write_bytes(damage(content, random.Random(i)))
             faulthandler.dump_traceback_later(70, exit=True)
             try:
                 read(path)

@@ -1,9 +1,7 @@
 """Kill each script at random moments, give the same command again, and compare: `python tests/kills.py --kills 20`.
 
-In a small prepared world: both trainings, evaluate with two workers, ablations, the preparation of the toy world, and
-data.py on miniatures of two releases. Each is killed with SIGKILL so many times, then left to end; what it leaves must
-equal, bit by bit, what an undisturbed one leaves: no file more, and no process.
-"""
+Each is killed with SIGKILL so many times, then left to end; what it leaves must equal, bit by bit, what an undisturbed
+one leaves: no file more, and no process."""
 
 import argparse
 import hashlib
@@ -26,7 +24,6 @@ from conftest import run_script, wait  # noqa: E402
 from mini_releases import write_neuroclips, write_purdue  # noqa: E402
 from test_faults import EVALUATE, STAGE1, STAGE2, make_world  # noqa: E402
 
-# times, orders of keys
 VOLATILE = "events.out state.pt log.jsonl .log README.md manifest.json table6-cc2017-sub1.json".split()
 
 

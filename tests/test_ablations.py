@@ -131,8 +131,7 @@ def write(job: ablations.Job) -> None:
 
 
 def test_means_deviations_and_paired_intervals(tmp_path, monkeypatch, capsys):
-    """± is over the seeds; `more` is over the clips of the row and the row before, with its sign. The paper's model
-    is also measured from the best memory, played, and from each row that the paper does not have."""
+    """± is over the seeds; `more` over the clips of the row and the row before, for the paper's model of others, too."""
     words = shlex.split("--table 4 --data cc2017 --seeds 0 1 --evaluate '--metrics video_50way,ms_flow'")
     monkeypatch.chdir(tmp_path)
     Path("data/cc2017/raw/stimuli").mkdir(parents=True)

@@ -55,8 +55,7 @@ def test_headers_that_differ_in_their_metadata_alone_are_parsed_once(run, file):
 
 
 def test_columns_in_another_order_are_put_in_the_standard_order(run, file):
-    """Right before left; vertices of a cortex backwards; voxels as fMRIPrep once wrote them, and with i counted from
-    left to right in place of the HCP's right to left: such a file lists other numbers for the same places."""
+    """Right before left; vertices backwards; voxels as fMRIPrep once wrote them, and with i counted the other way."""
     flip = np.array([[2.0, 0, 0, -90], [0, 2, 0, -126], [0, 0, 2, -72], [0, 0, 0, 1]])
     for is_flipped in (False, True):
         pieces, order = [], []

@@ -1,7 +1,4 @@
-"""CineBrain: regions on the real atlas, a miniature of the release through its preparation, and bad input.
-
-`short` makes an episode 6 clips long; what the true lengths say is tested by numbers.
-"""
+"""CineBrain: regions on the real atlas, a miniature of the release (`short`: episodes of 6 clips), bad input."""
 
 import json
 from itertools import chain

@@ -1,5 +1,4 @@
-"""The command line of data.py: what is asked for wrongly ends in one line, before anything is written. And the
-facts of the datasets, as published."""
+"""The command line of data.py: a wrong one ends in one line, before anything is written. The published facts."""
 
 import re
 from pathlib import Path
@@ -99,9 +98,7 @@ def test_areas_are_found_with_and_without_their_hemisphere():
     assert facts.voxels_of("mpfc,visual", voxels, folder).tolist() == [1, 3, 4]
     with pytest.raises(ValueError, match=r"--rois visual,V1: \['V1'\] unknown"):
         facts.voxels_of("visual,V1", voxels, folder)
-    message = (
-        "none of the voxels of .*/sub1 lies in mpfc, they are in L_V1, R_4, R_FFC ...; prepare the CIFTI"
-    )
+    message = "none of the voxels of .*/sub1 lies in mpfc, they are in L_V1, R_4, R_FFC ...; prepare the"
     with pytest.raises(ValueError, match=message):
         facts.voxels_of("visual,mpfc", voxels[[0, 1, 4]], folder)
 

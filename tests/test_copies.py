@@ -23,8 +23,7 @@ COSINES = np.linspace(0.4, 0.9, 26)
 
 
 def pairs(copies: int) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """Training clips a and b, orthogonal but for cos(a_k, b_k) = COSINES[k], and held-out clips that find a_k with the
-    same cosine. Of `copies` clips a_k another segment has a copy, with a cosine of 0.99."""
+    """Training clips with cos(a_k, b_k) = COSINES[k], held-out clips that find a_k so; `copies` of a_k, at 0.99."""
     n, axes = len(COSINES), np.eye(200)
     sine = np.sqrt(1 - COSINES**2)[:, None]
     a, b = axes[:n], COSINES[:, None] * axes[:n] + sine * axes[n : 2 * n]

@@ -1,9 +1,5 @@
-"""The documentation is read as its readers read it: each command parses, each name of a map exists, each equation is
-where it is said to be, each link leads somewhere, and each figure that names its source stands in it.
-
-<!-- docs/results/toy.json --> before a paragraph or table, which no reader sees: each number with a decimal point in it
-is a value of that file, rounded.
-"""
+"""Each command of the pages parses, each name, equation and link leads somewhere. <!-- docs/results/toy.json --> before
+a paragraph or table: each number with a decimal point in it is a value of that file, rounded."""
 
 import argparse
 import ast

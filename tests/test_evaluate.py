@@ -337,9 +337,8 @@ def judge(tmp_path_factory) -> str:
 
 def test_attributes_are_read_from_the_classes(out, judge, tmp_path, monkeypatch):
     given, call = [], Classifier.__call__
-    monkeypatch.setattr(
-        Classifier, "__call__", lambda self, frames: given.append(frames) or call(self, frames)
-    )
+    judge_and_note = lambda self, frames: given.append(frames) or call(self, frames)  # noqa: E731
+    monkeypatch.setattr(Classifier, "__call__", judge_and_note)
     image = write_classifier(tmp_path / "i", [f"x {n} y" for n in COLOURS], False)
     files = sorted((out / "gt").iterdir())
     values = {"shape": [*SHAPES], "colour": [*COLOURS], "action": ["jumps"]}

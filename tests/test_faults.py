@@ -1,5 +1,4 @@
-"""Bad input: a table of reader x file x damage, and one of options. Each is one error of at most three lines
-that names the file or option; the exit status is not 0, and no file of data/ or runs/ changes."""
+"""Bad input: each file or option damaged is one error of at most three lines that names it, and nothing changes."""
 
 import json
 import re

@@ -70,15 +70,6 @@ def test_page_and_key_fit_the_videos_and_the_page_tells_nothing(study):
     assert re.findall(r'^  \["(\w+)", "', text, re.M) == list(QUESTIONS)  # it asks what is counted
 
 
-def test_groups_are_spread_and_the_order_is_of_the_seed(study, tmp_path):
-    runs = [study.parent / "runs" / "toy" / "sub1" / name for name in METHODS]
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        make(*runs, "--out", tmp_path / name, "--height", 16, "--seed", seed, "--groups", 2, "--each", 1)
-    a, b, c = (key_of(tmp_path / name) for name in "abc")
-    assert a == b and a["study"] != c["study"] and page_of(tmp_path / "c")["each"] == 1
-    assert sorted(group["clip"] for group in a["groups"]) == ["0000", "0002"]
-
-
 def test_runs_of_other_stimuli_are_refused_and_nothing_is_written(tmp_path):
     first, _, third = write_runs(tmp_path / "sub1", clips=2)
     write_video(third / "eval/gt/0001.mp4", np.full((8, 16, 16, 3), 200, np.uint8), 8)

@@ -1,5 +1,4 @@
-"""Metrics against independent formulas and the public code they follow; scoring of anyone's videos, its cache,
-bad input, comparisons."""
+"""Metrics against independent formulas and public code; scoring of videos, its cache, bad input, comparisons."""
 
 import importlib
 import json

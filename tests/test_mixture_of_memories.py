@@ -137,8 +137,7 @@ def test_bfloat16_autocast_runs_forward_and_backward():
 
 
 def test_router_and_brain_model_learn_from_the_diffusion_loss_after_one_step():
-    """Zero-convs make f_fuse the top-1 text at step 0 and stop every gradient but their own; one step later all that
-    is to train is reached."""
+    """At step 0 the zero-convolutions stop every gradient but their own; one step later all is reached."""
     mom, denoiser, epsilon = make_mom(), nn.Linear(D_TXT, D_TXT), torch.randn(B, L, D_TXT)
     f_e, q = F_E.clone().requires_grad_(), Q.clone().requires_grad_()
     trainable = dict(mom.named_parameters()) | {"f_e": f_e, "q": q}

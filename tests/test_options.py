@@ -218,8 +218,7 @@ OF_EVALUATE = {
 
 @pytest.fixture(scope="module")
 def place(tiny, tmp_path_factory) -> Path:
-    """The tiny world with a second subject, a second dataset, a second seed and a second stage 1. finished/ and stage1/
-    are what runs/ has before an evaluation and before a training of stage 2."""
+    """The tiny world, and seconds of each; finished/, stage1/: runs/ before an evaluation, before stage 2."""
     root = tmp_path_factory.mktemp("options") / "world"
     shutil.copytree(tiny, root)
     data, runs = root / "data" / "cc2017", root / "runs" / "cc2017" / "sub1"

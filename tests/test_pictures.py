@@ -57,9 +57,8 @@ def test_a_sheet_and_a_gif_show_the_videos_as_they_pass(tmp_path):
 
 def test_curves_of_what_was_logged(tmp_path, monkeypatch):
     drawn, axes = [], "matplotlib.axes.Axes."
-    monkeypatch.setattr(
-        axes + "plot", lambda axis, x, y, label, marker: drawn.append((axis, x, y, label)) or []
-    )
+    plot = lambda axis, x, y, label, marker: drawn.append((axis, x, y, label)) or []  # noqa: E731
+    monkeypatch.setattr(axes + "plot", plot)
     monkeypatch.setattr(axes + "legend", lambda axis: None)
     log = [{"step": 2, "loss": 5.0, "val": 7.0}, {"step": 4, "loss": 3.0}]
     names = {"loss": "training", "val": "validation", "absent": "nothing"}

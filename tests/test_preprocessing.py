@@ -76,8 +76,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Precision loss")
 
 
 class Film(Release):
-    """Segments of other lengths and beginnings, in a run of 70 volumes of 9 voxels: 6 that respond to the film, 2 of
-    noise, one that is constant."""
+    """Runs of 70 volumes, segments of other lengths; 6 voxels respond, 2 are noise, one is constant."""
 
     splits = {"train": ["seg1", "seg2", "seg3"], "test": ["test1", "test2"]}
     windows = {"seg1": (3, 50), "seg2": (4, 60), "seg3": (5, 52), "test1": (3, 46), "test2": (6, 48)}

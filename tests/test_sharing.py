@@ -1,5 +1,4 @@
-"""The folder of a finished model: it needs no data/, gives the same videos bit by bit; shared, it has a card that says
-what it is. Damage to it: test_faults.py."""
+"""The folder of a finished model: without data/ it gives the same videos; its card. Damage: test_faults.py."""
 
 import os
 import re
@@ -73,9 +72,7 @@ def test_the_folder_holds_what_the_run_holds_and_its_card_loads_it(tiny, model, 
     assert names["videos"].shape == (1, 9, 32, 48, 3)
     assert hasattr(CineNeuron, text.split("`model.")[1].split("(x).indices`")[0])
     tokens, texts = load_file(folder / "memories.safetensors"), [line["caption"] for line in model.lines]
-    assert (
-        len(tokens["text_offsets"]) - 1 == len(set(texts)) < len(texts)
-    )  # a caption that recurs stands once
+    assert len(tokens["text_offsets"]) - 1 == len(set(texts)) < len(texts)  # one that recurs stands once
     captions = shared.read_memories(folder, 20)[1]
     assert all(map(torch.equal, captions, model.pool.captions)) and len(captions) == len(texts)
 
@@ -140,9 +137,8 @@ def test_what_a_copy_of_a_decoder_needs_lies_under_its_first_name(tiny, tmp_path
     assert facts.decoder_folder(stimuli, str(other)) == stimuli / "other"
     assert facts.decoder_folder(stimuli, "c/d") == stimuli / "d"  # not downloaded yet
     assert facts.decoder_recipes(str(other), (9, 32, 48))[0]["vae"]
-    next((other / "vae").glob("*.safetensors")).rename(
-        other / "vae" / "model-00001-of-00002.safetensors"
-    )  # one of two
+    weights = next((other / "vae").glob("*.safetensors"))
+    weights.rename(other / "vae" / "model-00001-of-00002.safetensors")  # one of two
     assert facts.decoder_recipes(str(other), (9, 32, 48))[0]["vae"] is None
 
 

@@ -57,8 +57,7 @@ def embedded(colour) -> np.ndarray:
 
 @pytest.fixture
 def films(tmp_path, monkeypatch) -> SimpleNamespace:
-    """prepare(order of the captions) into tmp_path/stimuli, with encoders that read colours; `error` comes after two
-    batches."""
+    """prepare(order of the captions), with encoders that read colours; `error` comes after two batches."""
     films = SimpleNamespace(source=Films(tmp_path, 1), captions=[], batches=[], error=None)
 
     def prepare(order: int = 1, clip="clip", viclip="viclip", sentences: int | None = None) -> Path:
@@ -217,9 +216,8 @@ def test_the_first_sentences_of_a_caption_go_to_the_text_encoder(described, tmp_
     with pytest.raises(ValueError, match="caption_sentences = 1, but caption_sentences = None"):
         described()
     (folder / "wan" / "empty_prompt.npy").unlink()
-    monkeypatch.setattr(
-        VideoDecoder, "encode_text", lambda self, texts: [torch.full((2, 16), 7e4)] * len(texts)
-    )
+    too_large = lambda self, texts: [torch.full((2, 16), 7e4)] * len(texts)  # noqa: E731
+    monkeypatch.setattr(VideoDecoder, "encode_text", too_large)
     with pytest.raises(ValueError, match="wan/text_encoder gives NaN or values beyond float16"):
         described(sentences=1)
 

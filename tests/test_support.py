@@ -1,5 +1,4 @@
-"""support/: files written whole, options with ranges, runs that go on as if nothing had happened, the door. Damage to
-files: test_faults.py."""
+"""support/: files written whole, options, runs that go on, the door. Damage to files: test_faults.py."""
 
 import errno
 import hashlib
@@ -58,9 +57,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     (folder / "x").write_text("old")
     with pytest.raises(RuntimeError), written_whole(path) as part:
         part.write_text("half")
-        assert (
-            json.loads(path.read_text("utf-8")) == ["é"] and part.parent == path.parent
-        )  # of one file system
+        assert json.loads(path.read_text("utf-8")) == ["é"]
+        assert part.parent == path.parent  # of one file system
         raise RuntimeError
     with pytest.raises(ValueError, match="b: another process"), written_whole(tmp_path / "b"):
         pass  # it was done first, and has renamed it
@@ -218,8 +216,7 @@ def test_a_name_is_one_folder():
 
 
 def test_a_step_of_adamw_by_hand():
-    """The first moves by the rate against the gradient's sign, and shrinks by rate x decay; the norm is that before
-    clipping, the rate that of the next step."""
+    """A step of the rate against the sign, less rate x decay; the norm before clipping, the rate of the next step."""
     p = nn.Parameter(torch.tensor([3.0, -2.0]))
     optimiser, schedule = training.adamw_onecycle([([p], 0.5)], "adamw", 0.1, 20)
     p.grad = torch.tensor([30.0, -40.0])

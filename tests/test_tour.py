@@ -1,10 +1,10 @@
-"""toy/trained/, the run that comes with the project, and docs/tour.ipynb, which runs on it from the first cell to the
-last: without training, without data/, from any folder."""
+"""toy/trained/ and docs/tour.ipynb, which runs on it: without training, without data/, from any folder."""
 
 import json
 import re
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 from conftest import REPO
@@ -19,7 +19,6 @@ RUN = ["--run", "toy/trained"]
 
 
 def test_it_shows_clip_brain_memories_and_reconstruction(monkeypatch, capsys):
-    nbformat = pytest.importorskip("nbformat")
     nbformat.validate(nbformat.read(REPO / "docs" / "tour.ipynb", as_version=4))
     assert len(CELLS) <= 12 and not any(cell.get("outputs") for cell in CELLS)
     monkeypatch.chdir(REPO / "docs")

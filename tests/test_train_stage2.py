@@ -1,5 +1,4 @@
-"""train_stage2.py on the tiny world, with tiny random decoders of both families: Eq. 10 in the one-step form, what a step
-gets, what a run leaves, goes on from, and refuses."""
+"""train_stage2.py on the tiny world: Eq. 10, what a step gets, what a run leaves, goes on from, and refuses."""
 
 import json
 import shutil
@@ -150,8 +149,7 @@ def test_an_ablations_step_is_the_plain_backward_too(tiny, clips, part):
 
 
 def test_the_mean_over_processes_is_the_step_of_one(tiny, clips):
-    """Eq. 9, its share of f.grad and the logged loss, of two processes one after the other. Eq. 3 is left
-    out: its processes must meet (test_heads.py)."""
+    """Of two processes one after the other. Without Eq. 3, whose processes must meet (test_heads.py)."""
     model = new_stage2(tiny)
     model.tau, model.lambda_1, model.lambda_2 = 1e6, 0.0, 0.0
     logged, grads = one_step(model, clips, 4)

@@ -1,5 +1,4 @@
-"""The video decoder (Eq. 9) on tiny pipelines of both families, against diffusers itself; the folders of pipelines and
-the LoRA files behind it (support/pipelines.py)."""
+"""The video decoder (Eq. 9) against diffusers; folders of pipelines and LoRA files (support/pipelines.py)."""
 
 import shutil
 import subprocess
@@ -129,9 +128,7 @@ FAULTS = [  # file, damage, error
 
 
 @pytest.mark.parametrize("file, damage, error", FAULTS)
-def test_another_or_a_damaged_pipeline_is_one_error_that_names_its_folder(
-    folder, tmp_path, file, damage, error
-):
+def test_a_damaged_pipeline_is_one_error_that_names_its_folder(folder, tmp_path, file, damage, error):
     copy = shutil.copytree(folder, tmp_path / "decoder")
     damage(copy / file)
     with pytest.raises(ValueError, match=f"^{copy}: found {error}"):

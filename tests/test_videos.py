@@ -33,8 +33,7 @@ def near(a: np.ndarray, b: np.ndarray) -> bool:
 def write(
     path: Path, frames, times=None, rate=10, turned=0, options=None, sound=0, ticks=TICKS, **codecs
 ) -> None:
-    """A video by libav, its frames shown at `times` in s, or at a rate; `turned`: degrees that a header says. With
-    so many seconds of silence, settings of its codec."""
+    """A video by libav, frames at `times` in s or at a rate, `turned` by degrees, with so much silence."""
     codec = {".webm": "libvpx", ".avi": "mpeg4"}.get(path.suffix, "libx264")
     with av.open(str(path), "w", options=options or {}) as out:
         silence = sound and out.add_stream("libopus", rate=48_000)
@@ -247,9 +246,8 @@ def test_videos_are_the_middle_of_a_clip_in_time_and_space(shape, size, frames, 
         videos.video_frames(clip, shape[0] + 1, *size[1:])
     smaller = (shape[0], 20, shape[2], 3)
     assert videos.resized(clip, shape[1:]) is clip and videos.resized(clip, smaller[1:3]).shape == smaller
-    assert videos.resized(clip // 100 * 255, (90, 90)).mean() == pytest.approx(
-        (clip // 100 * 255).mean(), abs=3
-    )
+    bold = clip // 100 * 255
+    assert videos.resized(bold, (90, 90)).mean() == pytest.approx(bold.mean(), abs=3)
 
 
 def test_an_mp4_has_its_rate_its_key_frames_and_nearly_its_colours(tmp_path):
