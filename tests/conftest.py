@@ -28,9 +28,8 @@ def environment() -> dict[str, str]:
 def run_script(script: str, *args: object, cwd: Path, timeout: float = 900) -> subprocess.CompletedProcess:
     """A script of the repository in a process of its own; data and runs are below `cwd`."""
     command = [sys.executable, str(REPO / script), *map(str, args)]
-    return subprocess.run(
-        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout
-    )
+    options = dict(env=environment(), capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, **options)
 
 
 def sha256(path: Path) -> str:

@@ -40,6 +40,7 @@ CAPTIONS = [
     ("a street with traffic lights", ["light"], "outdoor"),
     ("a toy car on the floor", ["car"], "indoor"),
     ("a baby elephant", ["elephant", "baby"], "animal"),
+    ("a baby sleeps", None, "person"),
     ("a bird's-eye view of a city", None, ""),
     ("a woman wearing a bow tie", ["woman", "bow"], "accessory person"),
     ("men, women and children with knives", None, "kitchen person"),

@@ -115,7 +115,7 @@ def test_the_model_is_put_together_from_stage_1_and_from_the_run(tiny, run, chan
     loaded = [p for name, p in trained.decoder.named_parameters() if "lora_" in name]
     assert sorted(float(p.norm()) for p in loaded) == pytest.approx(sorted(float(p.norm()) for p in lora))
     assert (trained.folder, fresh.folder, trained.training) == (stage2, None, False)
-    assert fresh.decoder.pipe.vae is None and trained.decoder.pipe.vae is not None  # no samples are asked for
+    assert fresh.decoder.pipe.vae is None and trained.decoder.pipe.vae.dtype == torch.float32  # no samples
     assert not any(p.requires_grad for p in trained.parameters())
     assert all(p.requires_grad for p in fresh.brain_model.parameters())
     if run == "full":
@@ -201,7 +201,7 @@ def test_pictures_show_stimulus_memory_and_reconstruction(out, model):
             videos = [frames_of(out / "gt" / file), memory, frames_of(out / "recon" / file)]
             for column, video in enumerate(videos):
                 mean = video[[0, len(video) // 2, -1]].mean((0, 1, 2))
-                assert abs(upper(sheet, row, column, 6, 3) - mean).max() < 25, (row, column)
+                assert abs(upper(sheet, row, column, 6, 3) - mean).max() < 8, (row, column)
         assert grid.n_frames == SIZE[0] and grid.info["duration"] == pytest.approx(2000 / SIZE[0], abs=10)
 
 

@@ -103,8 +103,9 @@ def test_encodings_are_in_the_order_of_the_clips(films):
     folder = films.prepare()
     check_embeddings(folder)
     assert films.batches == [16, 16, 16, 16, 8]
-    recipe = json.loads((folder / "train" / "manifest.json").read_text())["e_txt.npy"]["recipe"]
-    assert recipe.keys() == {"clip", "viclip", "frames", "captions", "caption_sentences"}
+    entry = json.loads((folder / "train" / "manifest.json").read_text())["e_img.npy"]
+    assert entry["recipe"].keys() == {"clip", "viclip", "frames", "captions", "caption_sentences"}
+    assert entry["inputs"].keys() == {"clip", "viclip", "seg1.mp4", "seg2.mp4"}
     assert films.captions[1][0].endswith("Dr. Dog!")
     line = json.loads((folder / "train" / "clips.jsonl").read_text().splitlines()[30])
     assert (line["id"], line["segment"], line["start_s"]) == ("seg2-006", "seg2", 12.0)
