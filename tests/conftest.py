@@ -40,6 +40,7 @@ def sha256(path: Path) -> str:
 def signals():
     """door() and Stopping.listen() set handlers, and a test's process lives on."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

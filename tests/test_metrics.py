@@ -557,9 +557,8 @@ def test_pictures_in_folders_and_one_array_of_all_clips_are_videos(three):
 
 def test_side_by_side_videos_are_cut(tmp_path):
     """The stimulus is on the left. The field's GIFs are 518 x 260: make_grid's border around 2 x 256 x 256."""
-    both = np.stack(
-        [[np.clip(moving(3, 256, 256, 1, seed + 9 * i), 40, 255) for seed in (0, 1)] for i in range(3)]
-    )
+    pair = lambda i: [np.clip(moving(3, 256, 256, 1, seed + 9 * i), 40, 255) for seed in (0, 1)]  # noqa: E731
+    both = np.stack([pair(i) for i in range(3)])
     glued = [np.concatenate([*pair], 2) for pair in both]
     bordered = torch.from_numpy(both).permute(0, 2, 1, 5, 3, 4)  # (clips, F, 2, 3, H, W)
     bordered = [
