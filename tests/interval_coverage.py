@@ -1,7 +1,7 @@
 """How often does a 95 % interval hold the truth? Simulated films, by hand: python tests/interval_coverage.py
 
-The toy's scenes are four clips long, cc2017's two to fourteen, across the blocks' borders. A value is a 50-way accuracy:
-most near 0 or 1. The other row's model is a little better, and sees the same clips."""
+Scenes are four clips long, or cc2017's two to fourteen, across blocks. A value is a 50-way accuracy, most near 0 or 1.
+The other row's model is a little better, and sees the same clips."""
 
 import argparse
 import sys

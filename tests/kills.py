@@ -1,7 +1,5 @@
-"""Kill each script at random moments, give the same command again, and compare: `python tests/kills.py --kills 20`.
-
-Each is killed with SIGKILL so many times, then left to end; what it leaves must equal, bit by bit, what an undisturbed
-one leaves: no file more, and no process."""
+"""Kill each script at random moments so many times, then let it end: `python tests/kills.py --kills 20`. What it leaves
+must equal, bit by bit, what an undisturbed one leaves: no file more, and no process."""
 
 import argparse
 import hashlib

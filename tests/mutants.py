@@ -1,12 +1,8 @@
 """Wrong edits, made one at a time, that the fast tests must notice.
 
-    python tests/mutants.py                        every line of tests/mutants.txt; most of an hour
-    python tests/mutants.py --only heads.py        those of one file, or whose line holds this text
-    python tests/mutants.py --processes 2          two at once
-
-Each line is `FILE: BEFORE ==> AFTER`; BEFORE stands once in FILE (\\n for a new line). The edit is made to a copy of
-the checkout, and the fast tests run, those that name the file first, until one fails. Prints who noticed, or SURVIVED.
-"""
+`python tests/mutants.py --processes 2 --only heads.py`: two at once, of tests/mutants.txt the lines with this text. Each
+is `FILE: BEFORE ==> AFTER`; BEFORE stands once in FILE (\\n for a new line). In a copy with the edit the fast tests run,
+those that name the file first, until one fails. Prints who noticed, or SURVIVED."""
 
 import argparse
 import os

@@ -1,8 +1,4 @@
-"""The dress rehearsal, by hand: the commands of docs/cc2017.md and docs/cinebrain.md, once from end to end.
-
-    python tests/rehearsal.py --folder DIR --small          the toy's networks: minutes
-    python tests/rehearsal.py --folder DIR                  true networks, small videos: 50 GB of disk, 16 of memory
-    python tests/rehearsal.py --folder DIR --device cuda    the paper's sizes on a GPU, then pytest -m gpu
+"""The dress rehearsal, by hand (docs/tests.md): the commands of docs/cc2017.md and cinebrain.md, from end to end.
 
 No network is needed. Weights are random, in the publishers' classes and sizes; recordings have the releases' true
 layouts, few segments and a planted signal. Two clips and captions are encoded, embeddings of others are made up. A
@@ -12,8 +8,7 @@ CPU the Brain Model has four layers; 24-layers is steps without an optimiser.
 DIR/rehearsal.md has a row a command, seen / planned (extras/plan.py). `RSS` is of the process, `peak` of the tensors
 that live in a step. Two steps are counted, the third is timed, without AdamW's update. Ends with 1 where a command
 fails or a plan is off by 15 % in memory, 5 % in disk or operations: with --small disk alone counts, on a CPU all but
-the memory of preparation and evaluation. For a smaller card: --training "--micro_batch 8".
-"""
+the memory of preparation and evaluation. For a smaller card: --training "--micro_batch 8"."""
 
 import argparse
 import atexit

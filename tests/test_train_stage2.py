@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import environment
+from conftest import environment, run_script
 from diffusers import WanPipeline
 from PIL import Image, ImageSequence
 from safetensors.torch import load_file
 from test_data import equal
-from test_train_stage1 import log
+from test_train_stage1 import log, signalled
 from tiny import D_TXT, SIZE, STAGE1_CONFIG, D, L, new_stage2, write_stage1
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -366,6 +367,16 @@ def test_what_does_not_fit_is_an_error_and_changes_nothing(world, monkeypatch):
     monkeypatch.setattr(train_stage2.training, "start", lambda device: SimpleNamespace(num_processes=3))
     with pytest.raises(ValueError, match="--batch_size 8: wanted a multiple of the 3 processes"):
         train()
+
+
+@pytest.mark.slow
+def test_killed_the_same_command_goes_on_bit_equal(world):
+    train(*SAMPLES, "--save_every", 2, "--run", "whole", "--stage1", "full")
+    command = [*STAGE2, *SAMPLES, "--save_every", "2"]
+    done = signalled("train_stage2.py", command, world, stage2() / "log.jsonl", 5, signal.SIGKILL)
+    assert done.returncode == -9 and 2 <= json.loads((stage2() / "config.json").read_text())["step"] < 10
+    assert run_script("train_stage2.py", *command, cwd=world).returncode == 0
+    assert_bit_equal(stage2(), stage2("whole"))
 
 
 @pytest.mark.slow
