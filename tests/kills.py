@@ -22,7 +22,7 @@ from conftest import run_script, wait  # noqa: E402
 from mini_releases import write_neuroclips, write_purdue  # noqa: E402
 from test_faults import EVALUATE, STAGE1, STAGE2, make_world  # noqa: E402
 
-VOLATILE = "events.out state.pt log.jsonl .log README.md manifest.json table6-cc2017-sub1.json".split()
+VOLATILE = "events.out state.pt log.jsonl .log README.md manifest.json table6-cc2017- minutes".split()
 
 
 def contents(path: Path) -> str:
