@@ -100,7 +100,7 @@ def choose_clips(run: Path, clips: list[int] | None, n: int) -> dict[int, str]:
         raise FileNotFoundError(f"{run}/recon holds no video: python evaluate.py comes first")
     file, first, last = run / "metrics.json", reconstructed[0], reconstructed[-1]
     names = [f"{clip:04d}" for clip in range(last + 1)]
-    groups = read_metrics(file)["groups"] if file.is_file() else {}
+    groups = read_metrics(file).get("groups", {}) if file.is_file() else {}
     members = {name: np.isin(names, of["clips"]) for name, of in groups.items()}
     if clips is None:
         clips = spread(reconstructed, n, members)

@@ -65,12 +65,16 @@ class Classifier:
         return model(**inputs).logits.softmax(-1).cpu().numpy()
 
     def _model_for(self, frames: int) -> nn.Module:
-        """The same weights in a model for so many frames. Raises RuntimeError where they depend on it."""
+        """The same weights in a model for so many frames. Raises ValueError where they depend on it."""
         if frames not in self.models:
             config = deepcopy(self.model.config)
             config.num_frames = frames
             model = type(self.model)(config).eval()
-            model.load_state_dict(self.model.state_dict(), assign=True)
+            try:
+                model.load_state_dict(self.model.state_dict(), assign=True)
+            except RuntimeError as error:  # positions that were learnt
+                takes = f"a classifier of {self.trained} frames got {frames}"
+                raise ValueError(f"{takes}: --classifier-frames 16, or another --video-classifier") from error
             self.models[frames] = model
         return self.models[frames]
 
